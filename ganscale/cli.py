@@ -1,0 +1,277 @@
+"""The `ganscale` command. Heavy imports wait inside the commands, so that --help is quick.
+
+Exit codes: 0 success, 1 failure, 2 wrong use or configuration. Errors are one line on standard
+error; `--debug` shows the traceback as well.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+from ganscale.errors import CheckpointError, ConfigError, DataError, GanscaleError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ganscale.checkpoint import Checkpoint
+    from ganscale.config import Config
+    from ganscale.data.shards import ShardSet
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="ganscale",
+    help="Train GANs on images at cluster scale: exact resume, worker-independent order.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+shards_app = typer.Typer(help="Build and check shard sets.", no_args_is_help=True)
+checkpoint_app = typer.Typer(help="Look at a run's checkpoints.", no_args_is_help=True)
+app.add_typer(shards_app, name="shards")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.field=value ...", show_default=False)
+]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Options before the verb; `main` reads --debug itself."""
+
+
+@app.command(epilog="Example: ganscale train --config quickstart name=first seed=1")
+def train(
+    overrides: Overrides = None,
+    config: Annotated[str, typer.Option(help="Preset, or a .yaml file.")] = "quickstart",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print config and plan.")] = False,
+) -> None:
+    """Train, or go on with the run of that name, from its newest checkpoint that verifies."""
+    from ganscale.config import load_config
+
+    settings = load_config(config, overrides or [])
+    if dry_run:
+        _print_plan(settings)
+        return
+    _run(settings)
+
+
+@app.command(epilog="Example: ganscale resume runs/quickstart training.total_kimg=500")
+def resume(
+    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    overrides: Overrides = None,
+) -> None:
+    """Go on with a run from its newest checkpoint that verifies, at any number of workers."""
+    from ganscale.config import parse_overrides
+    from ganscale.launch.start import resume_config
+
+    _run(resume_config(run, parse_overrides(overrides or [])))
+
+
+@app.command(epilog="Example: ganscale sample runs/quickstart --num 64 --seed 0 --out grid.png")
+def sample(
+    path: Annotated[Path, typer.Argument(help="Snapshot (.safetensors) or folder of a run.")],
+    num: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first; then +1.")] = 0,
+    out: Annotated[Path, typer.Option(help="A .png grid, or a folder of PNGs.")] = Path(
+        "samples.png"
+    ),
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+) -> None:
+    """Draw images from a snapshot; a seed's image is always the same."""
+    from ganscale.generation.sampling import load_generator, save_grid
+
+    images = load_generator(path, device=device).sample(num, seed=seed)
+    if out.suffix == ".png":
+        save_grid(images, out)
+    else:
+        for offset, image in enumerate(images):
+            save_grid(image[None], out / f"seed-{seed + offset:08d}.png", padding=0)
+    typer.echo(f"wrote {num} images to {out}")
+
+
+@app.command(epilog="Example: ganscale doctor --storage runs")
+def doctor(
+    storage: Annotated[Path, typer.Option(help="Where runs would be written.")] = Path("runs"),
+) -> None:
+    """Print machine, devices, versions, free space, and what would be used."""
+    from ganscale.doctor import findings
+
+    for name, value in findings(storage):
+        typer.echo(f"{name:18} {value}")
+
+
+@shards_app.command(
+    "build",
+    epilog="Example: ganscale shards build --source cifar10 --split train --out data/cifar10-train",
+)
+def shards_build(
+    out: Annotated[Path, typer.Option(help="New folder for the set.")],
+    source: Annotated[
+        str, typer.Option(help="auto, cifar10, procedural, or a path to class folders.")
+    ] = "auto",
+    split: Annotated[Literal["train", "test"], typer.Option(help="Which part.")] = "train",
+    num_shards: Annotated[int, typer.Option(min=1, help="Tars, and streams.")] = 64,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many images.")] = None,
+) -> None:
+    """Write images as WebDataset shards with an index; the same input gives the same bytes."""
+    from ganscale.data.shards import build_shards, check_free
+    from ganscale.data.sources import open_source, resolve_source
+    from ganscale.tracking.console import counting
+
+    downloads = check_free(out).parent / "downloads"
+    spec, notice = resolve_source(source, split, download_dir=downloads)
+    console = _console()
+    if notice:
+        console.print(notice, highlight=False, soft_wrap=True)
+    total = min(len(open_source(spec)), limit or sys.maxsize)
+    with counting(f"building {out}", total, console) as progress:
+        shard_set = build_shards(spec, out, num_shards=num_shards, limit=limit, progress=progress)
+    _print_shards(shard_set)
+
+
+@shards_app.command("verify", epilog="Example: ganscale shards verify data/cifar10-train")
+def shards_verify(root: Annotated[Path, typer.Argument(help="Folder of the set.")]) -> None:
+    """Compare every shard with the index; exit code 1 if anything differs."""
+    from ganscale.data.shards import ShardSet, verify_shards
+    from ganscale.tracking.console import counting
+
+    shard_set = ShardSet.load(root)
+    with counting(f"verifying {root}", shard_set.num_samples, _console()) as progress:
+        problems = verify_shards(shard_set, progress)
+    for problem in problems:
+        typer.echo(problem)
+    if problems:
+        raise DataError(f"{root}: {len(problems)} of {len(shard_set.shards)} shards are damaged")
+    typer.echo(f"{root}: {len(shard_set.shards)} shards, {shard_set.num_samples} samples, all well")
+
+
+@shards_app.command("info", epilog="Example: ganscale shards info data/cifar10-train")
+def shards_info(root: Annotated[Path, typer.Argument(help="Folder of the set.")]) -> None:
+    """Print what a set holds."""
+    from ganscale.data.shards import ShardSet
+
+    _print_shards(ShardSet.load(root))
+
+
+@checkpoint_app.command("list", epilog="Example: ganscale checkpoint list runs/quickstart")
+def checkpoint_list(run: Annotated[Path, typer.Argument(help="Folder of the run.")]) -> None:
+    """List a run's checkpoints and whether each verifies."""
+    for checkpoint, problem in _checked(run):
+        state = "verified" if problem is None else f"DAMAGED: {problem}"
+        typer.echo(f"{checkpoint.path.name}  {checkpoint.nimg / 1000:10.1f} kimg  {state}")
+
+
+@checkpoint_app.command("verify", epilog="Example: ganscale checkpoint verify runs/quickstart")
+def checkpoint_verify(run: Annotated[Path, typer.Argument(help="Folder of the run.")]) -> None:
+    """Check sizes and hashes of all checkpoints; exit code 1 if one is damaged."""
+    found = _checked(run)
+    damaged = [(c, problem) for c, problem in found if problem is not None]
+    for checkpoint, problem in damaged:
+        typer.echo(f"{checkpoint.path}: {problem}")
+    if damaged:
+        raise CheckpointError(f"{len(damaged)} of {len(found)} checkpoints are damaged")
+    typer.echo(f"{len(found)} checkpoints verified")
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command and exit with its code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    warnings.showwarning = _show_warning
+    # torch warns that DDP's find_unused_parameters finds nothing; distribute.py says why it is set.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        app(arguments, standalone_mode=False)
+        code = 0
+    except typer.Exit as end:
+        code = end.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        code = 130
+        _report("interrupted", None, debug=False)
+    except typer.TyperException as error:
+        code = 2
+        _report(f"{' '.join(error.format_message().split())} See --help.", None, debug=False)
+    except GanscaleError as error:
+        code = 2 if isinstance(error, ConfigError) else 1
+        _report(str(error), error, debug=debug)
+    except Exception as error:
+        code = 1
+        text = " ".join(str(error).split())
+        _report(f"{type(error).__name__}: {text} (--debug shows where)", error, debug=debug)
+    sys.exit(code)
+
+
+def _report(message: str, error: BaseException | None, *, debug: bool) -> None:
+    if debug and error is not None:
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"ganscale: {message}", file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if category.__module__.startswith("ganscale"):
+        print(f"ganscale: warning: {message}", file=sys.stderr)
+
+
+def _console() -> Console:
+    from ganscale.tracking.console import stderr_console
+
+    return stderr_console()
+
+
+def _run(config: Config) -> None:
+    from ganscale.launch.start import start
+
+    run_dir = start(config, _console())
+    typer.echo(f"run        {run_dir.root}")
+    for name, folder in (
+        ("samples", run_dir.sample_grid(0).parent),
+        ("snapshots", run_dir.snapshots),
+        ("checkpoint", run_dir.checkpoints),
+    ):
+        newest = max((p for p in folder.glob("[!.]*")), default=None)
+        typer.echo(f"{name:10} {newest}")
+
+
+def _print_plan(config: Config) -> None:
+    from ganscale.training.plan import describe_plan
+
+    typer.echo(config.to_yaml())
+    for line in describe_plan(config):
+        typer.echo(f"# {line}")
+
+
+def _print_shards(shard_set: ShardSet) -> None:
+    channels, height, width = shard_set.image_shape
+    typer.echo(f"location   {shard_set.root}")
+    typer.echo(f"source     {shard_set.source}, {shard_set.split}")
+    typer.echo(f"samples    {shard_set.num_samples}, {channels}x{height}x{width} uint8")
+    typer.echo(f"shards     {len(shard_set.shards)}, {shard_set.num_bytes / 2**20:.1f} MiB")
+    typer.echo(f"streams    {shard_set.num_streams}")
+    typer.echo(f"classes    {len(shard_set.classes)}: {', '.join(shard_set.classes[:20])}")
+    typer.echo(f"pixel mean {', '.join(f'{v:.3f}' for v in shard_set.pixel_mean)}")
+    typer.echo(f"pixel std  {', '.join(f'{v:.3f}' for v in shard_set.pixel_std)}")
+
+
+def _checked(run: Path) -> list[tuple[Checkpoint, str | None]]:
+    from ganscale.checkpoint import list_checkpoints, verify_checkpoint
+    from ganscale.run_directory import RunDirectory
+
+    run_dir = RunDirectory(run)
+    found = list_checkpoints(run_dir.checkpoints)
+    if not found:
+        raise CheckpointError(f"no checkpoints in {run_dir.checkpoints}")
+    return [(checkpoint, verify_checkpoint(checkpoint)) for checkpoint in found]

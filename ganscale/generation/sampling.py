@@ -1,0 +1,121 @@
+"""Snapshots and what is drawn from them: `load_generator(path).sample(16, seed=0)`.
+
+A snapshot is one safetensors file: the averaged generator's weights, with the model's description
+as JSON metadata. Loading executes no stored code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import ganscale
+from ganscale.errors import CheckpointError
+from ganscale.generation.latents import seeded_latents
+from ganscale.models import build_generator
+from ganscale.run_directory import RunDirectory
+
+__all__ = ["SampleableGenerator", "load_generator", "save_grid", "save_snapshot", "to_uint8"]
+
+_METADATA_KEY = "ganscale"
+# Every forward has this many rows, so that an image does not depend on what is drawn beside it:
+# kernels choose their arithmetic by the batch size.
+_ROWS = 16
+
+
+class SampleableGenerator:
+    """A generator in evaluation mode and what is known about it."""
+
+    def __init__(self, model: nn.Module, *, z_dim: int, info: dict[str, Any]) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.z_dim = z_dim
+        self.info = info
+        """`model` (its description), `nimg`, `run` and `version`."""
+
+    def sample(self, num_images: int, *, seed: int = 0) -> Tensor:
+        """Images for the seeds seed, seed + 1, ...: uint8, (num_images, C, H, W), on the CPU."""
+        return self.sample_seeds(list(range(seed, seed + num_images)))
+
+    def sample_seeds(self, seeds: list[int]) -> Tensor:
+        """One image for each seed: uint8, (len(seeds), C, H, W); a seed's image is always itself.
+
+        Raises `ValueError` without a seed.
+        """
+        if not seeds:
+            raise ValueError("expected at least one seed")
+        z = seeded_latents(seeds, self.z_dim)
+        return torch.cat([self._rows(part) for part in z.split(_ROWS)])
+
+    @torch.no_grad()
+    def _rows(self, z: Tensor) -> Tensor:
+        device = next(self.model.parameters()).device
+        padded = torch.zeros(_ROWS, self.z_dim)
+        padded[: len(z)] = z
+        images: Tensor = self.model(padded.to(device))[: len(z)]
+        return to_uint8(images).cpu()
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8 in 0..255, rounded to nearest, what is outside clamped."""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_snapshot(path: Path, model: nn.Module, *, spec: dict[str, Any], nimg: int) -> None:
+    """Write the weights and the description to `path`, complete or not at all."""
+    info = {"model": spec, "nimg": nimg, "version": ganscale.__version__}
+    weights = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(weights, temporary, metadata={_METADATA_KEY: json.dumps(info)})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_generator(path: str | Path, *, device: str = "cpu") -> SampleableGenerator:
+    """Load a snapshot: a .safetensors file, or a run's folder, of which the newest is taken.
+
+    Raises `CheckpointError` when there is none or it cannot be read.
+    """
+    file = _snapshot_file(Path(path).expanduser())
+    try:
+        with safe_open(file, framework="pt") as stored:
+            info = json.loads((stored.metadata() or {})[_METADATA_KEY])
+            weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        model = build_generator(info["model"])
+        model.load_state_dict(weights)
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{file} is not a readable snapshot: {reason}") from None
+    return SampleableGenerator(model.to(device), z_dim=info["model"]["z_dim"], info=info)
+
+
+def save_grid(images: Tensor, path: Path, *, columns: int | None = None, padding: int = 1) -> None:
+    """Write uint8 images (N, C, H, W) as one PNG, near square unless `columns` says otherwise."""
+    from torchvision.utils import make_grid, save_image
+
+    columns = columns or max(1, round(len(images) ** 0.5))
+    grid = make_grid(images.float() / 255, nrow=columns, padding=padding)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_image(grid, temporary, format="png")
+    temporary.replace(path)
+
+
+def _snapshot_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    snapshots = sorted(RunDirectory(path).snapshots.glob("*.safetensors"))
+    if not snapshots:
+        raise CheckpointError(
+            f"no snapshot at {path}: expected a .safetensors file or the folder of a run "
+            "that has written one"
+        )
+    return snapshots[-1]

@@ -1,0 +1,26 @@
+"""Train right here: one process, or one of several that torchrun started."""
+
+from __future__ import annotations
+
+from ganscale.config import Config
+from ganscale.errors import ConfigError
+from ganscale.training.loop import train
+from ganscale.world import World, process_group
+
+__all__ = ["train_in_process"]
+
+
+def train_in_process(config: Config) -> None:
+    """Run the training loop in this process.
+
+    Raises `ConfigError` if `launch.num_workers` is not the number of processes there are.
+    """
+    world = World.detect("cuda" if config.launch.use_gpu else "cpu")
+    if world.world_size != config.launch.num_workers:
+        raise ConfigError(
+            f"launch.backend=inprocess runs {world.world_size} worker(s) here, but "
+            f"launch.num_workers={config.launch.num_workers}: use launch.backend=ray, or start "
+            f"torchrun --nproc-per-node {config.launch.num_workers} -m ganscale train ..."
+        )
+    with process_group(world, timeout_seconds=config.launch.timeout_seconds):
+        train(config, world)

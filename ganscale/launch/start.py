@@ -1,0 +1,122 @@
+"""What the process that starts a run does: find or build the shards, check, launch, follow."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from ganscale.checkpoint import newest_valid
+from ganscale.config import Config, field_names, load_config
+from ganscale.data.shards import ShardSet, build_shards
+from ganscale.data.sources import open_source, resolve_source
+from ganscale.errors import CheckpointError, ConfigError
+from ganscale.run_directory import RunDirectory
+from ganscale.tracking.console import RunFollower, counting
+from ganscale.training.build import check_against_shards
+
+__all__ = ["prepare_shards", "resume_config", "start"]
+
+# What may differ between the parts of one run; all else would make it another run.
+_MAY_CHANGE = (
+    "launch.",
+    "tracking.",
+    "checkpoint.",
+    "samples.",
+    "storage",
+    "data.shards",
+    "data.source",
+    "training.total_kimg",
+)
+
+
+def start(config: Config, console: Console) -> RunDirectory:
+    """Train as configured, on from the newest checkpoint if the run exists; waits for the end."""
+    run_dir = RunDirectory(config.run_dir)
+    config = prepare_shards(config, console)
+    assert config.data.shards is not None
+    check_against_shards(config, ShardSet.load(config.data.shards))
+    _check_same_run(config, run_dir)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _save_config(config, run_dir)
+    with RunFollower(run_dir, config.total_nimg, console):
+        if config.launch.backend == "inprocess":
+            from ganscale.launch.local import train_in_process
+
+            train_in_process(config)
+        else:
+            from ganscale.launch.ray_train import train_on_ray
+
+            train_on_ray(config)
+    return run_dir
+
+
+def prepare_shards(config: Config, console: Console) -> Config:
+    """The configuration with `data.shards` set to an absolute path, built first if need be."""
+    if config.data.shards is not None:
+        path = Path(config.data.shards).expanduser().absolute()
+        return config.with_changes({"data.shards": str(path)})
+    storage = Path(config.storage).expanduser().absolute()
+    spec, notice = resolve_source(config.data.source, "train", download_dir=storage / "downloads")
+    if notice:
+        console.print(f"[yellow]{notice}[/yellow]", highlight=False, soft_wrap=True)
+    path = storage / "shards" / f"{_shards_name(config.data.source, spec.kind)}-train"
+    if not path.exists():
+        with counting(f"building shards in {path}", len(open_source(spec)), console) as progress:
+            build_shards(spec, path, progress=progress)
+    return config.with_changes({"data.shards": str(path)})
+
+
+def resume_config(folder: Path, overrides: dict[str, object]) -> Config:
+    """The configuration of the run in `folder`, wherever it was moved, with changes.
+
+    Raises `CheckpointError` if it is no run, or has no checkpoint that verifies.
+    """
+    run_dir = RunDirectory(folder.expanduser().absolute())
+    if not run_dir.config.is_file():
+        raise CheckpointError(f"{folder} is not a run: it has no {run_dir.config.name}")
+    if newest_valid(run_dir.checkpoints) is None:
+        raise CheckpointError(
+            f"{run_dir.checkpoints} has no checkpoint that verifies. See: ganscale checkpoint "
+            f"list {folder}; to start anew, use ganscale train with another name"
+        )
+    config = load_config(run_dir.config)
+    place = {"storage": str(run_dir.root.parent), "name": run_dir.name}
+    return config.with_changes({**place, **overrides})
+
+
+def _shards_name(source: str, kind: str) -> str:
+    if source not in ("auto", "cifar10", "procedural"):
+        return Path(source).stem
+    return "procedural" if kind == "procedural" else "cifar10"
+
+
+def _check_same_run(config: Config, run_dir: RunDirectory) -> None:
+    if not run_dir.config.is_file() or not any(run_dir.checkpoints.glob("nimg-*")):
+        return
+    before = load_config(run_dir.config)
+    changed = [
+        f"{name}: {_value(before, name)!r} -> {_value(config, name)!r}"
+        for name in field_names()
+        if not name.startswith(_MAY_CHANGE) and _value(before, name) != _value(config, name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{run_dir.root} holds a run with other settings ({'; '.join(changed)}): "
+            "choose another name=..., or go on with it by ganscale resume"
+        )
+
+
+def _value(config: Config, name: str) -> object:
+    value: object = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _save_config(config: Config, run_dir: RunDirectory) -> None:
+    run_dir.root.mkdir(parents=True, exist_ok=True)
+    temporary = run_dir.config.with_name(".config.yaml.tmp")
+    temporary.write_text(config.to_yaml())
+    temporary.replace(run_dir.config)

@@ -1,0 +1,52 @@
+"""Where everything of a run lies: `storage/name/` and the names inside it.
+
+Whatever shows results reads these files; nothing hooks into the training code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["RunDirectory"]
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of one run; nothing is created until somebody writes."""
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name, which is the folder's."""
+        return self.root.name
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, as YAML."""
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line per logged step; after a restart a step may recur, last wins."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """One JSON object a line per start, resume, checkpoint, skip and end."""
+        return self.root / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Resumable states, one folder each."""
+        return self.root / "checkpoints"
+
+    @property
+    def snapshots(self) -> Path:
+        """Generators for inference, one safetensors file each."""
+        return self.root / "snapshots"
+
+    def sample_grid(self, nimg: int) -> Path:
+        """The picture drawn after `nimg` real images."""
+        return self.root / "samples" / f"kimg-{nimg / 1000:09.3f}.png"

@@ -1,0 +1,1 @@
+"""What happened, for files, dashboards and people."""

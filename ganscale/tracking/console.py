@@ -1,0 +1,148 @@
+"""Progress on the terminal, read from the run's own files.
+
+The process that starts a run follows metrics.jsonl and events.jsonl; so the same lines appear
+whether the workers are this process, Ray's on this machine, or on another one that shares storage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
+
+from ganscale.run_directory import RunDirectory
+
+__all__ = ["RunFollower", "counting"]
+
+_POLL_SECONDS = 0.3
+
+
+class RunFollower(AbstractContextManager["RunFollower"]):
+    """Shows a run's progress while the block runs: a bar on a terminal, else plain lines."""
+
+    def __init__(self, run_dir: RunDirectory, total_nimg: int, console: Console) -> None:
+        self._total = total_nimg
+        self._console = console
+        self._tails = [_Tail(run_dir.events), _Tail(run_dir.metrics)]
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="console", daemon=True)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("starting", total=total_nimg, status="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._progress.stop()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(_POLL_SECONDS):
+            self._show_news()
+        self._show_news()
+
+    def _show_news(self) -> None:
+        events, metrics = self._tails
+        for event in events.new_rows():
+            self._show_event(event)
+        for row in metrics.new_rows():
+            self._show_row(row)
+
+    def _show_event(self, event: dict[str, Any]) -> None:
+        kimg = event.get("nimg", 0) / 1000
+        if event["event"] in ("start", "resume"):
+            self._console.print(
+                f"{event['event']} at {kimg:g} kimg: {event['world_size']} worker(s), "
+                f"{event['device']}, {event['precision']}, W&B {event['wandb']}",
+                highlight=False,
+            )
+        self._progress.update(self._task, description="training")
+
+    def _show_row(self, row: dict[str, Any]) -> None:
+        status = describe_row(row, self._total)
+        self._progress.update(self._task, completed=row["nimg"], status=status)
+        if not self._console.is_terminal:
+            done = f"{row['nimg'] / 1000:9.1f}/{self._total / 1000:g} kimg"
+            self._console.print(f"{done}  {status}", highlight=False, soft_wrap=True)
+
+
+def describe_row(row: dict[str, Any], total_nimg: int) -> str:
+    """A row of metrics in a few words."""
+    speed = row["time/images_per_second"]
+    left = timedelta(seconds=round((total_nimg - row["nimg"]) / speed)) if speed else "?"
+    words = [f"{speed:6.0f} img/s", f"ETA {left}"]
+    for name in ("loss_D", "loss_G"):
+        value = row[f"train/{name}"]
+        words.append(f"{name} {'not finite' if value is None else f'{value:6.3f}'}")
+    scales = f"{row['train/loss_scale_D']:g}/{row['train/loss_scale_G']:g}"
+    words.append(f"scale {scales}")
+    skips = f"{row['train/skips_D']}/{row['train/skips_G']}"
+    return "  ".join([*words, f"skips {skips}"] if skips != "0/0" else words)
+
+
+@contextmanager
+def counting(description: str, total: int, console: Console) -> Iterator[Any]:
+    """A progress bar over `total` things; yields a function that takes how many more are done."""
+    progress = Progress(console=console, disable=not console.is_terminal)
+    if not console.is_terminal:
+        console.print(f"{description} ({total})", highlight=False)
+    with progress:
+        task = progress.add_task(description, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def stderr_console() -> Console:
+    """The console for messages and progress; results go to standard output."""
+    return Console(file=sys.stderr)
+
+
+class _Tail:
+    """Complete new lines of a file that grows, from where it ended when the follower was made."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = path.stat().st_size if path.is_file() else 0
+
+    def new_rows(self) -> list[dict[str, Any]]:
+        if not self._path.is_file():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        complete = data[: data.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        return list(_parsed(complete.splitlines()))
+
+
+def _parsed(lines: list[bytes]) -> Iterator[dict[str, Any]]:
+    """The rows; half a line, left by a killed writer, is none."""
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue

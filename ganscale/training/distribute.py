@@ -1,0 +1,116 @@
+"""Distribution applied from outside to finished models: global batch norm, then DDP.
+
+Models know nothing of ranks. `distribute` returns the two faces of a player: the module that owns
+the weights, and its DDP wrapper, which averages gradients. Both are made for one process as well.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from ganscale.world import World
+
+__all__ = ["GlobalBatchNorm2d", "distribute", "sum_over_ranks"]
+
+
+# Buffers are the same on all ranks by construction; a broadcast in each forward would be wasted,
+# and two forwards before a backward do not bear it. torch 2.14 renamed the option.
+_NO_BUFFER_SYNC: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else {"broadcast_buffers": False}
+)
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose statistics in training are those of the global batch, on any device.
+
+    torch's SyncBatchNorm runs on GPUs only. Each rank puts its count, mean and centred sum of
+    squares in its row of a table; one differentiable all-reduce fills the table, and the rows are
+    merged as Chan, Golub and LeVeque (1979) do, which is exact for unequal counts and loses no
+    digits. Statistics are fp32 whatever the input is. Running estimates are the same on all ranks.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        mean, var, count = _global_statistics(x.float())
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            momentum = 0.0 if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(var * (count / (count - 1)), momentum)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        shift = self.bias - mean * scale
+        normalised = torch.addcmul(shift.view(1, -1, 1, 1), x.float(), scale.view(1, -1, 1, 1))
+        return normalised.to(x.dtype)
+
+
+def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance of each channel over all ranks' x, (C,), and the count, ()."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    channels = x.shape[1]
+    local_count = x.numel() // channels
+    if local_count:
+        local_var, local_mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    else:  # an empty share at the end of an epoch still takes part in the collective
+        local_var = local_mean = x.sum((0, 2, 3))
+    row = torch.cat([local_mean, local_var, x.new_tensor([float(local_count)])])
+    mine = torch.zeros(world_size, 1, device=x.device)
+    mine[rank] = 1.0
+    table = _sum_over_ranks_with_gradient(mine * row)
+    means, variances, counts = table.split([channels, channels, 1], dim=1)
+    count = counts.sum()
+    mean = (counts * means).sum(0) / count
+    var = (counts * (variances + (means - mean).square())).sum(0) / count
+    return mean, var, count.detach()
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose gradient is the all-reduce of gradients, and so on for higher orders."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return sum_over_ranks(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _sum_over_ranks_with_gradient(gradients[0])
+
+
+def _sum_over_ranks_with_gradient(values: Tensor) -> Tensor:
+    total: Tensor = _SumOverRanks.apply(values)
+    return total
+
+
+def distribute(model: nn.Module, world: World) -> tuple[nn.Module, DistributedDataParallel]:
+    """Move to the device, make batch norm global and wrap in DDP: (module, wrapper)."""
+    module = model.to(world.torch_device).to(memory_format=torch.channels_last)
+    for part in module.modules():
+        if type(part) is nn.BatchNorm2d:
+            part.__class__ = GlobalBatchNorm2d  # the same parameters, buffers and state keys
+    wrapper = DistributedDataParallel(
+        module,
+        gradient_as_bucket_view=True,
+        # Otherwise DDP rearranges its buckets after the first step, and with them the order in
+        # which more than two ranks' gradients are summed: a resumed run would round differently.
+        find_unused_parameters=True,
+        **_NO_BUFFER_SYNC,
+    )
+    return module, wrapper
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of `values` over all ranks, on every rank; `values` stays as it is."""
+    total = values.clone()
+    dist.all_reduce(total)
+    return total

@@ -1,0 +1,42 @@
+"""What a configuration would do, before it does it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ganscale.config import Config
+from ganscale.data.shards import ShardSet
+from ganscale.models import build_discriminator, build_generator
+
+__all__ = ["describe_plan"]
+
+# Weights, gradients, two Adam moments; the generator's average comes on top.
+_STATES_PER_WEIGHT = 4
+_BYTES_FP32 = 4
+
+
+def describe_plan(config: Config) -> list[str]:
+    """Lines about parameters, memory, steps and shards per worker."""
+    spec = config.model.model_dump()
+    num_g, num_d = _count(build_generator(spec)), _count(build_discriminator(spec))
+    state_bytes = _BYTES_FP32 * (_STATES_PER_WEIGHT * (num_g + num_d) + num_g)
+    batch, workers = config.training.batch_size, config.launch.num_workers
+    lines = [
+        f"generator {num_g / 1e6:.2f} M parameters, discriminator {num_d / 1e6:.2f} M",
+        f"weights, gradients, optimizers and average: {state_bytes / 2**20:.0f} MiB a worker",
+        f"{config.total_nimg // batch} steps of {batch} images, about {batch / workers:g} a worker",
+        f"run folder {config.run_dir}",
+    ]
+    if config.data.shards is None:
+        return [*lines, f"shards will be built first, from source {config.data.source}"]
+    shard_set = ShardSet.load(config.data.shards)
+    per_worker = len(shard_set.shards) / workers
+    epochs = config.total_nimg / shard_set.num_samples
+    return [
+        *lines,
+        f"{len(shard_set.shards)} shards, about {per_worker:g} a worker; {epochs:.1f} epochs",
+    ]
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

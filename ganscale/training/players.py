@@ -1,0 +1,76 @@
+"""A player: a network with its optimizer, its loss scaler and its count of skipped steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
+
+from ganscale.config import OptimizerConfig
+from ganscale.training.distribute import distribute
+from ganscale.training.precision import Precision
+from ganscale.world import World
+
+__all__ = ["Player"]
+
+
+class Player:
+    """How one of the two networks learns.
+
+    `module` owns the weights: use it where no gradient of this player is wanted. `network` is the
+    same in its DDP wrapper: a forward through it, then `backward`, averages gradients over ranks.
+    """
+
+    module: nn.Module
+    network: DistributedDataParallel
+
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig, precision: Precision, world: World
+    ) -> None:
+        self.module, self.network = distribute(model, world)
+        self.optimizer = torch.optim.Adam(
+            self.module.parameters(),
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            fused=True,  # skips on the device when told of a non-finite gradient: no host sync
+        )
+        self.scaler = precision.scaler()
+        self.num_skips = torch.zeros((), dtype=torch.int64, device=world.torch_device)
+
+    def backward(self, loss: Tensor) -> None:
+        """Scaled backward; gradients are averaged over the ranks meanwhile."""
+        self.scaler.backward(loss)
+
+    def step(self) -> Tensor:
+        """Update the weights and clear the gradients; returns the gradients' L2 norm, ().
+
+        With a non-finite gradient the weights stay and the skip is counted. All ranks hold the same
+        averaged gradients, so they agree on this without asking each other.
+        """
+        self.scaler.unscale(self.optimizer)
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        largest = get_total_norm(gradients, norm_type=torch.inf)
+        norm = get_total_norm(gradients)
+        self.scaler.step(self.optimizer)
+        self.optimizer.zero_grad()
+        self.num_skips += ~torch.isfinite(largest)
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimizer, scaler and skip count."""
+        return {
+            "model": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "num_skips": self.num_skips,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state in place."""
+        self.module.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.num_skips.copy_(state["num_skips"])

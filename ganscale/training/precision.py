@@ -1,0 +1,86 @@
+"""Which arithmetic the forwards use, and the scaler that goes with it.
+
+There is one kind of GradScaler whatever the precision: under fp16 its scale moves, under fp32 and
+bf16 it stays at 1, where scaling is exact and free. So a non-finite gradient skips a player's step
+by the same mechanism everywhere.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["LossScaler", "Precision"]
+
+# The customary 2**16 overflows in the first steps of a DCGAN; from here the scale grows by itself.
+_INITIAL_FP16_SCALE = 2.0**12
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A precision on a device; parameters, statistics and optimizers are always fp32."""
+
+    name: str
+    device_type: str
+
+    @classmethod
+    def resolve(cls, name: str, device: torch.device) -> Precision:
+        """ "auto" is fp16 on CUDA and fp32 on the CPU, where half precision is slower."""
+        if name == "auto":
+            name = "fp16" if device.type == "cuda" else "fp32"
+        return cls(name, device.type)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The context for forwards."""
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.name)
+        context: AbstractContextManager[None] = torch.autocast(
+            self.device_type, dtype=dtype or torch.bfloat16, enabled=dtype is not None
+        )
+        return context
+
+    def scaler(self) -> LossScaler:
+        """A fresh scaler for one player."""
+        return LossScaler(self.device_type, moves=self.name == "fp16")
+
+
+class LossScaler:
+    """GradScaler for one optimizer, with a fixed scale of 1 where scaling is not needed."""
+
+    def __init__(self, device_type: str, *, moves: bool) -> None:
+        self._moves = moves
+        self._scaler = torch.amp.GradScaler(
+            device_type, init_scale=_INITIAL_FP16_SCALE if moves else 1.0
+        )
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward of the scaled loss."""
+        self._scaler.scale(loss).backward()
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients by the scale, noting whether all are finite."""
+        self._scaler.unscale_(optimizer)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Step if all gradients are finite; then move the scale."""
+        self._scaler.step(optimizer)
+        if self._moves:
+            self._scaler.update()
+        else:
+            self._scaler.update(1.0)
+
+    @property
+    def scale(self) -> float:
+        """The current loss scale."""
+        return self._scaler.get_scale()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scale and its growth counter."""
+        return self._scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved scale; a checkpoint of another precision keeps this one's fixed scale."""
+        if self._moves or state["scale"] == 1.0:
+            self._scaler.load_state_dict(state)

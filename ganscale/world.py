@@ -1,0 +1,101 @@
+"""The world a process lives in, as a value: its rank, how many ranks there are, its device.
+
+Nothing else asks the environment. A test builds any world it likes; `World.detect` reads what
+torchrun and Ray Train set. Groups are always initialised, with one process too, so that one
+process runs the very code that many run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from ganscale.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["World", "process_group"]
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among `world_size`; `device` is a torch device string such as "cuda:0"."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} is not in a world of {self.world_size}")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files, logs and draws pictures for all."""
+        return self.rank == 0
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device as torch knows it."""
+        import torch
+
+        return torch.device(self.device)
+
+    @classmethod
+    def detect(cls, device: str = "auto") -> World:
+        """Read RANK, LOCAL_RANK and WORLD_SIZE (torchrun, Ray Train); one process without them.
+
+        `device` is "auto" (CUDA if there is one), "cpu" or "cuda". Raises `ConfigError` when CUDA
+        is asked for and absent.
+        """
+        import torch
+
+        rank = int(os.environ.get("RANK", "0"))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        has_cuda = torch.cuda.is_available()
+        if device == "cuda" and not has_cuda:
+            raise ConfigError(
+                "launch.use_gpu is true, but torch sees no CUDA device here. "
+                "Set launch.use_gpu=false or run on a machine with a GPU."
+            )
+        if device == "cpu" or not has_cuda:
+            return cls(rank, local_rank, world_size, "cpu")
+        index = local_rank % torch.cuda.device_count()
+        return cls(rank, local_rank, world_size, f"cuda:{index}")
+
+
+@contextmanager
+def process_group(world: World, *, timeout_seconds: float = 600.0) -> Iterator[None]:
+    """Join the default process group for the time of the block, unless it exists already.
+
+    Several ranks meet at MASTER_ADDR:MASTER_PORT; a single one needs no address.
+    """
+    import torch
+    from torch import distributed as dist
+
+    if dist.is_initialized():
+        yield
+        return
+    if world.device.startswith("cuda"):
+        torch.cuda.set_device(world.torch_device)
+    backend = "cpu:gloo,cuda:nccl" if world.device.startswith("cuda") else "gloo"
+    # Without a store of its own, a group meets at MASTER_ADDR.
+    store = dist.HashStore() if world.world_size == 1 else None  # type: ignore[attr-defined]
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

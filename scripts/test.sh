@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Everything that must hold: formatting, lint, types, tests. Sets itself up on a fresh clone.
+#   scripts/test.sh             all of it
+#   scripts/test.sh -k order    arguments go to pytest
+# Tests on real images use GANSCALE_CIFAR10, or ../shared/cifar10 when that is there.
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+if [ -z "${GANSCALE_CIFAR10:-}" ] && [ -d ../shared/cifar10 ]; then
+  export GANSCALE_CIFAR10="$PWD/../shared/cifar10"
+fi
+export WANDB_MODE=offline RAY_AUTH_MODE=disabled
+
+ruff format --check .
+ruff check .
+mypy
+pytest -m "not slow and not gpu" "$@"

@@ -1,0 +1,59 @@
+"""Small shard sets and configurations that the tests train on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ganscale.config import Config
+from ganscale.data.shards import build_shards
+from ganscale.data.sources import CIFAR10_ENV, SourceSpec, resolve_source
+
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture(scope="session")
+def procedural_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """500 procedural images in 12 shards of 41 or 42: divides by 2, 3 and 4 workers, unevenly."""
+    root = tmp_path_factory.mktemp("shards") / "procedural"
+    build_shards(SourceSpec("procedural"), root, num_shards=12, limit=500)
+    return root
+
+
+@pytest.fixture(scope="session")
+def cifar10_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2,000 real CIFAR-10 images in 16 shards, where GANSCALE_CIFAR10 says they are."""
+    if not os.environ.get(CIFAR10_ENV):
+        pytest.skip(f"{CIFAR10_ENV} is not set")
+    root = tmp_path_factory.mktemp("shards") / "cifar10"
+    spec, _ = resolve_source("cifar10", "train", download_dir=root)
+    build_shards(spec, root, num_shards=16, limit=2000)
+    return root
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, procedural_shards: Path) -> MakeConfig:
+    """A tiny run in `tmp_path`; keyword arguments are dotted names with __ for the dot."""
+
+    def make(**changes: Any) -> Config:
+        base = {
+            "name": "tiny",
+            "storage": str(tmp_path),
+            "data.shards": str(procedural_shards),
+            "model.base_channels": 8,
+            "model.z_dim": 16,
+            "training.batch_size": 16,
+            "training.total_kimg": 0.16,
+            "samples.num_images": 4,
+            "tracking.wandb": "disabled",
+            "tracking.log_every_kimg": 0.016,
+            "launch.backend": "inprocess",
+        }
+        named = {name.replace("__", "."): value for name, value in changes.items()}
+        return Config().with_changes({**base, **named})
+
+    return make

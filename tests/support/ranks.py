@@ -1,0 +1,82 @@
+"""Run a function as every rank of a small world, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.queues import Queue
+from typing import Any
+
+from ganscale.world import World, process_group
+
+__all__ = ["free_port", "run_ranks"]
+
+_TIMEOUT_SECONDS = 120.0
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """`function(world, *args)` on every rank, in a gloo group; the results in rank order.
+
+    Results must be plain Python (no tensors). Raises `RuntimeError` with the rank's traceback.
+    """
+    context = get_context("spawn")
+    results: Queue[tuple[int, Any, str | None]] = context.Queue()
+    port = free_port()
+    processes = [
+        context.Process(
+            target=_rank_main, args=(rank, world_size, port, results, function, args), daemon=True
+        )
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        collected: dict[int, Any] = {}
+        for _ in processes:
+            rank, value, problem = results.get(timeout=_TIMEOUT_SECONDS)
+            if problem is not None:
+                raise RuntimeError(f"rank {rank} failed:\n{problem}")
+            collected[rank] = value
+        for process in processes:
+            process.join(_TIMEOUT_SECONDS)
+    finally:
+        for process in processes:
+            process.kill()
+    return [collected[rank] for rank in range(world_size)]
+
+
+def _rank_main(
+    rank: int,
+    world_size: int,
+    port: int,
+    results: Queue[tuple[int, Any, str | None]],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    world = World.detect("cpu")
+    try:
+        with process_group(world, timeout_seconds=60):
+            results.put((rank, function(world, *args), None))
+    except Exception:
+        results.put((rank, None, traceback.format_exc()))

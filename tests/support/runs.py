@@ -1,0 +1,75 @@
+"""Read back what a run wrote, and start runs as processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ganscale.checkpoint import list_checkpoints, verify_checkpoint
+from ganscale.config import Config
+from ganscale.run_directory import RunDirectory
+from tests.support.ranks import free_port
+
+__all__ = ["final_digest", "read_rows", "start_ranks", "wait_all", "wait_for_rows"]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The complete JSON lines of a file."""
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]
+
+
+def final_digest(config: Config) -> tuple[int, str]:
+    """(nimg, sha256 over all tensors) of the newest checkpoint, which must verify."""
+    newest = list_checkpoints(RunDirectory(config.run_dir).checkpoints)[-1]
+    assert verify_checkpoint(newest) is None
+    meta = json.loads((newest.path / "meta.json").read_text())
+    return meta["nimg"], meta["tensors_sha256"]
+
+
+def start_ranks(config: Config, world_size: int) -> list[subprocess.Popen[str]]:
+    """`ganscale train` as `world_size` processes, as torchrun would start them."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    file = config.run_dir.parent / f"{config.name}.yaml"
+    file.write_text(config.with_changes({"launch.num_workers": world_size}).to_yaml())
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "ganscale", "train", "--config", str(file)],
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def wait_all(processes: list[subprocess.Popen[str]], timeout: float = 180) -> None:
+    """Wait until all have ended well; the error output of one that has not is in the failure."""
+    for process in processes:
+        _, errors = process.communicate(timeout=timeout)
+        assert process.returncode == 0, errors
+
+
+def wait_for_rows(path: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a file has `count` complete lines, while `process` lives."""
+    deadline = time.monotonic() + 120
+    while len(read_rows(path)) < count:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"{path} has too few rows after two minutes"
+        time.sleep(0.005)

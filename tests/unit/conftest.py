@@ -1,0 +1,53 @@
+"""A small class-folder image set and the shard set built from it, shared by the data tests."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ganscale.data.shards import ShardSet, build_shards
+from ganscale.data.sources import SourceSpec
+
+CLASS_SIZES = {"ant": 11, "bee": 9, "cow": 10, "dog": 7}
+
+LabelledImage = tuple[np.ndarray[Any, np.dtype[np.uint8]], int]
+
+
+@pytest.fixture(scope="session")
+def images() -> list[LabelledImage]:
+    """37 noise images of 16x16 with labels of four classes, in the order of the source."""
+    labels = [label for label, size in enumerate(CLASS_SIZES.values()) for _ in range(size)]
+    pixels = np.random.default_rng(0).integers(0, 256, (len(labels), 16, 16, 3), dtype=np.uint8)
+    return list(zip(pixels, labels, strict=True))
+
+
+@pytest.fixture(scope="session")
+def image_folder(images: list[LabelledImage], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images as PNGs in class folders."""
+    folder = tmp_path_factory.mktemp("images")
+    names = list(CLASS_SIZES)
+    for number, (image, label) in enumerate(images):
+        path = folder / names[label] / f"{number:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def built_set(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """The images as four shards; not to be changed, see `own_set`."""
+    spec = SourceSpec("class_folders", str(image_folder))
+    return build_shards(spec, tmp_path_factory.mktemp("shards") / "set", num_shards=4)
+
+
+@pytest.fixture
+def own_set(built_set: ShardSet, tmp_path: Path) -> ShardSet:
+    """A copy of the shard set that a test may damage."""
+    root = tmp_path / "own"
+    shutil.copytree(built_set.root, root)
+    return ShardSet.load(root)

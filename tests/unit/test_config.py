@@ -1,0 +1,239 @@
+"""Configurations are checked, frozen, written and read back; what is wrong is said in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ganscale.config import Config, field_names, load_config, preset_names
+from ganscale.errors import ConfigError
+
+
+def refusal(*overrides: str, source: str | Path = "quickstart") -> str:
+    """The one line with which a configuration is refused."""
+    with pytest.raises(ConfigError) as error:
+        load_config(source, overrides)
+    message = str(error.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+def leaf_descriptions(model: type[BaseModel], prefix: str = "") -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found |= leaf_descriptions(kind, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = field.description
+    return found
+
+
+def test_presets_ship_with_the_package() -> None:
+    assert {"quickstart", "dcgan-cifar10"} <= set(preset_names())
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_loads_and_names_its_run(name: str) -> None:
+    assert load_config(name).name == name
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("seed: 5\ntraining: {batch_size: 32, total_kimg: 7}\n")
+    config = load_config(path, ["training.batch_size=16", "data.shards=null", "name=other"])
+    assert (config.seed, config.training.batch_size, config.training.total_kimg) == (5, 16, 7.0)
+    assert (config.name, config.optimizer) == ("other", Config().optimizer)
+
+
+def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "plain.yaml"
+    path.write_text("")
+    assert load_config(path) == Config(name="plain")
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("training.batchsize=3", "training.batch_size"),
+        ("trainning.batch_size=3", "training.batch_size"),
+        ("optimizer.learning_rate_=3", "optimizer"),
+        ("sed=1", "seed"),
+        ("model.zdim=1", "model.z_dim"),
+        ("launch.num_worker=1", "launch.num_workers"),
+        ("training.steps.more=1", "training"),
+    ],
+)
+def test_an_unknown_field_is_named_with_the_nearest(override: str, nearest: str) -> None:
+    message = refusal(override)
+    assert "unknown field" in message
+    assert nearest in message
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("training.batch_size=many", "training.batch_size"),
+        ("training.batch_size=1.5", "training.batch_size"),
+        ("training.batch_size=null", "training.batch_size"),
+        ("training.batch_size=[1]", "training.batch_size"),
+        ("launch.use_gpu=7", "launch.use_gpu"),
+        ("data.source=[1, 2]", "data.source"),
+        ("optimizer.lr={a: 1}", "optimizer.lr"),
+        ("training=3", "training"),
+        ("model=null", "model"),
+    ],
+)
+def test_a_wrong_type_names_field_and_value(override: str, field: str) -> None:
+    assert field in refusal(override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.batch_size=0",
+        "training.total_kimg=-1",
+        "training.total_kimg=.nan",
+        "training.total_kimg=.inf",
+        "optimizer.beta1=1",
+        "optimizer.lr=0",
+        "model.resolution=8",
+        "model.resolution=512",
+        "model.z_dim=0",
+        "checkpoint.keep_last=0",
+        "launch.max_failures=-2",
+        "samples.num_images=5000",
+        "seed=-1",
+        "training.precision=fp8",
+        "model.name=transformer",
+        "name=../escape",
+        "name=.hidden",
+    ],
+)
+def test_a_value_out_of_bounds_names_field_and_value(override: str) -> None:
+    field = override.partition("=")[0]
+    assert field in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["training.batch_size=4", "launch.num_workers=3"], ["num_workers=3", "batch_size=4"]),
+        (["training.batch_size=1", "launch.num_workers=1"], ["batch_size=1", "at least 2"]),
+        (["training.batch_size=128", "training.total_kimg=0.1"], ["total_kimg=0.1", "128"]),
+        (["model.resolution=48"], ["model.resolution", "power of two", "48"]),
+    ],
+)
+def test_an_impossible_combination_says_what_does_not_fit(
+    overrides: list[str], words: list[str]
+) -> None:
+    message = refusal(*overrides)
+    assert all(word in message for word in words)
+
+
+def test_several_mistakes_are_told_at_once() -> None:
+    message = refusal("seed=-1", "optimizer.lr=0", "training.btch_size=3")
+    assert all(name in message for name in ("seed", "optimizer.lr", "training.btch_size"))
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "", "seed:3"])
+def test_an_override_without_a_name_or_value_is_refused(override: str) -> None:
+    assert "expected section.field=value" in refusal(override)
+
+
+def test_an_unknown_preset_lists_the_known_and_the_nearest() -> None:
+    message = refusal(source="quikstart")
+    assert "did you mean 'quickstart'" in message
+    assert all(name in message for name in preset_names())
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert str(tmp_path / "absent.yaml") in refusal(source=tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"- a\n- b\n",
+        b"just words",
+        b"3",
+        b"training: [\n",
+        b"a: b: c\n",
+        b"training: 5\n",
+        b"1: 2\n",
+        b"\xff\xfe\xfa",
+        b"\x89PNG\r\n\x1a\n\x00",
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_bytes(content)
+    refusal(source=path)
+
+
+def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    assert "folder.yaml" in refusal(source=tmp_path / "folder.yaml")
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    config = Config()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 3  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        config.training.batch_size = 3  # type: ignore[misc]
+
+
+def test_a_changed_copy_is_validated_and_the_original_kept() -> None:
+    config = Config()
+    assert config.with_changes({"training.batch_size": 16}).training.batch_size == 16
+    assert config.training.batch_size == 128
+    with pytest.raises(ConfigError, match="launch.num_workers"):
+        config.with_changes({"launch.num_workers": 0})
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_written_yaml_reads_back_equal(tmp_path: Path, name: str) -> None:
+    config = load_config(
+        name, ["name=other", "seed=9", "optimizer.lr=1e-5", "data.shards=/some/where"]
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    assert load_config(path) == config
+    assert list(yaml.safe_load(config.to_yaml())) == list(Config.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("total_kimg", "batch_size", "total_nimg"),
+    [(1, 100, 1000), (1, 64, 1024), (0.1, 64, 128), (2500, 128, 2_500_096), (0.3, 100, 300)],
+)
+def test_the_length_is_a_whole_number_of_batches(
+    total_kimg: float, batch_size: int, total_nimg: int
+) -> None:
+    changes = {"training.total_kimg": total_kimg, "training.batch_size": batch_size}
+    assert Config().with_changes(changes).total_nimg == total_nimg
+
+
+def test_there_are_at_most_ninety_fields() -> None:
+    names = list(field_names())
+    assert len(names) == len(set(names))
+    assert set(names) == set(leaf_descriptions(Config))
+    assert 1 <= len(names) <= 90
+
+
+@pytest.mark.parametrize(("name", "description"), leaf_descriptions(Config).items())
+def test_every_field_has_a_sentence(name: str, description: str | None) -> None:
+    assert description, name
+    assert description.endswith("."), name
+
+
+def test_every_field_can_be_set_by_its_name() -> None:
+    config = Config()
+    for name in field_names():
+        section, _, field = name.rpartition(".")
+        value = getattr(getattr(config, section) if section else config, field)
+        assert config.with_changes({name: value}) == config

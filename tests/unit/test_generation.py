@@ -1,0 +1,97 @@
+"""Latents, snapshots and samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import ganscale
+from ganscale.errors import CheckpointError
+from ganscale.generation.latents import seeded_latents, step_latents
+from ganscale.generation.sampling import SampleableGenerator, save_grid, save_snapshot, to_uint8
+from ganscale.models import build_discriminator, build_generator
+
+SPEC = {"name": "dcgan", "resolution": 32, "img_channels": 3, "z_dim": 16, "base_channels": 8}
+
+
+def test_ranks_slice_what_one_process_would_draw() -> None:
+    everything = step_latents(1, 640, "D", 10, 4, torch.arange(10))
+    odd = step_latents(1, 640, "D", 10, 4, torch.tensor([1, 3, 5]))
+    torch.testing.assert_close(odd, everything[[1, 3, 5]], rtol=0, atol=0)
+
+
+def test_latents_differ_by_seed_position_and_purpose() -> None:
+    slots = torch.arange(4)
+    draws = [
+        step_latents(seed, position, purpose, 4, 8, slots)
+        for seed, position, purpose in ((0, 0, "D"), (1, 0, "D"), (0, 4, "D"), (0, 0, "G"))
+    ]
+    for i, one in enumerate(draws):
+        for other in draws[i + 1 :]:
+            assert not torch.equal(one, other)
+
+
+def test_latents_are_standard_normal() -> None:
+    z = step_latents(0, 0, "D", 4096, 32, torch.arange(4096))
+    assert abs(z.mean().item()) < 0.01
+    assert abs(z.std().item() - 1) < 0.01
+
+
+def test_a_seeds_latent_does_not_depend_on_its_neighbours() -> None:
+    torch.testing.assert_close(
+        seeded_latents([5, 4711], 8)[1], seeded_latents([4711], 8)[0], rtol=0, atol=0
+    )
+
+
+def test_a_seeds_image_does_not_depend_on_its_batch() -> None:
+    torch.manual_seed(0)
+    generator = SampleableGenerator(build_generator(SPEC), z_dim=16, info={})
+    alone = generator.sample_seeds([4711])[0]
+    for others in (3, 16, 33):
+        images = generator.sample_seeds([*range(others), 4711])
+        assert torch.equal(images[-1], alone)
+
+
+def test_to_uint8_covers_the_range_and_clamps() -> None:
+    images = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])
+    assert to_uint8(images).tolist() == [0, 0, 128, 255, 255]
+
+
+def test_snapshot_round_trip_gives_the_same_images(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build_generator(SPEC)
+    path = tmp_path / "snapshots" / "nimg-1.safetensors"
+    save_snapshot(path, model, spec=SPEC, nimg=1)
+    expected = SampleableGenerator(model, z_dim=16, info={}).sample(5, seed=3)
+    loaded = ganscale.load_generator(path)
+    assert torch.equal(loaded.sample(5, seed=3), expected)
+    assert torch.equal(ganscale.load_generator(tmp_path).sample(5, seed=3), expected)
+    assert loaded.info["model"] == SPEC
+
+
+@pytest.mark.parametrize("content", [b"", b"not a snapshot", b"\x08" + bytes(100)])
+def test_damaged_snapshot_is_one_clear_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"broken\.safetensors is not a readable snapshot"):
+        ganscale.load_generator(path)
+
+
+def test_grid_shows_the_pixels(tmp_path: Path) -> None:
+    images = torch.arange(4, dtype=torch.uint8).mul(60)[:, None, None, None].expand(4, 3, 8, 8)
+    save_grid(images, tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (19, 19)
+        assert [grid.getpixel((x, y))[0] for y in (4, 13) for x in (4, 13)] == [0, 60, 120, 180]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("resolution", "channels"), [(16, 1), (32, 3), (64, 4)])
+def test_dcgan_shapes_and_range(resolution: int, channels: int) -> None:
+    spec = {**SPEC, "resolution": resolution, "img_channels": channels}
+    images = build_generator(spec)(torch.randn(2, 16))
+    assert images.shape == (2, channels, resolution, resolution)
+    assert images.abs().max() <= 1
+    assert build_discriminator(spec)(images).shape == (2,)

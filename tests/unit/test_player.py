@@ -1,0 +1,74 @@
+"""Loss scaling and skipped steps of a player, in one process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from ganscale.config import OptimizerConfig
+from ganscale.training.players import Player
+from ganscale.training.precision import Precision
+from ganscale.world import World, process_group
+
+
+@pytest.fixture(autouse=True)
+def group() -> Iterator[None]:
+    with process_group(World()):
+        yield
+
+
+def _player(precision: str) -> Player:
+    torch.manual_seed(0)
+    policy = Precision.resolve(precision, torch.device("cpu"))
+    return Player(nn.Linear(3, 1), OptimizerConfig(lr=0.1), policy, World())
+
+
+def _learn(player: Player, factor: float) -> torch.Tensor:
+    player.backward(player.network(torch.ones(2, 3)).sum() * factor)
+    return player.step()
+
+
+def test_step_is_adams_whatever_the_scale() -> None:
+    for precision in ("fp32", "bf16", "fp16"):
+        player = _player(precision)
+        before = player.module.weight.detach().clone()  # type: ignore[operator]
+        norm = _learn(player, 1.0)
+        # The gradient of each weight is 2, of the bias 2; Adam's first step is lr * sign.
+        torch.testing.assert_close(norm, torch.tensor(4.0))
+        torch.testing.assert_close(player.module.weight, before - 0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+def test_non_finite_gradient_skips_counts_and_recovers(precision: str, factor: float) -> None:
+    player = _player(precision)
+    _learn(player, 1.0)
+    weights = {k: v.clone() for k, v in player.module.state_dict().items()}
+    scale = player.scaler.scale
+    norm = _learn(player, factor)
+    assert not torch.isfinite(norm)
+    for name, value in player.module.state_dict().items():
+        assert torch.equal(value, weights[name])
+    assert int(player.num_skips) == 1
+    assert player.scaler.scale == (scale / 2 if precision == "fp16" else 1.0)
+    _learn(player, 1.0)
+    assert int(player.num_skips) == 1
+    assert not torch.equal(player.module.weight, weights["weight"])  # type: ignore[arg-type]
+    steps = [int(s["step"]) for s in player.optimizer.state.values()]
+    assert steps == [2, 2]
+
+
+def test_state_round_trip_continues_identically() -> None:
+    one, other = _player("fp16"), _player("fp16")
+    _learn(one, 1.0)
+    _learn(one, float("inf"))
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    for player in (one, other):
+        _learn(player, 0.5)
+    assert torch.equal(one.module.weight, other.module.weight)  # type: ignore[arg-type]
+    assert one.scaler.state_dict() == other.scaler.state_dict()
+    assert int(other.num_skips) == 1

@@ -1,0 +1,214 @@
+"""The reader yields the images the order names, for any world, and never passes over damage."""
+
+from __future__ import annotations
+
+import tarfile
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ganscale.data.order import Order
+from ganscale.data.reader import Batch, ShardReader
+from ganscale.data.shards import ShardSet, build_shards
+from ganscale.data.sources import SourceSpec
+from ganscale.errors import DataError
+
+BATCH_SIZE = 8
+
+LabelledImage = tuple[np.ndarray[Any, np.dtype[np.uint8]], int]
+
+
+def order_of(shard_set: ShardSet) -> Order:
+    sizes = [shard.num_samples for shard in shard_set.shards]
+    return Order(sizes, num_streams=shard_set.num_streams, window=5, seed=3)
+
+
+def reader_of(shard_set: ShardSet, *, rank: int = 0, world_size: int = 1) -> ShardReader:
+    return ShardReader(shard_set, order_of(shard_set), rank=rank, world_size=world_size)
+
+
+def source_numbers(shard_set: ShardSet) -> list[list[int]]:
+    """Of each shard, the numbers that its samples had in the source."""
+    numbers = []
+    for shard in shard_set.shards:
+        with tarfile.open(shard_set.root / shard.name) as tar:
+            names = dict.fromkeys(name.partition(".")[0] for name in tar.getnames())
+        numbers.append([int(name) for name in names])
+    return numbers
+
+
+def assert_equal_batches(first: Batch, second: Batch) -> None:
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.labels, second.labels)
+    assert torch.equal(first.slots, second.slots)
+
+
+@pytest.mark.parametrize("position", [0, 30, 37, 1000])
+def test_pixels_and_labels_are_those_of_the_source(
+    images: list[LabelledImage], built_set: ShardSet, position: int
+) -> None:
+    numbers = source_numbers(built_set)
+    batch = reader_of(built_set).read(position, BATCH_SIZE)
+    expected = [
+        numbers[slot.shard][slot.sample] for slot in order_of(built_set).batch(position, BATCH_SIZE)
+    ]
+    assert batch.images.dtype == torch.uint8
+    assert batch.labels.dtype == torch.int64
+    pixels = np.stack([np.moveaxis(images[number][0], -1, 0) for number in expected])
+    assert np.array_equal(batch.images.numpy(), pixels)
+    assert batch.labels.tolist() == [images[number][1] for number in expected]
+    assert batch.slots.tolist() == list(range(BATCH_SIZE))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("position", [0, 32])
+def test_ranks_together_read_the_global_batch(
+    built_set: ShardSet, world_size: int, position: int
+) -> None:
+    whole = reader_of(built_set).read(position, BATCH_SIZE)
+    parts = [
+        reader_of(built_set, rank=rank, world_size=world_size).read(position, BATCH_SIZE)
+        for rank in range(world_size)
+    ]
+    slots = torch.cat([part.slots for part in parts])
+    assert sorted(slots.tolist()) == list(range(BATCH_SIZE))
+    order = slots.argsort()
+    union = Batch(
+        torch.cat([part.images for part in parts])[order],
+        torch.cat([part.labels for part in parts])[order],
+        slots[order],
+    )
+    assert_equal_batches(union, whole)
+
+
+@pytest.mark.parametrize("position", [0, 29])
+def test_the_sequence_of_batches_is_that_of_single_reads(
+    built_set: ShardSet, position: int
+) -> None:
+    reader = reader_of(built_set, rank=1, world_size=2)
+    batches = reader.batches(position, BATCH_SIZE)
+    for number, batch in enumerate(islice(batches, 7)):
+        assert_equal_batches(batch, reader.read(position + number * BATCH_SIZE, BATCH_SIZE))
+
+
+def test_a_rank_without_samples_gets_an_empty_batch(built_set: ShardSet) -> None:
+    batch = reader_of(built_set, rank=3, world_size=4).read(0, 1)
+    assert batch.images.shape == (0, 3, 16, 16)
+    assert len(batch.labels) == len(batch.slots) == 0
+
+
+def read_epoch(shard_set: ShardSet) -> None:
+    reader_of(shard_set).read(0, shard_set.num_samples)
+
+
+def assert_one_line_about(error: pytest.ExceptionInfo[DataError], path: Path) -> None:
+    message = str(error.value)
+    assert str(path) in message
+    assert "\n" not in message
+
+
+def test_a_truncated_shard_is_named(own_set: ShardSet) -> None:
+    path = own_set.root / "shard-00001.tar"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DataError, match="truncated") as error:
+        read_epoch(own_set)
+    assert_one_line_about(error, path)
+
+
+def test_a_missing_shard_is_named(own_set: ShardSet) -> None:
+    path = own_set.root / "shard-00003.tar"
+    path.unlink()
+    with pytest.raises(DataError, match="cannot be opened") as error:
+        read_epoch(own_set)
+    assert_one_line_about(error, path)
+
+
+def test_damage_in_a_prefetched_batch_comes_out_of_the_sequence(own_set: ShardSet) -> None:
+    path = own_set.root / "shard-00000.tar"
+    path.write_bytes(path.read_bytes()[:2048])
+    with pytest.raises(DataError) as error:
+        list(islice(reader_of(own_set).batches(0, BATCH_SIZE), 6))
+    assert_one_line_about(error, path)
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0x10
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
+def test_a_flipped_byte_of_pixel_data_is_named(own_set: ShardSet, fraction: float) -> None:
+    path = own_set.root / "shard-00002.tar"
+    data = path.read_bytes()
+    chunk = data.index(b"IDAT")
+    length = int.from_bytes(data[chunk - 4 : chunk], "big")
+    flip(path, chunk + 4 + int(fraction * length))
+    with pytest.raises(DataError) as error:
+        read_epoch(own_set)
+    assert_one_line_about(error, path)
+
+
+@pytest.fixture(scope="module")
+def smooth_set(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """One image that compresses well: a flipped bit need not break the stream."""
+    folder = tmp_path_factory.mktemp("smooth")
+    (folder / "in/class").mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 4, (32, 32, 3))
+    pixels = (3 * np.indices((32, 32, 3)).sum(0) + noise).astype(np.uint8)
+    Image.fromarray(pixels).save(folder / "in/class/0.png")
+    return build_shards(
+        SourceSpec("class_folders", str(folder / "in")), folder / "set", num_shards=1
+    )
+
+
+def test_no_flipped_bit_of_pixel_data_changes_an_image_silently(smooth_set: ShardSet) -> None:
+    path = smooth_set.root / "shard-00000.tar"
+    sound = path.read_bytes()
+    expected = reader_of(smooth_set).read(0, 1)
+    chunk = sound.index(b"IDAT")
+    length = int.from_bytes(sound[chunk - 4 : chunk], "big")
+    silent = []
+    for offset in range(chunk + 4, chunk + 4 + length, 5):
+        damaged = bytearray(sound)
+        damaged[offset] ^= 1 << (offset % 8)
+        path.write_bytes(damaged)
+        try:
+            batch = reader_of(smooth_set).read(0, 1)
+        except DataError:
+            continue
+        if not torch.equal(batch.images, expected.images):
+            silent.append(offset)
+    path.write_bytes(sound)
+    assert not silent
+
+
+@pytest.mark.parametrize("what", ["png signature", "png header", "tar header", "tar name", "label"])
+def test_a_flipped_byte_elsewhere_is_named(own_set: ShardSet, what: str) -> None:
+    path = own_set.root / "shard-00002.tar"
+    shard = own_set.shards[2]
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        label = next(m for m in tar if m.name.endswith(".cls")).offset_data
+    places = {
+        "png signature": data.index(b"PNG"),
+        "png header": data.index(b"IHDR") + 5,
+        "tar header": shard.offsets[1] + 150,
+        "tar name": shard.offsets[1] + 2,
+        "label": label,
+    }
+    flip(path, places[what])
+    with pytest.raises(DataError) as error:
+        read_epoch(own_set)
+    assert_one_line_about(error, path)
+
+
+def test_more_workers_than_streams_are_refused(built_set: ShardSet) -> None:
+    with pytest.raises(DataError, match="4 streams.*5 workers") as error:
+        reader_of(built_set, rank=0, world_size=5)
+    assert_one_line_about(error, built_set.root)

@@ -1,0 +1,346 @@
+"""Shard sets are plain WebDataset, the same bytes every time, and damage to them is found."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import tarfile
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset as wds
+from PIL import Image
+
+from ganscale.data.shards import INDEX_NAME, ShardSet, build_shards, verify_shards
+from ganscale.data.sources import SourceSpec, open_source, resolve_source
+from ganscale.errors import ConfigError, DataError
+
+LabelledImage = tuple[np.ndarray[Any, np.dtype[np.uint8]], int]
+
+
+def hashes(root: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.iterdir())}
+
+
+def decode(png: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    with Image.open(io.BytesIO(png)) as image:
+        return np.asarray(image)
+
+
+def assert_holds_every_image(
+    found: dict[str, tuple[bytes, int]], images: list[LabelledImage]
+) -> None:
+    assert sorted(found) == [f"{i:06d}" for i in range(len(images))]
+    for key, (png, label) in found.items():
+        assert np.array_equal(decode(png), images[int(key)][0])
+        assert label == images[int(key)][1]
+
+
+@pytest.fixture(scope="module")
+def zipped_set(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """The same images, zipped in another order, as shards."""
+    folder = tmp_path_factory.mktemp("zipped")
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        for path in sorted(image_folder.glob("*/*.png"), reverse=True):
+            archive.write(path, path.relative_to(image_folder).as_posix())
+    spec, notice = resolve_source(str(folder / "images.zip"), "train", download_dir=folder)
+    assert notice is None
+    return build_shards(spec, folder / "set", num_shards=4)
+
+
+def test_a_rebuild_gives_the_same_bytes(
+    image_folder: Path, built_set: ShardSet, tmp_path: Path
+) -> None:
+    spec = SourceSpec("class_folders", str(image_folder))
+    again = build_shards(spec, tmp_path / "again", num_shards=4)
+    assert hashes(again.root) == hashes(built_set.root)
+    assert set(hashes(again.root)) == {INDEX_NAME, *(f"shard-{n:05d}.tar" for n in range(4))}
+
+
+def test_a_zip_gives_the_same_bytes_as_its_folder(
+    built_set: ShardSet, zipped_set: ShardSet
+) -> None:
+    assert hashes(zipped_set.root) == hashes(built_set.root)
+
+
+def test_the_index_describes_the_images(images: list[LabelledImage], built_set: ShardSet) -> None:
+    flat = np.stack([pixels for pixels, _ in images]).reshape(-1, 3).astype(np.float64)
+    np.testing.assert_allclose(built_set.pixel_mean, flat.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(built_set.pixel_std, flat.std(0), rtol=1e-9)
+    assert built_set.image_shape == (3, 16, 16)
+    assert built_set.classes == ("ant", "bee", "cow", "dog")
+    assert built_set.num_samples == 37
+    assert [shard.num_samples for shard in built_set.shards] == [10, 9, 9, 9]
+    assert built_set.num_streams == 4
+
+
+def test_plain_tarfile_reads_every_sample(images: list[LabelledImage], built_set: ShardSet) -> None:
+    parts: dict[str, dict[str, bytes]] = {}
+    for shard in built_set.shards:
+        with tarfile.open(built_set.root / shard.name) as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                file = tar.extractfile(member)
+                assert file is not None
+                parts.setdefault(key, {})[suffix] = file.read()
+    found = {key: (part["png"], int(part["cls"])) for key, part in parts.items()}
+    assert_holds_every_image(found, images)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_webdataset_reads_every_sample(images: list[LabelledImage], built_set: ShardSet) -> None:
+    urls = [str(built_set.root / shard.name) for shard in built_set.shards]
+    samples = list(wds.WebDataset(urls, shardshuffle=False))
+    found = {s["__key__"]: (s["png"], int(s["cls"])) for s in samples}
+    assert len(samples) == len(found)
+    assert_holds_every_image(found, images)
+
+
+def test_the_spans_of_the_index_cut_out_whole_samples(
+    images: list[LabelledImage], built_set: ShardSet
+) -> None:
+    found = {}
+    for shard in built_set.shards:
+        data = (built_set.root / shard.name).read_bytes()
+        assert (shard.num_bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+        for offset, length in zip(shard.offsets, shard.lengths, strict=True):
+            span = io.BytesIO(data[offset : offset + length] + bytes(1024))
+            with tarfile.open(fileobj=span) as tar:
+                members = {m.name: tar.extractfile(m) for m in tar.getmembers()}
+            (key,) = {name.partition(".")[0] for name in members}
+            png, label = members[f"{key}.png"], members[f"{key}.cls"]
+            assert png is not None
+            assert label is not None
+            found[key] = (png.read(), int(label.read()))
+    assert_holds_every_image(found, images)
+
+
+@pytest.mark.usefixtures("in_threads")
+def test_a_limit_takes_images_evenly_and_progress_counts_them(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    counts: list[int] = []
+    spec = SourceSpec("class_folders", str(image_folder))
+    limited = build_shards(
+        spec, tmp_path / "limited", num_shards=2, limit=8, progress=counts.append
+    )
+    keys = set()
+    for shard in limited.shards:
+        with tarfile.open(limited.root / shard.name) as tar:
+            keys |= {name.partition(".")[0] for name in tar.getnames()}
+    assert keys == {f"{i * 37 // 8:06d}" for i in range(8)}
+    assert sorted(counts) == [4, 4]
+
+
+def test_a_sound_set_verifies(own_set: ShardSet) -> None:
+    counts: list[int] = []
+    assert verify_shards(own_set, counts.append) == []
+    assert sum(counts) == own_set.num_samples
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1024])
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(remove, "missing"), (truncate, "bytes, expected"), (flip_bit, "sha256 differs")],
+)
+def test_verification_names_the_damaged_shard(
+    own_set: ShardSet, damage: Callable[[Path], None], words: str
+) -> None:
+    path = own_set.root / "shard-00002.tar"
+    damage(path)
+    (problem,) = verify_shards(own_set)
+    assert problem.startswith(f"{path}: ")
+    assert words in problem
+
+
+def test_verification_reports_every_damaged_shard(own_set: ShardSet) -> None:
+    for shard in own_set.shards:
+        flip_bit(own_set.root / shard.name)
+    assert len(verify_shards(own_set)) == 4
+
+
+def test_verification_finds_an_index_that_points_elsewhere(own_set: ShardSet) -> None:
+    index = own_set.root / INDEX_NAME
+    data = json.loads(index.read_text())
+    data["shards"][1]["offsets"][3] += 512
+    index.write_text(json.dumps(data))
+    (problem,) = verify_shards(ShardSet.load(own_set.root))
+    assert "shard-00001.tar" in problem
+
+
+def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
+    message = str(error.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+def test_loading_a_folder_that_is_not_there_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such shard directory") as error:
+        ShardSet.load(tmp_path / "absent")
+    assert str(tmp_path / "absent") in one_line(error)
+
+
+def test_loading_an_empty_folder_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is empty") as error:
+        ShardSet.load(tmp_path)
+    assert str(tmp_path) in one_line(error)
+
+
+def test_loading_a_set_without_its_index_says_so(own_set: ShardSet) -> None:
+    (own_set.root / INDEX_NAME).unlink()
+    with pytest.raises(DataError, match="has no index.json") as error:
+        ShardSet.load(own_set.root)
+    assert str(own_set.root) in one_line(error)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"format": 1, "shards": [',
+        b"\xff\xfe\x00",
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"format": 2}',
+        b'{"format": 1, "shards": []}',
+        b'{"format": 1, "shards": [{"name": "shard-00000.tar"}]}',
+        b'{"format": 1, "shards": {"name": "shard-00000.tar"}}',
+        b'{"format": 1, "shards": 3}',
+    ],
+)
+def test_a_damaged_index_is_named(own_set: ShardSet, content: bytes) -> None:
+    (own_set.root / INDEX_NAME).write_bytes(content)
+    with pytest.raises(DataError, match="is damaged") as error:
+        ShardSet.load(own_set.root)
+    assert str(own_set.root / INDEX_NAME) in one_line(error)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder with a file"])
+def test_a_build_overwrites_nothing(image_folder: Path, tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "taken"
+    kept = out if kind == "file" else out / "precious"
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("precious")
+    with pytest.raises(ConfigError, match="exists and is not empty") as error:
+        build_shards(SourceSpec("class_folders", str(image_folder)), out, num_shards=4)
+    assert str(out) in one_line(error)
+    assert kept.read_text() == "precious"
+
+
+@pytest.mark.parametrize(("num_shards", "limit"), [(38, None), (0, None), (4, 3), (1, 0)])
+def test_more_shards_than_images_are_refused(
+    image_folder: Path, tmp_path: Path, num_shards: int, limit: int | None
+) -> None:
+    spec = SourceSpec("class_folders", str(image_folder))
+    with pytest.raises(ConfigError, match=r"--num-shards must be|--limit must be") as error:
+        build_shards(spec, tmp_path / "set", num_shards=num_shards, limit=limit)
+    one_line(error)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds in threads: starting processes takes seconds, and other tests do."""
+
+    def pool(workers: int, *, mp_context: Any) -> ThreadPoolExecutor:
+        assert mp_context.get_start_method() == "spawn"
+        return ThreadPoolExecutor(workers)
+
+    monkeypatch.setattr("ganscale.data.shards.ProcessPoolExecutor", pool)
+
+
+class PowerCut(Exception):
+    """Stands for whatever ends a build."""
+
+
+@pytest.mark.usefixtures("in_threads")
+def test_an_interrupted_build_leaves_nothing(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: ShardSet) -> None:
+        assert len(list(self.root.glob("*.tar"))) == 4
+        raise PowerCut
+
+    monkeypatch.setattr(ShardSet, "save", fail)
+    with pytest.raises(PowerCut):
+        build_shards(SourceSpec("class_folders", str(image_folder)), tmp_path / "set", num_shards=4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_png(path: Path, width: int, height: int, mode: str = "RGB") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (width, height)).save(path)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_images_of_different_sizes_are_refused(tmp_path: Path, num_shards: int) -> None:
+    write_png(tmp_path / "in/a/0.png", 16, 16)
+    write_png(tmp_path / "in/a/1.png", 32, 32)
+    with pytest.raises(DataError, match="shape") as error:
+        build_shards(
+            SourceSpec("class_folders", str(tmp_path / "in")),
+            tmp_path / "set",
+            num_shards=num_shards,
+        )
+    one_line(error)
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.usefixtures("in_threads")
+@pytest.mark.parametrize(
+    ("width", "height", "mode", "words"),
+    [(16, 32, "RGB", "16x32"), (24, 24, "RGB", "power of two"), (16, 16, "P", "mode P")],
+)
+def test_images_that_no_model_takes_are_refused(
+    tmp_path: Path, width: int, height: int, mode: str, words: str
+) -> None:
+    write_png(tmp_path / "in/a/0.png", width, height, mode)
+    with pytest.raises(DataError, match=words) as error:
+        build_shards(
+            SourceSpec("class_folders", str(tmp_path / "in")), tmp_path / "set", num_shards=1
+        )
+    one_line(error)
+
+
+@pytest.mark.usefixtures("in_threads")
+def test_a_source_image_that_does_not_decode_is_named(tmp_path: Path) -> None:
+    write_png(tmp_path / "in/a/0.png", 16, 16)
+    broken = (tmp_path / "in/a/0.png").read_bytes()[:50]
+    (tmp_path / "in/a/1.png").write_bytes(broken)
+    with pytest.raises(DataError, match="image 000001 cannot be decoded") as error:
+        build_shards(
+            SourceSpec("class_folders", str(tmp_path / "in")), tmp_path / "set", num_shards=1
+        )
+    one_line(error)
+
+
+@pytest.mark.parametrize("name", ["absent", "empty", "broken.zip", "images.rar"])
+def test_a_source_that_holds_no_images_is_an_error_in_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.zip").write_bytes(b"no zip")
+    (tmp_path / "images.rar").write_bytes(b"no zip")
+    with pytest.raises((DataError, ConfigError), match=re.escape(name)) as error:
+        open_source(resolve_source(str(tmp_path / name), "train", download_dir=tmp_path)[0])
+    one_line(error)

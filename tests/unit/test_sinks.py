@@ -1,0 +1,131 @@
+"""Rows and events are whole lines of JSON, whatever an earlier writer left behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from ganscale.run_directory import RunDirectory
+from ganscale.tracking.console import RunFollower
+from ganscale.tracking.sinks import EventLog, JsonlSink, NullSink, Sinks
+
+
+def lines(path: Path) -> list[str]:
+    text = path.read_text()
+    assert text.endswith("\n")
+    return text.splitlines()
+
+
+def test_each_row_is_a_complete_line_before_log_returns(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    sink = JsonlSink(path)
+    rows = [{"step": n, "nimg": 64 * n, "train/loss_G": n / 3} for n in range(4)]
+    for count, row in enumerate(rows, start=1):
+        sink.log(row)
+        assert [json.loads(line) for line in lines(path)] == rows[:count]
+    sink.close()
+
+
+def test_a_later_writer_appends(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2):
+        sink = JsonlSink(path)
+        sink.log({"step": step})
+        sink.close()
+    assert lines(path) == ['{"step": 1}', '{"step": 2}']
+
+
+def test_half_a_line_of_a_killed_writer_spoils_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "tra')
+    sink = JsonlSink(path)
+    sink.log({"step": 3})
+    sink.close()
+    assert lines(path) == ['{"step": 1}', '{"step": 2, "tra', '{"step": 3}']
+
+
+def test_opening_alone_changes_no_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    JsonlSink(path).close()
+    assert path.read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_not_finite_becomes_null(tmp_path: Path, value: float) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink.log({"step": 1, "train/loss_D": value, "train/loss_G": 0.5})
+    sink.close()
+    assert lines(path) == ['{"step": 1, "train/loss_D": null, "train/loss_G": 0.5}']
+
+
+def test_events_carry_time_name_and_fields(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    before = time.time()
+    log = EventLog(path)
+    log.write("start", nimg=0, device="cpu")
+    log.write("end", nimg=128)
+    rows = [json.loads(line) for line in lines(path)]
+    log.close()
+    assert [set(row) for row in rows] == [
+        {"time", "event", "nimg", "device"},
+        {"time", "event", "nimg"},
+    ]
+    assert [row["event"] for row in rows] == ["start", "end"]
+    assert before - 0.001 <= rows[0]["time"] <= rows[1]["time"] <= time.time() + 0.001
+
+
+class Recorder:
+    """A sink that remembers its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def log(self, row: Any) -> None:
+        self.calls.append(dict(row))
+
+    def log_picture(self, name: str, path: Path, *, nimg: int, step: int) -> None:
+        self.calls.append((name, path, nimg, step))
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+def test_several_sinks_get_the_same() -> None:
+    first, second = Recorder(), Recorder()
+    sinks = Sinks(first, NullSink(), second)
+    sinks.log({"step": 1})
+    sinks.log_picture("samples", Path("a.png"), nimg=64, step=1)
+    sinks.close()
+    assert first.calls == [{"step": 1}, ("samples", Path("a.png"), 64, 1), "close"]
+    assert second.calls == first.calls
+
+
+def test_the_follower_shows_rows_that_come_after_half_a_line(tmp_path: Path) -> None:
+    run_dir = RunDirectory(tmp_path)
+    shown = io.StringIO()
+    row = {
+        "step": 2,
+        "nimg": 128,
+        "time/images_per_second": 50.0,
+        "train/loss_D": float("nan"),
+        "train/loss_G": 0.75,
+        "train/loss_scale_D": 1.0,
+        "train/loss_scale_G": 1.0,
+        "train/skips_D": 0,
+        "train/skips_G": 0,
+    }
+    with RunFollower(run_dir, 1000, Console(file=shown, width=200)):
+        run_dir.metrics.write_text('{"step": 1, "nim')
+        sink = JsonlSink(run_dir.metrics)
+        sink.log(row)
+        sink.close()
+    assert "loss_D not finite" in shown.getvalue()
+    assert "loss_G  0.750" in shown.getvalue()
