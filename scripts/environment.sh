@@ -19,7 +19,7 @@ wanted="$(cat pyproject.toml constraints.txt | "$PYTHON" -c \
 if [ "$(cat .venv/.installed 2> /dev/null || true)" != "$wanted" ]; then
   echo "Installing into .venv (once; a few minutes) ..."
   [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+  .venv/bin/python -m pip install -qq --disable-pip-version-check \
     --constraint constraints.txt --editable ".[dev]"
   echo "$wanted" > .venv/.installed
 fi

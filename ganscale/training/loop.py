@@ -6,6 +6,7 @@ what the uninterrupted one does, bit for bit at the same world size on the CPU.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict
 
@@ -224,6 +225,7 @@ class Trainer:
             nimg=self.state.nimg,
             step=self.state.step,
             world_size=self.world.world_size,
+            pid=os.getpid(),
             precision=self.precision.name,
             device=self.world.device,
             wandb=mode,
