@@ -34,9 +34,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 shards_app = typer.Typer(help="Build and check shard sets.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 checkpoint_app = typer.Typer(help="Look at a run's checkpoints.", no_args_is_help=True)
 app.add_typer(shards_app, name="shards")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(bench_app, name="bench")
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.field=value ...", show_default=False)
@@ -118,14 +120,23 @@ def doctor(
 def shards_build(
     out: Annotated[Path, typer.Option(help="New folder for the set.")],
     source: Annotated[
-        str, typer.Option(help="auto, cifar10, procedural, or a path to class folders.")
+        str, typer.Option(help="auto, cifar10, procedural, or a path to images or tars.")
     ] = "auto",
     split: Annotated[Literal["train", "test"], typer.Option(help="Which part.")] = "train",
-    num_shards: Annotated[int, typer.Option(min=1, help="Tars, and streams.")] = 64,
+    num_shards: Annotated[int, typer.Option(min=1, help="Tars.")] = 64,
+    num_streams: Annotated[
+        int | None, typer.Option(min=1, help="Bound on workers; default: shards, at most 64.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many images.")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=1, help="Resize the shorter side, cut out the centre.")
+    ] = None,
+    img_channels: Annotated[
+        Literal["1", "3", "4"] | None, typer.Option(help="Convert to gray, RGB or RGBA.")
+    ] = None,
 ) -> None:
     """Write images as WebDataset shards with an index; the same input gives the same bytes."""
-    from ganscale.data.shards import build_shards, check_free
+    from ganscale.data.building import build_shards, check_free
     from ganscale.data.sources import open_source, resolve_source
     from ganscale.tracking.console import counting
 
@@ -136,12 +147,38 @@ def shards_build(
         console.print(notice, highlight=False, soft_wrap=True)
     total = min(len(open_source(spec)), limit or sys.maxsize)
     with counting(f"building {out}", total, console) as progress:
-        shard_set = build_shards(spec, out, num_shards=num_shards, limit=limit, progress=progress)
+        shard_set = build_shards(
+            spec,
+            out,
+            num_shards=num_shards,
+            num_streams=num_streams,
+            limit=limit,
+            resolution=resolution,
+            img_channels=None if img_channels is None else int(img_channels),
+            progress=progress,
+        )
+    _print_shards(shard_set)
+
+
+@shards_app.command("index", epilog="Example: ganscale shards index data/my-webdataset")
+def shards_index(
+    root: Annotated[Path, typer.Argument(help="Folder of WebDataset tars.")],
+    split: Annotated[Literal["train", "test"], typer.Option(help="Which part it is.")] = "train",
+    num_streams: Annotated[
+        int | None, typer.Option(min=1, help="Bound on workers; default: shards, at most 64.")
+    ] = None,
+) -> None:
+    """Index WebDataset tars where they are, so that they can be trained on as they are."""
+    from ganscale.data.building import index_shards
+    from ganscale.tracking.console import counting
+
+    with counting(f"indexing {root}", None, _console()) as progress:
+        shard_set = index_shards(root, split=split, num_streams=num_streams, progress=progress)
     _print_shards(shard_set)
 
 
 @shards_app.command("verify", epilog="Example: ganscale shards verify data/cifar10-train")
-def shards_verify(root: Annotated[Path, typer.Argument(help="Folder of the set.")]) -> None:
+def shards_verify(root: Annotated[str, typer.Argument(help="Folder or URL of the set.")]) -> None:
     """Compare every shard with the index; exit code 1 if anything differs."""
     from ganscale.data.shards import ShardSet, verify_shards
     from ganscale.tracking.console import counting
@@ -157,7 +194,7 @@ def shards_verify(root: Annotated[Path, typer.Argument(help="Folder of the set."
 
 
 @shards_app.command("info", epilog="Example: ganscale shards info data/cifar10-train")
-def shards_info(root: Annotated[Path, typer.Argument(help="Folder of the set.")]) -> None:
+def shards_info(root: Annotated[str, typer.Argument(help="Folder or URL of the set.")]) -> None:
     """Print what a set holds."""
     from ganscale.data.shards import ShardSet
 
@@ -182,6 +219,47 @@ def checkpoint_verify(run: Annotated[Path, typer.Argument(help="Folder of the ru
     if damaged:
         raise CheckpointError(f"{len(damaged)} of {len(found)} checkpoints are damaged")
     typer.echo(f"{len(found)} checkpoints verified")
+
+
+@bench_app.callback()
+def _bench() -> None:
+    """Keeps `data` a verb of its own."""
+
+
+@bench_app.command(
+    "data", epilog="Example: ganscale bench data data/cifar10-train --json data.json"
+)
+def bench_data(
+    root: Annotated[str, typer.Argument(help="Folder or URL of a shard set.")],
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long each is measured.")] = 5.0,
+    device: Annotated[str, typer.Option(help="For the device cache: cpu, cuda.")] = "cpu",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
+) -> None:
+    """Images per second of each way to read a set, beside webdataset and torchvision."""
+    import json
+    from dataclasses import asdict
+
+    import torch
+
+    from ganscale.data.benchmark import bench_data
+    from ganscale.data.shards import ShardSet
+
+    torch.set_num_threads(1)
+    console = _console()
+    rows = bench_data(
+        ShardSet.load(root),
+        seconds=seconds,
+        device=device,
+        started=lambda name: console.print(f"measuring {name} ...", highlight=False),
+    )
+    typer.echo(f"{'':40} {'images/s':>12} {'MB/s':>9} {'ratio':>8}")
+    for row in rows:
+        megabytes = row.pixel_bytes_per_second / 1e6
+        typer.echo(
+            f"{row.name:40} {row.images_per_second:12,.0f} {megabytes:9,.1f} {row.ratio:8.1f}"
+        )
+    if json_file is not None:
+        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -256,7 +334,7 @@ def _print_plan(config: Config) -> None:
 
 def _print_shards(shard_set: ShardSet) -> None:
     channels, height, width = shard_set.image_shape
-    typer.echo(f"location   {shard_set.root}")
+    typer.echo(f"location   {shard_set.location}")
     typer.echo(f"source     {shard_set.source}, {shard_set.split}")
     typer.echo(f"samples    {shard_set.num_samples}, {channels}x{height}x{width} uint8")
     typer.echo(f"shards     {len(shard_set.shards)}, {shard_set.num_bytes / 2**20:.1f} MiB")

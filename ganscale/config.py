@@ -45,11 +45,27 @@ class DataConfig(_Section):
     """Which images, and the order they come in."""
 
     shards: str | None = None
-    """Directory of a shard set with an index.json; null builds one from `source` first."""
+    """Path or URL (s3://, http://) of a shard set; null builds one from `source` first."""
     source: str = "auto"
     """auto, cifar10, procedural, or a path to images; used only to build missing shards."""
     shuffle_window: int = Field(1024, ge=1)
     """Samples of one stream that are shuffled together."""
+    cache: Literal["auto", "none", "ram", "device"] = "auto"
+    """Where decoded images are kept: auto is device or ram for sets that fit with ease."""
+    cache_dir: str | None = None
+    """Local folder for a remote set's shards, shared by a node's workers; null reads ranges."""
+    cache_limit_gb: float | None = Field(None, gt=0)
+    """Gigabytes that may lie in cache_dir; the shards used longest ago are removed first."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What a damaged sample does: end the run, or be left out of its batch and counted."""
+    reader_threads: int = Field(1, ge=1)
+    """Batches that a worker reads at once."""
+    prefetch_batches: int = Field(2, ge=0)
+    """Batches that wait for the worker."""
+    store_deadline_seconds: float = Field(300.0, gt=0)
+    """How long a remote store is asked again before it counts as gone."""
+    store_timeout_seconds: float = Field(30.0, gt=0)
+    """How long one request (at most a megabyte) may take before it is sent again."""
 
 
 class ModelConfig(_Section):

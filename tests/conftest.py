@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ganscale.config import Config
-from ganscale.data.shards import build_shards
+from ganscale.data.building import build_shards
 from ganscale.data.sources import CIFAR10_ENV, SourceSpec, resolve_source
 
 MakeConfig = Callable[..., Config]

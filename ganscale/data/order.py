@@ -4,8 +4,11 @@ A shard set has S canonical streams, fixed when it is written. In each epoch eve
 shards in a shuffled order and a shuffle inside windows, and the global order takes samples from the
 streams in turn; a stream that is used up drops out. Nothing here depends on the number of workers:
 rank r of W reads the streams s with s % W == r, so any W sees the same global batches, and resuming
-needs one integer. Everything can be computed at any position without walking there, so skipping
-costs nothing.
+needs one integer. An epoch ends where its last sample was taken, and a batch may span two epochs:
+no batch is short and no sample is left out.
+
+The order is computed a block at a time: one window of every stream, at most S * window samples,
+two blocks kept. Any position is reached without walking there, and a batch is a slice.
 
 The trade: the shuffle is as good as `window` (and the shards' own content) allow; a window that
 covers a stream's whole epoch is a full shuffle of that stream. Permutations come from a counter
@@ -16,19 +19,19 @@ may change between versions. numpy only: no torch, no I/O.
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Order", "Slot", "keyed_permutation"]
+__all__ = ["Order", "Slots", "keyed_permutation"]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def keyed_permutation(n: int, *key: int | str) -> list[int]:
+def keyed_permutation(n: int, *key: int | str) -> NDArray[np.int64]:
     """A permutation of range(n) decided by `key` alone, the same on every platform and version."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     state = np.uint64(int.from_bytes(digest[:8], "little"))
@@ -37,20 +40,25 @@ def keyed_permutation(n: int, *key: int | str) -> list[int]:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x ^= x >> np.uint64(31)
-    order: list[int] = np.argsort(x, kind="stable").tolist()
-    return order
+    return np.argsort(x, kind="stable")
 
 
 @dataclass(frozen=True)
-class Slot:
-    """One place in the global order and the sample that stands there."""
+class Slots:
+    """Places in the global order and the samples that stand there, by growing position."""
 
-    position: int
-    """Real samples consumed globally before this one."""
-    stream: int
-    shard: int
-    sample: int
-    """Index of the sample within its shard."""
+    positions: NDArray[np.int64]
+    """(n,) real samples consumed globally before this one."""
+    streams: NDArray[np.int64]
+    """(n,) stream that the sample comes from."""
+    samples: NDArray[np.int64]
+    """(n,) sample of the set: those of shard 0, then those of shard 1, ..."""
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, chosen: NDArray[np.bool_]) -> Slots:
+        return Slots(self.positions[chosen], self.streams[chosen], self.samples[chosen])
 
 
 class Order:
@@ -63,84 +71,100 @@ class Order:
         seed: decides everything else.
     """
 
-    def __init__(
-        self, shard_sizes: Sequence[int], *, num_streams: int, window: int, seed: int
-    ) -> None:
-        if not 1 <= num_streams <= len(shard_sizes):
-            raise ValueError(f"{num_streams} streams need as many shards, got {len(shard_sizes)}")
-        if min(shard_sizes) < 1 or window < 1:
+    def __init__(self, shard_sizes: ArrayLike, *, num_streams: int, window: int, seed: int) -> None:
+        self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
+        if not 1 <= num_streams <= len(self.shard_sizes):
+            raise ValueError(
+                f"{num_streams} streams need as many shards, got {len(self.shard_sizes)}"
+            )
+        if self.shard_sizes.min() < 1 or window < 1:
             raise ValueError("every shard needs a sample and the window must be at least 1")
-        self.shard_sizes = tuple(shard_sizes)
         self.num_streams = num_streams
         self.window = window
         self.seed = seed
-        self.epoch_size = sum(shard_sizes)
-        self._epoch_plan = lru_cache(maxsize=2)(self._plan)
-        self._window_permutation = lru_cache(maxsize=2 * num_streams)(self._shuffle_window)
+        self.epoch_size = int(self.shard_sizes.sum())
+        self._shard_starts = _starts(self.shard_sizes)
+        self._plan = lru_cache(maxsize=2)(self._make_plan)
+        self._block = lru_cache(maxsize=2)(self._make_block)
 
-    def slot(self, position: int) -> Slot:
-        """The sample at a global position (>= 0)."""
-        epoch, offset = divmod(position, self.epoch_size)
-        plan = self._epoch_plan(epoch)
-        stream, index = plan.locate(offset)
-        block, within = divmod(index, self.window)
-        length = min(self.window, plan.lengths[stream] - block * self.window)
-        shuffled = self._window_permutation(epoch, stream, block, length)[within]
-        shard, sample = plan.sample_of(stream, block * self.window + shuffled)
-        return Slot(position, stream, shard, sample)
-
-    def batch(self, position: int, batch_size: int) -> list[Slot]:
+    def batch(self, position: int, batch_size: int) -> Slots:
         """The global batch that starts at `position`, in order."""
-        return [self.slot(p) for p in range(position, position + batch_size)]
+        streams, samples = [], []
+        at, missing = position, batch_size
+        while missing:
+            epoch, offset = divmod(at, self.epoch_size)
+            block_starts = self._plan(epoch).block_starts
+            number = int(np.searchsorted(block_starts, offset, side="right")) - 1
+            block = self._block(epoch, number)
+            part = slice(offset - block_starts[number], offset - block_starts[number] + missing)
+            streams.append(block.streams[part])
+            samples.append(block.samples[part])
+            at += len(samples[-1])
+            missing -= len(samples[-1])
+        positions = np.arange(position, position + batch_size)
+        return Slots(positions, _joined(streams), _joined(samples))
 
-    def local_batch(
-        self, position: int, batch_size: int, *, rank: int, world_size: int
-    ) -> list[Slot]:
+    def local_batch(self, position: int, batch_size: int, *, rank: int, world_size: int) -> Slots:
         """The part of the global batch that a rank reads: the streams with s % W == rank.
 
         May be shorter than batch_size / W, or empty at the end of an epoch of unequal shards; the
         caller weights by the count.
         """
         slots = self.batch(position, batch_size)
-        return [slot for slot in slots if slot.stream % world_size == rank]
+        return slots[slots.streams % world_size == rank]
 
-    def _plan(self, epoch: int) -> _EpochPlan:
+    def _make_plan(self, epoch: int) -> _EpochPlan:
         shards = keyed_permutation(len(self.shard_sizes), self.seed, epoch, "shards")
         streams = [shards[s :: self.num_streams] for s in range(self.num_streams)]
-        return _EpochPlan(streams, self.shard_sizes)
+        lengths = np.array([self.shard_sizes[ids].sum() for ids in streams])
+        height = min(self.window, int(lengths.max()))
+        ends = np.arange(0, lengths.max() + height, height)
+        block_starts = np.minimum(lengths, ends[:, None]).sum(axis=1)
+        return _EpochPlan(streams, lengths, block_starts)
 
-    def _shuffle_window(self, epoch: int, stream: int, block: int, length: int) -> list[int]:
-        return keyed_permutation(length, self.seed, epoch, stream, block)
+    def _make_block(self, epoch: int, number: int) -> _Block:
+        plan = self._plan(epoch)
+        first = number * self.window
+        lengths = np.clip(plan.lengths - first, 0, self.window)
+        samples = np.full((lengths.max(), self.num_streams), -1)
+        for stream in np.flatnonzero(lengths).tolist():
+            length = int(lengths[stream])
+            shuffled = keyed_permutation(length, self.seed, epoch, stream, number)
+            samples[:length, stream] = self._samples_of(plan.streams[stream], first + shuffled)
+        taken = samples >= 0  # a row is one turn of all streams; used up ones drop out
+        return _Block(np.nonzero(taken)[1], samples[taken])
+
+    def _samples_of(
+        self, shards: NDArray[np.int64], indices: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """The samples at unshuffled indices of a stream that reads `shards` one after another."""
+        starts = _starts(self.shard_sizes[shards])
+        place = np.searchsorted(starts, indices, side="right") - 1
+        return self._shard_starts[shards[place]] + indices - starts[place]
 
 
+@dataclass(frozen=True)
 class _EpochPlan:
-    """Which shards each stream reads in one epoch, and where an offset of the epoch falls."""
+    """Which shards each stream reads in one epoch, and where its blocks begin."""
 
-    def __init__(self, streams: list[list[int]], shard_sizes: Sequence[int]) -> None:
-        self.streams = streams
-        self.starts = [list(_running_totals(shard_sizes[i] for i in ids)) for ids in streams]
-        self.lengths = [starts.pop() for starts in self.starts]
-        # Between two stream lengths the set of streams that still take turns stays the same.
-        self._rounds = [0, *sorted(set(self.lengths))]
-        self._offsets = [sum(min(n, r) for n in self.lengths) for r in self._rounds]
-        self._active = [[s for s, n in enumerate(self.lengths) if n > r] for r in self._rounds]
-
-    def locate(self, offset: int) -> tuple[int, int]:
-        """(stream, index within the stream) at an offset of the epoch."""
-        part = bisect_right(self._offsets, offset) - 1
-        active = self._active[part]
-        turn, place = divmod(offset - self._offsets[part], len(active))
-        return active[place], self._rounds[part] + turn
-
-    def sample_of(self, stream: int, index: int) -> tuple[int, int]:
-        """(shard, sample within it) of a stream's unshuffled index."""
-        place = bisect_right(self.starts[stream], index) - 1
-        return self.streams[stream][place], index - self.starts[stream][place]
+    streams: Sequence[NDArray[np.int64]]
+    lengths: NDArray[np.int64]
+    """(S,) samples of each stream."""
+    block_starts: NDArray[np.int64]
+    """(blocks + 1,) offset in the epoch of each block; the last is the epoch's size."""
 
 
-def _running_totals(sizes: Iterator[int]) -> Iterator[int]:
-    total = 0
-    yield 0
-    for size in sizes:
-        total += size
-        yield total
+@dataclass(frozen=True)
+class _Block:
+    """One window of every stream, merged in the order of the turns."""
+
+    streams: NDArray[np.int64]
+    samples: NDArray[np.int64]
+
+
+def _starts(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.cumsum(sizes) - sizes
+
+
+def _joined(parts: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

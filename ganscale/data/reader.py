@@ -1,33 +1,60 @@
 """Samples of the global order as batches of tensors, for one rank.
 
-The order says which samples; a ranged read fetches each by its offset in the index, so skipping to
-a position reads nothing on the way; webdataset's own pipeline takes the tar bytes apart and decodes
-them. A damaged sample is an error that names shard and key, never a shorter batch.
+The order says which samples; the index says where their bytes lie, so a batch is one round of
+ranged reads and skipping to a position reads nothing on the way. Every sample's CRC is compared and
+its header looked at before it is decoded: what is damaged is an error that names shard and sample,
+or, with `on_error="skip"`, missing from the batch on whichever rank it falls; never a wrong image
+and never a silently shorter batch.
 """
 
 from __future__ import annotations
 
-import io
-import os
 import zlib
-from collections.abc import Generator, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import partial
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
-import webdataset as wds
-from PIL import Image
+from numpy.typing import NDArray
 
-from ganscale.data.order import Order, Slot
+from ganscale.data.images import decode
+from ganscale.data.order import Order, Slots
 from ganscale.data.shards import ShardSet
-from ganscale.errors import DataError
+from ganscale.data.storage import MissingData, Store
+from ganscale.errors import ConfigError, DataError
 
-__all__ = ["Batch", "ShardReader"]
+__all__ = ["Batch", "BatchReader", "DamagedSample", "ImageReader", "Images", "ShardImages"]
 
-_END_OF_TAR = bytes(1024)
+
+class DamagedSample(DataError):
+    """A sample whose bytes are missing, not those that were indexed, or not the expected image."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Some samples' pixels, without the damaged ones."""
+
+    pixels: torch.Tensor
+    """uint8, (n, C, H, W), on the reader's device"""
+    sound: NDArray[np.bool_]
+    """(asked,) which of the samples that were asked for these are."""
+    damaged: tuple[DamagedSample, ...] = ()
+
+
+class ImageReader(Protocol):
+    """Where a batch's pixels come from: shards, or a cache of decoded images before them."""
+
+    def read(self, samples: NDArray[np.int64]) -> Images:
+        """The pixels of some samples of the set, in the order asked for."""
+        ...
+
+    def holds(self, samples: NDArray[np.int64]) -> bool:
+        """Whether `read` would only copy memory, so that a thread to read ahead costs more."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,111 +64,133 @@ class Batch:
     images: torch.Tensor
     """uint8, (n, C, H, W)"""
     labels: torch.Tensor
-    """int64, (n,)"""
+    """int64, (n,); -1 where the set has none"""
     slots: torch.Tensor
     """int64, (n,): which of the global batch's places these are."""
+    skipped: tuple[DamagedSample, ...] = ()
+    """Samples of this rank's part that are missing because they are damaged."""
 
 
-class ShardReader:
-    """Reads one rank's part of the global batches of a shard set.
+class ShardImages:
+    """Reads and decodes images from the shards each time they are asked for."""
 
-    The next batch is read by one background thread while the current one is used.
+    def __init__(self, shard_set: ShardSet, store: Store | None = None) -> None:
+        self.shard_set = shard_set
+        self.store = store or shard_set.store
+
+    def read(self, samples: NDArray[np.int64]) -> Images:
+        crc32s = self.shard_set.samples["crc32"][samples].tolist()
+        found = self.store.read_spans(self.shard_set.spans(samples))
+        pixels = np.empty((len(samples), *self.shard_set.image_shape), dtype=np.uint8)
+        sound = np.ones(len(samples), dtype=np.bool_)
+        damaged = []
+        for place, (data, crc32) in enumerate(zip(found, crc32s, strict=True)):
+            try:
+                pixels[place] = self._decoded(data, crc32)
+            except DataError as error:
+                sound[place] = False
+                where = self.shard_set.describe(int(samples[place]))
+                damaged.append(DamagedSample(f"{where}: {error}. Run: ganscale shards verify"))
+        if damaged:
+            pixels = pixels[sound]
+        return Images(torch.from_numpy(pixels), sound, tuple(damaged))
+
+    def holds(self, samples: NDArray[np.int64]) -> bool:
+        return False
+
+    def _decoded(self, data: bytes | MissingData, crc32: int) -> NDArray[np.uint8]:
+        if isinstance(data, MissingData):
+            raise data
+        if zlib.crc32(data) != crc32:
+            raise DataError("damaged, its CRC-32 differs from the index")
+        return decode(data, self.shard_set.image_shape)
+
+
+class BatchReader:
+    """One rank's part of the global batches of a shard set.
+
+    Args:
+        shard_set: the set.
+        order: of the set's samples.
+        images: where pixels come from.
+        rank, world_size: whose part.
+        on_error: "fail" raises the first `DamagedSample`; "skip" leaves it out of the batch.
+        num_threads: batches that are read at once.
+        prefetch: batches that are read ahead of the one in use.
+        pin_memory: put images into page-locked memory, for asynchronous copies to a CUDA device.
     """
 
-    def __init__(self, shard_set: ShardSet, order: Order, *, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        shard_set: ShardSet,
+        order: Order,
+        images: ImageReader,
+        *,
+        rank: int,
+        world_size: int,
+        on_error: Literal["fail", "skip"] = "fail",
+        num_threads: int = 1,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
         if world_size > shard_set.num_streams:
-            raise DataError(
-                f"{shard_set.root} has {shard_set.num_streams} streams, which is too few for "
+            raise ConfigError(
+                f"{shard_set.location} has {shard_set.num_streams} streams, which is too few for "
                 f"{world_size} workers; build it with --num-shards {world_size} or more"
             )
         self.shard_set = shard_set
         self.order = order
+        self.images = images
         self.rank = rank
         self.world_size = world_size
-        self._descriptor = lru_cache(maxsize=None)(self._open)
+        self.on_error = on_error
+        self.num_threads = num_threads
+        self.prefetch = prefetch
+        self.pin_memory = pin_memory
 
     def batches(self, position: int, batch_size: int) -> Generator[Batch]:
-        """The endless sequence of this rank's batches, from a global position on."""
-        with ThreadPoolExecutor(1, thread_name_prefix="reader") as pool:
-            ahead = pool.submit(self.read, position, batch_size)
+        """The endless sequence of this rank's batches, from a global position on.
+
+        At most `prefetch` batches wait. What goes wrong with a batch is raised when it is due, so
+        every batch before it is used and the run stops at the same place however far ahead the
+        threads are. Closing the generator ends them.
+        """
+        pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="reader")
+        ahead: deque[Callable[[], Batch]] = deque()
+        try:
             while True:
-                batch = ahead.result()
+                while len(ahead) <= self.prefetch:
+                    start = position + len(ahead) * batch_size
+                    slots = self._slots(start, batch_size)
+                    if self.images.holds(slots.samples):
+                        ahead.append(partial(self._batch, start, slots))
+                    else:
+                        ahead.append(pool.submit(self._batch, start, slots).result)
                 position += batch_size
-                ahead = pool.submit(self.read, position, batch_size)
-                yield batch
+                yield ahead.popleft()()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def read(self, position: int, batch_size: int) -> Batch:
         """This rank's part of the global batch that starts at `position`."""
-        slots = self.order.local_batch(
+        return self._batch(position, self._slots(position, batch_size))
+
+    def _slots(self, position: int, batch_size: int) -> Slots:
+        return self.order.local_batch(
             position, batch_size, rank=self.rank, world_size=self.world_size
         )
-        pipeline = wds.DataPipeline(
-            lambda: self._spans(slots), wds.tariterators.tar_file_expander, _group, _decode
+
+    def _batch(self, position: int, slots: Slots) -> Batch:
+        images = self.images.read(slots.samples)
+        if images.damaged:
+            if self.on_error == "fail":
+                raise images.damaged[0]
+            slots = slots[images.sound]
+        labels = self.shard_set.samples["label"][slots.samples]
+        pixels = images.pixels.pin_memory() if self.pin_memory else images.pixels
+        return Batch(
+            pixels,
+            torch.from_numpy(labels.astype(np.int64)),
+            torch.from_numpy(slots.positions - position),
+            images.damaged,
         )
-        images = np.empty((len(slots), *self.shard_set.image_shape), dtype=np.uint8)
-        labels = np.empty(len(slots), dtype=np.int64)
-        count = 0
-        for pixels, label in self._checked(pipeline):
-            images[count], labels[count] = pixels, label
-            count += 1
-        if count != len(slots):
-            raise DataError(f"{self.shard_set.root}: {count} of {len(slots)} samples came")
-        places = torch.tensor([slot.position - position for slot in slots], dtype=torch.int64)
-        return Batch(torch.from_numpy(images), torch.from_numpy(labels), places)
-
-    def _spans(self, slots: list[Slot]) -> Iterator[dict[str, Any]]:
-        """webdataset's open streams: each sample's bytes, made a tar of its own."""
-        for slot in slots:
-            shard = self.shard_set.shards[slot.shard]
-            offset, length = shard.offsets[slot.sample], shard.lengths[slot.sample]
-            data = os.pread(self._descriptor(shard.name), length, offset)
-            path = self.shard_set.root / shard.name
-            if len(data) != length:
-                raise DataError(
-                    f"{path} is truncated: sample {slot.sample} ends at byte {offset + length}. "
-                    "Run: ganscale shards verify"
-                )
-            if zlib.crc32(data) != shard.crc32s[slot.sample]:
-                raise DataError(
-                    f"{path}: sample {slot.sample} at byte {offset} is damaged (its CRC-32 differs "
-                    "from the index). Run: ganscale shards verify"
-                )
-            yield {"url": f"{path}, sample {slot.sample}", "stream": io.BytesIO(data + _END_OF_TAR)}
-
-    def _open(self, name: str) -> int:
-        try:
-            return os.open(self.shard_set.root / name, os.O_RDONLY)
-        except OSError as error:
-            raise DataError(
-                f"shard {self.shard_set.root / name} cannot be opened: {error.strerror}"
-            ) from None
-
-    def _checked(self, pipeline: Iterable[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
-        try:
-            yield from pipeline
-        except DataError:
-            raise
-        except Exception as error:  # webdataset passes on whatever tarfile and PIL raise
-            raise DataError(
-                f"{self.shard_set.root}: a sample cannot be read: "
-                f"{type(error).__name__}: {error}. Run: ganscale shards verify"
-            ) from error
-
-
-def _group(files: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    return iter(wds.tariterators.group_by_keys(files))
-
-
-def _decode(samples: Iterable[dict[str, Any]]) -> Iterator[tuple[np.ndarray[Any, Any], int]]:
-    for sample in samples:
-        try:
-            with Image.open(io.BytesIO(sample["png"])) as image:
-                pixels = np.asarray(image, dtype=np.uint8)
-            label = int(sample["cls"])
-        except (OSError, KeyError, ValueError) as error:
-            raise DataError(
-                f"{sample['__url__']} (key {sample['__key__']}) is damaged: {error!r}. "
-                "Run: ganscale shards verify"
-            ) from None
-        chw = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
-        yield chw, label

@@ -1,8 +1,9 @@
-"""Shard sets: plain WebDataset tars and the index.json that makes them seekable and checkable.
+"""Shard sets: plain WebDataset tars and the index that makes them seekable and checkable.
 
-A set counts as finished when its index is there, which is written last. Building is deterministic:
-the samples are dealt to the shards by a fixed permutation, tar headers carry no time or user, and
-the same input gives the same bytes. Each sample is `key.cls` (label in ASCII) and `key.png`.
+`index.json` says what the set is and is written last: a set without it is not finished.
+`samples.npy` beside it has 16 bytes for each sample: where in its tar the image's bytes lie, their
+CRC-32 (image decoders do not notice every flipped bit) and the label. Both can be read anywhere a
+store can be opened; the tars themselves are `key.cls` (label in ASCII) and `key.png`.
 """
 
 from __future__ import annotations
@@ -11,57 +12,55 @@ import hashlib
 import io
 import json
 import os
-import shutil
-import tarfile
-import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset as wds
-from PIL import Image
+from numpy.typing import NDArray
 
-from ganscale.data.order import keyed_permutation
-from ganscale.data.sources import SourceSpec, open_source
-from ganscale.errors import ConfigError, DataError
+from ganscale.data.storage import (
+    LocalStore,
+    MissingData,
+    RetryPolicy,
+    Span,
+    Store,
+    open_store,
+)
+from ganscale.data.tars import BLOCK_BYTES, scan_tar
+from ganscale.errors import DataError
 
-__all__ = ["INDEX_NAME", "Shard", "ShardSet", "build_shards", "check_free", "verify_shards"]
+__all__ = ["INDEX_NAME", "SAMPLE_DTYPE", "SAMPLES_NAME", "Shard", "ShardSet", "verify_shards"]
 
 INDEX_NAME = "index.json"
-_FORMAT = 1
+SAMPLES_NAME = "samples.npy"
+SAMPLE_DTYPE = np.dtype(
+    [("block", "<u4"), ("num_bytes", "<u4"), ("crc32", "<u4"), ("label", "<i4")]
+)
+"""An image's bytes start at 512 * block in its tar; label is -1 where there is none."""
+_FORMAT = 2
 
 Progress = Callable[[int], None]
+Samples = NDArray[np.void]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its name, size, hash, and where in it each sample lies."""
+    """One tar: its name, size, hash, and how many samples it holds."""
 
     name: str
     num_bytes: int
     sha256: str
-    offsets: tuple[int, ...]
-    """Offset of each sample's first tar header."""
-    lengths: tuple[int, ...]
-    """Bytes from there to the end of the sample's last member, padding included."""
-    crc32s: tuple[int, ...]
-    """CRC-32 of those bytes: image decoders do not notice every flipped bit."""
-
-    @property
-    def num_samples(self) -> int:
-        """Samples in the shard."""
-        return len(self.offsets)
+    num_samples: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ShardSet:
-    """What index.json says about a directory of shards."""
+    """What the index says about a set of shards, and the store they lie in."""
 
-    root: Path
+    store: Store
     source: str
     split: str
     classes: tuple[str, ...]
@@ -72,61 +71,88 @@ class ShardSet:
     pixel_std: tuple[float, ...]
     num_streams: int
     shards: tuple[Shard, ...]
+    samples: Samples = field(repr=False)
+    """(num_samples,) of SAMPLE_DTYPE, those of shard 0 first."""
+
+    @property
+    def location(self) -> str:
+        """Absolute path or URL of the set."""
+        return self.store.location
 
     @property
     def num_samples(self) -> int:
         """Samples in the set."""
-        return sum(shard.num_samples for shard in self.shards)
+        return len(self.samples)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all shards."""
         return sum(shard.num_bytes for shard in self.shards)
 
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """(shards + 1,) first sample of each shard, and the end."""
+        return np.cumsum([0, *(shard.num_samples for shard in self.shards)])
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over the index: sets with equal digests hold equal images."""
+        return hashlib.sha256(_to_json(self).encode()).hexdigest()
+
+    def shards_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers of the shards that hold some samples."""
+        return np.searchsorted(self.starts, samples, side="right") - 1
+
+    def spans(self, samples: NDArray[np.int64]) -> list[Span]:
+        """The bytes of some samples' images."""
+        rows = self.samples[samples]
+        starts = BLOCK_BYTES * rows["block"].astype(np.int64)
+        columns = (self.shards_of(samples), starts, rows["num_bytes"])
+        return [
+            Span(self.shards[shard].name, start, length)
+            for shard, start, length in zip(*(c.tolist() for c in columns), strict=True)
+        ]
+
+    def describe(self, sample: int) -> str:
+        """A sample's place, for errors: URL of the shard, and number and byte within it."""
+        (span,) = self.spans(np.array([sample]))
+        (shard,) = self.shards_of(np.array([sample]))
+        number = sample - int(self.starts[shard])
+        return f"{self.location}/{span.name}: sample {number} at byte {span.start}"
+
     @classmethod
-    def load(cls, root: str | Path) -> ShardSet:
-        """Read a finished set's index. Raises `DataError` in one line when it is not one."""
-        root = Path(root).expanduser().absolute()
-        path = root / INDEX_NAME
-        if not root.is_dir():
-            raise DataError(f"no such shard directory: {root}. Build it: ganscale shards build")
-        if not path.is_file():
-            state = "is empty" if not any(root.iterdir()) else f"has no {INDEX_NAME}"
-            raise DataError(
-                f"{root} {state}: not a finished shard set. Build it: ganscale shards build"
-            )
+    def load(cls, location: str | Path, policy: RetryPolicy | None = None) -> ShardSet:
+        """Read a finished set's index from a path or URL.
+
+        Raises `DataError` in one line when it is not one, or its index is damaged.
+        """
+        store = open_store(location, policy)
+        if isinstance(store, LocalStore):
+            _check_folder(store.root)
         try:
-            return cls._from_json(root, json.loads(path.read_text()))
+            text = store.read(INDEX_NAME)
+        except MissingData as error:
+            raise DataError(f"{error}: not a finished shard set") from None
+        try:
+            return cls._parse(store, json.loads(text))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{path} is damaged ({type(error).__name__}: {error}). "
+                f"{store.location}/{INDEX_NAME} is damaged ({type(error).__name__}: {error}). "
                 "Restore it or build the set again: ganscale shards build"
             ) from None
 
     @classmethod
-    def _from_json(cls, root: Path, data: dict[str, Any]) -> ShardSet:
+    def _parse(cls, store: Store, data: dict[str, Any]) -> ShardSet:
         if data["format"] != _FORMAT:
             raise ValueError(f"format {data['format']}, expected {_FORMAT}")
-        shards = tuple(
-            Shard(
-                name=s["name"],
-                num_bytes=s["num_bytes"],
-                sha256=s["sha256"],
-                offsets=tuple(s["offsets"]),
-                lengths=tuple(s["lengths"]),
-                crc32s=tuple(s["crc32s"]),
-            )
-            for s in data["shards"]
-        )
-        if not shards or not all(
-            len(s.offsets) == len(s.lengths) == len(s.crc32s) > 0 for s in shards
-        ):
-            raise ValueError("a shard without samples, or offsets without lengths")
-        if not 1 <= data["num_streams"] <= len(shards):
-            raise ValueError(f"{data['num_streams']} streams of {len(shards)} shards")
+        shards = tuple(Shard(**entry) for entry in data["shards"])
         channels, height, width = data["image_shape"]
-        return cls(
-            root=root,
+        raw = store.read(SAMPLES_NAME)
+        if hashlib.sha256(raw).hexdigest() != data["samples_sha256"]:
+            raise ValueError(f"{SAMPLES_NAME} has another sha256")
+        samples: Samples = np.load(io.BytesIO(raw), allow_pickle=False)
+        shard_set = cls(
+            store=store,
             source=data["source"],
             split=data["split"],
             classes=tuple(data["classes"]),
@@ -135,211 +161,95 @@ class ShardSet:
             pixel_std=tuple(data["pixel_std"]),
             num_streams=data["num_streams"],
             shards=shards,
+            samples=samples,
         )
+        shard_set._check()
+        return shard_set
 
-    def save(self) -> None:
-        """Write the index under a temporary name, then rename it: the set is finished."""
-        data = {"format": _FORMAT, **asdict(self)}
-        del data["root"]
-        temporary = self.root / f".{INDEX_NAME}.tmp"
-        with temporary.open("w") as file:
-            json.dump(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.root / INDEX_NAME)
+    def _check(self) -> None:
+        """Raise `ValueError` if the index contradicts itself."""
+        if self.samples.dtype != SAMPLE_DTYPE or self.samples.ndim != 1:
+            raise ValueError(f"{SAMPLES_NAME} has dtype {self.samples.dtype}")
+        if not self.shards or min(shard.num_samples for shard in self.shards) < 1:
+            raise ValueError("a shard without samples")
+        if self.starts[-1] != len(self.samples):
+            raise ValueError(f"{self.starts[-1]} samples in shards, {len(self.samples)} listed")
+        if not 1 <= self.num_streams <= len(self.shards):
+            raise ValueError(f"{self.num_streams} streams of {len(self.shards)} shards")
+        ends = BLOCK_BYTES * self.samples["block"].astype(np.int64) + self.samples["num_bytes"]
+        for number, shard in enumerate(self.shards):
+            if ends[self.starts[number] : self.starts[number + 1]].max() > shard.num_bytes:
+                raise ValueError(f"a sample of {shard.name} ends after byte {shard.num_bytes}")
 
-
-def build_shards(
-    spec: SourceSpec,
-    out: str | Path,
-    *,
-    num_shards: int = 64,
-    limit: int | None = None,
-    progress: Progress = lambda num_samples: None,
-) -> ShardSet:
-    """Write a source as a shard set, several shards at a time.
-
-    Args:
-        spec: from `resolve_source`.
-        out: a directory that does not exist yet or is empty; it appears complete or not at all.
-        num_shards: tars, and canonical streams of the order.
-        limit: use only so many images, evenly taken from the source.
-        progress: told how many more samples are written.
-    """
-    out = check_free(out)
-    source = open_source(spec)
-    ids = _spread(len(source), limit)
-    if not 1 <= num_shards <= len(ids):
-        raise ConfigError(f"--num-shards must be in 1..{len(ids)} (the images), got {num_shards}")
-    dealt = [ids[i] for i in keyed_permutation(len(ids), "shards")]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
-        jobs = [(spec, temporary, n, tuple(dealt[n::num_shards])) for n in range(num_shards)]
-        results = _run_jobs(jobs, progress)
-        shard_set = _summarise(spec, tuple(source.classes), temporary, results)
-        shard_set.save()
-        if out.exists():
-            out.rmdir()
-        temporary.replace(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return ShardSet.load(out)
-
-
-def check_free(out: str | Path) -> Path:
-    """The absolute path of a place where a set can be built; `ConfigError` if it is taken."""
-    out = Path(out).expanduser().absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not empty; choose another --out or remove it")
-    return out
+    def save(self, folder: Path) -> None:
+        """Write samples.npy, then index.json, each under a temporary name and renamed."""
+        _write(folder / SAMPLES_NAME, _to_npy(self.samples))
+        _write(folder / INDEX_NAME, _to_json(self).encode())
 
 
 def verify_shards(shard_set: ShardSet, progress: Progress = lambda num_samples: None) -> list[str]:
     """Compare sizes, hashes and members with the index; one line for each thing that is wrong."""
     problems = []
-    for shard in shard_set.shards:
-        path = shard_set.root / shard.name
-        if not path.is_file():
-            problems.append(f"{path}: missing")
-        elif path.stat().st_size != shard.num_bytes:
-            problems.append(f"{path}: {path.stat().st_size} bytes, expected {shard.num_bytes}")
-        elif _sha256(path) != shard.sha256:
-            problems.append(f"{path}: sha256 differs from the index: the content is damaged")
-        elif _sample_spans(path) != (shard.offsets, shard.lengths, shard.crc32s):
-            problems.append(f"{path}: the samples do not lie where the index says")
+    for number, shard in enumerate(shard_set.shards):
+        try:
+            problems += _problems_of(shard_set, number)
+        except DataError as error:
+            problems.append(str(error))
         progress(shard.num_samples)
     return problems
 
 
-@dataclass(frozen=True)
-class _BuiltShard:
-    shard: Shard
-    image_shape: tuple[int, int, int]
-    pixel_sum: tuple[int, ...]
-    pixel_square_sum: tuple[int, ...]
+def _problems_of(shard_set: ShardSet, number: int) -> list[str]:
+    shard = shard_set.shards[number]
+    where = f"{shard_set.location}/{shard.name}"
+    rows = shard_set.samples[shard_set.starts[number] : shard_set.starts[number + 1]]
+    with shard_set.store.local_copy(shard.name, shard.num_bytes) as path:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                return [f"{where}: sha256 differs from the index: the content is damaged"]
+        found = [sample.row for sample in scan_tar(path)]
+    if not np.array_equal(np.array(found, dtype=SAMPLE_DTYPE), rows):
+        return [f"{where}: the samples are not those of the index"]
+    return []
 
 
-def _run_jobs(jobs: list[Any], progress: Progress) -> list[_BuiltShard]:
-    workers = min(len(jobs), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_build_shard, *job) for job in jobs]
-        try:
-            for future in as_completed(futures):
-                progress(future.result().shard.num_samples)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-        return [future.result() for future in futures]
+def _check_folder(root: Path) -> None:
+    if not root.is_dir():
+        raise DataError(f"no such shard directory: {root}. Build it: ganscale shards build")
+    if not (root / INDEX_NAME).is_file():
+        tars = any(root.glob("*.tar"))
+        state = f"has no {INDEX_NAME}" if any(root.iterdir()) else "is empty"
+        advice = "Index the tars there: ganscale shards index" if tars else "Build it"
+        command = "" if tars else ": ganscale shards build"
+        raise DataError(f"{root} {state}: not a finished shard set. {advice}{command}")
 
 
-def _build_shard(spec: SourceSpec, folder: Path, number: int, ids: tuple[int, ...]) -> _BuiltShard:
-    source = open_source(spec)
-    path = folder / f"shard-{number:05d}.tar"
-    shape: tuple[int, int, int] | None = None
-    total = square_total = np.zeros(1, dtype=np.int64)
-    with path.open("wb") as file:
-        with wds.TarWriter(
-            file, user="ganscale", group="ganscale", mtime=0.0, encoder=False
-        ) as writer:
-            for index in ids:
-                key, png, label = source.read(index)
-                pixels = _decode(png, f"{spec}: image {key}")
-                shape = _same_shape(shape, pixels, f"{spec}: image {key}")
-                flat = pixels.reshape(-1, shape[0]).astype(np.int64)
-                total = total + flat.sum(0)
-                square_total = square_total + (flat * flat).sum(0)
-                writer.write({"__key__": key, "png": png, "cls": str(label).encode()})
+def _to_json(shard_set: ShardSet) -> str:
+    data = {
+        "format": _FORMAT,
+        "source": shard_set.source,
+        "split": shard_set.split,
+        "classes": shard_set.classes,
+        "image_shape": shard_set.image_shape,
+        "pixel_mean": shard_set.pixel_mean,
+        "pixel_std": shard_set.pixel_std,
+        "num_streams": shard_set.num_streams,
+        "samples_sha256": hashlib.sha256(_to_npy(shard_set.samples)).hexdigest(),
+        "shards": [asdict(shard) for shard in shard_set.shards],
+    }
+    return json.dumps(data, indent=1)
+
+
+def _to_npy(samples: Samples) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, samples, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    assert shape is not None
-    shard = Shard(path.name, path.stat().st_size, _sha256(path), *_sample_spans(path))
-    return _BuiltShard(shard, shape, tuple(total.tolist()), tuple(square_total.tolist()))
-
-
-def _summarise(
-    spec: SourceSpec, classes: tuple[str, ...], root: Path, built: list[_BuiltShard]
-) -> ShardSet:
-    shapes = {b.image_shape for b in built}
-    if len(shapes) > 1:
-        raise DataError(f"{spec}: images of different shapes: {sorted(shapes)}")
-    shape = shapes.pop()
-    num_pixels = sum(b.shard.num_samples for b in built) * shape[1] * shape[2]
-    mean = np.sum([b.pixel_sum for b in built], axis=0) / num_pixels
-    square_mean = np.sum([b.pixel_square_sum for b in built], axis=0) / num_pixels
-    return ShardSet(
-        root=root,
-        source=spec.kind,
-        split=spec.split,
-        classes=classes,
-        image_shape=shape,
-        pixel_mean=tuple(mean.tolist()),
-        pixel_std=tuple(np.sqrt(square_mean - mean**2).tolist()),
-        num_streams=len(built),
-        shards=tuple(b.shard for b in built),
-    )
-
-
-def _sample_spans(path: Path) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Offsets, lengths and CRCs of the samples: runs of members named alike up to the dot."""
-    offsets: list[int] = []
-    lengths: list[int] = []
-    previous = None
-    for key, start, end in _members(path):
-        if key != previous:
-            offsets.append(start)
-            lengths.append(0)
-            previous = key
-        lengths[-1] = end - offsets[-1]
-    data = path.read_bytes()
-    crc32s = [zlib.crc32(data[at : at + size]) for at, size in zip(offsets, lengths, strict=True)]
-    return tuple(offsets), tuple(lengths), tuple(crc32s)
-
-
-def _members(path: Path) -> Iterator[tuple[str, int, int]]:
-    try:
-        with tarfile.open(path, mode="r:") as tar:
-            for member in tar:
-                blocks = -(-member.size // tarfile.BLOCKSIZE)
-                end = member.offset_data + blocks * tarfile.BLOCKSIZE
-                yield member.name.partition(".")[0], member.offset, end
-    except tarfile.TarError as error:
-        raise DataError(f"{path}: not a readable tar: {error}") from None
-
-
-def _decode(png: bytes, what: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    try:
-        with Image.open(io.BytesIO(png)) as image:
-            if image.mode not in ("L", "RGB", "RGBA"):
-                raise DataError(f"{what} has mode {image.mode}; expected L, RGB or RGBA")
-            pixels = np.asarray(image, dtype=np.uint8)
-    except OSError as error:
-        raise DataError(f"{what} cannot be decoded: {error}") from None
-    return pixels if pixels.ndim == 3 else pixels[..., None]
-
-
-def _same_shape(
-    known: tuple[int, int, int] | None, pixels: np.ndarray[Any, Any], what: str
-) -> tuple[int, int, int]:
-    height, width, channels = pixels.shape
-    shape = (channels, height, width)
-    if height != width or height & (height - 1):
-        raise DataError(f"{what} is {width}x{height}; expected square images, a power of two")
-    if known not in (None, shape):
-        raise DataError(f"{what} has shape {shape}, but the first image has {known}")
-    return shape
-
-
-def _spread(count: int, limit: int | None) -> list[int]:
-    if limit is None or limit >= count:
-        return list(range(count))
-    if limit < 1:
-        raise ConfigError(f"--limit must be at least 1, got {limit}")
-    return [i * count // limit for i in range(limit)]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    temporary.replace(path)

@@ -1,19 +1,23 @@
-"""Where images come from before they are shards: CIFAR-10, folders, archives, formulas.
+"""Where images come from before they are shards: CIFAR-10, folders, archives, tars, formulas.
 
-A source is a list of PNG-encoded images with keys, labels and class names. It is opened by a
-picklable `SourceSpec`, because the shards are built in several processes.
+A source is a list of encoded images with keys, labels and class names. It is opened by a picklable
+`SourceSpec`, because the shards are built in several processes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import socket
+import tarfile
+import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from ganscale.data.procedural import CLASSES, SPLIT_SIZES, procedural_image
+from ganscale.data.tars import BLOCK_BYTES, IMAGE_SUFFIXES, scan_tar
 from ganscale.errors import ConfigError, DataError
 
 __all__ = ["CIFAR10_ENV", "Source", "SourceSpec", "open_source", "resolve_source"]
@@ -31,22 +36,26 @@ CIFAR10_ENV = "GANSCALE_CIFAR10"
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _DOWNLOAD_TIMEOUT_SECONDS = 20.0
 
 
 class Source(Protocol):
-    """Images in a fixed order, each with a key, a PNG and a label."""
+    """Images in a fixed order, each with a key, its encoded bytes and a label."""
 
     @property
     def classes(self) -> Sequence[str]:
         """Names of the classes, by label."""
         ...
 
+    @property
+    def fingerprint(self) -> str:
+        """Equal for sources that hold the same images, as far as names and sizes tell."""
+        ...
+
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[str, bytes, int]:
-        """(key, PNG bytes, label) of image `index`."""
+        """(key, encoded image, label or -1) of image `index`."""
         ...
 
 
@@ -54,7 +63,7 @@ class Source(Protocol):
 class SourceSpec:
     """Which source to open: `kind` and, except for the procedural set, where it lies."""
 
-    kind: Literal["procedural", "cifar10_python", "class_folders"]
+    kind: Literal["procedural", "cifar10_python", "class_folders", "webdataset"]
     path: str = ""
     split: Split = "train"
 
@@ -72,7 +81,7 @@ def resolve_source(
             archive named by GANSCALE_CIFAR10, else downloaded by torchvision; "auto" then falls
             back to the procedural set.
         split: "train" or "test".
-        download_dir: where torchvision puts a download.
+        download_dir: where torchvision puts a download, and archives are unpacked.
 
     Returns:
         The source, and a plain message for the user when "auto" fell back to the procedural set.
@@ -83,10 +92,10 @@ def resolve_source(
     if name == "procedural":
         return SourceSpec("procedural", split=split), None
     if name not in ("auto", "cifar10"):
-        return _resolve_path(Path(name).expanduser().absolute(), split), None
+        return _resolve_path(Path(name).expanduser().absolute(), split, download_dir), None
     location = os.environ.get(CIFAR10_ENV)
     if location:
-        return _resolve_path(Path(location).expanduser().absolute(), split), None
+        return _resolve_path(Path(location).expanduser().absolute(), split, download_dir), None
     try:
         return _download_cifar10(Path(download_dir).absolute(), split), None
     except (OSError, RuntimeError) as error:
@@ -102,6 +111,7 @@ def resolve_source(
         return SourceSpec("procedural", split=split), message
 
 
+@lru_cache(maxsize=1)
 def open_source(spec: SourceSpec) -> Source:
     """Open what `resolve_source` found."""
     if spec.kind == "procedural":
@@ -109,26 +119,55 @@ def open_source(spec: SourceSpec) -> Source:
     if spec.kind == "cifar10_python":
         return _Cifar10Python(spec.path, spec.split)
     path = Path(spec.path)
-    return _ClassFolderZip(path) if path.suffix == ".zip" else _ClassFolders(path)
+    if spec.kind == "webdataset":
+        return _WebDataset(path)
+    return _ImageZip(path) if path.suffix == ".zip" else _ImageFolder(path)
 
 
-def _resolve_path(path: Path, split: Split) -> SourceSpec:
+def _resolve_path(path: Path, split: Split, scratch: str | Path) -> SourceSpec:
     if not path.exists():
         raise DataError(f"no such image source: {path}")
     if path.is_dir():
-        for folder in (path, path / "cifar-10-batches-py"):
-            if (folder / "data_batch_1").is_file():
-                return SourceSpec("cifar10_python", str(folder.parent), split)
-        for inside in (path / f"{split}.zip", path / split):
-            if inside.exists():
-                return SourceSpec("class_folders", str(inside), split)
-        return SourceSpec("class_folders", str(path), split)
+        return _resolve_folder(path, split)
     if path.suffix == ".zip":
         return SourceSpec("class_folders", str(path), split)
+    if path.name.endswith((".tar", ".tar.gz", ".tgz")):
+        return _resolve_folder(_unpacked(path, Path(scratch)), split)
     raise ConfigError(
-        f"{path}: expected a folder of class folders, a .zip of them, or CIFAR-10's "
-        "cifar-10-batches-py"
+        f"{path}: expected a folder or archive (.zip, .tar, .tar.gz) of images in class folders, a "
+        "folder of WebDataset tars, or CIFAR-10's cifar-10-batches-py or cifar-10-python.tar.gz"
     )
+
+
+def _resolve_folder(path: Path, split: Split) -> SourceSpec:
+    for folder in (path, path / "cifar-10-batches-py"):
+        if (folder / "data_batch_1").is_file():
+            return SourceSpec("cifar10_python", str(folder.parent), split)
+    for inside in (path / f"{split}.zip", path / split):
+        if inside.exists():
+            return SourceSpec("class_folders", str(inside), split)
+    if any(path.glob("*.tar")):
+        return SourceSpec("webdataset", str(path), split)
+    return SourceSpec("class_folders", str(path), split)
+
+
+def _unpacked(archive: Path, scratch: Path) -> Path:
+    """The archive's content in a folder of its own, unpacked once."""
+    state = archive.stat()
+    stem = archive.name.partition(".tar")[0].removesuffix(".tgz")
+    folder = scratch.absolute() / f"{stem}-{state.st_size}-{state.st_mtime_ns}"
+    if folder.exists():
+        return folder
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=scratch) as temporary:
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(f"{temporary}/content", filter="data")
+        except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+            raise DataError(f"{archive} cannot be unpacked: {error}") from None
+        with suppress(FileExistsError):
+            Path(temporary, "content").rename(folder)
+    return folder
 
 
 def _download_cifar10(folder: Path, split: Split) -> SourceSpec:
@@ -153,6 +192,7 @@ class _Procedural:
     def __init__(self, split: Split) -> None:
         self.classes = CLASSES
         self.split = split
+        self.fingerprint = f"procedural {split}"
 
     def __len__(self) -> int:
         return SPLIT_SIZES[self.split]
@@ -175,6 +215,7 @@ class _Cifar10Python:
         self.classes = CIFAR10_CLASSES
         self._pixels: np.ndarray[Any, np.dtype[np.uint8]] = dataset.data
         self._labels: list[int] = dataset.targets
+        self.fingerprint = f"cifar10 {split}, checked by md5"
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -184,19 +225,21 @@ class _Cifar10Python:
         return f"{index:06d}", _encode_png(image), self._labels[index]
 
 
-class _ClassFolderTree:
-    """`class/name.png` files; classes and files in sorted order. PNGs are passed on untouched."""
+class _ImageTree:
+    """`class/name.png` files, or `name.png` without classes, in sorted order, as they are."""
 
     def __init__(self, path: Path, members: list[str]) -> None:
-        images = [m for m in members if m.count("/") == 1 and _is_image(m)]
-        if not images:
+        images = [member for member in members if _is_image(member)]
+        classified = [member for member in images if member.count("/") == 1]
+        self.members = sorted(classified or (m for m in images if "/" not in m))
+        if not self.members:
             raise DataError(
-                f"{path}: no images in class folders (class/name.png) found; "
-                f"looked for {', '.join(_IMAGE_SUFFIXES)}"
+                f"{path}: no images found (class/name.png, or name.png without classes); "
+                f"looked for {', '.join(IMAGE_SUFFIXES)}"
             )
         self.path = path
-        self.members = sorted(images)
-        self.classes = sorted({m.split("/")[0] for m in images})
+        self.classes = sorted({m.split("/")[0] for m in classified})
+        self.fingerprint = hashlib.sha256("\n".join(self.members).encode()).hexdigest()
         self._labels = {name: label for label, name in enumerate(self.classes)}
 
     def __len__(self) -> int:
@@ -204,33 +247,22 @@ class _ClassFolderTree:
 
     def read(self, index: int) -> tuple[str, bytes, int]:
         member = self.members[index]
-        folder = member.split("/")[0]
-        return f"{index:06d}", self._png(member), self._labels[folder]
-
-    def _png(self, member: str) -> bytes:
-        data = self._bytes(member)
-        if member.lower().endswith(".png"):
-            return data
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                return _encode_png(image)
-        except OSError as error:
-            raise DataError(f"{self.path}: {member} is not readable: {error}") from None
+        return f"{index:06d}", self._bytes(member), self._labels.get(member.split("/")[0], -1)
 
     def _bytes(self, member: str) -> bytes:
         raise NotImplementedError
 
 
-class _ClassFolders(_ClassFolderTree):
+class _ImageFolder(_ImageTree):
     def __init__(self, path: Path) -> None:
-        members = [f.relative_to(path).as_posix() for f in path.glob("*/*") if f.is_file()]
-        super().__init__(path, members)
+        files = (f for pattern in ("*/*", "*") for f in path.glob(pattern) if f.is_file())
+        super().__init__(path, [f.relative_to(path).as_posix() for f in files])
 
     def _bytes(self, member: str) -> bytes:
         return (self.path / member).read_bytes()
 
 
-class _ClassFolderZip(_ClassFolderTree):
+class _ImageZip(_ImageTree):
     def __init__(self, path: Path) -> None:
         try:
             with zipfile.ZipFile(path) as archive:
@@ -244,11 +276,38 @@ class _ClassFolderZip(_ClassFolderTree):
         return zipfile.ZipFile(self.path)
 
     def _bytes(self, member: str) -> bytes:
-        return self._archive.read(member)
+        try:
+            return self._archive.read(member)
+        except (zipfile.BadZipFile, zlib.error) as error:
+            raise DataError(f"{self.path}: {member} is damaged: {error}") from None
+
+
+class _WebDataset:
+    """The samples of a folder of WebDataset tars, in the order of the tars' names."""
+
+    def __init__(self, path: Path) -> None:
+        tars = sorted(path.glob("*.tar"))
+        self._samples = [(tar, sample) for tar in tars for sample in scan_tar(tar)]
+        if not self._samples:
+            raise DataError(f"{path}: the tars hold no samples")
+        num_classes = 1 + max(sample.label for _, sample in self._samples)
+        self.classes = [str(label) for label in range(num_classes)]
+        rows = [(tar.name, sample.row) for tar, sample in self._samples]
+        self.fingerprint = hashlib.sha256(repr(rows).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def read(self, index: int) -> tuple[str, bytes, int]:
+        tar, sample = self._samples[index]
+        with tar.open("rb") as file:
+            file.seek(BLOCK_BYTES * sample.block)
+            return f"{index:06d}", file.read(sample.num_bytes), sample.label
 
 
 def _is_image(member: str) -> bool:
-    return member.lower().endswith(_IMAGE_SUFFIXES) and not member.startswith((".", "__MACOSX"))
+    suffix = member.lower().rpartition(".")[2]
+    return suffix in IMAGE_SUFFIXES and not member.startswith((".", "__MACOSX"))
 
 
 def _encode_png(image: Image.Image) -> bytes:

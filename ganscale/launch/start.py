@@ -9,12 +9,13 @@ from rich.console import Console
 
 from ganscale.checkpoint import newest_valid
 from ganscale.config import Config, field_names, load_config
-from ganscale.data.shards import ShardSet, build_shards
+from ganscale.data.building import build_shards
 from ganscale.data.sources import open_source, resolve_source
+from ganscale.data.storage import is_url
 from ganscale.errors import CheckpointError, ConfigError
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.console import RunFollower, counting
-from ganscale.training.build import check_against_shards
+from ganscale.training.build import check_against_shards, load_shards
 
 __all__ = ["prepare_shards", "resume_config", "start"]
 
@@ -27,6 +28,10 @@ _MAY_CHANGE = (
     "storage",
     "data.shards",
     "data.source",
+    "data.cache",
+    "data.reader_threads",
+    "data.prefetch_batches",
+    "data.store_",
     "training.total_kimg",
 )
 
@@ -35,8 +40,7 @@ def start(config: Config, console: Console) -> RunDirectory:
     """Train as configured, on from the newest checkpoint if the run exists; waits for the end."""
     run_dir = RunDirectory(config.run_dir)
     config = prepare_shards(config, console)
-    assert config.data.shards is not None
-    check_against_shards(config, ShardSet.load(config.data.shards))
+    check_against_shards(config, load_shards(config))
     _check_same_run(config, run_dir)
     if int(os.environ.get("RANK", "0")) == 0:
         _save_config(config, run_dir)
@@ -55,6 +59,8 @@ def start(config: Config, console: Console) -> RunDirectory:
 def prepare_shards(config: Config, console: Console) -> Config:
     """The configuration with `data.shards` set to an absolute path, built first if need be."""
     if config.data.shards is not None:
+        if is_url(config.data.shards):
+            return config
         path = Path(config.data.shards).expanduser().absolute()
         return config.with_changes({"data.shards": str(path)})
     storage = Path(config.storage).expanduser().absolute()

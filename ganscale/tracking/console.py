@@ -106,11 +106,12 @@ def describe_row(row: dict[str, Any], total_nimg: int) -> str:
 
 
 @contextmanager
-def counting(description: str, total: int, console: Console) -> Iterator[Any]:
+def counting(description: str, total: int | None, console: Console) -> Iterator[Any]:
     """A progress bar over `total` things; yields a function that takes how many more are done."""
     progress = Progress(console=console, disable=not console.is_terminal)
     if not console.is_terminal:
-        console.print(f"{description} ({total})", highlight=False)
+        known = "" if total is None else f" ({total})"
+        console.print(f"{description}{known}", highlight=False)
     with progress:
         task = progress.add_task(description, total=total)
         yield lambda count: progress.advance(task, count)

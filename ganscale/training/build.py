@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import torch
 
 from ganscale.config import Config
+from ganscale.data.decoded_cache import (
+    DecodedImages,
+    DevicePixels,
+    Exchange,
+    HostPixels,
+    choose_cache,
+)
 from ganscale.data.order import Order
-from ganscale.data.reader import ShardReader
+from ganscale.data.reader import BatchReader, ImageReader, ShardImages
+from ganscale.data.shard_cache import CachedStore
 from ganscale.data.shards import ShardSet
+from ganscale.data.storage import RemoteStore, RetryPolicy, Store
 from ganscale.ema import Ema
 from ganscale.errors import ConfigError
 from ganscale.generation.latents import seed_for
@@ -17,7 +29,7 @@ from ganscale.training.precision import Precision
 from ganscale.training.state import TrainingState
 from ganscale.world import World
 
-__all__ = ["build_reader", "build_state", "check_against_shards"]
+__all__ = ["build_reader", "build_state", "check_against_shards", "load_shards"]
 
 
 def build_state(config: Config, precision: Precision, world: World) -> TrainingState:
@@ -35,15 +47,53 @@ def build_state(config: Config, precision: Precision, world: World) -> TrainingS
     )
 
 
-def build_reader(config: Config, shard_set: ShardSet, world: World) -> ShardReader:
-    """This rank's reader of the global order."""
+def load_shards(config: Config) -> ShardSet:
+    """The index of the configured set."""
+    assert config.data.shards is not None, "the launcher builds missing shards"
+    data = config.data
+    policy = RetryPolicy(
+        deadline_seconds=data.store_deadline_seconds, attempt_seconds=data.store_timeout_seconds
+    )
+    return ShardSet.load(config.data.shards, policy)
+
+
+def build_reader(
+    config: Config, shard_set: ShardSet, world: World, exchange: Exchange
+) -> BatchReader:
+    """This rank's reader of the global order; all ranks call it at the same time."""
+    data = config.data
     order = Order(
         [shard.num_samples for shard in shard_set.shards],
         num_streams=shard_set.num_streams,
-        window=config.data.shuffle_window,
+        window=data.shuffle_window,
         seed=config.seed,
     )
-    return ShardReader(shard_set, order, rank=world.rank, world_size=world.world_size)
+    images: ImageReader = ShardImages(shard_set, _local_or_cached(config, shard_set))
+    shape = (shard_set.num_samples, *shard_set.image_shape)
+    cache = choose_cache(data.cache, math.prod(shape), world.torch_device, exchange)
+    if cache == "ram":
+        images = DecodedImages(images, HostPixels(shape, rank=world.rank, exchange=exchange))
+    elif cache == "device":
+        images = DecodedImages(images, DevicePixels(shape, world.torch_device))
+    return BatchReader(
+        shard_set,
+        order,
+        images,
+        rank=world.rank,
+        world_size=world.world_size,
+        on_error=data.on_error,
+        num_threads=data.reader_threads,
+        prefetch=data.prefetch_batches,
+        pin_memory=cache != "device" and world.torch_device.type == "cuda",
+    )
+
+
+def _local_or_cached(config: Config, shard_set: ShardSet) -> Store:
+    data, store = config.data, shard_set.store
+    if data.cache_dir is None or not isinstance(store, RemoteStore):
+        return store
+    limit = None if data.cache_limit_gb is None else round(1e9 * data.cache_limit_gb)
+    return CachedStore(store, shard_set.shards, Path(data.cache_dir), limit)
 
 
 def check_against_shards(config: Config, shard_set: ShardSet) -> None:
@@ -52,11 +102,12 @@ def check_against_shards(config: Config, shard_set: ShardSet) -> None:
     if shard_set.image_shape != expected:
         channels, height, _ = shard_set.image_shape
         raise ConfigError(
-            f"the images in {shard_set.root} have shape {shard_set.image_shape}, the model makes "
-            f"{expected}: set model.img_channels={channels} model.resolution={height}"
+            f"the images in {shard_set.location} have shape {shard_set.image_shape}, the model "
+            f"makes {expected}: set model.img_channels={channels} model.resolution={height}"
         )
     if config.launch.num_workers > shard_set.num_streams:
         raise ConfigError(
             f"launch.num_workers={config.launch.num_workers} is more than the "
-            f"{shard_set.num_streams} streams of {shard_set.root}: build it with more --num-shards"
+            f"{shard_set.num_streams} streams of {shard_set.location}: build it with more "
+            "--num-shards and --num-streams"
         )

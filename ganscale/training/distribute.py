@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ganscale.world import World
 
-__all__ = ["GlobalBatchNorm2d", "distribute", "sum_over_ranks"]
+__all__ = ["GlobalBatchNorm2d", "distribute", "gather_objects", "sum_over_ranks"]
 
 
 # Buffers are the same on all ranks by construction; a broadcast in each forward would be wasted,
@@ -114,3 +114,10 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     total = values.clone()
     dist.all_reduce(total)
     return total
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """What every rank gave, in the order of ranks, on every rank."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered

@@ -25,8 +25,13 @@ from ganscale.run_directory import RunDirectory
 from ganscale.tracking.sinks import EventLog, JsonlSink, NullSink, Sink, Sinks
 from ganscale.tracking.wandb_sink import WandbSink, resolve_mode
 from ganscale.training.adversarial_step import discriminator_phase, generator_phase
-from ganscale.training.build import build_reader, build_state, check_against_shards
-from ganscale.training.distribute import sum_over_ranks
+from ganscale.training.build import (
+    build_reader,
+    build_state,
+    check_against_shards,
+    load_shards,
+)
+from ganscale.training.distribute import gather_objects, sum_over_ranks
 from ganscale.training.precision import Precision
 from ganscale.world import World
 
@@ -39,8 +44,7 @@ def train(config: Config, world: World) -> None:
     Every rank calls this inside a process group. Raises `ConfigError` or `DataError` before
     anything is written if the configuration cannot be trained.
     """
-    assert config.data.shards is not None, "the launcher builds missing shards"
-    shard_set = ShardSet.load(config.data.shards)
+    shard_set = load_shards(config)
     check_against_shards(config, shard_set)
     if world.device == "cpu":
         torch.set_num_threads(config.launch.threads_per_worker)
@@ -61,12 +65,13 @@ class Trainer:
         self.precision = Precision.resolve(config.training.precision, world.torch_device)
         self.objective = OBJECTIVES[config.objective.name]
         self.state = build_state(config, self.precision, world)
-        self.reader = build_reader(config, shard_set, world)
+        self.reader = build_reader(config, shard_set, world, gather_objects)
         self._start_from_newest_checkpoint()
         self.sink: Sink = NullSink()
         self.events: EventLog | None = None
         if world.is_main:
             self._open_tracking()
+        self._skipped: list[str] = []
         self._clock = time.perf_counter()
 
     def run(self) -> None:
@@ -85,6 +90,7 @@ class Trainer:
     def step(self, batch: Batch) -> None:
         """One update of each player on a global batch, of which this rank has `batch`."""
         state, size = self.state, self.config.training.batch_size
+        self._skipped += [str(error) for error in batch.skipped]
         device = self.world.torch_device
         weight = self.world.world_size / size
         real_images = batch.images.to(device, non_blocking=True).float() / 127.5 - 1
@@ -167,9 +173,21 @@ class Trainer:
             row[f"train/skips_{name}"] = int(player.num_skips)
         row["time/images_per_second"] = steps * self.config.training.batch_size / seconds
         row["time/unix"] = time.time()
+        if self.config.data.on_error == "skip":
+            row["data/num_skipped"] = self._report_skipped()
         if self.world.device != "cpu":
             row["gpu/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.sink.log(row)
+
+    def _report_skipped(self) -> int:
+        """Tell of the damaged samples that were left out since the last row, on any rank."""
+        skipped = [text for texts in gather_objects(self._skipped) for text in texts]
+        self._skipped.clear()
+        if skipped and self.events is not None:
+            self.events.write(
+                "skip", nimg=self.state.nimg, num_skipped=len(skipped), samples=sorted(skipped)
+            )
+        return len(skipped)
 
     def _draw_samples(self) -> None:
         generator = SampleableGenerator(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from ganscale.config import Config
-from ganscale.data.shards import ShardSet
 from ganscale.models import build_discriminator, build_generator
+from ganscale.training.build import load_shards
 
 __all__ = ["describe_plan"]
 
@@ -29,7 +29,7 @@ def describe_plan(config: Config) -> list[str]:
     ]
     if config.data.shards is None:
         return [*lines, f"shards will be built first, from source {config.data.source}"]
-    shard_set = ShardSet.load(config.data.shards)
+    shard_set = load_shards(config)
     per_worker = len(shard_set.shards) / workers
     epochs = config.total_nimg / shard_set.num_samples
     return [

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ganscale.data.shards import ShardSet, build_shards
+from ganscale.data.building import build_shards
+from ganscale.data.shards import ShardSet
 from ganscale.data.sources import SourceSpec
 
 CLASS_SIZES = {"ant": 11, "bee": 9, "cow": 10, "dog": 7}
@@ -49,5 +50,5 @@ def built_set(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> S
 def own_set(built_set: ShardSet, tmp_path: Path) -> ShardSet:
     """A copy of the shard set that a test may damage."""
     root = tmp_path / "own"
-    shutil.copytree(built_set.root, root)
+    shutil.copytree(built_set.location, root)
     return ShardSet.load(root)

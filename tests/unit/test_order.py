@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ganscale.data.order import Order, Slot, keyed_permutation
+from ganscale.data.order import Order, Slots, keyed_permutation
 
 property_test = settings(
     deadline=None,
@@ -46,16 +45,21 @@ def layouts(draw: st.DrawFn) -> Layout:
     )
 
 
-def naive_streams(layout: Layout, epoch: int) -> list[list[tuple[int, int]]]:
-    """Each stream's (shard, sample) pairs in the order they are read."""
+def samples_of_shard(layout: Layout, shard: int) -> range:
+    start = sum(layout.sizes[:shard])
+    return range(start, start + layout.sizes[shard])
+
+
+def naive_streams(layout: Layout, epoch: int) -> list[list[int]]:
+    """Each stream's samples in the order they are read."""
     shards = keyed_permutation(len(layout.sizes), layout.seed, epoch, "shards")
     streams = []
     for stream in range(layout.num_streams):
         samples = [
-            (shard, sample)
+            sample
             for turn, shard in enumerate(shards)
             if turn % layout.num_streams == stream
-            for sample in range(layout.sizes[shard])
+            for sample in samples_of_shard(layout, shard)
         ]
         shuffled = []
         block = 0
@@ -68,19 +72,21 @@ def naive_streams(layout: Layout, epoch: int) -> list[list[tuple[int, int]]]:
     return streams
 
 
-def naive_epoch(layout: Layout, epoch: int) -> list[tuple[int, int, int]]:
-    """(stream, shard, sample) of a whole epoch: one from each stream in turn, until all are dry."""
+def naive_epoch(layout: Layout, epoch: int) -> list[tuple[int, int]]:
+    """(stream, sample) of a whole epoch: one from each stream in turn, until all are dry."""
     streams = naive_streams(layout, epoch)
     taken = []
     while any(streams):
         for number, stream in enumerate(streams):
             if stream:
-                taken.append((number, *stream.pop(0)))
+                taken.append((number, stream.pop(0)))
     return taken
 
 
-def as_tuples(slots: Sequence[Slot]) -> list[tuple[int, int, int]]:
-    return [(slot.stream, slot.shard, slot.sample) for slot in slots]
+def as_tuples(slots: Slots) -> list[tuple[int, int, int]]:
+    """(position, stream, sample) of each."""
+    columns = (slots.positions, slots.streams, slots.samples)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 @property_test
@@ -88,8 +94,8 @@ def as_tuples(slots: Sequence[Slot]) -> list[tuple[int, int, int]]:
 def test_an_epoch_is_the_naive_round_robin(layout: Layout, epoch: int) -> None:
     size = sum(layout.sizes)
     slots = layout.order().batch(epoch * size, size)
-    assert as_tuples(slots) == naive_epoch(layout, epoch)
-    assert [slot.position for slot in slots] == list(range(epoch * size, (epoch + 1) * size))
+    expected = [(epoch * size + i, *taken) for i, taken in enumerate(naive_epoch(layout, epoch))]
+    assert as_tuples(slots) == expected
 
 
 @property_test
@@ -104,11 +110,9 @@ def test_every_world_size_reads_the_same_global_batch(
             order.local_batch(position, batch_size, rank=rank, world_size=world_size)
             for rank in range(world_size)
         ]
-        union = sorted((slot for part in parts for slot in part), key=lambda slot: slot.position)
-        assert union == expected
+        assert sorted(slot for part in parts for slot in as_tuples(part)) == as_tuples(expected)
         for part in parts:
-            positions = [slot.position for slot in part]
-            assert positions == sorted(positions)
+            assert as_tuples(part) == sorted(as_tuples(part))
 
 
 @property_test
@@ -118,8 +122,8 @@ def test_a_rank_keeps_its_own_streams(layout: Layout, world_size: int) -> None:
     owners: dict[int, set[int]] = {}
     for rank in range(world_size):
         part = order.local_batch(0, order.epoch_size, rank=rank, world_size=world_size)
-        for slot in part:
-            owners.setdefault(slot.stream, set()).add(rank)
+        for stream in part.streams.tolist():
+            owners.setdefault(stream, set()).add(rank)
     assert set(owners) == set(range(layout.num_streams))
     assert all(len(ranks) == 1 for ranks in owners.values())
 
@@ -129,8 +133,7 @@ def test_a_rank_keeps_its_own_streams(layout: Layout, world_size: int) -> None:
 def test_an_epoch_has_each_sample_exactly_once(layout: Layout, epoch: int) -> None:
     size = sum(layout.sizes)
     slots = layout.order().batch(epoch * size, size)
-    every_sample = [(i, k) for i, length in enumerate(layout.sizes) for k in range(length)]
-    assert Counter((slot.shard, slot.sample) for slot in slots) == Counter(every_sample)
+    assert sorted(slots.samples.tolist()) == list(range(size))
 
 
 @property_test
@@ -146,33 +149,39 @@ def test_a_run_resumed_at_another_world_size_sees_the_same_samples(
     layout: Layout, batch_size: int, num_steps: int, resume_at: int, before: int, after: int
 ) -> None:
     whole = layout.order().batch(0, num_steps * batch_size)
-    seen: list[Slot] = []
+    seen: list[tuple[int, int, int]] = []
     order = layout.order()
     for step in range(num_steps):
         if step == resume_at:
             order = layout.order()
         world_size = before if step < resume_at else after
         for rank in range(world_size):
-            seen += order.local_batch(
-                step * batch_size, batch_size, rank=rank, world_size=world_size
-            )
-    assert sorted(seen, key=lambda slot: slot.position) == whole
+            start = step * batch_size
+            part = order.local_batch(start, batch_size, rank=rank, world_size=world_size)
+            seen += as_tuples(part)
+    assert sorted(seen) == as_tuples(whole)
 
 
 @property_test
-@given(layout=layouts(), positions=st.lists(st.integers(0, 5000), min_size=1, max_size=30))
-def test_a_slot_does_not_depend_on_what_was_asked_before(
-    layout: Layout, positions: list[int]
+@given(
+    layout=layouts(),
+    positions=st.lists(st.integers(0, 5000), min_size=1, max_size=30),
+    batch_size=st.integers(1, 200),
+)
+def test_a_batch_does_not_depend_on_what_was_asked_before(
+    layout: Layout, positions: list[int], batch_size: int
 ) -> None:
     order = layout.order()
-    assert [order.slot(p) for p in positions] == [layout.order().slot(p) for p in positions]
+    for position in positions:
+        fresh = layout.order().batch(position, batch_size)
+        assert as_tuples(order.batch(position, batch_size)) == as_tuples(fresh)
 
 
-def reads_of_each_stream(order: Order, epoch: int) -> list[list[tuple[int, int]]]:
-    """The (shard, sample) pairs of every stream in the order one epoch reads them."""
-    reads: list[list[tuple[int, int]]] = [[] for _ in range(order.num_streams)]
-    for slot in order.batch(epoch * order.epoch_size, order.epoch_size):
-        reads[slot.stream].append((slot.shard, slot.sample))
+def reads_of_each_stream(order: Order, epoch: int) -> list[list[int]]:
+    """The samples of every stream in the order one epoch reads them."""
+    reads: list[list[int]] = [[] for _ in range(order.num_streams)]
+    for _, stream, sample in as_tuples(order.batch(epoch * order.epoch_size, order.epoch_size)):
+        reads[stream].append(sample)
     return reads
 
 
@@ -192,8 +201,9 @@ def test_a_sample_never_leaves_its_window(layout: Layout, epoch: int) -> None:
 def test_window_one_reads_every_shard_straight_through(layout: Layout, epoch: int) -> None:
     order = Order(layout.sizes, num_streams=layout.num_streams, window=1, seed=layout.seed)
     for read in reads_of_each_stream(order, epoch):
-        shards = list(dict.fromkeys(shard for shard, _ in read))
-        assert read == [(shard, k) for shard in shards for k in range(layout.sizes[shard])]
+        owners = [i for i, length in enumerate(layout.sizes) for _ in range(length)]
+        shards = list(dict.fromkeys(owners[sample] for sample in read))
+        assert read == [k for shard in shards for k in samples_of_shard(layout, shard)]
 
 
 @property_test
@@ -206,7 +216,7 @@ def test_a_window_longer_than_the_stream_is_as_one_of_its_length(
     longer = Order(
         layout.sizes, num_streams=layout.num_streams, window=longest + extra, seed=layout.seed
     )
-    assert exact.batch(0, 2 * longest) == longer.batch(0, 2 * longest)
+    assert as_tuples(exact.batch(0, 2 * longest)) == as_tuples(longer.batch(0, 2 * longest))
 
 
 @property_test
@@ -214,10 +224,11 @@ def test_a_window_longer_than_the_stream_is_as_one_of_its_length(
 def test_epochs_and_seeds_differ_in_order(seed: int, num_streams: int, epoch: int) -> None:
     sizes = (9, 8, 9, 7, 8, 9, 8, 8)
 
-    def samples(seed: int, epoch: int) -> list[tuple[int, int]]:
+    def samples(seed: int, epoch: int) -> list[int]:
         order = Order(sizes, num_streams=num_streams, window=16, seed=seed)
         slots = order.batch(epoch * order.epoch_size, order.epoch_size)
-        return [(slot.shard, slot.sample) for slot in slots]
+        in_order: list[int] = slots.samples.tolist()
+        return in_order
 
     assert samples(seed, epoch) != samples(seed, epoch + 1)
     assert samples(seed, epoch) != samples(seed + 1, epoch)
@@ -225,8 +236,8 @@ def test_epochs_and_seeds_differ_in_order(seed: int, num_streams: int, epoch: in
 
 def test_a_used_up_stream_drops_out_and_the_others_go_on_in_turn() -> None:
     order = Order((1, 4, 2), num_streams=3, window=1, seed=0)
-    lengths = Counter(slot.stream for slot in order.batch(0, 7))
-    turns = [slot.stream for slot in order.batch(0, 7)]
+    turns = order.batch(0, 7).streams.tolist()
+    lengths = Counter(turns)
     expected = [s for turn in range(4) for s in range(3) if turn < lengths[s]]
     assert sorted(lengths.values()) == [1, 2, 4]
     assert turns == expected
@@ -243,11 +254,24 @@ def test_keyed_permutation_sorts_by_splitmix64(n: int, key: tuple[int, str]) -> 
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
         hashes.append(x ^ (x >> 31))
-    assert keyed_permutation(n, *key) == sorted(range(n), key=hashes.__getitem__)
+    assert keyed_permutation(n, *key).tolist() == sorted(range(n), key=hashes.__getitem__)
 
 
 def test_the_permutation_of_a_key_is_pinned() -> None:
-    assert keyed_permutation(12, 4711, 3, "shards") == [5, 0, 2, 6, 10, 11, 3, 9, 4, 8, 1, 7]
+    assert keyed_permutation(12, 4711, 3, "shards").tolist() == [
+        5,
+        0,
+        2,
+        6,
+        10,
+        11,
+        3,
+        9,
+        4,
+        8,
+        1,
+        7,
+    ]
 
 
 @pytest.mark.parametrize(

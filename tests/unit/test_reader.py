@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import tarfile
+import threading
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
+from ganscale.data.building import build_shards
 from ganscale.data.order import Order
-from ganscale.data.reader import Batch, ShardReader
-from ganscale.data.shards import ShardSet, build_shards
+from ganscale.data.reader import Batch, BatchReader, DamagedSample, Images, ShardImages
+from ganscale.data.shards import ShardSet, verify_shards
 from ganscale.data.sources import SourceSpec
-from ganscale.errors import DataError
+from ganscale.errors import ConfigError, DataError
 
 BATCH_SIZE = 8
 
@@ -28,17 +31,30 @@ def order_of(shard_set: ShardSet) -> Order:
     return Order(sizes, num_streams=shard_set.num_streams, window=5, seed=3)
 
 
-def reader_of(shard_set: ShardSet, *, rank: int = 0, world_size: int = 1) -> ShardReader:
-    return ShardReader(shard_set, order_of(shard_set), rank=rank, world_size=world_size)
+def reader_of(
+    shard_set: ShardSet,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    on_error: Literal["fail", "skip"] = "fail",
+) -> BatchReader:
+    return BatchReader(
+        shard_set,
+        order_of(shard_set),
+        ShardImages(shard_set),
+        rank=rank,
+        world_size=world_size,
+        on_error=on_error,
+    )
 
 
-def source_numbers(shard_set: ShardSet) -> list[list[int]]:
-    """Of each shard, the numbers that its samples had in the source."""
-    numbers = []
+def source_numbers(shard_set: ShardSet) -> list[int]:
+    """The numbers that the samples of a set had in its source."""
+    numbers: list[int] = []
     for shard in shard_set.shards:
-        with tarfile.open(shard_set.root / shard.name) as tar:
+        with tarfile.open(f"{shard_set.location}/{shard.name}") as tar:
             names = dict.fromkeys(name.partition(".")[0] for name in tar.getnames())
-        numbers.append([int(name) for name in names])
+        numbers += [int(name) for name in names]
     return numbers
 
 
@@ -54,9 +70,8 @@ def test_pixels_and_labels_are_those_of_the_source(
 ) -> None:
     numbers = source_numbers(built_set)
     batch = reader_of(built_set).read(position, BATCH_SIZE)
-    expected = [
-        numbers[slot.shard][slot.sample] for slot in order_of(built_set).batch(position, BATCH_SIZE)
-    ]
+    slots = order_of(built_set).batch(position, BATCH_SIZE)
+    expected = [numbers[sample] for sample in slots.samples.tolist()]
     assert batch.images.dtype == torch.uint8
     assert batch.labels.dtype == torch.int64
     pixels = np.stack([np.moveaxis(images[number][0], -1, 0) for number in expected])
@@ -113,7 +128,7 @@ def assert_one_line_about(error: pytest.ExceptionInfo[DataError], path: Path) ->
 
 
 def test_a_truncated_shard_is_named(own_set: ShardSet) -> None:
-    path = own_set.root / "shard-00001.tar"
+    path = Path(own_set.location) / "shard-00001.tar"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(DataError, match="truncated") as error:
         read_epoch(own_set)
@@ -121,15 +136,15 @@ def test_a_truncated_shard_is_named(own_set: ShardSet) -> None:
 
 
 def test_a_missing_shard_is_named(own_set: ShardSet) -> None:
-    path = own_set.root / "shard-00003.tar"
+    path = Path(own_set.location) / "shard-00003.tar"
     path.unlink()
-    with pytest.raises(DataError, match="cannot be opened") as error:
+    with pytest.raises(DataError, match="No such file") as error:
         read_epoch(own_set)
     assert_one_line_about(error, path)
 
 
 def test_damage_in_a_prefetched_batch_comes_out_of_the_sequence(own_set: ShardSet) -> None:
-    path = own_set.root / "shard-00000.tar"
+    path = Path(own_set.location) / "shard-00000.tar"
     path.write_bytes(path.read_bytes()[:2048])
     with pytest.raises(DataError) as error:
         list(islice(reader_of(own_set).batches(0, BATCH_SIZE), 6))
@@ -144,7 +159,7 @@ def flip(path: Path, offset: int) -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
 def test_a_flipped_byte_of_pixel_data_is_named(own_set: ShardSet, fraction: float) -> None:
-    path = own_set.root / "shard-00002.tar"
+    path = Path(own_set.location) / "shard-00002.tar"
     data = path.read_bytes()
     chunk = data.index(b"IDAT")
     length = int.from_bytes(data[chunk - 4 : chunk], "big")
@@ -168,7 +183,7 @@ def smooth_set(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 
 def test_no_flipped_bit_of_pixel_data_changes_an_image_silently(smooth_set: ShardSet) -> None:
-    path = smooth_set.root / "shard-00000.tar"
+    path = Path(smooth_set.location) / "shard-00000.tar"
     sound = path.read_bytes()
     expected = reader_of(smooth_set).read(0, 1)
     chunk = sound.index(b"IDAT")
@@ -188,27 +203,94 @@ def test_no_flipped_bit_of_pixel_data_changes_an_image_silently(smooth_set: Shar
     assert not silent
 
 
-@pytest.mark.parametrize("what", ["png signature", "png header", "tar header", "tar name", "label"])
-def test_a_flipped_byte_elsewhere_is_named(own_set: ShardSet, what: str) -> None:
-    path = own_set.root / "shard-00002.tar"
-    shard = own_set.shards[2]
-    data = path.read_bytes()
-    with tarfile.open(path) as tar:
-        label = next(m for m in tar if m.name.endswith(".cls")).offset_data
-    places = {
-        "png signature": data.index(b"PNG"),
-        "png header": data.index(b"IHDR") + 5,
-        "tar header": shard.offsets[1] + 150,
-        "tar name": shard.offsets[1] + 2,
-        "label": label,
-    }
-    flip(path, places[what])
-    with pytest.raises(DataError) as error:
+@pytest.mark.parametrize("what", ["IHDR", "IDAT", "PNG"])
+def test_a_flipped_byte_of_an_image_s_frame_is_named(own_set: ShardSet, what: str) -> None:
+    path = Path(own_set.location) / "shard-00002.tar"
+    flip(path, path.read_bytes().index(what.encode()) + 2)
+    with pytest.raises(DamagedSample, match="CRC-32 differs") as error:
         read_epoch(own_set)
     assert_one_line_about(error, path)
 
 
+@pytest.mark.parametrize("what", ["name", "checksum", "label"])
+def test_damage_outside_the_images_changes_no_batch_and_fails_verification(
+    own_set: ShardSet, what: str
+) -> None:
+    before = reader_of(own_set).read(0, own_set.num_samples)
+    path = Path(own_set.location) / "shard-00002.tar"
+    with tarfile.open(path) as tar:
+        member = next(m for m in tar if m.name.endswith(".cls"))
+    places = {"name": member.offset, "checksum": member.offset + 150, "label": member.offset_data}
+    flip(path, places[what])
+    assert_equal_batches(reader_of(own_set).read(0, own_set.num_samples), before)
+    (problem,) = verify_shards(own_set)
+    assert str(path) in problem
+
+
+def damage_two(shard_set: ShardSet) -> set[int]:
+    """Flip a bit in each of two samples; returns their numbers in the set."""
+    for sample in (3, 30):
+        (span,) = shard_set.spans(np.array([sample]))
+        flip(Path(shard_set.location, span.name), span.start + span.length // 2)
+    return {3, 30}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_skipping_leaves_out_the_same_samples_on_any_number_of_ranks(
+    own_set: ShardSet, world_size: int
+) -> None:
+    damaged = damage_two(own_set)
+    for position in range(0, 80, BATCH_SIZE):
+        samples = order_of(own_set).batch(position, BATCH_SIZE).samples.tolist()
+        expected = [place for place, sample in enumerate(samples) if sample not in damaged]
+        parts = [
+            reader_of(own_set, rank=rank, world_size=world_size, on_error="skip").read(
+                position, BATCH_SIZE
+            )
+            for rank in range(world_size)
+        ]
+        assert sorted(torch.cat([part.slots for part in parts]).tolist()) == expected
+        assert all(len(part.images) == len(part.labels) == len(part.slots) for part in parts)
+        skipped = [error for part in parts for error in part.skipped]
+        assert len(skipped) == BATCH_SIZE - len(expected)
+        assert all(own_set.location in str(error) for error in skipped)
+
+
+def test_a_missing_shard_can_be_skipped_and_is_counted(own_set: ShardSet) -> None:
+    Path(own_set.location, "shard-00001.tar").unlink()
+    batch = reader_of(own_set, on_error="skip").read(0, own_set.num_samples)
+    assert len(batch.skipped) == own_set.shards[1].num_samples
+    assert len(batch.images) == own_set.num_samples - own_set.shards[1].num_samples
+
+
+def test_closing_the_sequence_ends_its_threads(built_set: ShardSet) -> None:
+    before = set(threading.enumerate())
+    batches = reader_of(built_set).batches(0, BATCH_SIZE)
+    next(batches)
+    assert set(threading.enumerate()) > before
+    batches.close()
+    assert set(threading.enumerate()) == before
+
+
+def test_no_more_than_the_prefetch_is_read_ahead(built_set: ShardSet) -> None:
+    asked: list[int] = []
+
+    class Counting(ShardImages):
+        def read(self, samples: NDArray[np.int64]) -> Images:
+            asked.append(len(samples))
+            return super().read(samples)
+
+    reader = BatchReader(
+        built_set, order_of(built_set), Counting(built_set), rank=0, world_size=1, prefetch=3
+    )
+    batches = reader.batches(0, BATCH_SIZE)
+    for _ in range(5):
+        next(batches)
+    batches.close()
+    assert 5 <= len(asked) <= 5 + 3
+
+
 def test_more_workers_than_streams_are_refused(built_set: ShardSet) -> None:
-    with pytest.raises(DataError, match="4 streams.*5 workers") as error:
+    with pytest.raises(ConfigError, match="4 streams.*5 workers") as error:
         reader_of(built_set, rank=0, world_size=5)
-    assert_one_line_about(error, built_set.root)
+    assert built_set.location in str(error.value)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,17 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from ganscale.data.shards import INDEX_NAME, ShardSet, build_shards, verify_shards
+from ganscale.data.building import build_shards
+from ganscale.data.shards import INDEX_NAME, SAMPLES_NAME, ShardSet, verify_shards
 from ganscale.data.sources import SourceSpec, open_source, resolve_source
 from ganscale.errors import ConfigError, DataError
 
 LabelledImage = tuple[np.ndarray[Any, np.dtype[np.uint8]], int]
 
 
-def hashes(root: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.iterdir())}
+def hashes(root: str) -> dict[str, str]:
+    files = sorted(Path(root).iterdir())
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def decode(png: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -60,14 +63,18 @@ def test_a_rebuild_gives_the_same_bytes(
 ) -> None:
     spec = SourceSpec("class_folders", str(image_folder))
     again = build_shards(spec, tmp_path / "again", num_shards=4)
-    assert hashes(again.root) == hashes(built_set.root)
-    assert set(hashes(again.root)) == {INDEX_NAME, *(f"shard-{n:05d}.tar" for n in range(4))}
+    assert hashes(again.location) == hashes(built_set.location)
+    assert set(hashes(again.location)) == {
+        INDEX_NAME,
+        SAMPLES_NAME,
+        *(f"shard-{n:05d}.tar" for n in range(4)),
+    }
 
 
 def test_a_zip_gives_the_same_bytes_as_its_folder(
     built_set: ShardSet, zipped_set: ShardSet
 ) -> None:
-    assert hashes(zipped_set.root) == hashes(built_set.root)
+    assert hashes(zipped_set.location) == hashes(built_set.location)
 
 
 def test_the_index_describes_the_images(images: list[LabelledImage], built_set: ShardSet) -> None:
@@ -84,7 +91,7 @@ def test_the_index_describes_the_images(images: list[LabelledImage], built_set: 
 def test_plain_tarfile_reads_every_sample(images: list[LabelledImage], built_set: ShardSet) -> None:
     parts: dict[str, dict[str, bytes]] = {}
     for shard in built_set.shards:
-        with tarfile.open(built_set.root / shard.name) as tar:
+        with tarfile.open(f"{built_set.location}/{shard.name}") as tar:
             for member in tar:
                 key, _, suffix = member.name.partition(".")
                 file = tar.extractfile(member)
@@ -96,30 +103,35 @@ def test_plain_tarfile_reads_every_sample(images: list[LabelledImage], built_set
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_webdataset_reads_every_sample(images: list[LabelledImage], built_set: ShardSet) -> None:
-    urls = [str(built_set.root / shard.name) for shard in built_set.shards]
+    urls = [f"{built_set.location}/{shard.name}" for shard in built_set.shards]
     samples = list(wds.WebDataset(urls, shardshuffle=False))
     found = {s["__key__"]: (s["png"], int(s["cls"])) for s in samples}
     assert len(samples) == len(found)
     assert_holds_every_image(found, images)
 
 
-def test_the_spans_of_the_index_cut_out_whole_samples(
+def test_the_index_says_where_each_image_lies_and_its_label(
     images: list[LabelledImage], built_set: ShardSet
 ) -> None:
-    found = {}
-    for shard in built_set.shards:
-        data = (built_set.root / shard.name).read_bytes()
-        assert (shard.num_bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
-        for offset, length in zip(shard.offsets, shard.lengths, strict=True):
-            span = io.BytesIO(data[offset : offset + length] + bytes(1024))
-            with tarfile.open(fileobj=span) as tar:
-                members = {m.name: tar.extractfile(m) for m in tar.getmembers()}
-            (key,) = {name.partition(".")[0] for name in members}
-            png, label = members[f"{key}.png"], members[f"{key}.cls"]
-            assert png is not None
-            assert label is not None
-            found[key] = (png.read(), int(label.read()))
-    assert_holds_every_image(found, images)
+    numbers = []
+    spans = built_set.spans(np.arange(built_set.num_samples))
+    for span, label, crc32 in zip(
+        spans, built_set.samples["label"], built_set.samples["crc32"], strict=True
+    ):
+        with Path(built_set.location, span.name).open("rb") as file:
+            file.seek(span.start)
+            png = file.read(span.length)
+        assert zlib.crc32(png) == crc32
+        (number,) = (
+            i for i, (pixels, _) in enumerate(images) if np.array_equal(decode(png), pixels)
+        )
+        assert images[number][1] == label
+        numbers.append(number)
+    assert sorted(numbers) == list(range(len(images)))
+
+
+def test_the_index_takes_16_bytes_for_a_sample(built_set: ShardSet) -> None:
+    assert built_set.samples.nbytes == 16 * built_set.num_samples
 
 
 @pytest.mark.usefixtures("in_threads")
@@ -133,7 +145,7 @@ def test_a_limit_takes_images_evenly_and_progress_counts_them(
     )
     keys = set()
     for shard in limited.shards:
-        with tarfile.open(limited.root / shard.name) as tar:
+        with tarfile.open(f"{limited.location}/{shard.name}") as tar:
             keys |= {name.partition(".")[0] for name in tar.getnames()}
     assert keys == {f"{i * 37 // 8:06d}" for i in range(8)}
     assert sorted(counts) == [4, 4]
@@ -166,7 +178,7 @@ def flip_bit(path: Path) -> None:
 def test_verification_names_the_damaged_shard(
     own_set: ShardSet, damage: Callable[[Path], None], words: str
 ) -> None:
-    path = own_set.root / "shard-00002.tar"
+    path = Path(own_set.location) / "shard-00002.tar"
     damage(path)
     (problem,) = verify_shards(own_set)
     assert problem.startswith(f"{path}: ")
@@ -175,17 +187,30 @@ def test_verification_names_the_damaged_shard(
 
 def test_verification_reports_every_damaged_shard(own_set: ShardSet) -> None:
     for shard in own_set.shards:
-        flip_bit(own_set.root / shard.name)
+        flip_bit(Path(own_set.location) / shard.name)
     assert len(verify_shards(own_set)) == 4
 
 
-def test_verification_finds_an_index_that_points_elsewhere(own_set: ShardSet) -> None:
-    index = own_set.root / INDEX_NAME
-    data = json.loads(index.read_text())
-    data["shards"][1]["offsets"][3] += 512
-    index.write_text(json.dumps(data))
-    (problem,) = verify_shards(ShardSet.load(own_set.root))
-    assert "shard-00001.tar" in problem
+def reindex(shard_set: ShardSet, column: str, sample: int, change: int) -> None:
+    """Write an index that agrees with itself and not with the tars."""
+    samples = shard_set.samples.copy()
+    samples[column][sample] += change
+    replace(shard_set, samples=samples).save(Path(shard_set.location))
+
+
+@pytest.mark.parametrize("column", ["block", "num_bytes", "crc32", "label"])
+def test_verification_finds_an_index_that_lies(own_set: ShardSet, column: str) -> None:
+    reindex(own_set, column, 12, 1)
+    (problem,) = verify_shards(ShardSet.load(own_set.location))
+    assert "shard-00001.tar: the samples are not those of the index" in problem
+
+
+@pytest.mark.parametrize("column", ["block", "num_bytes"])
+def test_an_index_that_points_past_the_end_is_refused(own_set: ShardSet, column: str) -> None:
+    reindex(own_set, column, 12, 1_000_000)
+    with pytest.raises(DataError, match="shard-00001.tar ends after byte") as error:
+        ShardSet.load(own_set.location)
+    one_line(error)
 
 
 def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
@@ -208,10 +233,10 @@ def test_loading_an_empty_folder_says_so(tmp_path: Path) -> None:
 
 
 def test_loading_a_set_without_its_index_says_so(own_set: ShardSet) -> None:
-    (own_set.root / INDEX_NAME).unlink()
+    (Path(own_set.location) / INDEX_NAME).unlink()
     with pytest.raises(DataError, match="has no index.json") as error:
-        ShardSet.load(own_set.root)
-    assert str(own_set.root) in one_line(error)
+        ShardSet.load(Path(own_set.location))
+    assert str(Path(own_set.location)) in one_line(error)
 
 
 @pytest.mark.parametrize(
@@ -223,18 +248,25 @@ def test_loading_a_set_without_its_index_says_so(own_set: ShardSet) -> None:
         b"[]",
         b"null",
         b"{}",
-        b'{"format": 2}',
-        b'{"format": 1, "shards": []}',
-        b'{"format": 1, "shards": [{"name": "shard-00000.tar"}]}',
-        b'{"format": 1, "shards": {"name": "shard-00000.tar"}}',
-        b'{"format": 1, "shards": 3}',
+        b'{"format": 1}',
+        b'{"format": 2, "shards": []}',
+        b'{"format": 2, "shards": [{"name": "shard-00000.tar"}]}',
+        b'{"format": 2, "shards": {"name": "shard-00000.tar"}}',
+        b'{"format": 2, "shards": 3}',
     ],
 )
 def test_a_damaged_index_is_named(own_set: ShardSet, content: bytes) -> None:
-    (own_set.root / INDEX_NAME).write_bytes(content)
+    (Path(own_set.location) / INDEX_NAME).write_bytes(content)
     with pytest.raises(DataError, match="is damaged") as error:
-        ShardSet.load(own_set.root)
-    assert str(own_set.root / INDEX_NAME) in one_line(error)
+        ShardSet.load(Path(own_set.location))
+    assert str(Path(own_set.location) / INDEX_NAME) in one_line(error)
+
+
+def test_a_damaged_list_of_samples_is_named(own_set: ShardSet) -> None:
+    flip_bit(Path(own_set.location) / SAMPLES_NAME)
+    with pytest.raises(DataError, match="samples.npy has another sha256") as error:
+        ShardSet.load(own_set.location)
+    one_line(error)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder with a file"])
@@ -257,7 +289,7 @@ def test_more_shards_than_images_are_refused(
     with pytest.raises(ConfigError, match=r"--num-shards must be|--limit must be") as error:
         build_shards(spec, tmp_path / "set", num_shards=num_shards, limit=limit)
     one_line(error)
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "set").exists()
 
 
 @pytest.fixture
@@ -268,25 +300,7 @@ def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         assert mp_context.get_start_method() == "spawn"
         return ThreadPoolExecutor(workers)
 
-    monkeypatch.setattr("ganscale.data.shards.ProcessPoolExecutor", pool)
-
-
-class PowerCut(Exception):
-    """Stands for whatever ends a build."""
-
-
-@pytest.mark.usefixtures("in_threads")
-def test_an_interrupted_build_leaves_nothing(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(self: ShardSet) -> None:
-        assert len(list(self.root.glob("*.tar"))) == 4
-        raise PowerCut
-
-    monkeypatch.setattr(ShardSet, "save", fail)
-    with pytest.raises(PowerCut):
-        build_shards(SourceSpec("class_folders", str(image_folder)), tmp_path / "set", num_shards=4)
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("ganscale.data.building.ProcessPoolExecutor", pool)
 
 
 def write_png(path: Path, width: int, height: int, mode: str = "RGB") -> None:
@@ -298,14 +312,14 @@ def write_png(path: Path, width: int, height: int, mode: str = "RGB") -> None:
 def test_images_of_different_sizes_are_refused(tmp_path: Path, num_shards: int) -> None:
     write_png(tmp_path / "in/a/0.png", 16, 16)
     write_png(tmp_path / "in/a/1.png", 32, 32)
-    with pytest.raises(DataError, match="shape") as error:
+    with pytest.raises(DataError, match="others have") as error:
         build_shards(
             SourceSpec("class_folders", str(tmp_path / "in")),
             tmp_path / "set",
             num_shards=num_shards,
         )
     one_line(error)
-    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+    assert not (tmp_path / "set").exists()
 
 
 @pytest.mark.usefixtures("in_threads")

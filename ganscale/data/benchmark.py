@@ -1,0 +1,153 @@
+"""How fast a shard set is read, beside plain webdataset and torchvision in the same run.
+
+Absolute figures move with the machine's other work; ratios to the first row are what to compare.
+Everything runs in one process; what is read twice comes from the operating system's page cache the
+second time, for all contestants alike, so each is warmed up first.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset as wds
+from PIL import Image
+
+from ganscale.data.decoded_cache import DecodedImages, DevicePixels, HostPixels
+from ganscale.data.order import Order
+from ganscale.data.reader import BatchReader, ImageReader, ShardImages
+from ganscale.data.shards import ShardSet
+from ganscale.data.storage import LocalStore
+from ganscale.data.tars import IMAGE_SUFFIXES
+
+__all__ = ["BATCH_SIZE", "Measurement", "bench_data"]
+
+BATCH_SIZE = 128
+_FOLDER_IMAGES = 2000
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One way of reading and its speed."""
+
+    name: str
+    images_per_second: float
+    pixel_bytes_per_second: float
+    ratio: float
+    """To the first row's speed."""
+
+
+def bench_data(
+    shard_set: ShardSet,
+    *,
+    seconds: float = 5.0,
+    device: str = "cpu",
+    started: Callable[[str], None] = lambda name: None,
+) -> list[Measurement]:
+    """Measure every way of reading a set, `seconds` each.
+
+    Plain webdataset with PIL and torchvision's ImageFolder with a DataLoader come first if the set
+    lies in a local directory. `started` is told the name of each.
+    """
+    rows: list[Measurement] = []
+    pixel_bytes = math.prod(shard_set.image_shape)
+    for name, batches in _contestants(shard_set, torch.device(device)):
+        started(name)
+        speed = _images_per_second(batches, seconds)
+        base = rows[0].images_per_second if rows else speed
+        rows.append(Measurement(name, speed, speed * pixel_bytes, speed / base))
+    return rows
+
+
+def _contestants(shard_set: ShardSet, device: torch.device) -> Iterator[tuple[str, Iterator[int]]]:
+    """Names, and endless iterators over the sizes of the batches that were read."""
+    if isinstance(shard_set.store, LocalStore):
+        yield "webdataset, PIL", _plain_webdataset(shard_set)
+        with tempfile.TemporaryDirectory(prefix="ganscale-") as folder:
+            _unpack(shard_set, Path(folder))
+            yield "torchvision ImageFolder, DataLoader", _image_folder(Path(folder))
+    stream = ShardImages(shard_set)
+    for threads in (1, 2):
+        name = f"ganscale, streaming, {threads} thread{'s' if threads > 1 else ''}"
+        yield name, _ganscale(shard_set, stream, threads)
+    shape = (shard_set.num_samples, *shard_set.image_shape)
+    host = HostPixels(shape, rank=0, exchange=lambda value: [value])
+    yield "ganscale, cache ram", _ganscale(shard_set, _filled(stream, host))
+    on_device = DevicePixels(shape, device)
+    yield f"ganscale, cache device ({device})", _ganscale(shard_set, _filled(stream, on_device))
+
+
+def _images_per_second(batches: Iterator[int], seconds: float) -> float:
+    next(batches)
+    count, began = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - began) < seconds:
+        count += next(batches)
+    return count / elapsed
+
+
+def _ganscale(shard_set: ShardSet, images: ImageReader, num_threads: int = 1) -> Iterator[int]:
+    sizes = [shard.num_samples for shard in shard_set.shards]
+    order = Order(sizes, num_streams=shard_set.num_streams, window=1024, seed=0)
+    reader = BatchReader(
+        shard_set, order, images, rank=0, world_size=1, num_threads=num_threads, prefetch=2
+    )
+    with closing(reader.batches(0, BATCH_SIZE)) as batches:
+        for batch in batches:
+            yield len(batch.images)
+
+
+def _filled(reader: ImageReader, pixels: HostPixels | DevicePixels) -> DecodedImages:
+    cache = DecodedImages(reader, pixels)
+    for first in range(0, len(pixels), 1024):
+        cache.read(np.arange(first, min(first + 1024, len(pixels))))
+    return cache
+
+
+def _plain_webdataset(shard_set: ShardSet) -> Iterator[int]:
+    urls = [f"{shard_set.location}/{shard.name}" for shard in shard_set.shards]
+    while True:
+        samples: Iterable[Any] = wds.WebDataset(urls, shardshuffle=False, empty_check=False)
+        batch: list[torch.Tensor] = []
+        for sample in samples:
+            with Image.open(_file(sample)) as image:
+                batch.append(torch.from_numpy(np.array(image)))
+            if len(batch) == BATCH_SIZE:
+                yield len(torch.stack(batch))
+                batch = []
+
+
+def _image_folder(folder: Path) -> Iterator[int]:
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import PILToTensor
+
+    dataset = ImageFolder(str(folder), transform=PILToTensor())
+    while True:
+        for images, _ in DataLoader(dataset, batch_size=BATCH_SIZE, shuffle=True):
+            yield len(images)
+
+
+def _unpack(shard_set: ShardSet, folder: Path) -> None:
+    """The set's first images as files in class folders."""
+    samples = np.arange(min(_FOLDER_IMAGES, shard_set.num_samples))
+    found = shard_set.store.read_spans(shard_set.spans(samples))
+    labels = shard_set.samples["label"][samples].tolist()
+    for number, (data, label) in enumerate(zip(found, labels, strict=True)):
+        if isinstance(data, Exception):
+            raise data
+        path = folder / f"class{label}" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+
+
+def _file(sample: dict[str, Any]) -> io.BytesIO:
+    return io.BytesIO(next(sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample))

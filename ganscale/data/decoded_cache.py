@@ -1,0 +1,196 @@
+"""Small sets decoded once: pixels kept in memory and gathered, in the same order as streamed.
+
+An image is decoded when it is first asked for, so a run starts at once and damage is met where
+streaming meets it. In RAM the pixels are shared by the processes of a node: the file behind them is
+unlinked as soon as all have mapped it, so it goes with the last of them, however that ends. Each
+process remembers only what it wrote itself; two that decode the same image write the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+
+from ganscale.data.reader import ImageReader, Images
+from ganscale.errors import ConfigError
+
+__all__ = ["CacheKind", "DecodedImages", "DevicePixels", "Exchange", "HostPixels", "choose_cache"]
+
+CacheKind = Literal["none", "ram", "device"]
+Exchange = Callable[[Any], list[Any]]
+"""Gives every rank what each rank gave, in the order of ranks."""
+
+_RAM_SHARE = 0.25
+_DEVICE_SHARE = 0.1
+_ZEROS = bytes(2**24)
+
+
+class Pixels(Protocol):
+    """uint8 images by number, (N, C, H, W)."""
+
+    def put(self, ids: NDArray[np.int64], pixels: torch.Tensor) -> None:
+        """Keep some images."""
+        ...
+
+    def take(self, ids: NDArray[np.int64]) -> torch.Tensor:
+        """Some images that were put, (n, C, H, W)."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+class DecodedImages:
+    """Keeps what another reader decodes."""
+
+    def __init__(self, reader: ImageReader, pixels: Pixels) -> None:
+        self.reader = reader
+        self.pixels = pixels
+        self._known = np.zeros(len(pixels), dtype=np.bool_)
+
+    def read(self, samples: NDArray[np.int64]) -> Images:
+        sound = self._known[samples]
+        if sound.all():
+            return Images(self.pixels.take(samples), sound)
+        fresh = self.reader.read(samples[~sound])
+        found = samples[~sound][fresh.sound]
+        self.pixels.put(found, fresh.pixels)
+        self._known[found] = True
+        sound = self._known[samples]
+        return Images(self.pixels.take(samples[sound]), sound, fresh.damaged)
+
+    def holds(self, samples: NDArray[np.int64]) -> bool:
+        return bool(self._known[samples].all())
+
+
+class HostPixels:
+    """Images in memory that the processes of a node share.
+
+    Args:
+        shape: (N, C, H, W).
+        rank: of this process.
+        exchange: between all ranks; every rank makes its `HostPixels` at the same time.
+
+    Raises `ConfigError` on every rank if a node has no room.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], *, rank: int, exchange: Exchange) -> None:
+        self.shape = shape
+        memory = _shared_memory(math.prod(shape), rank, exchange)
+        self._rows = np.frombuffer(memory, dtype=np.uint8).reshape(shape[0], -1)
+
+    def put(self, ids: NDArray[np.int64], pixels: torch.Tensor) -> None:
+        self._rows[ids] = pixels.numpy().reshape(len(ids), math.prod(self.shape[1:]))
+
+    def take(self, ids: NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(self._rows[ids]).view(len(ids), *self.shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+class DevicePixels:
+    """Images in the memory of an accelerator, gathered there."""
+
+    def __init__(self, shape: tuple[int, int, int, int], device: torch.device) -> None:
+        self._pixels = torch.empty(shape, dtype=torch.uint8, device=device)
+
+    def put(self, ids: NDArray[np.int64], pixels: torch.Tensor) -> None:
+        device = self._pixels.device
+        self._pixels[torch.from_numpy(ids).to(device)] = pixels.to(device)
+
+    def take(self, ids: NDArray[np.int64]) -> torch.Tensor:
+        index = torch.from_numpy(ids).to(self._pixels.device, non_blocking=True)
+        return self._pixels.index_select(0, index)
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+
+def choose_cache(
+    wanted: Literal["auto", "none", "ram", "device"],
+    num_bytes: int,
+    device: torch.device,
+    exchange: Exchange,
+) -> CacheKind:
+    """What `data.cache` means here, the same on all ranks.
+
+    auto is "device" where the decoded set takes at most a tenth of every rank's free memory on CUDA
+    devices, else "ram" where it takes at most a quarter of every node's free memory, else "none".
+    """
+    if wanted != "auto":
+        return wanted
+    on_device = 0
+    if device.type == "cuda":
+        on_device, _ = torch.cuda.mem_get_info(device)
+    rooms = exchange((on_device, _available_memory()))
+    if all(num_bytes <= _DEVICE_SHARE * room for room, _ in rooms):
+        return "device"
+    return "ram" if all(num_bytes <= _RAM_SHARE * room for _, room in rooms) else "none"
+
+
+def _available_memory() -> int:
+    """Bytes that this process may still use: the machine's, or its container's if that is less."""
+    available: int = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        return min(available, limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return available
+
+
+def _shared_memory(num_bytes: int, rank: int, exchange: Exchange) -> mmap.mmap:
+    nodes = exchange(_node())
+    leader = nodes.index(nodes[rank])
+    path = _reserve(num_bytes) if leader == rank else None
+    paths = exchange(path)
+    if any(paths[nodes.index(node)] is None for node in nodes):
+        raise ConfigError(
+            f"data.cache=ram needs {num_bytes / 2**30:.2f} GiB on every node, and one has not so "
+            f"much in {', '.join(_places())}: set data.cache=none"
+        )
+    descriptor = os.open(paths[leader], os.O_RDWR)
+    try:
+        memory = mmap.mmap(descriptor, num_bytes)
+    finally:
+        os.close(descriptor)
+    exchange(None)  # all have mapped it
+    if leader == rank:
+        os.unlink(paths[leader])
+    return memory
+
+
+def _node() -> tuple[str, str]:
+    """Equal for processes that see the same files."""
+    mounts = Path("/proc/self/ns/mnt")
+    return socket.gethostname(), os.readlink(mounts) if mounts.exists() else ""
+
+
+def _places() -> list[str]:
+    return [place for place in ("/dev/shm", tempfile.gettempdir()) if os.path.isdir(place)]
+
+
+def _reserve(num_bytes: int) -> str | None:
+    """A file with that much room, in memory if it fits there; None if there is none."""
+    for place in _places():
+        descriptor, path = tempfile.mkstemp(prefix="ganscale-", dir=place)
+        try:
+            for start in range(0, num_bytes, len(_ZEROS)):
+                os.write(descriptor, _ZEROS[: num_bytes - start])
+            return path
+        except OSError:
+            os.unlink(path)
+        finally:
+            os.close(descriptor)
+    return None

@@ -1,0 +1,145 @@
+"""Encoded images to pixels and back, strictly: what is not the expected image is an error.
+
+The header is looked at before anything is decoded, so a few bytes that claim to be a huge image
+cost nothing. Pixels are uint8, (C, H, W), C = 1 (gray), 3 (RGB) or 4 (RGBA).
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torchvision.io import ImageReadMode
+
+from ganscale.errors import DataError
+
+__all__ = ["CHANNELS", "decode", "normalised_png"]
+
+CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
+"""Channels of the image modes that can be trained on, by Pillow's name."""
+_MODES = {channels: mode for mode, channels in CHANNELS.items()}
+_MAX_PIXELS = 2**26
+_UNCHANGED = ImageReadMode.UNCHANGED.value
+_PNG_HEADER = struct.Struct(">8sI4sIIBB")  # the signature, then IHDR up to the colour type
+_PNG_CHANNELS = {0: 1, 2: 3, 6: 4}
+
+# `decode` and `normalised_png` compare sizes themselves, with a message that names the image.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+def decode(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Pixels of a PNG, JPEG or WebP image, (C, H, W).
+
+    Raises `DataError` if it has another shape than `shape`, or cannot be decoded; a message such as
+    "is 20000x20000 in mode RGB, expected ..." that the caller puts the image's name before.
+    """
+    try:
+        pixels = _decoded_png(data) if _png_shape(data) == shape else _decoded(data, shape)
+    except (OSError, RuntimeError, SyntaxError, ValueError) as error:
+        raise DataError(f"cannot be decoded: {_first_line(error)}") from None
+    if pixels.shape != shape:
+        raise DataError(f"decodes to shape {pixels.shape}, expected {shape}")
+    return pixels
+
+
+def normalised_png(
+    data: bytes, *, resolution: int | None = None, img_channels: int | None = None
+) -> tuple[bytes, NDArray[np.uint8]]:
+    """An image of any kind as a PNG to train on, and its pixels.
+
+    Args:
+        data: an image in any format that Pillow reads.
+        resolution: side in pixels; the shorter side is resized to it with anti-aliasing and the
+            centre is cut out. None leaves the size alone.
+        img_channels: 1, 3 or 4; None keeps gray, RGB and RGBA and refuses other modes.
+
+    Returns:
+        (PNG, pixels (C, H, W)); a PNG that needs no change is passed on byte for byte.
+
+    Raises:
+        DataError: not readable, too large, or of a mode that is not told what to become; the caller
+            puts the image's name before the message.
+    """
+    with _opened(data) as image:
+        if image.width * image.height > _MAX_PIXELS:
+            raise DataError(
+                f"claims {image.width}x{image.height} pixels; at most {_MAX_PIXELS} are read"
+            )
+        try:
+            changed = _converted(image, resolution, img_channels)
+            pixels = np.asarray(changed)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"cannot be decoded: {_first_line(error)}") from None
+        if changed is not image or image.format != "PNG":
+            data = _encoded(changed)
+    return data, _chw(pixels)
+
+
+def _png_shape(data: bytes) -> tuple[int, int, int] | None:
+    """(C, H, W) that the header of an 8-bit gray, RGB or RGBA PNG promises; None for all else."""
+    if len(data) < _PNG_HEADER.size:
+        return None
+    signature, _, kind, width, height, bits, colour = _PNG_HEADER.unpack_from(data)
+    if (signature, kind, bits) != (b"\x89PNG\r\n\x1a\n", b"IHDR", 8):
+        return None
+    return _PNG_CHANNELS.get(colour, 0), height, width
+
+
+def _decoded_png(data: bytes) -> NDArray[np.uint8]:
+    # torchvision's operator is more than twice as fast as Pillow and lets other threads run. Its
+    # Python wrapper warns at every call that torchcodec, which needs FFmpeg, is to replace it.
+    array: NDArray[np.uint8] = torch.ops.image.decode_png(
+        torch.frombuffer(bytearray(data), dtype=torch.uint8), _UNCHANGED, False
+    ).numpy()
+    return array
+
+
+def _decoded(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    with _opened(data) as image:
+        if (CHANNELS.get(image.mode), image.height, image.width) != shape:
+            raise DataError(
+                f"is {image.width}x{image.height} in mode {image.mode}, "
+                f"expected {shape[2]}x{shape[1]} in mode {_MODES[shape[0]]}"
+            )
+        return _chw(np.asarray(image))
+
+
+def _converted(image: Image.Image, resolution: int | None, img_channels: int | None) -> Image.Image:
+    transparent = "transparency" in image.info
+    if img_channels is None and (image.mode not in CHANNELS or transparent):
+        raise DataError(
+            f"has mode {image.mode}{' with transparency' if transparent else ''}; "
+            "expected gray, RGB or RGBA: say with --img-channels 1, 3 or 4 what to make of it"
+        )
+    if img_channels is not None and (image.mode != _MODES[img_channels] or transparent):
+        image = image.convert(_MODES[img_channels])
+    if resolution is not None and image.size != (resolution, resolution):
+        size = (resolution, resolution)
+        image = ImageOps.fit(image, size, method=Image.Resampling.LANCZOS)
+    return image
+
+
+def _chw(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
+
+
+def _opened(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"is not an image: {_first_line(error)}") from None
+
+
+def _encoded(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

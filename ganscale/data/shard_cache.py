@@ -1,0 +1,143 @@
+"""Whole shards of a remote store kept in a directory, fetched once per node.
+
+Entries are named by the sha256 of their content, so sets and runs share them and a name is a proof.
+A file lock per entry lets one of a node's processes fetch while the others wait; each process
+compares the hash when it opens an entry, and one that is damaged is fetched again. When a limit is
+set, the entries that were opened longest ago go first; a process that still reads one keeps it
+until it lets go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ganscale.data.shards import Shard
+from ganscale.data.storage import MissingData, OpenFile, RemoteStore, Span, cut_short
+from ganscale.errors import ConfigError
+
+__all__ = ["CachedStore"]
+
+_FETCHES_AT_ONCE = 4
+_FETCHES_OF_DAMAGED = 3
+_MAX_OPEN_FILES = 256
+
+
+class CachedStore:
+    """A remote store behind a local directory of its shards.
+
+    Args:
+        store: where shards come from.
+        shards: sizes and hashes of the files that can be asked for.
+        folder: the cache; made if it is not there, shared by any number of processes.
+        limit_bytes: how much may lie there; None for no limit.
+    """
+
+    def __init__(
+        self, store: RemoteStore, shards: Sequence[Shard], folder: Path, limit_bytes: int | None
+    ) -> None:
+        self.store = store
+        self.location = store.location
+        self.folder = folder.expanduser().absolute()
+        self.limit_bytes = limit_bytes
+        self._shards = {shard.name: shard for shard in shards}
+        self._opened = lru_cache(maxsize=_MAX_OPEN_FILES)(self._open)
+        largest = max(shard.num_bytes for shard in shards)
+        if limit_bytes is not None and limit_bytes < largest:
+            raise ConfigError(
+                f"data.cache_limit_gb is less than the largest shard ({largest / 1e9:.3f} GB)"
+            )
+        try:
+            (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"data.cache_dir={folder} cannot be made: {error.strerror}") from None
+
+    def read(self, name: str) -> bytes:
+        return self.store.read(name)
+
+    def read_spans(self, spans: Sequence[Span]) -> list[bytes | MissingData]:
+        names = list(dict.fromkeys(span.name for span in spans))
+        with ThreadPoolExecutor(_FETCHES_AT_ONCE, thread_name_prefix="fetch") as pool:
+            files = dict(zip(names, pool.map(self._opened, names), strict=True))
+        direct = [span for span in spans if files[span.name] is None]
+        answers = iter(self.store.read_spans(direct) if direct else [])
+        return [
+            next(answers) if (file := files[span.name]) is None else self._pread(file, span)
+            for span in spans
+        ]
+
+    @contextmanager
+    def local_copy(self, name: str, num_bytes: int) -> Iterator[Path]:
+        with self.store.local_copy(name, num_bytes) as path:
+            yield path
+
+    def _pread(self, file: OpenFile, span: Span) -> bytes | MissingData:
+        data = os.pread(file.descriptor, span.length, span.start)
+        if len(data) != span.length:
+            return cut_short(self._entry(self._shards[span.name]), span, data)
+        return data
+
+    def _open(self, name: str) -> OpenFile | None:
+        """The shard's entry, fetched if need be; None if the store's own copy is damaged."""
+        shard = self._shards[name]
+        path = self._entry(shard)
+        with self._lock(shard.sha256):
+            for _ in range(_FETCHES_OF_DAMAGED):
+                if path.exists() and _sha256(path) == shard.sha256:
+                    os.utime(path)
+                    return OpenFile(path)
+                try:
+                    self._fetch(shard, path)
+                except MissingData:
+                    break
+            path.unlink(missing_ok=True)
+            return None
+
+    def _fetch(self, shard: Shard, path: Path) -> None:
+        temporary = path.with_suffix(".tmp")
+        self._make_room(shard.num_bytes, temporary)
+        try:
+            self.store.fetch(shard.name, shard.num_bytes, temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _make_room(self, num_bytes: int, temporary: Path) -> None:
+        """Evict until `num_bytes` fit, and claim them by a file of that size."""
+        with self._lock("evict"):
+            entries = {path: path.stat() for path in self.folder.glob("*.t*")}
+            total = sum(state.st_size for state in entries.values())
+            for path in sorted(entries, key=lambda path: entries[path].st_mtime_ns):
+                if self.limit_bytes is None or total + num_bytes <= self.limit_bytes:
+                    break
+                if self._evict(path):
+                    total -= entries[path].st_size
+            with temporary.open("wb") as file:
+                file.truncate(num_bytes)
+
+    def _evict(self, path: Path) -> bool:
+        """Remove an entry, or what a killed fetch left, unless a process is about it now."""
+        try:
+            with self._lock(path.stem, timeout=0):
+                path.unlink(missing_ok=True)
+        except Timeout:
+            return False
+        return True
+
+    def _entry(self, shard: Shard) -> Path:
+        return self.folder / f"{shard.sha256}.tar"
+
+    def _lock(self, name: str, timeout: float = -1) -> FileLock:
+        return FileLock(self.folder / "locks" / f"{name}.lock", timeout=timeout)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
