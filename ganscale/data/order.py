@@ -113,6 +113,20 @@ class Order:
         slots = self.batch(position, batch_size)
         return slots[slots.streams % world_size == rank]
 
+    @property
+    def mixing(self) -> float:
+        """How far apart neighbours of a shard end up, against a shuffle of the whole set (1.0).
+
+        Two neighbours in one window of w samples are (w + 1) / 3 turns apart on average, and one
+        pair in w lies in adjacent windows, w turns apart; uniformly shuffled, any two of N samples
+        are (N + 1) / 3 positions apart.
+        """
+        length = self.epoch_size // self.num_streams
+        whole, rest = divmod(length, self.window)
+        windows = [(whole * self.window, self.window), (rest, rest)]
+        turns = sum(n * ((w - 1 / w) / 3 + 1) for n, w in windows if n) / length
+        return min(1.0, 3 * self.num_streams * turns / (self.epoch_size + 1))
+
     def _make_plan(self, epoch: int) -> _EpochPlan:
         shards = keyed_permutation(len(self.shard_sizes), self.seed, epoch, "shards")
         streams = [shards[s :: self.num_streams] for s in range(self.num_streams)]

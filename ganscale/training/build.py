@@ -29,7 +29,7 @@ from ganscale.training.precision import Precision
 from ganscale.training.state import TrainingState
 from ganscale.world import World
 
-__all__ = ["build_reader", "build_state", "check_against_shards", "load_shards"]
+__all__ = ["build_order", "build_reader", "build_state", "check_against_shards", "load_shards"]
 
 
 def build_state(config: Config, precision: Precision, world: World) -> TrainingState:
@@ -57,17 +57,21 @@ def load_shards(config: Config) -> ShardSet:
     return ShardSet.load(config.data.shards, policy)
 
 
+def build_order(config: Config, shard_set: ShardSet) -> Order:
+    """The global order of the configured run."""
+    return Order(
+        [shard.num_samples for shard in shard_set.shards],
+        num_streams=shard_set.num_streams,
+        window=config.data.shuffle_window,
+        seed=config.seed,
+    )
+
+
 def build_reader(
     config: Config, shard_set: ShardSet, world: World, exchange: Exchange
 ) -> BatchReader:
     """This rank's reader of the global order; all ranks call it at the same time."""
     data = config.data
-    order = Order(
-        [shard.num_samples for shard in shard_set.shards],
-        num_streams=shard_set.num_streams,
-        window=data.shuffle_window,
-        seed=config.seed,
-    )
     images: ImageReader = ShardImages(shard_set, _local_or_cached(config, shard_set))
     shape = (shard_set.num_samples, *shard_set.image_shape)
     cache = choose_cache(data.cache, math.prod(shape), world.torch_device, exchange)
@@ -77,7 +81,7 @@ def build_reader(
         images = DecodedImages(images, DevicePixels(shape, world.torch_device))
     return BatchReader(
         shard_set,
-        order,
+        build_order(config, shard_set),
         images,
         rank=world.rank,
         world_size=world.world_size,

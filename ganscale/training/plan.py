@@ -6,7 +6,7 @@ from torch import nn
 
 from ganscale.config import Config
 from ganscale.models import build_discriminator, build_generator
-from ganscale.training.build import load_shards
+from ganscale.training.build import build_order, load_shards
 
 __all__ = ["describe_plan"]
 
@@ -32,9 +32,11 @@ def describe_plan(config: Config) -> list[str]:
     shard_set = load_shards(config)
     per_worker = len(shard_set.shards) / workers
     epochs = config.total_nimg / shard_set.num_samples
+    mixing = build_order(config, shard_set).mixing
     return [
         *lines,
         f"{len(shard_set.shards)} shards, about {per_worker:g} a worker; {epochs:.1f} epochs",
+        f"neighbours of a shard end up {mixing:.0%} as far apart as in a shuffle of the whole set",
     ]
 
 

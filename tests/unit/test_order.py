@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -255,6 +256,20 @@ def test_keyed_permutation_sorts_by_splitmix64(n: int, key: tuple[int, str]) -> 
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
         hashes.append(x ^ (x >> 31))
     assert keyed_permutation(n, *key).tolist() == sorted(range(n), key=hashes.__getitem__)
+
+
+@pytest.mark.parametrize("window", [1, 8, 64, 500, 2000])
+@pytest.mark.parametrize("num_streams", [1, 4, 20])
+def test_mixing_is_the_measured_distance_of_neighbours(window: int, num_streams: int) -> None:
+    sizes = [1000] * 20
+    order = Order(sizes, num_streams=num_streams, window=window, seed=0)
+    distances = []
+    for epoch in range(3):
+        samples = order.batch(epoch * order.epoch_size, order.epoch_size).samples
+        position = np.argsort(samples).reshape(len(sizes), -1)  # (shard, sample)
+        distances.append(np.abs(np.diff(position, axis=1)).mean())
+    uniform = (order.epoch_size + 1) / 3
+    assert float(np.mean(distances)) / uniform == pytest.approx(order.mixing, rel=0.06)
 
 
 def test_the_permutation_of_a_key_is_pinned() -> None:
