@@ -69,6 +69,9 @@ class DecodedImages:
         sound = self._known[samples]
         return Images(self.pixels.take(samples[sound]), sound, fresh.damaged)
 
+    def prepare(self, samples: NDArray[np.int64]) -> None:
+        self.reader.prepare(samples[~self._known[samples]])
+
     def holds(self, samples: NDArray[np.int64]) -> bool:
         return bool(self._known[samples].all())
 

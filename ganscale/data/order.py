@@ -8,7 +8,7 @@ needs one integer. An epoch ends where its last sample was taken, and a batch ma
 no batch is short and no sample is left out.
 
 The order is computed a block at a time: one window of every stream, at most S * window samples,
-two blocks kept. Any position is reached without walking there, and a batch is a slice.
+three blocks kept. Any position is reached without walking there, and a batch is a slice.
 
 The trade: the shuffle is as good as `window` (and the shards' own content) allow; a window that
 covers a stream's whole epoch is a full shuffle of that stream. Permutations come from a counter
@@ -85,7 +85,7 @@ class Order:
         self.epoch_size = int(self.shard_sizes.sum())
         self._shard_starts = _starts(self.shard_sizes)
         self._plan = lru_cache(maxsize=2)(self._make_plan)
-        self._block = lru_cache(maxsize=2)(self._make_block)
+        self._block = lru_cache(maxsize=3)(self._make_block)
 
     def batch(self, position: int, batch_size: int) -> Slots:
         """The global batch that starts at `position`, in order."""

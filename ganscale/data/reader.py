@@ -12,7 +12,7 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ganscale.data.images import decode
 from ganscale.data.order import Order, Slots
+from ganscale.data.shard_cache import CachedStore
 from ganscale.data.shards import ShardSet
 from ganscale.data.storage import MissingData, Store
 from ganscale.errors import ConfigError, DataError
@@ -50,6 +51,10 @@ class ImageReader(Protocol):
 
     def read(self, samples: NDArray[np.int64]) -> Images:
         """The pixels of some samples of the set, in the order asked for."""
+        ...
+
+    def prepare(self, samples: NDArray[np.int64]) -> None:
+        """Bring near what `read` of these samples will need, where that takes a while."""
         ...
 
     def holds(self, samples: NDArray[np.int64]) -> bool:
@@ -95,6 +100,11 @@ class ShardImages:
             pixels = pixels[sound]
         return Images(torch.from_numpy(pixels), sound, tuple(damaged))
 
+    def prepare(self, samples: NDArray[np.int64]) -> None:
+        if isinstance(self.store, CachedStore):
+            numbers = np.unique(self.shard_set.shards_of(samples)).tolist()
+            self.store.prepare([self.shard_set.shards[number].name for number in numbers])
+
     def holds(self, samples: NDArray[np.int64]) -> bool:
         return False
 
@@ -117,6 +127,7 @@ class BatchReader:
         on_error: "fail" raises the first `DamagedSample`; "skip" leaves it out of the batch.
         num_threads: batches that are read at once.
         prefetch: batches that are read ahead of the one in use.
+        lookahead: samples ahead of a batch at which its images are prepared; 0 for not at all.
         pin_memory: put images into page-locked memory, for asynchronous copies to a CUDA device.
     """
 
@@ -131,6 +142,7 @@ class BatchReader:
         on_error: Literal["fail", "skip"] = "fail",
         num_threads: int = 1,
         prefetch: int = 2,
+        lookahead: int = 0,
         pin_memory: bool = False,
     ) -> None:
         if world_size > shard_set.num_streams:
@@ -146,6 +158,7 @@ class BatchReader:
         self.on_error = on_error
         self.num_threads = num_threads
         self.prefetch = prefetch
+        self.lookahead = lookahead
         self.pin_memory = pin_memory
 
     def batches(self, position: int, batch_size: int) -> Generator[Batch]:
@@ -156,12 +169,17 @@ class BatchReader:
         threads are. Closing the generator ends them.
         """
         pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="reader")
+        preparer = ThreadPoolExecutor(1, thread_name_prefix="preparer")
+        preparing: Future[None] | None = None
         ahead: deque[Callable[[], Batch]] = deque()
         try:
             while True:
                 while len(ahead) <= self.prefetch:
                     start = position + len(ahead) * batch_size
                     slots = self._slots(start, batch_size)
+                    if self.lookahead and (preparing is None or preparing.done()):
+                        coming = self._slots(start + self.lookahead, batch_size)
+                        preparing = preparer.submit(self.images.prepare, coming.samples)
                     if self.images.holds(slots.samples):
                         ahead.append(partial(self._batch, start, slots))
                     else:
@@ -169,6 +187,7 @@ class BatchReader:
                 position += batch_size
                 yield ahead.popleft()()
         finally:
+            preparer.shutdown(cancel_futures=True)
             pool.shutdown(cancel_futures=True)
 
     def read(self, position: int, batch_size: int) -> Batch:

@@ -49,6 +49,7 @@ class CachedStore:
         self.limit_bytes = limit_bytes
         self._shards = {shard.name: shard for shard in shards}
         self._opened = lru_cache(maxsize=_MAX_OPEN_FILES)(self._open)
+        self._pool = ThreadPoolExecutor(_FETCHES_AT_ONCE, thread_name_prefix="fetch")
         largest = max(shard.num_bytes for shard in shards)
         if limit_bytes is not None and limit_bytes < largest:
             raise ConfigError(
@@ -62,10 +63,12 @@ class CachedStore:
     def read(self, name: str) -> bytes:
         return self.store.read(name)
 
+    def prepare(self, names: Sequence[str]) -> None:
+        """Fetch the shards that are not here yet, several at a time."""
+        self._files(names)
+
     def read_spans(self, spans: Sequence[Span]) -> list[bytes | MissingData]:
-        names = list(dict.fromkeys(span.name for span in spans))
-        with ThreadPoolExecutor(_FETCHES_AT_ONCE, thread_name_prefix="fetch") as pool:
-            files = dict(zip(names, pool.map(self._opened, names), strict=True))
+        files = self._files(list(dict.fromkeys(span.name for span in spans)))
         direct = [span for span in spans if files[span.name] is None]
         answers = iter(self.store.read_spans(direct) if direct else [])
         return [
@@ -77,6 +80,9 @@ class CachedStore:
     def local_copy(self, name: str, num_bytes: int) -> Iterator[Path]:
         with self.store.local_copy(name, num_bytes) as path:
             yield path
+
+    def _files(self, names: Sequence[str]) -> dict[str, OpenFile | None]:
+        return dict(zip(names, self._pool.map(self._opened, names), strict=True))
 
     def _pread(self, file: OpenFile, span: Span) -> bytes | MissingData:
         data = os.pread(file.descriptor, span.length, span.start)

@@ -72,7 +72,8 @@ def build_reader(
 ) -> BatchReader:
     """This rank's reader of the global order; all ranks call it at the same time."""
     data = config.data
-    images: ImageReader = ShardImages(shard_set, _local_or_cached(config, shard_set))
+    store = _local_or_cached(config, shard_set)
+    images: ImageReader = ShardImages(shard_set, store)
     shape = (shard_set.num_samples, *shard_set.image_shape)
     cache = choose_cache(data.cache, math.prod(shape), world.torch_device, exchange)
     if cache == "ram":
@@ -88,6 +89,10 @@ def build_reader(
         on_error=data.on_error,
         num_threads=data.reader_threads,
         prefetch=data.prefetch_batches,
+        # Half a block of the order: time enough to fetch the shards that come next.
+        lookahead=shard_set.num_streams * data.shuffle_window // 2
+        if isinstance(store, CachedStore)
+        else 0,
         pin_memory=cache != "device" and world.torch_device.type == "cuda",
     )
 
