@@ -24,7 +24,7 @@ from PIL import Image
 
 from ganscale.data.decoded_cache import DecodedImages, DevicePixels, HostPixels
 from ganscale.data.order import Order
-from ganscale.data.reader import BatchReader, ImageReader, ShardImages
+from ganscale.data.reader import BatchReader, ImageReader, ReadAhead, ShardImages
 from ganscale.data.shards import ShardSet
 from ganscale.data.storage import LocalStore
 from ganscale.data.tars import IMAGE_SUFFIXES
@@ -97,9 +97,8 @@ def _images_per_second(batches: Iterator[int], seconds: float) -> float:
 def _ganscale(shard_set: ShardSet, images: ImageReader, num_threads: int = 1) -> Iterator[int]:
     sizes = [shard.num_samples for shard in shard_set.shards]
     order = Order(sizes, num_streams=shard_set.num_streams, window=1024, seed=0)
-    reader = BatchReader(
-        shard_set, order, images, rank=0, world_size=1, num_threads=num_threads, prefetch=2
-    )
+    ahead = ReadAhead(num_threads=num_threads)
+    reader = BatchReader(shard_set, order, images, rank=0, world_size=1, ahead=ahead)
     with closing(reader.batches(0, BATCH_SIZE)) as batches:
         for batch in batches:
             yield len(batch.images)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import struct
-import warnings
 
 import numpy as np
 import torch
@@ -27,9 +26,6 @@ _MAX_PIXELS = 2**26
 _UNCHANGED = ImageReadMode.UNCHANGED.value
 _PNG_HEADER = struct.Struct(">8sI4sIIBB")  # the signature, then IHDR up to the colour type
 _PNG_CHANNELS = {0: 1, 2: 3, 6: 4}
-
-# `decode` and `normalised_png` compare sizes themselves, with a message that names the image.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def decode(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
@@ -131,7 +127,9 @@ def _chw(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _opened(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"is too large: {_first_line(error)}") from None
+    except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"is not an image: {_first_line(error)}") from None
 
 

@@ -28,7 +28,15 @@ from ganscale.data.shards import ShardSet
 from ganscale.data.storage import MissingData, Store
 from ganscale.errors import ConfigError, DataError
 
-__all__ = ["Batch", "BatchReader", "DamagedSample", "ImageReader", "Images", "ShardImages"]
+__all__ = [
+    "Batch",
+    "BatchReader",
+    "DamagedSample",
+    "ImageReader",
+    "Images",
+    "ReadAhead",
+    "ShardImages",
+]
 
 
 class DamagedSample(DataError):
@@ -116,6 +124,21 @@ class ShardImages:
         return decode(data, self.shard_set.image_shape)
 
 
+@dataclass(frozen=True)
+class ReadAhead:
+    """What is done before a batch is asked for."""
+
+    num_threads: int = 1
+    """Batches that are read at once."""
+    num_batches: int = 2
+    """Batches that may wait."""
+    num_samples: int = 0
+    """How far ahead of a batch its images are prepared, in samples of the order; 0 for not."""
+
+
+_READ_AHEAD = ReadAhead()
+
+
 class BatchReader:
     """One rank's part of the global batches of a shard set.
 
@@ -125,9 +148,7 @@ class BatchReader:
         images: where pixels come from.
         rank, world_size: whose part.
         on_error: "fail" raises the first `DamagedSample`; "skip" leaves it out of the batch.
-        num_threads: batches that are read at once.
-        prefetch: batches that are read ahead of the one in use.
-        lookahead: samples ahead of a batch at which its images are prepared; 0 for not at all.
+        ahead: what is done before a batch is asked for.
         pin_memory: put images into page-locked memory, for asynchronous copies to a CUDA device.
     """
 
@@ -140,9 +161,7 @@ class BatchReader:
         rank: int,
         world_size: int,
         on_error: Literal["fail", "skip"] = "fail",
-        num_threads: int = 1,
-        prefetch: int = 2,
-        lookahead: int = 0,
+        ahead: ReadAhead = _READ_AHEAD,
         pin_memory: bool = False,
     ) -> None:
         if world_size > shard_set.num_streams:
@@ -156,36 +175,34 @@ class BatchReader:
         self.rank = rank
         self.world_size = world_size
         self.on_error = on_error
-        self.num_threads = num_threads
-        self.prefetch = prefetch
-        self.lookahead = lookahead
+        self.ahead = ahead
         self.pin_memory = pin_memory
 
     def batches(self, position: int, batch_size: int) -> Generator[Batch]:
         """The endless sequence of this rank's batches, from a global position on.
 
-        At most `prefetch` batches wait. What goes wrong with a batch is raised when it is due, so
+        At most `ahead.num_batches` wait. What goes wrong with a batch is raised when it is due, so
         every batch before it is used and the run stops at the same place however far ahead the
         threads are. Closing the generator ends them.
         """
-        pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="reader")
+        pool = ThreadPoolExecutor(self.ahead.num_threads, thread_name_prefix="reader")
         preparer = ThreadPoolExecutor(1, thread_name_prefix="preparer")
         preparing: Future[None] | None = None
-        ahead: deque[Callable[[], Batch]] = deque()
+        waiting: deque[Callable[[], Batch]] = deque()
         try:
             while True:
-                while len(ahead) <= self.prefetch:
-                    start = position + len(ahead) * batch_size
+                while len(waiting) <= self.ahead.num_batches:
+                    start = position + len(waiting) * batch_size
                     slots = self._slots(start, batch_size)
-                    if self.lookahead and (preparing is None or preparing.done()):
-                        coming = self._slots(start + self.lookahead, batch_size)
+                    if self.ahead.num_samples and (preparing is None or preparing.done()):
+                        coming = self._slots(start + self.ahead.num_samples, batch_size)
                         preparing = preparer.submit(self.images.prepare, coming.samples)
                     if self.images.holds(slots.samples):
-                        ahead.append(partial(self._batch, start, slots))
+                        waiting.append(partial(self._batch, start, slots))
                     else:
-                        ahead.append(pool.submit(self._batch, start, slots).result)
+                        waiting.append(pool.submit(self._batch, start, slots).result)
                 position += batch_size
-                yield ahead.popleft()()
+                yield waiting.popleft()()
         finally:
             preparer.shutdown(cancel_futures=True)
             pool.shutdown(cancel_futures=True)

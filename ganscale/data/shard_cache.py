@@ -48,13 +48,15 @@ class CachedStore:
         self.folder = folder.expanduser().absolute()
         self.limit_bytes = limit_bytes
         self._shards = {shard.name: shard for shard in shards}
-        self._opened = lru_cache(maxsize=_MAX_OPEN_FILES)(self._open)
         self._pool = ThreadPoolExecutor(_FETCHES_AT_ONCE, thread_name_prefix="fetch")
         largest = max(shard.num_bytes for shard in shards)
         if limit_bytes is not None and limit_bytes < largest:
             raise ConfigError(
                 f"data.cache_limit_gb is less than the largest shard ({largest / 1e9:.3f} GB)"
             )
+        # What a process holds open stays on disk after its eviction: no more than the limit either.
+        max_open = _MAX_OPEN_FILES if limit_bytes is None else limit_bytes // largest
+        self._opened = lru_cache(maxsize=min(max_open, _MAX_OPEN_FILES))(self._open)
         try:
             (self.folder / "locks").mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -15,6 +15,7 @@ import os
 import random
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ __all__ = [
     "OpenFile",
     "RemoteStore",
     "RetryPolicy",
+    "SlowStoreWarning",
     "Span",
     "Store",
     "StoreError",
@@ -54,6 +56,10 @@ class StoreError(DataError):
 
 class MissingData(DataError):
     """A file that is not in the store, or ends before the bytes that were asked for."""
+
+
+class SlowStoreWarning(UserWarning):
+    """A store that works, at a multiple of the traffic."""
 
 
 class Span(NamedTuple):
@@ -249,7 +255,13 @@ class RemoteStore:
             data = b""
         if request.start is None or request.end is None:
             return data
-        if len(data) > request.end - request.start:  # a server that does not know ranges
+        if len(data) > request.end - request.start:
+            warnings.warn(
+                f"{self.location} ignores Range requests: every read fetches a whole file. Set "
+                "data.cache_dir, or serve it with a server that knows them",
+                SlowStoreWarning,
+                stacklevel=2,
+            )
             data = data[request.start : request.end]
         if len(data) == request.end - request.start:
             return data

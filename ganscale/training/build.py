@@ -16,7 +16,7 @@ from ganscale.data.decoded_cache import (
     choose_cache,
 )
 from ganscale.data.order import Order
-from ganscale.data.reader import BatchReader, ImageReader, ShardImages
+from ganscale.data.reader import BatchReader, ImageReader, ReadAhead, ShardImages
 from ganscale.data.shard_cache import CachedStore
 from ganscale.data.shards import ShardSet
 from ganscale.data.storage import RemoteStore, RetryPolicy, Store
@@ -73,6 +73,7 @@ def build_reader(
     """This rank's reader of the global order; all ranks call it at the same time."""
     data = config.data
     store = _local_or_cached(config, shard_set)
+    fetches = isinstance(store, CachedStore)
     images: ImageReader = ShardImages(shard_set, store)
     shape = (shard_set.num_samples, *shard_set.image_shape)
     cache = choose_cache(data.cache, math.prod(shape), world.torch_device, exchange)
@@ -87,12 +88,12 @@ def build_reader(
         rank=world.rank,
         world_size=world.world_size,
         on_error=data.on_error,
-        num_threads=data.reader_threads,
-        prefetch=data.prefetch_batches,
-        # Half a block of the order: time enough to fetch the shards that come next.
-        lookahead=shard_set.num_streams * data.shuffle_window // 2
-        if isinstance(store, CachedStore)
-        else 0,
+        ahead=ReadAhead(
+            num_threads=data.reader_threads,
+            num_batches=data.prefetch_batches,
+            # Half a block of the order: time enough to fetch the shards that come next.
+            num_samples=shard_set.num_streams * data.shuffle_window // 2 if fetches else 0,
+        ),
         pin_memory=cache != "device" and world.torch_device.type == "cuda",
     )
 

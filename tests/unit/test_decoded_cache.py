@@ -35,9 +35,7 @@ def reader_of(
 ) -> BatchReader:
     sizes = [shard.num_samples for shard in shard_set.shards]
     order = Order(sizes, num_streams=shard_set.num_streams, window=5, seed=3)
-    return BatchReader(
-        shard_set, order, images, rank=rank, world_size=world_size, on_error="skip", prefetch=3
-    )
+    return BatchReader(shard_set, order, images, rank=rank, world_size=world_size, on_error="skip")
 
 
 def cached(shard_set: ShardSet, kind: str) -> DecodedImages:

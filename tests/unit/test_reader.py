@@ -16,7 +16,7 @@ from PIL import Image
 
 from ganscale.data.building import build_shards
 from ganscale.data.order import Order
-from ganscale.data.reader import Batch, BatchReader, DamagedSample, Images, ShardImages
+from ganscale.data.reader import Batch, BatchReader, DamagedSample, Images, ReadAhead, ShardImages
 from ganscale.data.shards import ShardSet, verify_shards
 from ganscale.data.sources import SourceSpec
 from ganscale.errors import ConfigError, DataError
@@ -280,8 +280,9 @@ def test_no_more_than_the_prefetch_is_read_ahead(built_set: ShardSet) -> None:
             asked.append(len(samples))
             return super().read(samples)
 
+    ahead = ReadAhead(num_batches=3)
     reader = BatchReader(
-        built_set, order_of(built_set), Counting(built_set), rank=0, world_size=1, prefetch=3
+        built_set, order_of(built_set), Counting(built_set), rank=0, world_size=1, ahead=ahead
     )
     batches = reader.batches(0, BATCH_SIZE)
     for _ in range(5):
