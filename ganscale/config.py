@@ -58,7 +58,7 @@ class DataConfig(_Section):
     """Gigabytes that may lie in cache_dir; the shards used longest ago are removed first."""
     on_error: Literal["fail", "skip"] = "fail"
     """What a damaged sample does: end the run, or be left out of its batch and counted."""
-    reader_threads: int = Field(1, ge=1)
+    reader_threads: int = Field(2, ge=1)
     """Batches that a worker reads at once."""
     prefetch_batches: int = Field(2, ge=0)
     """Batches that wait for the worker."""

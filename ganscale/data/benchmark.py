@@ -7,7 +7,6 @@ second time, for all contestants alike, so each is warmed up first.
 
 from __future__ import annotations
 
-import io
 import math
 import tempfile
 import time
@@ -20,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
-from PIL import Image
 
 from ganscale.data.decoded_cache import DecodedImages, DevicePixels, HostPixels
 from ganscale.data.order import Order
 from ganscale.data.reader import BatchReader, ImageReader, ReadAhead, ShardImages
+from ganscale.data.shard_cache import CachedStore
 from ganscale.data.shards import ShardSet
-from ganscale.data.storage import LocalStore
+from ganscale.data.storage import LocalStore, RemoteStore
 from ganscale.data.tars import IMAGE_SUFFIXES
 
 __all__ = ["BATCH_SIZE", "Measurement", "bench_data"]
@@ -79,6 +78,12 @@ def _contestants(shard_set: ShardSet, device: torch.device) -> Iterator[tuple[st
     for threads in (1, 2):
         name = f"ganscale, streaming, {threads} thread{'s' if threads > 1 else ''}"
         yield name, _ganscale(shard_set, stream, threads)
+    if isinstance(shard_set.store, RemoteStore):
+        with tempfile.TemporaryDirectory(prefix="ganscale-") as folder:
+            store = CachedStore(shard_set.store, shard_set.shards, Path(folder), limit_bytes=None)
+            store.prepare([shard.name for shard in shard_set.shards])
+            cached = ShardImages(shard_set, store)
+            yield "ganscale, shards in cache_dir, 2 threads", _ganscale(shard_set, cached, 2)
     shape = (shard_set.num_samples, *shard_set.image_shape)
     host = HostPixels(shape, rank=0, exchange=lambda value: [value])
     yield "ganscale, cache ram", _ganscale(shard_set, _filled(stream, host))
@@ -113,15 +118,17 @@ def _filled(reader: ImageReader, pixels: HostPixels | DevicePixels) -> DecodedIm
 
 def _plain_webdataset(shard_set: ShardSet) -> Iterator[int]:
     urls = [f"{shard_set.location}/{shard.name}" for shard in shard_set.shards]
+    images = ";".join(IMAGE_SUFFIXES)
     while True:
-        samples: Iterable[Any] = wds.WebDataset(urls, shardshuffle=False, empty_check=False)
-        batch: list[torch.Tensor] = []
-        for sample in samples:
-            with Image.open(_file(sample)) as image:
-                batch.append(torch.from_numpy(np.array(image)))
-            if len(batch) == BATCH_SIZE:
-                yield len(torch.stack(batch))
-                batch = []
+        samples: Iterable[Any] = (
+            wds.WebDataset(urls, shardshuffle=False, empty_check=False)
+            .decode("pil")
+            .to_tuple(images)
+            .map_tuple(lambda image: torch.from_numpy(np.array(image)))
+            .batched(BATCH_SIZE, partial=False)
+        )
+        for (batch,) in samples:
+            yield len(batch)
 
 
 def _image_folder(folder: Path) -> Iterator[int]:
@@ -146,7 +153,3 @@ def _unpack(shard_set: ShardSet, folder: Path) -> None:
         path = folder / f"class{label}" / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
-
-
-def _file(sample: dict[str, Any]) -> io.BytesIO:
-    return io.BytesIO(next(sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample))

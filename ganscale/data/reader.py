@@ -169,9 +169,9 @@ class BatchReader:
                 f"{shard_set.location} has {shard_set.num_streams} streams, which is too few for "
                 f"{world_size} workers; build it with --num-shards {world_size} or more"
             )
-        self.shard_set = shard_set
         self.order = order
         self.images = images
+        self._labels = shard_set.samples["label"]
         self.rank = rank
         self.world_size = world_size
         self.on_error = on_error
@@ -222,7 +222,7 @@ class BatchReader:
             if self.on_error == "fail":
                 raise images.damaged[0]
             slots = slots[images.sound]
-        labels = self.shard_set.samples["label"][slots.samples]
+        labels = self._labels[slots.samples]
         pixels = images.pixels.pin_memory() if self.pin_memory else images.pixels
         return Batch(
             pixels,
