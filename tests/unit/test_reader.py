@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import struct
 import tarfile
 import threading
+import zlib
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -225,6 +229,57 @@ def test_damage_outside_the_images_changes_no_batch_and_fails_verification(
     assert_equal_batches(reader_of(own_set).read(0, own_set.num_samples), before)
     (problem,) = verify_shards(own_set)
     assert str(path) in problem
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, mode: str = "RGB") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, (width, height)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def huge_png() -> bytes:
+    """20,000 x 20,000 pixels in less than a hundred bytes."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0))
+    content = png_chunk(b"IDAT", zlib.compress(bytes(10)))
+    return b"\x89PNG\r\n\x1a\n" + header + content + png_chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (png(16, 8), "is 16x8 in mode RGB, expected 16x16"),
+        (png(16, 16, "P"), "is 16x16 in mode P, expected 16x16 in mode RGB"),
+        (png(16, 16, "L"), "in mode L, expected 16x16 in mode RGB"),
+        (huge_png(), "is too large"),
+        (png(16, 16)[:60], "cannot be decoded"),
+        (b"<html>no image</html>", "is not an image"),
+    ],
+    ids=["size", "palette", "gray", "20000x20000", "truncated", "html"],
+)
+def test_an_index_that_lies_about_an_image_is_found_when_it_is_read(
+    own_set: ShardSet, image: bytes, words: str
+) -> None:
+    """The index agrees with the bytes, but they are not the image it promises."""
+    (span,) = own_set.spans(np.array([7]))
+    path = Path(own_set.location, span.name)
+    data = bytearray(path.read_bytes())
+    data[span.start : span.start + len(image)] = image
+    path.write_bytes(data)
+    samples = own_set.samples.copy()
+    samples["num_bytes"][7], samples["crc32"][7] = len(image), zlib.crc32(image)
+    replace(own_set, samples=samples).save(Path(own_set.location))
+    lying = ShardSet.load(own_set.location)
+
+    with pytest.raises(DamagedSample, match=words) as error:
+        read_epoch(lying)
+    assert_one_line_about(error, path)
+    batch = reader_of(lying, on_error="skip").read(0, lying.num_samples)
+    assert len(batch.images) == lying.num_samples - 1
+    assert [words in str(error) for error in batch.skipped] == [True]
 
 
 def damage_two(shard_set: ShardSet) -> set[int]:
