@@ -30,7 +30,6 @@ _RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "RAY_AUTH_MODE": "disabled",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "0",
 }
 
 
@@ -97,6 +96,7 @@ def _cluster(address: str | None) -> Iterator[None]:
 def _first_message(error: TrainingFailedError) -> str:
     if isinstance(error, WorkerGroupError) and error.worker_failures:
         rank, failure = sorted(error.worker_failures.items())[0]
-        text = str(failure).strip().splitlines()
-        return f"training failed on rank {rank}: {text[-1] if text else failure!r}"
+        lines = str(failure).strip().splitlines() or [repr(failure)]
+        last = lines[-1].strip("'")
+        return f"training failed on rank {rank}: {last}"
     return f"training failed: {' '.join(str(error).split())[:500]}"

@@ -37,6 +37,8 @@ from ganscale.world import World
 
 __all__ = ["Trainer", "train"]
 
+_MAX_SKIPS_NAMED = 100
+
 
 def train(config: Config, world: World) -> None:
     """Train to `training.total_kimg`, going on from the newest checkpoint that verifies.
@@ -185,7 +187,10 @@ class Trainer:
         self._skipped.clear()
         if skipped and self.events is not None:
             self.events.write(
-                "skip", nimg=self.state.nimg, num_skipped=len(skipped), samples=sorted(skipped)
+                "skip",
+                nimg=self.state.nimg,
+                num_skipped=len(skipped),
+                samples=sorted(skipped)[:_MAX_SKIPS_NAMED],
             )
         return len(skipped)
 
