@@ -92,8 +92,10 @@ class ModelConfig(_Section):
 class ObjectiveConfig(_Section):
     """What the players minimise."""
 
-    name: Literal["nonsaturating", "minimax"] = "nonsaturating"
-    """Both are sigmoid cross-entropy; minimax is the original, whose generator saturates."""
+    name: Literal["nonsaturating", "minimax", "least_squares", "hinge", "relativistic"] = (
+        "nonsaturating"
+    )
+    """minimax is the original, whose generator saturates; relativistic pairs real with fake."""
 
 
 class OptimizerConfig(_Section):

@@ -1,12 +1,28 @@
 """Adversarial objectives on logits, one value per sample; the step reduces them.
 
-With D = sigmoid(logit), Goodfellow et al. (2014, arXiv 1406.2661):
+Goodfellow et al. (2014, arXiv 1406.2661), with D = sigmoid(logit):
 
-    discriminator         -log D(x) - log(1 - D(G(z)))         (equation 1, negated)
-    minimax generator      log(1 - D(G(z)))                    (equation 1)
-    nonsaturating generator -log D(G(z))                       (section 3, last paragraph)
+    discriminator              -log D(x) - log(1 - D(G(z)))     (equation 1, negated)
+    minimax generator           log(1 - D(G(z)))                (equation 1)
+    nonsaturating generator    -log D(G(z))                     (section 3, last paragraph)
 
-All in the softplus form, softplus(t) = log(1 + exp(t)), which neither overflows nor saturates.
+Mao et al. (2017, arXiv 1611.04076), least squares with a = 0, b = c = 1 (equation 9), logits C:
+
+    discriminator               (C(x) - 1)^2 / 2 + C(G(z))^2 / 2
+    generator                   (C(G(z)) - 1)^2 / 2
+
+Lim and Ye (2017, arXiv 1705.02894), hinge:
+
+    discriminator               max(0, 1 - C(x)) + max(0, 1 + C(G(z)))
+    generator                  -C(G(z))
+
+Jolicoeur-Martineau (2018, arXiv 1807.00734), relativistic pairing, with f = -log sigmoid:
+
+    discriminator               f(C(x) - C(G(z)))               (equation 4)
+    generator                   f(C(G(z)) - C(x))               (equation 5)
+
+Cross-entropies are in the softplus form, softplus(t) = log(1 + exp(t)), which neither overflows
+nor saturates. Logits come in any precision and are compared in fp32.
 """
 
 from __future__ import annotations
@@ -15,41 +31,65 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import relu, softplus
 
 __all__ = ["OBJECTIVES", "Objective"]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A pair of losses; logits and results have shape (N,)."""
+    """A pair of losses on (real_logits, fake_logits); logits and results have shape (N,).
 
-    discriminator_real: Callable[[Tensor], Tensor]
-    discriminator_fake: Callable[[Tensor], Tensor]
-    generator: Callable[[Tensor], Tensor]
+    Real and fake logits of one place in the batch are a pair. Most generators do not look at real
+    logits and are given None.
+    """
 
-
-def _minus_log_sigmoid(logits: Tensor) -> Tensor:
-    return softplus(-logits.float())
-
-
-def _minus_log_one_minus_sigmoid(logits: Tensor) -> Tensor:
-    return softplus(logits.float())
+    discriminator: Callable[[Tensor, Tensor], Tensor]
+    generator: Callable[[Tensor | None, Tensor], Tensor]
+    generator_sees_real: bool = False
 
 
-def _minimax_generator(fake_logits: Tensor) -> Tensor:
+def _cross_entropy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    return softplus(-real_logits.float()) + softplus(fake_logits.float())
+
+
+def _nonsaturating_generator(_: Tensor | None, fake_logits: Tensor) -> Tensor:
+    return softplus(-fake_logits.float())
+
+
+def _minimax_generator(_: Tensor | None, fake_logits: Tensor) -> Tensor:
     return -softplus(fake_logits.float())
 
 
+def _least_squares(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    return ((real_logits.float() - 1).square() + fake_logits.float().square()) / 2
+
+
+def _least_squares_generator(_: Tensor | None, fake_logits: Tensor) -> Tensor:
+    return (fake_logits.float() - 1).square() / 2
+
+
+def _hinge(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    return relu(1 - real_logits.float()) + relu(1 + fake_logits.float())
+
+
+def _hinge_generator(_: Tensor | None, fake_logits: Tensor) -> Tensor:
+    return -fake_logits.float()
+
+
+def _relativistic(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    return softplus(fake_logits.float() - real_logits.float())
+
+
+def _relativistic_generator(real_logits: Tensor | None, fake_logits: Tensor) -> Tensor:
+    assert real_logits is not None
+    return softplus(real_logits.float() - fake_logits.float())
+
+
 OBJECTIVES = {
-    "nonsaturating": Objective(
-        discriminator_real=_minus_log_sigmoid,
-        discriminator_fake=_minus_log_one_minus_sigmoid,
-        generator=_minus_log_sigmoid,
-    ),
-    "minimax": Objective(
-        discriminator_real=_minus_log_sigmoid,
-        discriminator_fake=_minus_log_one_minus_sigmoid,
-        generator=_minimax_generator,
-    ),
+    "nonsaturating": Objective(_cross_entropy, _nonsaturating_generator),
+    "minimax": Objective(_cross_entropy, _minimax_generator),
+    "least_squares": Objective(_least_squares, _least_squares_generator),
+    "hinge": Objective(_hinge, _hinge_generator),
+    "relativistic": Objective(_relativistic, _relativistic_generator, generator_sees_real=True),
 }

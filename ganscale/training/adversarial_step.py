@@ -46,8 +46,7 @@ def discriminator_phase(
             fake_images = generator.module(z)
         real_logits = discriminator.network(real_images)
         fake_logits = discriminator.network(fake_images)
-    losses = objective.discriminator_real(real_logits) + objective.discriminator_fake(fake_logits)
-    loss = losses.sum() * weight
+    loss = objective.discriminator(real_logits, fake_logits).sum() * weight
     discriminator.backward(loss)
     return PhaseResult(
         loss=loss.detach(),
@@ -62,13 +61,20 @@ def generator_phase(
     objective: Objective,
     precision: Precision,
     *,
+    real_images: Tensor,
     z: Tensor,
     weight: float,
 ) -> PhaseResult:
-    """Gradients of the generator on latents (n, z); the discriminator's stay untouched."""
+    """Gradients of the generator on latents (n, z); the discriminator's stay untouched.
+
+    The real images are looked at by relativistic objectives alone.
+    """
+    real_logits = None
     with precision.autocast(), _frozen(discriminator.module):
+        if objective.generator_sees_real:
+            real_logits = discriminator.module(real_images)
         fake_logits = discriminator.module(generator.network(z))
-    loss = objective.generator(fake_logits).sum() * weight
+    loss = objective.generator(real_logits, fake_logits).sum() * weight
     generator.backward(loss)
     return PhaseResult(loss.detach(), None, _weighted(fake_logits, weight))
 

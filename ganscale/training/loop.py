@@ -103,7 +103,9 @@ class Trainer:
             *players, real_images=real_images, z=self._latents("D", batch), weight=weight
         )
         grad_norm_d = state.discriminator.step()
-        fooled = generator_phase(*players, z=self._latents("G", batch), weight=weight)
+        fooled = generator_phase(
+            *players, real_images=real_images, z=self._latents("G", batch), weight=weight
+        )
         grad_norm_g = state.generator.step()
 
         state.ema.update(state.generator.module, size)

@@ -3,46 +3,84 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
 
+from ganscale.config import ObjectiveConfig
 from ganscale.objectives.adversarial import OBJECTIVES
 
-LOGITS = torch.tensor([-30.0, -3.0, -0.5, 0.0, 0.5, 3.0, 30.0], dtype=torch.float32)
+REAL = torch.tensor([-30.0, -3.0, -0.5, 0.0, 0.5, 3.0, 30.0])
+FAKE = torch.tensor([2.0, -1.5, -0.5, 1.0, -25.0, 4.0, 28.0])
 
 
-def _sigmoid(t: float) -> float:
-    return 1 / (1 + math.exp(-t))
+def minus_log_sigmoid(t: float) -> float:
+    return -math.log(1 / (1 + math.exp(-t)))
+
+
+def cross_entropy(real: float, fake: float) -> float:
+    return minus_log_sigmoid(real) + minus_log_sigmoid(-fake)
+
+
+Formula = Callable[[float, float], float]
+
+CLOSED_FORMS: dict[str, tuple[Formula, Formula]] = {
+    "nonsaturating": (cross_entropy, lambda real, fake: minus_log_sigmoid(fake)),
+    "minimax": (cross_entropy, lambda real, fake: math.log(1 / (1 + math.exp(fake)))),
+    "least_squares": (
+        lambda real, fake: 0.5 * (real - 1) ** 2 + 0.5 * fake**2,
+        lambda real, fake: 0.5 * (fake - 1) ** 2,
+    ),
+    "hinge": (
+        lambda real, fake: max(0.0, 1 - real) + max(0.0, 1 + fake),
+        lambda real, fake: -fake,
+    ),
+    "relativistic": (
+        lambda real, fake: minus_log_sigmoid(real - fake),
+        lambda real, fake: minus_log_sigmoid(fake - real),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_discriminator_is_binary_cross_entropy(name: str) -> None:
+def test_an_objective_is_its_closed_form(name: str) -> None:
     objective = OBJECTIVES[name]
-    real = torch.tensor([-math.log(_sigmoid(t)) for t in LOGITS.tolist()])
-    fake = torch.tensor([-math.log(_sigmoid(-t)) for t in LOGITS.tolist()])
-    torch.testing.assert_close(objective.discriminator_real(LOGITS), real)
-    torch.testing.assert_close(objective.discriminator_fake(LOGITS), fake)
+    for loss, formula in zip(
+        (objective.discriminator, objective.generator), CLOSED_FORMS[name], strict=True
+    ):
+        pairs = zip(REAL.tolist(), FAKE.tolist(), strict=True)
+        expected = torch.tensor([formula(real, fake) for real, fake in pairs])
+        torch.testing.assert_close(loss(REAL, FAKE), expected)
 
 
-def test_generators_match_their_equations() -> None:
-    nonsaturating = torch.tensor([-math.log(_sigmoid(t)) for t in LOGITS.tolist()])
-    minimax = torch.tensor([math.log(_sigmoid(-t)) for t in LOGITS.tolist()])
-    torch.testing.assert_close(OBJECTIVES["nonsaturating"].generator(LOGITS), nonsaturating)
-    torch.testing.assert_close(OBJECTIVES["minimax"].generator(LOGITS), minimax)
+def test_every_objective_can_be_configured() -> None:
+    assert set(get_args(ObjectiveConfig.model_fields["name"].annotation)) == set(OBJECTIVES)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_only_a_generator_that_sees_real_logits_needs_them(name: str) -> None:
+    objective = OBJECTIVES[name]
+    if objective.generator_sees_real:
+        changed = objective.generator(REAL + 1, FAKE)
+        assert not torch.equal(objective.generator(REAL, FAKE), changed)
+    else:
+        assert torch.equal(objective.generator(None, FAKE), objective.generator(REAL, FAKE))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_extreme_half_precision_logits_stay_finite(name: str) -> None:
+    real = torch.tensor([-60000.0, 60000.0, -60000.0], dtype=torch.float16)
+    fake = torch.tensor([-60000.0, 60000.0, 60000.0], dtype=torch.float16)
     objective = OBJECTIVES[name]
-    logits = torch.tensor([-60000.0, 60000.0], dtype=torch.float16)
-    for loss in (objective.discriminator_real, objective.discriminator_fake, objective.generator):
-        assert torch.isfinite(loss(logits)).all()
+    assert torch.isfinite(objective.discriminator(real, fake)).all()
+    assert torch.isfinite(objective.generator(real, fake)).all()
 
 
 def test_only_minimax_saturates_for_a_confident_discriminator() -> None:
     for name, expected in (("nonsaturating", -1.0), ("minimax", 0.0)):
         logits = torch.tensor([-20.0], requires_grad=True)
-        OBJECTIVES[name].generator(logits).sum().backward()
+        OBJECTIVES[name].generator(None, logits).sum().backward()
         assert logits.grad is not None
         torch.testing.assert_close(logits.grad, torch.tensor([expected]), atol=1e-6, rtol=0)
