@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import torch
@@ -24,8 +25,11 @@ CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 _MODES = {channels: mode for mode, channels in CHANNELS.items()}
 _MAX_PIXELS = 2**26
 _UNCHANGED = ImageReadMode.UNCHANGED.value
-_PNG_HEADER = struct.Struct(">8sI4sIIBB")  # the signature, then IHDR up to the colour type
-_PNG_CHANNELS = {0: 1, 2: 3, 6: 4}
+_PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0dIHDR"
+_PNG_KINDS = (b"IHDR", b"IDAT", b"IEND")
+_PNG_COLOURS = {1: 0, 3: 2, 4: 6}
+_IHDR = struct.Struct(">IIBBBBB")
+_LAST_FILTER = 4
 
 
 def decode(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
@@ -35,7 +39,7 @@ def decode(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     "is 20000x20000 in mode RGB, expected ..." that the caller puts the image's name before.
     """
     try:
-        pixels = _decoded_png(data) if _png_shape(data) == shape else _decoded(data, shape)
+        pixels = _decoded_png(data) if _is_sound_png(data, shape) else _decoded(data, shape)
     except (OSError, RuntimeError, SyntaxError, ValueError) as error:
         raise DataError(f"cannot be decoded: {_first_line(error)}") from None
     if pixels.shape != shape:
@@ -76,14 +80,37 @@ def normalised_png(
     return data, _chw(pixels)
 
 
-def _png_shape(data: bytes) -> tuple[int, int, int] | None:
-    """(C, H, W) that the header of an 8-bit gray, RGB or RGBA PNG promises; None for all else."""
-    if len(data) < _PNG_HEADER.size:
-        return None
-    signature, _, kind, width, height, bits, colour = _PNG_HEADER.unpack_from(data)
-    if (signature, kind, bits) != (b"\x89PNG\r\n\x1a\n", b"IHDR", 8):
-        return None
-    return _PNG_CHANNELS.get(colour, 0), height, width
+def _is_sound_png(data: bytes, shape: tuple[int, int, int]) -> bool:
+    """Whether this is a plain PNG of that shape in which libpng will find no error.
+
+    torchvision's operator ends the process on an error in the pixel data, so all that could be
+    wrong is looked at first: chunks and their CRCs, the zlib stream and its length, the filters.
+    """
+    channels, height, width = shape
+    header = _IHDR.pack(width, height, 8, _PNG_COLOURS[channels], 0, 0, 0)
+    if data[:16] != _PNG_START or data[16:29] != header:
+        return False
+    at, compressed = 8, []
+    while (end := at + 12 + int.from_bytes(data[at : at + 4])) <= len(data):
+        kind, crc32 = data[at + 4 : at + 8], int.from_bytes(data[end - 4 : end])
+        if zlib.crc32(data[at + 4 : end - 4]) != crc32 or kind not in _PNG_KINDS:
+            return False
+        if kind == b"IDAT":
+            compressed.append(data[at + 8 : end - 4])
+        if kind == b"IEND":
+            return _holds_rows(b"".join(compressed), height, 1 + width * channels)
+        at = end
+    return False
+
+
+def _holds_rows(compressed: bytes, num_rows: int, row_bytes: int) -> bool:
+    stream = zlib.decompressobj()
+    try:
+        rows = stream.decompress(compressed, num_rows * row_bytes + 1)
+    except zlib.error:
+        return False
+    whole = stream.eof and not stream.unused_data and len(rows) == num_rows * row_bytes
+    return whole and max(rows[::row_bytes]) <= _LAST_FILTER
 
 
 def _decoded_png(data: bytes) -> NDArray[np.uint8]:
@@ -112,8 +139,11 @@ def _converted(image: Image.Image, resolution: int | None, img_channels: int | N
             f"has mode {image.mode}{' with transparency' if transparent else ''}; "
             "expected gray, RGB or RGBA: say with --img-channels 1, 3 or 4 what to make of it"
         )
+    if image.mode.startswith(("I", "F")):
+        raise DataError(f"has mode {image.mode}; expected 8 bits a channel: convert it first")
     if img_channels is not None and (image.mode != _MODES[img_channels] or transparent):
         image = image.convert(_MODES[img_channels])
+        image.info.pop("transparency", None)
     if resolution is not None and image.size != (resolution, resolution):
         size = (resolution, resolution)
         image = ImageOps.fit(image, size, method=Image.Resampling.LANCZOS)
@@ -135,7 +165,7 @@ def _opened(data: bytes) -> Image.Image:
 
 def _encoded(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format="PNG", icc_profile=None)
     return buffer.getvalue()
 
 

@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from ganscale.errors import ConfigError
 __all__ = ["CachedStore"]
 
 _FETCHES_AT_ONCE = 4
-_FETCHES_OF_DAMAGED = 3
+_MAX_FETCHES = 3
 _MAX_OPEN_FILES = 256
 
 
@@ -97,22 +97,25 @@ class CachedStore:
         shard = self._shards[name]
         path = self._entry(shard)
         with self._lock(shard.sha256):
-            for _ in range(_FETCHES_OF_DAMAGED):
-                if path.exists() and _sha256(path) == shard.sha256:
-                    os.utime(path)
-                    return OpenFile(path)
+            num_fetches = 0
+            while not (path.exists() and _sha256(path) == shard.sha256):
+                path.unlink(missing_ok=True)
+                if num_fetches == _MAX_FETCHES:
+                    return None
                 try:
                     self._fetch(shard, path)
                 except MissingData:
-                    break
-            path.unlink(missing_ok=True)
-            return None
+                    return None
+                num_fetches += 1
+            os.utime(path)
+            return OpenFile(path)
 
     def _fetch(self, shard: Shard, path: Path) -> None:
         temporary = path.with_suffix(".tmp")
         self._make_room(shard.num_bytes, temporary)
         try:
-            self.store.fetch(shard.name, shard.num_bytes, temporary)
+            with temporary.open("r+b") as file:
+                self.store.fetch(shard.name, shard.num_bytes, file)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -120,7 +123,7 @@ class CachedStore:
     def _make_room(self, num_bytes: int, temporary: Path) -> None:
         """Evict until `num_bytes` fit, and claim them by a file of that size."""
         with self._lock("evict"):
-            entries = {path: path.stat() for path in self.folder.glob("*.t*")}
+            entries = self._entries()
             total = sum(state.st_size for state in entries.values())
             for path in sorted(entries, key=lambda path: entries[path].st_mtime_ns):
                 if self.limit_bytes is None or total + num_bytes <= self.limit_bytes:
@@ -129,6 +132,14 @@ class CachedStore:
                     total -= entries[path].st_size
             with temporary.open("wb") as file:
                 file.truncate(num_bytes)
+
+    def _entries(self) -> dict[Path, os.stat_result]:
+        """What lies in the cache now; others may rename and remove meanwhile."""
+        entries = {}
+        for path in self.folder.glob("*.t*"):
+            with suppress(FileNotFoundError):
+                entries[path] = path.stat()
+        return entries
 
     def _evict(self, path: Path) -> bool:
         """Remove an entry, or what a killed fetch left, unless a process is about it now."""

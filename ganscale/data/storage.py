@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
@@ -199,19 +199,19 @@ class RemoteStore:
     def local_copy(self, name: str, num_bytes: int) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="ganscale-") as folder:
             path = Path(folder) / Path(name).name
-            self.fetch(name, num_bytes, path)
+            with path.open("wb") as file:
+                self.fetch(name, num_bytes, file)
             yield path
 
-    def fetch(self, name: str, num_bytes: int, path: Path) -> None:
+    def fetch(self, name: str, num_bytes: int, file: IO[bytes]) -> None:
         """Copy a file of known size, a megabyte a request. Raises `MissingData`, `StoreError`."""
         starts = range(0, num_bytes, _PIECE_BYTES)
         spans = [Span(name, start, min(_PIECE_BYTES, num_bytes - start)) for start in starts]
-        with path.open("wb") as file:
-            for first in range(0, len(spans), _PIECES_AT_ONCE):
-                for piece in self.read_spans(spans[first : first + _PIECES_AT_ONCE]):
-                    if isinstance(piece, MissingData):
-                        raise piece
-                    file.write(piece)
+        for first in range(0, len(spans), _PIECES_AT_ONCE):
+            for piece in self.read_spans(spans[first : first + _PIECES_AT_ONCE]):
+                if isinstance(piece, MissingData):
+                    raise piece
+                file.write(piece)
 
     def _run(self, requests: Sequence[_Request]) -> list[bytes | MissingData]:
         results: list[bytes | MissingData] = sync(self._fs.loop, self._all, requests)

@@ -17,11 +17,13 @@ from typing import IO
 
 from ganscale.errors import DataError
 
-__all__ = ["BLOCK_BYTES", "IMAGE_SUFFIXES", "TarSample", "scan_tar"]
+__all__ = ["BLOCK_BYTES", "IMAGE_SUFFIXES", "TarSample", "check_end", "scan_tar"]
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp")
 _END_BYTES = 2 * BLOCK_BYTES
+_CHUNK_BYTES = 2**20
+_MAX_LABEL = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,10 @@ def scan_tar(path: Path) -> Iterator[TarSample]:
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             run: list[tarfile.TarInfo] = []
+            num_bytes = os.fstat(file.fileno()).st_size
             for member in tar:
+                if not 0 <= member.size <= num_bytes - member.offset_data:
+                    raise DataError(f"{path} is truncated or damaged in {member.name}")
                 if member.isdir():
                     continue
                 _check_member(path, member)
@@ -62,16 +67,16 @@ def scan_tar(path: Path) -> Iterator[TarSample]:
                 run.append(member)
             if run:
                 yield _sample(path, file, run)
-            _check_end(path, file.seek(0, 2), tar.offset)
-    except (tarfile.TarError, EOFError) as error:
+            check_end(path, file, tar.offset)
+    except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
         raise DataError(f"{path} is not a sound tar: {error}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _sample(path: Path, file: IO[bytes], run: list[tarfile.TarInfo]) -> TarSample:
-    by_suffix = {member.name.rpartition("/")[2].partition(".")[2]: member for member in run}
-    images = [m for suffix, m in by_suffix.items() if suffix.lower() in IMAGE_SUFFIXES]
+    by_suffix = {_suffix(member): member for member in run}
+    images = [member for member in run if _suffix(member) in IMAGE_SUFFIXES]
     if len(images) != 1 or len(by_suffix) != len(run):
         names = ", ".join(member.name for member in run)
         raise DataError(
@@ -86,11 +91,10 @@ def _sample(path: Path, file: IO[bytes], run: list[tarfile.TarInfo]) -> TarSampl
 
 
 def _label(path: Path, member: tarfile.TarInfo, file: IO[bytes]) -> int:
-    text = _content(path, member, file)
-    try:
-        return int(text)
-    except ValueError:
-        raise DataError(f"{path}: {member.name} is {text[:20]!r}, not a class number") from None
+    text = _content(path, member, file).strip()
+    if not text.isdigit() or len(text) > 10 or int(text) > _MAX_LABEL:
+        raise DataError(f"{path}: {member.name} is {text[:20]!r}, not a class number")
+    return int(text)
 
 
 def _content(path: Path, member: tarfile.TarInfo, file: IO[bytes]) -> bytes:
@@ -101,7 +105,7 @@ def _content(path: Path, member: tarfile.TarInfo, file: IO[bytes]) -> bytes:
 
 
 def _check_member(path: Path, member: tarfile.TarInfo) -> None:
-    if not member.isreg():
+    if not member.isreg() or member.issparse():
         kind = "a link" if member.issym() or member.islnk() else "not a plain file"
         raise DataError(f"{path}: {member.name} is {kind}; shards hold plain files only")
     name = PurePosixPath(member.name)
@@ -109,18 +113,25 @@ def _check_member(path: Path, member: tarfile.TarInfo) -> None:
         raise DataError(f"{path}: the name {member.name} leaves the archive's folder")
 
 
-def _check_end(path: Path, num_bytes: int, end_of_members: int) -> None:
-    """tarfile stops at the first header it cannot read; only zeros may follow."""
-    with path.open("rb") as file:
-        file.seek(end_of_members)
-        rest = file.read()
-    if rest.strip(b"\0"):
-        raise DataError(
-            f"{path} is damaged at byte {end_of_members}: no tar header there, yet "
-            f"{num_bytes - end_of_members} bytes follow"
-        )
-    if len(rest) < _END_BYTES:
+def check_end(path: Path, file: IO[bytes], end_of_members: int) -> None:
+    """Raise `DataError` unless only zeros follow the members, as many as end an archive.
+
+    tarfile stops without a word at the first header it cannot read.
+    """
+    file.seek(end_of_members)
+    num_zeros = 0
+    while chunk := file.read(_CHUNK_BYTES):
+        if chunk.strip(b"\0"):
+            raise DataError(
+                f"{path} is damaged at byte {end_of_members}: no tar header there, yet more follows"
+            )
+        num_zeros += len(chunk)
+    if num_zeros < _END_BYTES:
         raise DataError(f"{path} is truncated: it has no end-of-archive mark")
+
+
+def _suffix(member: tarfile.TarInfo) -> str:
+    return member.name.rpartition("/")[2].partition(".")[2].lower()
 
 
 def _key(member: tarfile.TarInfo) -> str:
