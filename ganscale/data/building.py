@@ -9,15 +9,18 @@ with those it has, and the folder gets its name when the set is complete.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -73,6 +76,7 @@ def build_shards(
     ids = _spread(len(source), limit)
     if not 1 <= num_shards <= len(ids):
         raise ConfigError(f"--num-shards must be in 1..{len(ids)} (the images), got {num_shards}")
+    _streams(num_streams, num_shards)
     dealt = [ids[i] for i in keyed_permutation(len(ids), "shards")]
     recipe = _Recipe(spec, resolution, img_channels)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +87,7 @@ def build_shards(
         shard_set.save(folder)
         for record in folder.glob(".*"):
             record.unlink()
-        if out.exists():
+        if check_free(out).exists():
             out.rmdir()
         folder.replace(out)
     return ShardSet.load(out)
@@ -140,17 +144,27 @@ class _BuiltShard:
     image_shape: tuple[int, int, int]
     histogram: NDArray[np.int64]
     """(C, 256) how often each value occurs."""
+    example: str
+    """Names an image of the shard, for errors."""
 
     def save(self, path: Path) -> None:
-        text = json.dumps({"shard": asdict(self.shard), "image_shape": self.image_shape})
+        text = json.dumps(
+            {
+                "shard": asdict(self.shard),
+                "image_shape": self.image_shape,
+                "example": self.example,
+            }
+        )
         temporary = path.with_name(f"{path.name}.tmp")
         with temporary.open("wb") as file:
             np.savez(file, samples=self.samples, histogram=self.histogram, text=text)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> _BuiltShard:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             text = json.loads(str(arrays["text"]))
             channels, height, width = text["image_shape"]
             return cls(
@@ -158,6 +172,7 @@ class _BuiltShard:
                 samples=arrays["samples"],
                 image_shape=(channels, height, width),
                 histogram=arrays["histogram"],
+                example=text["example"],
             )
 
 
@@ -167,8 +182,9 @@ class _Summary:
     def __init__(self) -> None:
         self.shape: tuple[int, int, int] | None = None
         self.histogram = np.zeros((0, 256), dtype=np.int64)
+        self.example = ""
 
-    def add(self, pixels: NDArray[np.uint8]) -> None:
+    def add(self, pixels: NDArray[np.uint8], image: str) -> None:
         channels, height, width = shape = pixels.shape
         if self.shape is None:
             if height != width or height & (height - 1):
@@ -177,10 +193,12 @@ class _Summary:
                     "To resize and crop: ganscale shards build --resolution 32"
                 )
             self.shape = (channels, height, width)
+            self.example = image
             self.histogram = np.zeros((channels, 256), dtype=np.int64)
         if shape != self.shape:
             raise DataError(
-                f"has (channels, height, width) {shape}, others have {self.shape}. {_MAKE_ALIKE}"
+                f"has (channels, height, width) {shape}, others have {self.shape}, such as "
+                f"{self.example}. {_MAKE_ALIKE}"
             )
         for channel, plane in zip(self.histogram, pixels, strict=True):
             channel += np.bincount(plane.ravel(), minlength=256)
@@ -191,14 +209,15 @@ class _Summary:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         shard = Shard(path.name, path.stat().st_size, sha256, len(samples))
-        return _BuiltShard(shard, samples, self.shape, self.histogram)
+        return _BuiltShard(shard, samples, self.shape, self.histogram, self.example)
 
 
 def _build_shard(recipe: _Recipe, folder: Path, number: int, ids: tuple[int, ...]) -> _BuiltShard:
     path = folder / f"shard-{number:05d}.tar"
     record = folder / f".{path.name}.npz"
     if record.exists():
-        return _BuiltShard.load(record)
+        with suppress(EOFError, KeyError, ValueError, zipfile.BadZipFile):  # else: build it again
+            return _BuiltShard.load(record)
     source = open_source(recipe.spec)
     summary = _Summary()
     temporary = folder / f".{path.name}.tmp"
@@ -206,9 +225,10 @@ def _build_shard(recipe: _Recipe, folder: Path, number: int, ids: tuple[int, ...
         with _tar_writer(file) as writer:
             for index in ids:
                 key, data, label = source.read(index)
-                with _named(f"{recipe.spec}: image {key}"):
+                name = f"{recipe.spec}: image {key}"
+                with _named(name):
                     png, pixels = recipe.png(data)
-                    summary.add(pixels)
+                    summary.add(pixels, name)
                 label_member = {} if label < 0 else {"cls": str(label).encode()}
                 writer.write({"__key__": key, **label_member, "png": png})
         file.flush()
@@ -225,8 +245,9 @@ def _read_shard(path: Path) -> _BuiltShard:
     with path.open("rb") as file:
         for sample in samples:
             file.seek(BLOCK_BYTES * sample.block)
-            with _named(f"{path}: sample {sample.key}"):
-                summary.add(normalised_png(file.read(sample.num_bytes))[1])
+            name = f"{path}: sample {sample.key}"
+            with _named(name):
+                summary.add(normalised_png(file.read(sample.num_bytes))[1], name)
     return summary.shard(path, np.array([s.row for s in samples], dtype=SAMPLE_DTYPE))
 
 
@@ -247,11 +268,25 @@ def _rows(path: Path) -> Samples:
     return np.array([sample.row for sample in scan_tar(path)], dtype=SAMPLE_DTYPE)
 
 
+def _end_with_parent() -> None:
+    """A builder that is killed takes its processes along, before another goes on with its work."""
+    parent = parent_process()
+    assert parent is not None, "runs in a process of the pool"
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
+
+
 def _in_processes(
     function: Callable[..., _BuiltShard], jobs: Sequence[tuple[Any, ...]], progress: Progress
 ) -> list[_BuiltShard]:
     workers = min(len(jobs), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_end_with_parent
+    ) as pool:
         futures = [pool.submit(function, *job) for job in jobs]
         try:
             for future in as_completed(futures):
@@ -274,17 +309,13 @@ def _summarise(
     built: list[_BuiltShard],
     num_streams: int | None,
 ) -> ShardSet:
-    shapes = {shard.image_shape for shard in built}
-    if len(shapes) > 1:
-        first, *others = sorted(shapes)
-        raise DataError(
-            f"an image has (channels, height, width) {first}, others have {others[0]}. "
-            f"{_MAKE_ALIKE}"
-        )
-    if num_streams is None:
-        num_streams = min(len(built), _MAX_DEFAULT_STREAMS)
-    if not 1 <= num_streams <= len(built):
-        raise ConfigError(f"--num-streams must be in 1..{len(built)} (shards), got {num_streams}")
+    first = built[0]
+    for other in built:
+        if other.image_shape != first.image_shape:
+            raise DataError(
+                f"{other.example} has (channels, height, width) {other.image_shape}, others have "
+                f"{first.image_shape}, such as {first.example}. {_MAKE_ALIKE}"
+            )
     histogram = np.sum([shard.histogram for shard in built], axis=0)
     values = np.arange(256)
     mean = histogram @ values / histogram.sum(axis=1)
@@ -294,34 +325,43 @@ def _summarise(
         source=kind,
         split=split,
         classes=tuple(classes),
-        image_shape=shapes.pop(),
+        image_shape=first.image_shape,
         pixel_mean=tuple(mean.tolist()),
         pixel_std=tuple(np.sqrt(square_mean - mean**2).tolist()),
-        num_streams=num_streams,
+        num_streams=_streams(num_streams, len(built)),
         shards=tuple(shard.shard for shard in built),
         samples=np.concatenate([shard.samples for shard in built]),
     )
+
+
+def _streams(wanted: int | None, num_shards: int) -> int:
+    if wanted is None:
+        return min(num_shards, _MAX_DEFAULT_STREAMS)
+    if not 1 <= wanted <= num_shards:
+        raise ConfigError(f"--num-streams must be in 1..{num_shards} (shards), got {wanted}")
+    return wanted
 
 
 @contextmanager
 def _partial_folder(out: Path, fingerprint: str) -> Iterator[Path]:
     """The hidden folder that a set grows in, with what an interrupted build of the same left."""
     folder = out.with_name(f".{out.name}.partial")
-    folder.mkdir(exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
+    lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
     try:
         lock.acquire()
     except Timeout:
         raise ConfigError(f"{out} is being built by another process; wait for it") from None
     try:
+        check_free(out)  # one that has just ended is no longer locked
+        folder.mkdir(exist_ok=True)
         note = folder / ".build"
         if not (note.is_file() and note.read_text() == fingerprint):
             for path in folder.iterdir():
-                if path.name != ".lock":
-                    path.unlink()
+                path.unlink()
             note.write_text(fingerprint)
         yield folder
     finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 

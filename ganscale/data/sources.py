@@ -6,6 +6,7 @@ A source is a list of encoded images with keys, labels and class names. It is op
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import os
@@ -15,9 +16,10 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -25,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from ganscale.data.procedural import CLASSES, SPLIT_SIZES, procedural_image
-from ganscale.data.tars import BLOCK_BYTES, IMAGE_SUFFIXES, scan_tar
+from ganscale.data.tars import BLOCK_BYTES, IMAGE_SUFFIXES, check_end, scan_tar
 from ganscale.errors import ConfigError, DataError
 
 __all__ = ["CIFAR10_ENV", "Source", "SourceSpec", "open_source", "resolve_source"]
@@ -155,19 +157,41 @@ def _unpacked(archive: Path, scratch: Path) -> Path:
     """The archive's content in a folder of its own, unpacked once."""
     state = archive.stat()
     stem = archive.name.partition(".tar")[0].removesuffix(".tgz")
-    folder = scratch.absolute() / f"{stem}-{state.st_size}-{state.st_mtime_ns}"
+    identity = f"{archive.resolve()} {state.st_size} {state.st_mtime_ns}"
+    folder = scratch.absolute() / f"{stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if folder.exists():
         return folder
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=scratch) as temporary:
         try:
-            with tarfile.open(archive) as tar:
+            with _decompressed(archive) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 tar.extractall(f"{temporary}/content", filter="data")
-        except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-            raise DataError(f"{archive} cannot be unpacked: {error}") from None
-        with suppress(FileExistsError):
+                check_end(archive, file, tar.offset)
+        except (
+            tarfile.TarError,
+            EOFError,
+            OverflowError,
+            ValueError,
+            zlib.error,
+            OSError,
+        ) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise DataError(f"{archive} cannot be unpacked: {reason}") from None
+        try:
             Path(temporary, "content").rename(folder)
+        except OSError:  # another process was first
+            if not folder.is_dir():
+                raise
     return folder
+
+
+def _decompressed(archive: Path) -> BufferedIOBase:
+    """The tar's bytes; gzip's own checksum is compared when they are read to the end."""
+    file = archive.open("rb")
+    if file.peek(2)[:2] != b"\x1f\x8b":
+        return file
+    file.close()
+    return gzip.open(archive, "rb")
 
 
 def _download_cifar10(folder: Path, split: Split) -> SourceSpec:
@@ -228,7 +252,8 @@ class _Cifar10Python:
 class _ImageTree:
     """`class/name.png` files, or `name.png` without classes, in sorted order, as they are."""
 
-    def __init__(self, path: Path, members: list[str]) -> None:
+    def __init__(self, path: Path, members: dict[str, str]) -> None:
+        """Args: path of the tree; members: each file's path in it and a mark of its content."""
         images = [member for member in members if _is_image(member)]
         classified = [member for member in images if member.count("/") == 1]
         self.members = sorted(classified or (m for m in images if "/" not in m))
@@ -239,7 +264,8 @@ class _ImageTree:
             )
         self.path = path
         self.classes = sorted({m.split("/")[0] for m in classified})
-        self.fingerprint = hashlib.sha256("\n".join(self.members).encode()).hexdigest()
+        marks = [(member, members[member]) for member in self.members]
+        self.fingerprint = hashlib.sha256(repr(marks).encode()).hexdigest()
         self._labels = {name: label for label, name in enumerate(self.classes)}
 
     def __len__(self) -> int:
@@ -255,8 +281,8 @@ class _ImageTree:
 
 class _ImageFolder(_ImageTree):
     def __init__(self, path: Path) -> None:
-        files = (f for pattern in ("*/*", "*") for f in path.glob(pattern) if f.is_file())
-        super().__init__(path, [f.relative_to(path).as_posix() for f in files])
+        files = [f for pattern in ("*/*", "*") for f in path.glob(pattern) if f.is_file()]
+        super().__init__(path, {f.relative_to(path).as_posix(): _mark(f) for f in files})
 
     def _bytes(self, member: str) -> bytes:
         return (self.path / member).read_bytes()
@@ -266,7 +292,7 @@ class _ImageZip(_ImageTree):
     def __init__(self, path: Path) -> None:
         try:
             with zipfile.ZipFile(path) as archive:
-                members = archive.namelist()
+                members = {m.filename: f"{m.file_size} {m.CRC}" for m in archive.infolist()}
         except zipfile.BadZipFile as error:
             raise DataError(f"{path}: not a readable zip archive: {error}") from None
         super().__init__(path, members)
@@ -280,6 +306,8 @@ class _ImageZip(_ImageTree):
             return self._archive.read(member)
         except (zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"{self.path}: {member} is damaged: {error}") from None
+        except RuntimeError as error:  # encrypted, or compressed in an unknown way
+            raise DataError(f"{self.path}: {member} cannot be read: {error}") from None
 
 
 class _WebDataset:
@@ -307,7 +335,13 @@ class _WebDataset:
 
 def _is_image(member: str) -> bool:
     suffix = member.lower().rpartition(".")[2]
-    return suffix in IMAGE_SUFFIXES and not member.startswith((".", "__MACOSX"))
+    hidden = any(part.startswith((".", "__MACOSX")) for part in member.split("/"))
+    return suffix in IMAGE_SUFFIXES and not hidden
+
+
+def _mark(file: Path) -> str:
+    state = file.stat()
+    return f"{state.st_size} {state.st_mtime_ns}"
 
 
 def _encode_png(image: Image.Image) -> bytes:

@@ -12,6 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -113,7 +114,7 @@ def _check_member(path: Path, member: tarfile.TarInfo) -> None:
         raise DataError(f"{path}: the name {member.name} leaves the archive's folder")
 
 
-def check_end(path: Path, file: IO[bytes], end_of_members: int) -> None:
+def check_end(path: Path, file: IO[bytes] | BufferedIOBase, end_of_members: int) -> None:
     """Raise `DataError` unless only zeros follow the members, as many as end an archive.
 
     tarfile stops without a word at the first header it cannot read.

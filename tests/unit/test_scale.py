@@ -90,7 +90,7 @@ def test_the_index_takes_sixteen_bytes_a_sample_and_the_order_a_few_blocks(milli
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     blocks = 3 * 64 * 1024 * 16  # three blocks of 64 windows, a stream and a sample each
-    assert reader.shard_set.samples.nbytes == 16 * NUM_SHARDS * SHARD_SIZE
+    assert ShardSet.load(million).samples.nbytes == 16 * NUM_SHARDS * SHARD_SIZE
     assert held < 16 * NUM_SHARDS * SHARD_SIZE + blocks + 2e6
 
 

@@ -296,7 +296,7 @@ def test_more_shards_than_images_are_refused(
 def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Builds in threads: starting processes takes seconds, and other tests do."""
 
-    def pool(workers: int, *, mp_context: Any) -> ThreadPoolExecutor:
+    def pool(workers: int, *, mp_context: Any, initializer: Any) -> ThreadPoolExecutor:
         assert mp_context.get_start_method() == "spawn"
         return ThreadPoolExecutor(workers)
 
