@@ -145,9 +145,18 @@ def _resolve_folder(path: Path, split: Split) -> SourceSpec:
     for folder in (path, path / "cifar-10-batches-py"):
         if (folder / "data_batch_1").is_file():
             return SourceSpec("cifar10_python", str(folder.parent), split)
-    for inside in (path / f"{split}.zip", path / split):
-        if inside.exists():
-            return SourceSpec("class_folders", str(inside), split)
+    parts = [
+        name for name in ("train", "test") for end in ("", ".zip") if (path / (name + end)).exists()
+    ]
+    if parts and split not in parts:
+        raise DataError(f"{path} has {' and '.join(parts)}, but no {split}")
+    if (path / f"{split}.zip").is_file():
+        return SourceSpec("class_folders", str(path / f"{split}.zip"), split)
+    if (path / split).is_dir():
+        return _resolve_folder(path / split, split)
+    inner = [item for item in path.iterdir() if not item.name.startswith((".", "__MACOSX"))]
+    if len(inner) == 1 and any(item.is_dir() for item in inner[0].glob("*/")):
+        return _resolve_folder(inner[0], split)  # an archive of one top folder
     if any(path.glob("*.tar")):
         return SourceSpec("webdataset", str(path), split)
     return SourceSpec("class_folders", str(path), split)

@@ -521,8 +521,9 @@ def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_images_says_what_was_looked_for(tmp_path: Path) -> None:
-    (tmp_path / "in" / "a" / "b").mkdir(parents=True)
-    (tmp_path / "in" / "a" / "b" / "deep.png").write_bytes(b"too deep")
+    for name in ("a/b/deep.png", "c/d/deep.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        (tmp_path / "in" / name).write_bytes(b"too deep")
     message = refusal(tmp_path / "in", tmp_path / "scratch")
     assert "class/name.png" in message
     assert "webp" in message
@@ -535,3 +536,18 @@ def test_a_missing_cifar10_of_the_environment_is_named(
     for name in ("cifar10", "auto"):
         with pytest.raises(DataError, match="no such image source"):
             resolve_source(name, "train", download_dir=tmp_path)
+
+
+@pytest.mark.parametrize("archive", ["images.tar", "images.tar.gz"])
+def test_an_archive_of_one_top_folder_is_that_folder(tmp_path: Path, archive: str) -> None:
+    write_images(tmp_path / "in/top", CLASSIFIED)
+    path = tarred(tmp_path / "in", tmp_path / archive)
+    spec, _ = resolve_source(str(path), "train", download_dir=tmp_path / "scratch")
+    inner, _ = resolve_source(str(tmp_path / "in/top"), "train", download_dir=tmp_path)
+    assert samples(open_source(spec)) == samples(open_source(inner))
+
+
+def test_the_images_of_one_split_are_never_taken_for_the_other(tmp_path: Path) -> None:
+    write_images(tmp_path / "in/train", CLASSIFIED)
+    with pytest.raises(DataError, match="has train, but no test"):
+        resolve_source(str(tmp_path / "in"), "test", download_dir=tmp_path)
