@@ -48,6 +48,9 @@ _PIECE_BYTES = 2**20
 _PIECES_AT_ONCE = 8
 _MAX_REQUESTS = 32
 _MAX_OPEN_FILES = 128
+_PATIENCE_SECONDS = 10.0
+_PROGRAMMING_ERRORS = (AssertionError, AttributeError, NameError, TypeError)
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")  # botocore's, not imported
 
 
 class StoreError(DataError):
@@ -59,7 +62,7 @@ class MissingData(DataError):
 
 
 class SlowStoreWarning(UserWarning):
-    """A store that works, at a multiple of the traffic."""
+    """A store that works at a multiple of the traffic, or has not answered for a while."""
 
 
 class Span(NamedTuple):
@@ -74,7 +77,7 @@ class Span(NamedTuple):
 class RetryPolicy:
     """How long a store is asked again."""
 
-    deadline_seconds: float = 300.0
+    deadline_seconds: float = 60.0
     """From the first attempt until the error."""
     attempt_seconds: float = 30.0
     """For one request of at most a megabyte; a stalled server is asked again after it."""
@@ -224,6 +227,7 @@ class RemoteStore:
     async def _one(self, request: _Request, free: asyncio.Semaphore) -> bytes | MissingData:
         began = time.monotonic()
         attempt = 0
+        warned = False
         while True:
             attempt += 1
             try:
@@ -233,6 +237,8 @@ class RemoteStore:
                     )
             except Exception as error:
                 cause = _one_line(error)
+                if isinstance(error, _PROGRAMMING_ERRORS):
+                    raise
                 if not _may_pass(error):
                     raise StoreError(f"{self._url(request.name)} is refused: {cause}") from None
                 delay = self.policy.delay(attempt)
@@ -241,6 +247,14 @@ class RemoteStore:
                         f"{self._url(request.name)} could not be read within "
                         f"{self.policy.deadline_seconds:.0f} s, {attempt} attempts; last: {cause}"
                     ) from None
+                if not warned and time.monotonic() - began > _PATIENCE_SECONDS:
+                    warned = True
+                    warnings.warn(
+                        f"{self._url(request.name)} does not answer ({cause}); asking again for up "
+                        f"to {self.policy.deadline_seconds:.0f} s",
+                        SlowStoreWarning,
+                        stacklevel=2,
+                    )
             await asyncio.sleep(delay)
 
     async def _attempt(self, request: _Request) -> bytes | MissingData:
@@ -291,7 +305,7 @@ def _options(location: str) -> dict[str, Any]:
 
 def _may_pass(error: Exception) -> bool:
     """Whether asking again may help; not for a refusal such as 401, 403 or 405."""
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
         return False
     status = getattr(error, "status", None)
     return not (isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429))
