@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from functools import cache
 
 import numpy as np
 import torch
@@ -25,10 +26,8 @@ CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 _MODES = {channels: mode for mode, channels in CHANNELS.items()}
 _MAX_PIXELS = 2**26
 _UNCHANGED = ImageReadMode.UNCHANGED.value
-_PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0dIHDR"
-_PNG_KINDS = (b"IHDR", b"IDAT", b"IEND")
 _PNG_COLOURS = {1: 0, 3: 2, 4: 6}
-_IHDR = struct.Struct(">IIBBBBB")
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _LAST_FILTER = 4
 
 
@@ -39,7 +38,8 @@ def decode(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     "is 20000x20000 in mode RGB, expected ..." that the caller puts the image's name before.
     """
     try:
-        pixels = _decoded_png(data) if _is_sound_png(data, shape) else _decoded(data, shape)
+        rows = _png_rows(data, shape)
+        pixels = _decoded(data, shape) if rows is None else _from_rows(rows, shape)
     except (OSError, RuntimeError, SyntaxError, ValueError) as error:
         raise DataError(f"cannot be decoded: {_first_line(error)}") from None
     if pixels.shape != shape:
@@ -80,46 +80,51 @@ def normalised_png(
     return data, _chw(pixels)
 
 
-def _is_sound_png(data: bytes, shape: tuple[int, int, int]) -> bool:
-    """Whether this is a plain PNG of that shape in which libpng will find no error.
+def _png_rows(data: bytes, shape: tuple[int, int, int]) -> bytes | None:
+    """The rows of a plain PNG of that shape, each after its filter byte; None if it is not one.
 
-    torchvision's operator ends the process on an error in the pixel data, so all that could be
-    wrong is looked at first: chunks and their CRCs, the zlib stream and its length, the filters.
+    Chunks' CRCs are not looked at: the inflated rows end in a checksum of their own.
     """
     channels, height, width = shape
-    header = _IHDR.pack(width, height, 8, _PNG_COLOURS[channels], 0, 0, 0)
-    if data[:16] != _PNG_START or data[16:29] != header:
-        return False
-    at, compressed = 8, []
-    while (end := at + 12 + int.from_bytes(data[at : at + 4])) <= len(data):
-        kind, crc32 = data[at + 4 : at + 8], int.from_bytes(data[end - 4 : end])
-        if zlib.crc32(data[at + 4 : end - 4]) != crc32 or kind not in _PNG_KINDS:
-            return False
-        if kind == b"IDAT":
-            compressed.append(data[at + 8 : end - 4])
-        if kind == b"IEND":
-            return _holds_rows(b"".join(compressed), height, 1 + width * channels)
-        at = end
-    return False
-
-
-def _holds_rows(compressed: bytes, num_rows: int, row_bytes: int) -> bool:
+    if not data.startswith(_png_head(shape)):
+        return None
+    at, compressed = len(_png_head(shape)), []
+    while (kind := data[at + 4 : at + 8]) == b"IDAT":
+        end = at + 8 + int.from_bytes(data[at : at + 4])
+        compressed.append(data[at + 8 : end])
+        at = end + 4
+    row_bytes = 1 + width * channels
     stream = zlib.decompressobj()
     try:
-        rows = stream.decompress(compressed, num_rows * row_bytes + 1)
+        rows = stream.decompress(b"".join(compressed), height * row_bytes + 1)
     except zlib.error:
-        return False
-    whole = stream.eof and not stream.unused_data and len(rows) == num_rows * row_bytes
-    return whole and max(rows[::row_bytes]) <= _LAST_FILTER
+        return None
+    whole = kind == b"IEND" and stream.eof and len(rows) == height * row_bytes
+    return rows if whole and max(rows[::row_bytes]) <= _LAST_FILTER else None
 
 
-def _decoded_png(data: bytes) -> NDArray[np.uint8]:
-    # torchvision's operator is more than twice as fast as Pillow and lets other threads run. Its
-    # Python wrapper warns at every call that torchcodec, which needs FFmpeg, is to replace it.
-    array: NDArray[np.uint8] = torch.ops.image.decode_png(
-        torch.frombuffer(bytearray(data), dtype=torch.uint8), _UNCHANGED, False
+def _from_rows(rows: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    # torchvision's operator undoes the filters much faster than Pillow, and other threads run
+    # meanwhile. But it ends the process on an error in the pixel data, so it is given a PNG that
+    # was made here, of the checked rows. Its Python wrapper warns at every call of torchcodec.
+    png = _png_head(shape) + _chunk(b"IDAT", zlib.compress(rows, level=0)) + _PNG_END
+    array: NDArray[np.uint8] = torch.ops.image.decode_png.default(
+        torch.frombuffer(bytearray(png), dtype=torch.uint8), _UNCHANGED, False
     ).numpy()
     return array
+
+
+@cache
+def _png_head(shape: tuple[int, int, int]) -> bytes:
+    """Everything before the pixels in an 8-bit PNG without interlacing."""
+    channels, height, width = shape
+    header = struct.pack(">IIBBBBB", width, height, 8, _PNG_COLOURS[channels], 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header)
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    crc32 = zlib.crc32(content, zlib.crc32(kind))
+    return b"".join((len(content).to_bytes(4), kind, content, crc32.to_bytes(4)))
 
 
 def _decoded(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
