@@ -14,9 +14,10 @@ from typing import Any
 import boto3
 import numpy as np
 import pytest
+import torch
 from moto.server import ThreadedMotoServer
 
-from ganscale.data.decoded_cache import DecodedImages, HostPixels
+from ganscale.data.decoded_cache import DecodedImages, DevicePixels, HostPixels
 from ganscale.data.order import Order
 from ganscale.data.reader import BatchReader, DamagedSample, ShardImages
 from ganscale.data.shard_cache import CachedStore
@@ -95,10 +96,12 @@ def expected(procedural_shards: Path) -> str:
     return digest(reader(ShardSet.load(procedural_shards)), EPOCH)
 
 
+@pytest.mark.parametrize("num_positions", [4, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.timeout(1800)
 def test_batches_are_equal_from_every_store_and_cache_on_any_workers(
-    procedural_shards: Path, server: FolderServer, s3_url: str, tmp_path: Path
+    procedural_shards: Path, server: FolderServer, s3_url: str, tmp_path: Path, num_positions: int
 ) -> None:
-    positions = np.random.default_rng(0).integers(0, 10_000, 4).tolist()
+    positions = np.random.default_rng(0).integers(0, 10_000, num_positions).tolist()
     local = ShardSet.load(procedural_shards)
     remote = [ShardSet.load(url, POLICY) for url in (server.url, s3_url)]
     shape = (local.num_samples, *local.image_shape)
@@ -111,8 +114,9 @@ def test_batches_are_equal_from_every_store_and_cache_on_any_workers(
                 ShardImages(local), HostPixels(shape, rank=0, exchange=lambda value: [value])
             ),
         ),
+        (local, DecodedImages(ShardImages(local), DevicePixels(shape, torch.device("cpu")))),
     ]
-    for world_size in (1, 2, 3, 5, 8):
+    for world_size in (1, 2, 3, 5, 8) if num_positions == 4 else range(1, 9):
         for rank in range(world_size):
             wanted = digest(reader(local, rank=rank, world_size=world_size), positions)
             for shard_set, images in ways:
@@ -299,6 +303,29 @@ def two_workers(server: FolderServer, local: Path, folder: Path, seconds: float)
     for rank in range(2):
         wanted = digest(reader(shard_set, rank=rank, world_size=2), EPOCH[:3])
         assert found[rank] == {wanted}
+
+
+def test_a_worker_killed_while_it_fetches_leaves_nothing_that_is_taken_for_a_shard(
+    server: FolderServer, expected: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache"
+    server.fault = lambda number, name: "stall" if name.endswith(".tar") else None
+    context = get_context("spawn")
+    arguments = (server.url, str(folder), 60, 0, context.Queue())
+    worker = context.Process(target=_read_for, args=arguments)
+    worker.start()
+    while not list(folder.glob("*.tmp")):
+        assert worker.is_alive()
+        time.sleep(0.01)
+    worker.kill()
+    worker.join()
+    assert not list(folder.glob("*.tar"))
+
+    server.fault = lambda number, name: None
+    shard_set = ShardSet.load(server.url, POLICY)
+    images = ShardImages(shard_set, cached(shard_set, folder))
+    assert digest(reader(shard_set, images), EPOCH) == expected
+    assert not list(folder.glob("*.tmp"))
 
 
 def test_two_workers_evict_from_under_each_other(
