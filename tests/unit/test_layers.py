@@ -17,14 +17,14 @@ PACKAGE = Path(ganscale.__file__).parent
 
 LAYERS = (
     ("errors", "config", "world", "run_directory"),
-    ("data", "models", "objectives", "ema", "tracking"),
+    ("data", "models", "objectives", "augment", "ema", "tracking"),
     ("generation", "checkpoint"),
     ("training", "evaluate"),
     ("launch", "report"),
     ("cli", "doctor", "__main__"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
-ONLY_TORCH = ("models", "objectives", "ema")
+ONLY_TORCH = ("models", "objectives", "augment", "ema")
 
 
 def module_name(path: Path) -> str:
