@@ -49,6 +49,7 @@ _PIECES_AT_ONCE = 8
 _MAX_REQUESTS = 32
 _MAX_OPEN_FILES = 128
 _PATIENCE_SECONDS = 10.0
+_READ_AHEAD_BYTES = 2**26
 _PROGRAMMING_ERRORS = (AssertionError, AttributeError, NameError, TypeError)
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")  # botocore's, not imported
 
@@ -163,10 +164,16 @@ class LocalStore:
 
 
 class OpenFile:
-    """A descriptor that closes when the last user lets go of it."""
+    """A descriptor that closes when the last user lets go of it.
+
+    A shard's images are asked for in a shuffled order, which the system's own reading ahead does
+    not help: the first part of the file, all of it if it is small, is asked for when it is opened.
+    """
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.descriptor, 0, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):
