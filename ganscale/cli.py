@@ -88,12 +88,19 @@ def sample(
     out: Annotated[Path, typer.Option(help="A .png grid, or a folder of PNGs.")] = Path(
         "samples.png"
     ),
+    label: Annotated[
+        int | None, typer.Option(min=0, help="Class of all images; else the seed decides it.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
     """Draw images from a snapshot; a seed's image is always the same."""
     from ganscale.generation.sampling import load_generator, save_grid
 
-    images = load_generator(path, device=device).sample(num, seed=seed)
+    generator = load_generator(path, device=device)
+    if label is not None and label >= generator.num_classes:
+        known = f"0 to {generator.num_classes - 1}" if generator.num_classes else "no labels"
+        raise ConfigError(f"--label {label}: this generator knows {known}")
+    images = generator.sample(num, seed=seed, label=label)
     if out.suffix == ".png":
         save_grid(images, out)
     else:

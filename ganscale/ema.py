@@ -19,14 +19,13 @@ __all__ = ["Ema"]
 class Ema:
     """Holds the averaged copy as `model`, in evaluation mode and without gradients."""
 
-    def __init__(self, model: nn.Module, *, halflife_nimg: float) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.halflife_nimg = halflife_nimg
 
     @torch.no_grad()
-    def update(self, model: nn.Module, batch_size: int) -> None:
-        """Move towards `model` by one step of `batch_size` images."""
-        beta = 0.5 ** (batch_size / self.halflife_nimg) if self.halflife_nimg > 0 else 0.0
+    def update(self, model: nn.Module, batch_size: int, *, halflife_nimg: float) -> None:
+        """Move towards `model` by one step of `batch_size` images; with 0, follow it at once."""
+        beta = 0.5 ** (batch_size / halflife_nimg) if halflife_nimg > 0 else 0.0
         averages: list[Tensor] = list(self.model.parameters())
         weights: list[Tensor] = list(model.parameters())
         torch._foreach_lerp_(averages, weights, 1.0 - beta)

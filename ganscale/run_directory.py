@@ -44,8 +44,13 @@ class RunDirectory:
 
     @property
     def snapshots(self) -> Path:
-        """Generators for inference, one safetensors file each."""
+        """Generators for inference, one safetensors file each; further averages in subfolders."""
         return self.root / "snapshots"
+
+    def snapshot(self, nimg: int, average: str = "") -> Path:
+        """A generator after `nimg` real images; `average` names one of several."""
+        folder = self.snapshots / average if average else self.snapshots
+        return folder / f"nimg-{nimg:012d}.safetensors"
 
     def sample_grid(self, nimg: int) -> Path:
         """The picture drawn after `nimg` real images."""

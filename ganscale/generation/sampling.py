@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import ganscale
 from ganscale.errors import CheckpointError
-from ganscale.generation.latents import seeded_latents
+from ganscale.generation.latents import seeded_labels, seeded_latents
 from ganscale.models import build_generator
 from ganscale.run_directory import RunDirectory
 
@@ -33,32 +33,46 @@ _ROWS = 16
 class SampleableGenerator:
     """A generator in evaluation mode and what is known about it."""
 
-    def __init__(self, model: nn.Module, *, z_dim: int, info: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, *, spec: dict[str, Any], info: dict[str, Any]) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.z_dim = z_dim
+        self.z_dim: int = spec["z_dim"]
+        self.num_classes: int = spec["num_classes"]
+        """0 for a generator that takes no labels."""
         self.info = info
-        """`model` (its description), `nimg`, `run` and `version`."""
+        """`model` (its description), `nimg` and `version`."""
 
-    def sample(self, num_images: int, *, seed: int = 0) -> Tensor:
+    def sample(self, num_images: int, *, seed: int = 0, label: int | None = None) -> Tensor:
         """Images for the seeds seed, seed + 1, ...: uint8, (num_images, C, H, W), on the CPU."""
-        return self.sample_seeds(list(range(seed, seed + num_images)))
+        return self.sample_seeds(list(range(seed, seed + num_images)), label=label)
 
-    def sample_seeds(self, seeds: list[int]) -> Tensor:
+    def sample_seeds(self, seeds: list[int], *, label: int | None = None) -> Tensor:
         """One image for each seed: uint8, (len(seeds), C, H, W); a seed's image is always itself.
 
-        Raises `ValueError` without a seed.
+        Where there are classes, a seed also decides its label, unless all are to have `label`.
+        Raises `ValueError` without a seed, or for a label that the generator does not know.
         """
         if not seeds:
             raise ValueError("expected at least one seed")
         z = seeded_latents(seeds, self.z_dim)
-        return torch.cat([self._rows(part) for part in z.split(_ROWS)])
+        labels = self._labels(seeds, label)
+        parts = zip(z.split(_ROWS), labels.split(_ROWS), strict=True)
+        return torch.cat([self._rows(*part) for part in parts])
+
+    def _labels(self, seeds: list[int], label: int | None) -> Tensor:
+        if label is not None and not 0 <= label < self.num_classes:
+            known = f"0 to {self.num_classes - 1}" if self.num_classes else "no labels"
+            raise ValueError(f"label {label}: this generator knows {known}")
+        if label is None and self.num_classes:
+            return seeded_labels(seeds, self.num_classes)
+        return torch.full((len(seeds),), label or 0)
 
     @torch.no_grad()
-    def _rows(self, z: Tensor) -> Tensor:
+    def _rows(self, z: Tensor, labels: Tensor) -> Tensor:
         device = next(self.model.parameters()).device
-        padded = torch.zeros(_ROWS, self.z_dim)
-        padded[: len(z)] = z
-        images: Tensor = self.model(padded.to(device))[: len(z)]
+        padding = _ROWS - len(z)
+        z = torch.cat([z, torch.zeros(padding, self.z_dim)])
+        labels = torch.cat([labels, torch.zeros(padding, dtype=torch.int64)])
+        images: Tensor = self.model(z.to(device), labels.to(device))[: _ROWS - padding]
         return to_uint8(images).cpu()
 
 
@@ -91,10 +105,10 @@ def load_generator(path: str | Path, *, device: str = "cpu") -> SampleableGenera
             weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         model = build_generator(info["model"])
         model.load_state_dict(weights)
+        return SampleableGenerator(model.to(device), spec=info["model"], info=info)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{file} is not a readable snapshot: {reason}") from None
-    return SampleableGenerator(model.to(device), z_dim=info["model"]["z_dim"], info=info)
 
 
 def save_grid(images: Tensor, path: Path, *, columns: int | None = None, padding: int = 1) -> None:

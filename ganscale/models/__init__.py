@@ -1,17 +1,24 @@
 """The players' architectures: they take and return tensors and import only torch.
 
-Adding one is a file, a line in `MODELS` and a test.
+Adding one is a file, a line in `MODELS`, its section of the configuration, and a test. All have the
+same faces: `generator(z, labels)` and `discriminator(images, labels)`, where labels are None or
+ignored if the model knows no classes.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from ganscale.models.biggan import BigganDiscriminator, BigganGenerator
 from ganscale.models.dcgan import DcganDiscriminator, DcganGenerator
+from ganscale.models.r3gan import R3ganDiscriminator, R3ganGenerator
+from ganscale.models.sngan import SnganDiscriminator, SnganGenerator
+from ganscale.models.stylegan2 import Stylegan2Discriminator, Stylegan2Generator
 
 __all__ = ["MODELS", "Architecture", "build_discriminator", "build_generator"]
 
@@ -25,17 +32,24 @@ class Architecture:
 
 
 MODELS = {
+    "biggan": Architecture(BigganGenerator, BigganDiscriminator),
     "dcgan": Architecture(DcganGenerator, DcganDiscriminator),
+    "r3gan": Architecture(R3ganGenerator, R3ganDiscriminator),
+    "sngan": Architecture(SnganGenerator, SnganDiscriminator),
+    "stylegan2": Architecture(Stylegan2Generator, Stylegan2Discriminator),
 }
 
 
 def build_generator(spec: dict[str, Any]) -> nn.Module:
     """The generator that a config's `model` section (as a dictionary) describes."""
-    options = {k: v for k, v in spec.items() if k != "name"}
-    return MODELS[spec["name"]].generator(**options)
+    return _build(MODELS[spec["name"]].generator, spec)
 
 
 def build_discriminator(spec: dict[str, Any]) -> nn.Module:
     """The discriminator that a config's `model` section (as a dictionary) describes."""
-    options = {k: v for k, v in spec.items() if k not in ("name", "z_dim")}
-    return MODELS[spec["name"]].discriminator(**options)
+    return _build(MODELS[spec["name"]].discriminator, spec)
+
+
+def _build(player: Callable[..., nn.Module], spec: dict[str, Any]) -> nn.Module:
+    """Each player takes those options of its architecture that its constructor names."""
+    return player(**{name: spec[name] for name in inspect.signature(player).parameters})

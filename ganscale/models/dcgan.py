@@ -37,7 +37,7 @@ class DcganGenerator(nn.Module):
         self.layers = nn.Sequential(*layers)
         _initialise(self)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         images: Tensor = self.layers(z[:, :, None, None])
         return images
 
@@ -62,7 +62,7 @@ class DcganDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers)
         _initialise(self)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         logits: Tensor = self.layers(images)
         return logits.flatten()
 

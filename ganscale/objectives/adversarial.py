@@ -21,6 +21,15 @@ Jolicoeur-Martineau (2018, arXiv 1807.00734), relativistic pairing, with f = -lo
     discriminator               f(C(x) - C(G(z)))               (equation 4)
     generator                   f(C(G(z)) - C(x))               (equation 5)
 
+and the same with each logit compared to the mean of the other side's (equations 10 and 11):
+
+    relativistic average        f(C(x) - E C(G(z))) + f(E C(x) - C(G(z))), sides swapped for G
+
+Arjovsky et al. (2017, arXiv 1701.07875), Wasserstein, equation 3:
+
+    discriminator               C(G(z)) - C(x)
+    generator                  -C(G(z))
+
 Cross-entropies are in the softplus form, softplus(t) = log(1 + exp(t)), which neither overflows
 nor saturates. Logits come in any precision and are compared in fp32.
 """
@@ -47,6 +56,8 @@ class Objective:
     discriminator: Callable[[Tensor, Tensor], Tensor]
     generator: Callable[[Tensor | None, Tensor], Tensor]
     generator_sees_real: bool = False
+    centred: bool = False
+    """Logits are given minus the mean of the other side's over the global batch."""
 
 
 def _cross_entropy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -73,7 +84,11 @@ def _hinge(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return relu(1 - real_logits.float()) + relu(1 + fake_logits.float())
 
 
-def _hinge_generator(_: Tensor | None, fake_logits: Tensor) -> Tensor:
+def _wasserstein(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    return fake_logits.float() - real_logits.float()
+
+
+def _minus_logits_generator(_: Tensor | None, fake_logits: Tensor) -> Tensor:
     return -fake_logits.float()
 
 
@@ -86,10 +101,19 @@ def _relativistic_generator(real_logits: Tensor | None, fake_logits: Tensor) -> 
     return softplus(real_logits.float() - fake_logits.float())
 
 
+def _swapped_cross_entropy(real_logits: Tensor | None, fake_logits: Tensor) -> Tensor:
+    assert real_logits is not None
+    return _cross_entropy(fake_logits, real_logits)
+
+
 OBJECTIVES = {
     "nonsaturating": Objective(_cross_entropy, _nonsaturating_generator),
     "minimax": Objective(_cross_entropy, _minimax_generator),
     "least_squares": Objective(_least_squares, _least_squares_generator),
-    "hinge": Objective(_hinge, _hinge_generator),
+    "hinge": Objective(_hinge, _minus_logits_generator),
+    "wasserstein": Objective(_wasserstein, _minus_logits_generator),
     "relativistic": Objective(_relativistic, _relativistic_generator, generator_sees_real=True),
+    "relativistic_average": Objective(
+        _cross_entropy, _swapped_cross_entropy, generator_sees_real=True, centred=True
+    ),
 }

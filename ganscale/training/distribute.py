@@ -14,9 +14,18 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from ganscale.models.layers import MinibatchStd
 from ganscale.world import World
 
-__all__ = ["GlobalBatchNorm2d", "distribute", "gather_objects", "sum_over_ranks"]
+__all__ = [
+    "GlobalBatchNorm2d",
+    "GlobalMinibatchStd",
+    "distribute",
+    "gather_objects",
+    "global_mean",
+    "kth_largest",
+    "sum_over_ranks",
+]
 
 
 # Buffers are the same on all ranks by construction; a broadcast in each forward would be wasted,
@@ -49,10 +58,20 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             momentum = 0.0 if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean, momentum)
             self.running_var.lerp_(var * (count / (count - 1)), momentum)
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        shift = self.bias - mean * scale
+        scale = torch.rsqrt(var + self.eps)
+        shift = -mean * scale
+        if self.affine:
+            scale, shift = scale * self.weight, shift * self.weight + self.bias
         normalised = torch.addcmul(shift.view(1, -1, 1, 1), x.float(), scale.view(1, -1, 1, 1))
         return normalised.to(x.dtype)
+
+
+class GlobalMinibatchStd(MinibatchStd):
+    """The minibatch standard deviation with the global batch as its group."""
+
+    def variance(self, x: Tensor) -> Tensor:
+        _, var, _ = _global_statistics(x.flatten(1)[:, :, None, None])
+        return var.view(x.shape[1:])
 
 
 def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,12 +111,18 @@ def _sum_over_ranks_with_gradient(values: Tensor) -> Tensor:
     return total
 
 
+_GLOBAL: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm2d: GlobalBatchNorm2d,
+    MinibatchStd: GlobalMinibatchStd,
+}
+
+
 def distribute(model: nn.Module, world: World) -> tuple[nn.Module, DistributedDataParallel]:
-    """Move to the device, make batch norm global and wrap in DDP: (module, wrapper)."""
+    """Move to the device, make batch statistics global and wrap in DDP: (module, wrapper)."""
     module = model.to(world.torch_device).to(memory_format=torch.channels_last)
     for part in module.modules():
-        if type(part) is nn.BatchNorm2d:
-            part.__class__ = GlobalBatchNorm2d  # the same parameters, buffers and state keys
+        if type(part) in _GLOBAL:
+            part.__class__ = _GLOBAL[type(part)]  # the same parameters, buffers and state keys
     wrapper = DistributedDataParallel(
         module,
         gradient_as_bucket_view=True,
@@ -114,6 +139,17 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     total = values.clone()
     dist.all_reduce(total)
     return total
+
+
+def global_mean(values: Tensor, weight: float) -> Tensor:
+    """Mean over the global batch of all ranks' values (n,), (), with its gradient; weight = W/B."""
+    return _sum_over_ranks_with_gradient(values.sum() * (weight / dist.get_world_size()))
+
+
+def kth_largest(table: Tensor, k: int) -> Tensor:
+    """The k-th largest of the elementwise maximum over all ranks' tables, ()."""
+    dist.all_reduce(table, dist.ReduceOp.MAX)
+    return table.topk(k).values[-1]
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from dataclasses import asdict
+from typing import Literal
 
 import torch
 from torch import distributed as dist
@@ -18,17 +20,23 @@ from ganscale.checkpoint import load_state, newest_valid, save_checkpoint
 from ganscale.config import Config
 from ganscale.data.reader import Batch
 from ganscale.data.shards import ShardSet
-from ganscale.generation.latents import step_latents
+from ganscale.generation.latents import StepRandomness
 from ganscale.generation.sampling import SampleableGenerator, save_grid, save_snapshot
-from ganscale.objectives.adversarial import OBJECTIVES
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.sinks import EventLog, JsonlSink, NullSink, Sink, Sinks
 from ganscale.tracking.wandb_sink import WandbSink, resolve_mode
-from ganscale.training.adversarial_step import discriminator_phase, generator_phase
+from ganscale.training.adversarial_step import (
+    PhaseResult,
+    Share,
+    discriminator_phase,
+    generator_phase,
+)
 from ganscale.training.build import (
     build_reader,
+    build_rules,
     build_state,
     check_against_shards,
+    ema_names,
     load_shards,
 )
 from ganscale.training.distribute import gather_objects, sum_over_ranks
@@ -51,10 +59,13 @@ def train(config: Config, world: World) -> None:
     if world.device == "cpu":
         torch.set_num_threads(config.launch.threads_per_worker)
     trainer = Trainer(config, world, shard_set)
-    try:
-        trainer.run()
-    finally:
-        trainer.close()
+    with warnings.catch_warnings():
+        # Of gradients with a dimension of size 1, whose strides mean nothing.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        try:
+            trainer.run()
+        finally:
+            trainer.close()
 
 
 class Trainer:
@@ -65,7 +76,6 @@ class Trainer:
         self.world = world
         self.run_dir = RunDirectory(config.run_dir)
         self.precision = Precision.resolve(config.training.precision, world.torch_device)
-        self.objective = OBJECTIVES[config.objective.name]
         self.state = build_state(config, self.precision, world)
         self.reader = build_reader(config, shard_set, world, gather_objects)
         self._start_from_newest_checkpoint()
@@ -90,38 +100,24 @@ class Trainer:
         batches.close()
 
     def step(self, batch: Batch) -> None:
-        """One update of each player on a global batch, of which this rank has `batch`."""
-        state, size = self.state, self.config.training.batch_size
+        """A discriminator update on a global batch, of which this rank has `batch`.
+
+        Every `training.discriminator_steps`-th is followed by one of the generator.
+        """
+        state, training = self.state, self.config.training
         self._skipped += [str(error) for error in batch.skipped]
-        device = self.world.torch_device
-        weight = self.world.world_size / size
-        real_images = batch.images.to(device, non_blocking=True).float() / 127.5 - 1
-        real_images = real_images.contiguous(memory_format=torch.channels_last)
-        players = (state.generator, state.discriminator, self.objective, self.precision)
-
-        seen = discriminator_phase(
-            *players, real_images=real_images, z=self._latents("D", batch), weight=weight
-        )
-        grad_norm_d = state.discriminator.step()
-        fooled = generator_phase(
-            *players, real_images=real_images, z=self._latents("G", batch), weight=weight
-        )
-        grad_norm_g = state.generator.step()
-
-        state.ema.update(state.generator.module, size)
-        state.nimg += size
+        rules, share = build_rules(self.config, state, self.precision), self._share(batch)
+        seen = discriminator_phase(state.generator, state.discriminator, rules, share)
+        self._note(seen, "D", state.discriminator.step(state.nimg))
+        if self.config.augment.target is not None or self.config.penalty.lecam:
+            state.feedback.update(seen, step=state.step, batch_size=training.batch_size)
+        state.nimg += training.batch_size
         state.step += 1
-        assert seen.real_logits is not None
-        state.means.add(
-            {
-                "train/loss_D": seen.loss,
-                "train/loss_G": fooled.loss,
-                "train/real_logits": seen.real_logits,
-                "train/fake_logits": seen.fake_logits,
-                "train/grad_norm_D": grad_norm_d,
-                "train/grad_norm_G": grad_norm_g,
-            }
-        )
+        if state.step % training.discriminator_steps == 0:
+            fooled = generator_phase(state.generator, state.discriminator, rules, share)
+            self._note(fooled, "G", state.generator.step(state.nimg))
+            self._average()
+        state.means.num_steps += 1
 
     def close(self) -> None:
         """Close files and W&B."""
@@ -129,16 +125,34 @@ class Trainer:
         if self.events is not None:
             self.events.close()
 
-    def _latents(self, purpose: str, batch: Batch) -> torch.Tensor:
-        z = step_latents(
-            self.config.seed,
-            self.state.nimg,
-            purpose,
-            self.config.training.batch_size,
-            self.config.model.z_dim,
-            batch.slots,
+    def _share(self, batch: Batch) -> Share:
+        device, size = self.world.torch_device, self.config.training.batch_size
+        images = batch.images.to(device, non_blocking=True).float() / 127.5 - 1
+        labels = batch.labels.to(device, non_blocking=True)
+        return Share(
+            real_images=images.contiguous(memory_format=torch.channels_last),
+            labels=labels if self.config.model.num_classes else None,
+            random=StepRandomness(self.config.seed, self.state.nimg, size, batch.slots, device),
+            z_dim=self.config.model.z_dim,
+            weight=self.world.world_size / size,
         )
-        return z.to(self.world.torch_device, non_blocking=True)
+
+    def _average(self) -> None:
+        training, model = self.config.training, self.state.generator.module
+        num_images = training.discriminator_steps * training.batch_size
+        halflives = {"": 1000 * training.ema_halflife_kimg.at(self.state.nimg)}
+        halflives |= ema_names(self.config)
+        for name, ema in self.state.emas.items():
+            ema.update(model, num_images, halflife_nimg=halflives[name])
+
+    def _note(self, seen: PhaseResult, player: Literal["D", "G"], grad_norm: torch.Tensor) -> None:
+        values = {f"train/loss_{player}": seen.loss, f"train/grad_norm_{player}": grad_norm}
+        if seen.real_logits is not None:
+            values["train/real_logits"] = seen.real_logits
+            values["train/fake_logits"] = seen.fake_logits
+        for name, value in seen.penalties.items():
+            values[f"train/penalty_{name}"] = value
+        self.state.means.add(values)
 
     def _write_what_is_due(self, *, done: bool) -> None:
         config, nimg = self.config, self.state.nimg
@@ -149,7 +163,7 @@ class Trainer:
             if done or nimg == 0 or self._due(config.samples.every_kimg):
                 self._draw_samples()
             if done or (nimg and self._due(config.checkpoint.snapshot_every_kimg)):
-                self._save_snapshot()
+                self._save_snapshots()
             if nimg and checkpoint:
                 self._save_checkpoint()
             if done and self.events is not None:
@@ -177,11 +191,18 @@ class Trainer:
             row[f"train/skips_{name}"] = int(player.num_skips)
         row["time/images_per_second"] = steps * self.config.training.batch_size / seconds
         row["time/unix"] = time.time()
+        if self.config.augment.name != "none":
+            row["train/augment_p"] = self._augment_p()
         if self.config.data.on_error == "skip":
             row["data/num_skipped"] = self._report_skipped()
         if self.world.device != "cpu":
             row["gpu/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.sink.log(row)
+
+    def _augment_p(self) -> float:
+        augment = self.config.augment
+        adaptive = augment.target is not None
+        return self.state.feedback.augment_p.item() if adaptive else augment.p.at(self.state.nimg)
 
     def _report_skipped(self) -> int:
         """Tell of the damaged samples that were left out since the last row, on any rank."""
@@ -198,16 +219,17 @@ class Trainer:
 
     def _draw_samples(self) -> None:
         generator = SampleableGenerator(
-            self.state.ema.model, z_dim=self.config.model.z_dim, info={}
+            self.state.ema.model, spec=self.config.model.model_dump(), info={}
         )
         path = self.run_dir.sample_grid(self.state.nimg)
         save_grid(generator.sample(self.config.samples.num_images, seed=0), path)
         self.sink.log_picture("samples", path, nimg=self.state.nimg, step=self.state.step)
 
-    def _save_snapshot(self) -> None:
-        path = self.run_dir.snapshots / f"nimg-{self.state.nimg:012d}.safetensors"
+    def _save_snapshots(self) -> None:
         spec = self.config.model.model_dump()
-        save_snapshot(path, self.state.ema.model, spec=spec, nimg=self.state.nimg)
+        for name, ema in self.state.emas.items():
+            path = self.run_dir.snapshot(self.state.nimg, name)
+            save_snapshot(path, ema.model, spec=spec, nimg=self.state.nimg)
 
     def _save_checkpoint(self) -> None:
         assert self.events is not None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from ganscale.config import OptimizerConfig
+from ganscale.config import OptimizerConfig, Schedule
 from ganscale.training.distribute import distribute
 from ganscale.training.precision import Precision
 from ganscale.world import World
@@ -28,13 +28,24 @@ class Player:
     network: DistributedDataParallel
 
     def __init__(
-        self, model: nn.Module, config: OptimizerConfig, precision: Precision, world: World
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        precision: Precision,
+        world: World,
+        *,
+        lr: Schedule | None = None,
+        clip_weights: float | None = None,
     ) -> None:
         self.module, self.network = distribute(model, world)
+        self.config = config
+        self.lr = lr or config.lr
+        self.clip_weights = clip_weights
         self.optimizer = torch.optim.Adam(
             self.module.parameters(),
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
+            lr=self.lr.at(0),
+            betas=(config.beta1, config.beta2.at(0)),
+            eps=config.eps,
             fused=True,  # skips on the device when told of a non-finite gradient: no host sync
         )
         self.scaler = precision.scaler()
@@ -44,8 +55,10 @@ class Player:
         """Scaled backward; gradients are averaged over the ranks meanwhile."""
         self.scaler.backward(loss)
 
-    def step(self) -> Tensor:
-        """Update the weights and clear the gradients; returns the gradients' L2 norm, ().
+    def step(self, nimg: int) -> Tensor:
+        """Update the weights and clear the gradients; returns the unclipped gradients' L2 norm, ().
+
+        Rates are those of position `nimg`.
 
         With a non-finite gradient the weights stay and the skip is counted. All ranks hold the same
         averaged gradients, so they agree on this without asking each other.
@@ -54,10 +67,27 @@ class Player:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         largest = get_total_norm(gradients, norm_type=torch.inf)
         norm = get_total_norm(gradients)
+        self._clip(gradients, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr.at(nimg)
+            group["betas"] = (self.config.beta1, self.config.beta2.at(nimg))
         self.scaler.step(self.optimizer)
+        if self.clip_weights is not None:
+            limit = self.clip_weights
+            with torch.no_grad():
+                torch._foreach_clamp_min_(list(self.module.parameters()), -limit)
+                torch._foreach_clamp_max_(list(self.module.parameters()), limit)
         self.optimizer.zero_grad()
         self.num_skips += ~torch.isfinite(largest)
         return norm
+
+    def _clip(self, gradients: list[Tensor], norm: Tensor) -> None:
+        config = self.config
+        if config.clip_norm is not None:
+            torch._foreach_mul_(gradients, (config.clip_norm / norm).clamp(max=1.0))
+        if config.clip_value is not None:
+            torch._foreach_clamp_min_(gradients, -config.clip_value)
+            torch._foreach_clamp_max_(gradients, config.clip_value)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimizer, scaler and skip count."""

@@ -18,6 +18,9 @@ __all__ = ["LossScaler", "Precision"]
 # The customary 2**16 overflows in the first steps of a DCGAN; from here the scale grows by itself.
 _INITIAL_FP16_SCALE = 2.0**12
 
+# Of logits in inner gradients; those by image pixels are some 1e-4 of the logits' own.
+_INNER_FP16_SCALE = 2.0**10
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -40,6 +43,11 @@ class Precision:
             self.device_type, dtype=dtype or torch.bfloat16, enabled=dtype is not None
         )
         return context
+
+    @property
+    def inner_scale(self) -> float:
+        """What logits are multiplied by when their gradient is part of a loss."""
+        return _INNER_FP16_SCALE if self.name == "fp16" else 1.0
 
     def scaler(self) -> LossScaler:
         """A fresh scaler for one player."""

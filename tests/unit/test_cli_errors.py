@@ -156,6 +156,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         "name": "dcgan",
         "resolution": 16,
         "img_channels": 3,
+        "num_classes": 0,
         "z_dim": 4,
         "base_channels": 4,
     }

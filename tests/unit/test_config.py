@@ -8,7 +8,14 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ganscale.config import Config, field_names, load_config, preset_names
+from ganscale.config import Config, Schedule, field_names, load_config, preset_names
+from ganscale.config.models import (
+    BigganModel,
+    DcganModel,
+    R3ganModel,
+    SnganModel,
+    Stylegan2Model,
+)
 from ganscale.errors import ConfigError
 
 
@@ -22,11 +29,19 @@ def refusal(*overrides: str, source: str | Path = "quickstart") -> str:
     return message
 
 
+MODELS = (DcganModel, SnganModel, BigganModel, R3ganModel, Stylegan2Model)
+
+
 def leaf_descriptions(model: type[BaseModel], prefix: str = "") -> dict[str, str | None]:
+    """Of every field by its dotted name; architectures share the descriptions of like fields."""
     found: dict[str, str | None] = {}
     for name, field in model.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if prefix == "" and name == "model":
+            for architecture in MODELS:
+                fields = leaf_descriptions(architecture, "model.")
+                found |= {key: text or found.get(key) for key, text in fields.items()}
+        elif isinstance(kind, type) and issubclass(kind, BaseModel) and kind is not Schedule:
             found |= leaf_descriptions(kind, f"{prefix}{name}.")
         else:
             found[f"{prefix}{name}"] = field.description
@@ -109,6 +124,12 @@ def test_a_wrong_type_names_field_and_value(override: str, field: str) -> None:
         "samples.num_images=5000",
         "seed=-1",
         "training.precision=fp8",
+        "model.img_channels=2",
+        "augment.p=1.5",
+        "penalty.r1=-1",
+        "objective.top_k=0",
+        "optimizer.beta2={start: 0.9, end: 1.5, kimg: 3, shape: linear}",
+        "optimizer.lr={start: 0.9, end: 1.5, kimg: 3, shape: constant}",
         "model.name=transformer",
         "name=../escape",
         "name=.hidden",
@@ -126,6 +147,18 @@ def test_a_value_out_of_bounds_names_field_and_value(override: str) -> None:
         (["training.batch_size=1", "launch.num_workers=1"], ["batch_size=1", "at least 2"]),
         (["training.batch_size=128", "training.total_kimg=0.1"], ["total_kimg=0.1", "128"]),
         (["model.resolution=48"], ["model.resolution", "power of two", "48"]),
+        (["model={name: biggan, z_dim: 81}"], ["model.z_dim=81", "4 parts"]),
+        (["model={name: biggan, num_classes: 0}"], ["model.num_classes=0"]),
+        (["model.num_classes=10"], ["model.num_classes=10"]),
+        (["model={name: r3gan, base_channels: 24, resolution: 64}"], ["base_channels=24", "16"]),
+        (["objective.name=wasserstein"], ["wasserstein", "penalty.wgan_gp=10"]),
+        (
+            ["penalty.gradient_normalisation=true", "penalty.r1=1"],
+            ["gradient_normalisation", "penalty.r1", "third derivatives"],
+        ),
+        (["training.compile=true", "penalty.r1=1"], ["compile", "finite_difference"]),
+        (["augment.name=ada"], ["augment.p=0", "augment.target=0.6"]),
+        (["augment.p=0.5"], ["augment.name=ada"]),
     ],
 )
 def test_an_impossible_combination_says_what_does_not_fit(
@@ -133,6 +166,41 @@ def test_an_impossible_combination_says_what_does_not_fit(
 ) -> None:
     message = refusal(*overrides)
     assert all(word in message for word in words)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["objective.name=wasserstein", "penalty.wgan_gp=10"],
+        ["objective.name=wasserstein", "optimizer.clip_weights=0.01"],
+        ["objective.name=wasserstein", "model={name: sngan}"],
+        ["training.compile=true", "penalty.r1=1", "penalty.form=finite_difference"],
+        ["augment.name=ada", "augment.target=0.6"],
+        ["augment.name=diffaugment", "augment.p=1"],
+    ],
+)
+def test_what_goes_together_is_accepted(overrides: list[str]) -> None:
+    load_config("quickstart", overrides)
+
+
+@pytest.mark.parametrize("text", ["2e-4", "{start: 2e-4, end: 5e-5, kimg: 20, shape: cosine}"])
+def test_a_schedule_is_a_number_or_a_way_and_survives_yaml(tmp_path: Path, text: str) -> None:
+    config = load_config("quickstart", [f"optimizer.lr={text}"])
+    path = tmp_path / "again.yaml"
+    path.write_text(config.to_yaml())
+    assert load_config(path) == config
+    assert config.optimizer.lr.at(0) == 2e-4
+    assert ("start:" in path.read_text()) == ("start:" in text)
+
+
+def test_schedules_move_as_they_say() -> None:
+    linear = Schedule(start=1.0, end=3.0, kimg=4, shape="linear")
+    cosine = Schedule(start=1.0, end=3.0, kimg=4, shape="cosine")
+    assert [linear.at(n) for n in (0, 1000, 2000, 4000, 9000)] == [1.0, 1.5, 2.0, 3.0, 3.0]
+    quarter = 1 + (1 - 2**-0.5)  # 1 + 2 * (1 - cos(pi / 4)) / 2
+    assert [cosine.at(n) for n in (0, 1000, 2000, 4000, 9000)] == pytest.approx(
+        [1.0, quarter, 2.0, 3.0, 3.0]
+    )
 
 
 def test_several_mistakes_are_told_at_once() -> None:
@@ -232,8 +300,13 @@ def test_every_field_has_a_sentence(name: str, description: str | None) -> None:
 
 
 def test_every_field_can_be_set_by_its_name() -> None:
-    config = Config()
-    for name in field_names():
-        section, _, field = name.rpartition(".")
-        value = getattr(getattr(config, section) if section else config, field)
-        assert config.with_changes({name: value}) == config
+    settable = set()
+    for model in MODELS:
+        config = Config(model=model())
+        for name in field_names():
+            section, _, field = name.rpartition(".")
+            owner = getattr(config, section) if section else config
+            if hasattr(owner, field):
+                assert config.with_changes({name: getattr(owner, field)}) == config
+                settable.add(name)
+    assert settable == set(field_names())

@@ -9,24 +9,37 @@ import torch
 from PIL import Image
 
 import ganscale
+from ganscale.config.models import DcganModel, SnganModel
 from ganscale.errors import CheckpointError
-from ganscale.generation.latents import seeded_latents, step_latents
+from ganscale.generation.latents import StepRandomness, seeded_labels, seeded_latents
 from ganscale.generation.sampling import SampleableGenerator, save_grid, save_snapshot, to_uint8
 from ganscale.models import build_discriminator, build_generator
 
-SPEC = {"name": "dcgan", "resolution": 32, "img_channels": 3, "z_dim": 16, "base_channels": 8}
+SPEC = DcganModel(z_dim=16, base_channels=8).model_dump()
+CPU = torch.device("cpu")
+
+
+def randomness(seed: int, position: int, slots: torch.Tensor, batch_size: int) -> StepRandomness:
+    return StepRandomness(seed, position, batch_size, slots, CPU)
 
 
 def test_ranks_slice_what_one_process_would_draw() -> None:
-    everything = step_latents(1, 640, "D", 10, 4, torch.arange(10))
-    odd = step_latents(1, 640, "D", 10, 4, torch.tensor([1, 3, 5]))
-    torch.testing.assert_close(odd, everything[[1, 3, 5]], rtol=0, atol=0)
+    everything = randomness(1, 640, torch.arange(10), 10)
+    odd = randomness(1, 640, torch.tensor([1, 3, 5]), 10)
+    for kind in ("normal", "uniform"):
+        expected = getattr(everything, kind)("D", 4, 2)[[1, 3, 5]]
+        assert torch.equal(getattr(odd, kind)("D", 4, 2), expected)
+
+
+def test_a_ranks_values_stand_at_their_slots() -> None:
+    table = randomness(1, 0, torch.tensor([4, 1]), 5).table(torch.tensor([7.0, 8.0]), fill=0.0)
+    assert table.tolist() == [0, 8, 0, 0, 7]
 
 
 def test_latents_differ_by_seed_position_and_purpose() -> None:
     slots = torch.arange(4)
     draws = [
-        step_latents(seed, position, purpose, 4, 8, slots)
+        randomness(seed, position, slots, 4).normal(purpose, 8)
         for seed, position, purpose in ((0, 0, "D"), (1, 0, "D"), (0, 4, "D"), (0, 0, "G"))
     ]
     for i, one in enumerate(draws):
@@ -35,7 +48,7 @@ def test_latents_differ_by_seed_position_and_purpose() -> None:
 
 
 def test_latents_are_standard_normal() -> None:
-    z = step_latents(0, 0, "D", 4096, 32, torch.arange(4096))
+    z = randomness(0, 0, torch.arange(4096), 4096).normal("D", 32)
     assert abs(z.mean().item()) < 0.01
     assert abs(z.std().item() - 1) < 0.01
 
@@ -48,11 +61,29 @@ def test_a_seeds_latent_does_not_depend_on_its_neighbours() -> None:
 
 def test_a_seeds_image_does_not_depend_on_its_batch() -> None:
     torch.manual_seed(0)
-    generator = SampleableGenerator(build_generator(SPEC), z_dim=16, info={})
+    generator = SampleableGenerator(build_generator(SPEC), spec=SPEC, info={})
     alone = generator.sample_seeds([4711])[0]
     for others in (3, 16, 33):
         images = generator.sample_seeds([*range(others), 4711])
         assert torch.equal(images[-1], alone)
+
+
+def test_a_seed_decides_the_label_unless_one_is_asked_for() -> None:
+    torch.manual_seed(0)
+    spec = SnganModel(z_dim=8, base_channels=8, num_classes=10, resolution=16).model_dump()
+    model = build_generator(spec)
+    for block in model.blocks:  # type: ignore[union-attr]
+        torch.nn.init.normal_(block.norm1.norm.bias.weight)
+    generator = SampleableGenerator(model, spec=spec, info={})
+    seeds = list(range(6))
+    labels = seeded_labels(seeds, 10).tolist()
+    assert len(set(labels)) > 1
+    drawn = generator.sample(6)
+    for seed, label in zip(seeds, labels, strict=True):
+        assert torch.equal(generator.sample(1, seed=seed, label=label)[0], drawn[seed])
+    assert not torch.equal(generator.sample(6, label=0), generator.sample(6, label=1))
+    with pytest.raises(ValueError, match="knows 0 to 9"):
+        generator.sample(1, label=10)
 
 
 def test_to_uint8_covers_the_range_and_clamps() -> None:
@@ -65,7 +96,7 @@ def test_snapshot_round_trip_gives_the_same_images(tmp_path: Path) -> None:
     model = build_generator(SPEC)
     path = tmp_path / "snapshots" / "nimg-1.safetensors"
     save_snapshot(path, model, spec=SPEC, nimg=1)
-    expected = SampleableGenerator(model, z_dim=16, info={}).sample(5, seed=3)
+    expected = SampleableGenerator(model, spec=SPEC, info={}).sample(5, seed=3)
     loaded = ganscale.load_generator(path)
     assert torch.equal(loaded.sample(5, seed=3), expected)
     assert torch.equal(ganscale.load_generator(tmp_path).sample(5, seed=3), expected)

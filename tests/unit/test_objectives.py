@@ -37,6 +37,11 @@ CLOSED_FORMS: dict[str, tuple[Formula, Formula]] = {
         lambda real, fake: max(0.0, 1 - real) + max(0.0, 1 + fake),
         lambda real, fake: -fake,
     ),
+    "wasserstein": (lambda real, fake: fake - real, lambda real, fake: -fake),
+    "relativistic_average": (
+        cross_entropy,
+        lambda real, fake: minus_log_sigmoid(fake) + minus_log_sigmoid(-real),
+    ),
     "relativistic": (
         lambda real, fake: minus_log_sigmoid(real - fake),
         lambda real, fake: minus_log_sigmoid(fake - real),

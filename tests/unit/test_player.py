@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ganscale.config import OptimizerConfig
+from ganscale.config import OptimizerConfig, Schedule
 from ganscale.training.players import Player
 from ganscale.training.precision import Precision
 from ganscale.world import World, process_group
@@ -24,12 +24,12 @@ def group() -> Iterator[None]:
 def _player(precision: str) -> Player:
     torch.manual_seed(0)
     policy = Precision.resolve(precision, torch.device("cpu"))
-    return Player(nn.Linear(3, 1), OptimizerConfig(lr=0.1), policy, World())
+    return Player(nn.Linear(3, 1), OptimizerConfig(lr=Schedule.constant(0.1)), policy, World())
 
 
 def _learn(player: Player, factor: float) -> torch.Tensor:
     player.backward(player.network(torch.ones(2, 3)).sum() * factor)
-    return player.step()
+    return player.step(0)
 
 
 def test_step_is_adams_whatever_the_scale() -> None:

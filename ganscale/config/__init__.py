@@ -1,0 +1,43 @@
+"""The configuration: what may be set, of which type, within which bounds, and from where.
+
+YAML presets or files, then `section.field=value` overrides, validated by pydantic: frozen, and an
+unknown field is refused with the nearest valid name. Durations are in thousands of real images
+(`kimg`), `batch_size` is global. No torch here: `ganscale --help` and the reports stay quick.
+"""
+
+from ganscale.config.loading import load_config, parse_overrides, preset_names
+from ganscale.config.models import ModelConfig
+from ganscale.config.run import Config, field_names
+from ganscale.config.schedule import Schedule
+from ganscale.config.sections import (
+    AugmentConfig,
+    CheckpointConfig,
+    DataConfig,
+    LaunchConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PenaltyConfig,
+    SamplesConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "AugmentConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "LaunchConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "PenaltyConfig",
+    "SamplesConfig",
+    "Schedule",
+    "TrackingConfig",
+    "TrainingConfig",
+    "field_names",
+    "load_config",
+    "parse_overrides",
+    "preset_names",
+]

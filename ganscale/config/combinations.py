@@ -1,0 +1,89 @@
+"""Settings that are fine alone and cannot work together, each refused with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ganscale.config.run import Config
+
+__all__ = ["impossible"]
+
+_LIPSCHITZ_MODELS = ("sngan", "biggan")
+
+
+def impossible(config: Config) -> Iterator[str]:
+    """What cannot work, each in one line with a way out."""
+    yield from _lengths(config)
+    yield from _models(config)
+    yield from _objectives(config)
+    yield from _augmentation(config)
+
+
+def _lengths(config: Config) -> Iterator[str]:
+    training, workers = config.training, config.launch.num_workers
+    if training.batch_size < 2 * workers:
+        yield (
+            f"training.batch_size={training.batch_size} is too small for "
+            f"launch.num_workers={workers}: give each worker at least 2 images"
+        )
+    if training.batch_size > 1000 * training.total_kimg:
+        yield (
+            f"training.total_kimg={training.total_kimg} is less than one batch of "
+            f"{training.batch_size} images"
+        )
+
+
+def _models(config: Config) -> Iterator[str]:
+    model = config.model
+    doublings = model.resolution.bit_length() - 3
+    if model.name == "biggan" and model.z_dim % (doublings + 1):
+        yield (
+            f"model.z_dim={model.z_dim} cannot be split evenly into the {doublings + 1} parts "
+            f"that biggan takes at resolution {model.resolution}: choose a multiple"
+        )
+    halvings = max(0, doublings - 3)
+    if model.name == "r3gan" and model.base_channels % (8 << halvings):
+        yield (
+            f"model.base_channels={model.base_channels} must be a multiple of {8 << halvings} for "
+            f"r3gan at resolution {model.resolution}: its blocks have groups of 16 channels"
+        )
+
+
+def _objectives(config: Config) -> Iterator[str]:
+    penalty, optimizer = config.penalty, config.optimizer
+    smooth = (
+        penalty.wgan_gp
+        or penalty.gradient_normalisation
+        or optimizer.clip_weights
+        or config.model.name in _LIPSCHITZ_MODELS
+    )
+    if config.objective.name == "wasserstein" and not smooth:
+        yield (
+            "objective.name=wasserstein needs a discriminator that cannot be steep: set "
+            "penalty.wgan_gp=10, penalty.gradient_normalisation=true, optimizer.clip_weights=0.01, "
+            "or take model.name=sngan"
+        )
+    gradients = {"r1", "r2", "wgan_gp", "dragan"} & set(penalty.names)
+    if penalty.gradient_normalisation and gradients:
+        yield (
+            f"penalty.gradient_normalisation together with penalty.{min(gradients)} would need "
+            "third derivatives: use one of them"
+        )
+    if config.training.compile and penalty.twice_differentiated:
+        yield (
+            "training.compile cannot differentiate a gradient again: set training.compile=false, "
+            "or penalty.form=finite_difference for r1 and r2"
+        )
+
+
+def _augmentation(config: Config) -> Iterator[str]:
+    augment = config.augment
+    if augment.name == "none" and (augment.target is not None or not augment.p.is_zero):
+        yield "augment.p and augment.target need transforms: set augment.name=ada"
+    if augment.name != "none" and augment.target is None and augment.p.is_zero:
+        yield (
+            f"augment.name={augment.name} does nothing while augment.p=0: set augment.p=1 for "
+            "diffaugment, or augment.target=0.6 for an adaptive ada"
+        )

@@ -1,0 +1,103 @@
+"""The architectures and their options; each has its own fields and the published defaults."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from ganscale.config.section import Section
+
+__all__ = [
+    "BigganModel",
+    "DcganModel",
+    "ModelConfig",
+    "R3ganModel",
+    "SnganModel",
+    "Stylegan2Model",
+]
+
+
+class _ModelSection(Section):
+    resolution: int = Field(32, ge=16, le=256)
+    """Height and width of the images in pixels, a power of two."""
+    img_channels: Literal[1, 3, 4] = 3
+    """Channels of the images: gray, RGB or RGBA."""
+    num_classes: int = Field(0, ge=0)
+    """Classes whose labels both players are given; 0 trains without labels."""
+
+    @model_validator(mode="after")
+    def _power_of_two(self) -> Self:
+        if self.resolution & (self.resolution - 1):
+            raise ValueError(f"model.resolution must be a power of two, got {self.resolution}")
+        return self
+
+
+class DcganModel(_ModelSection):
+    """Radford et al. 2016: strided convolutions and batch norm."""
+
+    name: Literal["dcgan"] = "dcgan"
+    """Architecture."""
+    num_classes: Literal[0] = 0
+    z_dim: int = Field(100, ge=1)
+    """Size of the latent."""
+    base_channels: int = Field(64, ge=1)
+    """Width next to the image; it doubles with every halving of the resolution."""
+
+
+class SnganModel(_ModelSection):
+    """Miyato et al. 2018: residual, spectral norm, projection."""
+
+    name: Literal["sngan"] = "sngan"
+    z_dim: int = Field(128, ge=1)
+    base_channels: int = Field(128, ge=1)
+    """Width of the discriminator up to 32x32; the generator's is twice that."""
+
+
+class BigganModel(_ModelSection):
+    """Brock et al. 2019, CIFAR form: shared class embedding, split latent, self-attention."""
+
+    name: Literal["biggan"] = "biggan"
+    num_classes: int = Field(10, ge=1)
+    z_dim: int = Field(80, ge=1)
+    base_channels: int = Field(96, ge=1)
+    """Half the discriminator's and a quarter of the generator's width up to 32x32."""
+
+
+class R3ganModel(_ModelSection):
+    """Huang et al. 2024, configuration E: inverted residual bottlenecks, no norms."""
+
+    name: Literal["r3gan"] = "r3gan"
+    z_dim: int = Field(64, ge=1)
+    base_channels: int = Field(768, ge=16, multiple_of=8)
+    """Width of all stages up to 32x32; blocks are twice as wide inside, in groups of 16."""
+    blocks_per_stage: int = Field(2, ge=1)
+    """Residual blocks at each resolution."""
+
+
+class Stylegan2Model(_ModelSection):
+    """Karras et al. 2020: mapping network, modulated convolutions, skips."""
+
+    name: Literal["stylegan2"] = "stylegan2"
+    z_dim: int = Field(512, ge=1)
+    base_channels: int = Field(512, ge=1)
+    """Largest width; above 32x32 it halves with every doubling."""
+    mapping_layers: int = Field(2, ge=1)
+    """Layers from latent to style."""
+    residual: bool = False
+    """Residual blocks in the discriminator; the CIFAR form has none."""
+
+
+def _name(value: Any) -> Any:
+    return value.get("name", "dcgan") if isinstance(value, dict) else getattr(value, "name", value)
+
+
+ModelConfig = Annotated[
+    Annotated[DcganModel, Tag("dcgan")]
+    | Annotated[SnganModel, Tag("sngan")]
+    | Annotated[BigganModel, Tag("biggan")]
+    | Annotated[R3ganModel, Tag("r3gan")]
+    | Annotated[Stylegan2Model, Tag("stylegan2")],
+    Discriminator(_name),
+]
+"""One of the architectures, chosen by its `name`."""

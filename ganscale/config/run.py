@@ -1,0 +1,124 @@
+"""A run's whole configuration, and what does not go together in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from ganscale.config.combinations import impossible
+from ganscale.config.messages import explain, unknown_field
+from ganscale.config.models import DcganModel, ModelConfig
+from ganscale.config.schedule import Schedule
+from ganscale.config.section import Section
+from ganscale.config.sections import (
+    AugmentConfig,
+    CheckpointConfig,
+    DataConfig,
+    LaunchConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PenaltyConfig,
+    SamplesConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
+from ganscale.errors import ConfigError
+
+__all__ = ["Config", "field_names", "merged", "validated"]
+
+
+class Config(Section):
+    """Everything that defines a run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
+    storage: str = "runs"
+    """Folder that holds the runs."""
+    seed: int = Field(0, ge=0)
+    """Decides the order of the samples, the latents and the initial weights."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = DcganModel()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    penalty: PenaltyConfig = PenaltyConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    samples: SamplesConfig = SamplesConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        for problem in impossible(self):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """Absolute path of the run's folder."""
+        return Path(self.storage).expanduser().absolute() / self.name
+
+    @property
+    def total_nimg(self) -> int:
+        """Length of the run in real images, a whole number of batches."""
+        steps = -(-round(1000 * self.training.total_kimg) // self.training.batch_size)
+        return steps * self.training.batch_size
+
+    def to_yaml(self) -> str:
+        """The resolved configuration in the order of its fields."""
+        text: str = yaml.safe_dump(self.model_dump(), sort_keys=False)
+        return text
+
+    def with_changes(self, changes: Mapping[str, Any]) -> Config:
+        """A validated copy; `changes` maps dotted field names to values."""
+        return validated(merged(self.model_dump(), changes))
+
+
+def field_names(section: Any = Config, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all fields that can be set, each once."""
+    names: dict[str, None] = {}
+    for name, field in section.model_fields.items():
+        inner = [kind for kind in _sections_in(field.annotation) if kind is not Schedule]
+        for kind in inner:
+            names |= dict.fromkeys(field_names(kind, f"{prefix}{name}."))
+        if not inner:
+            names[f"{prefix}{name}"] = None
+    yield from names
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [kind for part in get_args(annotation) for kind in _sections_in(part)]
+
+
+def merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with dotted field names set; raises `ConfigError` on an unknown section."""
+    merged = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    for name, value in changes.items():
+        section, dot, field = name.partition(".")
+        if not dot:
+            merged[section] = value
+            continue
+        if section not in Config.model_fields:
+            raise ConfigError(unknown_field(name, list(field_names())))
+        target = merged.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ConfigError(unknown_field(name, list(field_names())))
+        target[field] = value
+    return merged
+
+
+def validated(values: dict[str, Any]) -> Config:
+    """Raise `ConfigError` with one line that tells of every mistake."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        names = list(field_names())
+        messages = [explain(item, names) for item in error.errors()]
+        raise ConfigError("; ".join(messages)) from None

@@ -1,0 +1,210 @@
+"""The sections of a configuration but the model: what may be set, and within which bounds."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ganscale.config.schedule import Schedule, within
+from ganscale.config.section import Section
+
+__all__ = [
+    "AugmentConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "LaunchConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "PenaltyConfig",
+    "SamplesConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+]
+
+
+class DataConfig(Section):
+    """Which images, and the order they come in."""
+
+    shards: str | None = None
+    """Path or URL (s3://, http://) of a shard set; null builds one from `source` first."""
+    source: str = "auto"
+    """auto, cifar10, procedural, or a path to images; used only to build missing shards."""
+    shuffle_window: int = Field(1024, ge=1)
+    """Samples of one stream that are shuffled together."""
+    cache: Literal["auto", "none", "ram", "device"] = "auto"
+    """Where decoded images are kept: auto is device or ram for sets that fit with ease."""
+    cache_dir: str | None = None
+    """Local folder for a remote set's shards, shared by a node's workers; null reads ranges."""
+    cache_limit_gb: float | None = Field(None, gt=0)
+    """Gigabytes that may lie in cache_dir; the shards used longest ago are removed first."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What a damaged sample does: end the run, or be left out of its batch and counted."""
+    reader_threads: int = Field(2, ge=1)
+    """Batches that a worker reads at once."""
+    prefetch_batches: int = Field(2, ge=0)
+    """Batches that wait for the worker."""
+    store_deadline_seconds: float = Field(300.0, gt=0)
+    """How long a remote store is asked again before it counts as gone."""
+    store_timeout_seconds: float = Field(30.0, gt=0)
+    """How long one request (at most a megabyte) may take before it is sent again."""
+
+
+class ObjectiveConfig(Section):
+    """What the players minimise."""
+
+    name: Literal[
+        "nonsaturating",
+        "minimax",
+        "least_squares",
+        "hinge",
+        "wasserstein",
+        "relativistic",
+        "relativistic_average",
+    ] = "nonsaturating"
+    """minimax is the original, whose generator saturates; relativistic pairs real with fake."""
+    top_k: Annotated[Schedule, within(0, 1, above=True)] = Schedule.constant(1.0)
+    """Part of a batch's images, those with the highest logits, that the generator learns from."""
+
+
+class PenaltyConfig(Section):
+    """Weights of what is added to the losses; 0 is off."""
+
+    r1: Annotated[Schedule, within(0)] = Schedule.constant(0.0)
+    """gamma / 2 times the squared gradient of D at real images."""
+    r2: Annotated[Schedule, within(0)] = Schedule.constant(0.0)
+    """The same at fake images."""
+    form: Literal["gradient", "finite_difference"] = "gradient"
+    """How r1 and r2 get the gradient: exactly, or from one more forward at noisy images."""
+    wgan_gp: float = Field(0.0, ge=0)
+    """Distance of the gradient's norm from 1 between real and fake images."""
+    dragan: float = Field(0.0, ge=0)
+    """The same around real images."""
+    consistency: float = Field(0.0, ge=0)
+    """Change of a real image's logit when it is flipped and shifted."""
+    lecam: float = Field(0.0, ge=0)
+    """Distance of logits from the running mean of the other side's."""
+    orthogonal: float = Field(0.0, ge=0)
+    """Correlation between different filters of a layer, of both players."""
+    interval: int = Field(1, ge=1)
+    """Gradient penalties are taken at every so many steps, so many times as strongly."""
+    gradient_normalisation: bool = False
+    """Divide logits by the norm of their gradient plus their size, in both phases."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The penalties that are on."""
+        scheduled = [name for name in ("r1", "r2") if not getattr(self, name).is_zero]
+        fixed = ("wgan_gp", "dragan", "consistency", "lecam", "orthogonal")
+        return (*scheduled, *(name for name in fixed if getattr(self, name)))
+
+    @property
+    def twice_differentiated(self) -> bool:
+        """Whether gradients of gradients of D are taken."""
+        exact = {"wgan_gp", "dragan"} | ({"r1", "r2"} if self.form == "gradient" else set())
+        return self.gradient_normalisation or bool(exact & set(self.names))
+
+
+class AugmentConfig(Section):
+    """What is done to real and fake images before D sees them, differentiably."""
+
+    name: Literal["none", "diffaugment", "ada", "r3gan"] = "none"
+    """Set of transforms."""
+    p: Annotated[Schedule, within(0, 1)] = Schedule.constant(0.0)
+    """Probability of each transform; with a target, where the adaptive one starts."""
+    target: float | None = Field(None, gt=-1, lt=1)
+    """p follows the mean sign of D at real images towards this (ADA: 0.6); null keeps `p`."""
+    adapt_kimg: float = Field(500.0, gt=0)
+    """Thousands of images in which the adaptive p can go from 0 to 1."""
+
+
+class OptimizerConfig(Section):
+    """Adam, for both players."""
+
+    lr: Annotated[Schedule, within(0, above=True)] = Schedule.constant(2e-4)
+    """Learning rate."""
+    lr_discriminator: Annotated[Schedule, within(0, above=True)] | None = None
+    """The discriminator's, where it is another."""
+    beta1: float = Field(0.5, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: Annotated[Schedule, within(0, 0.999999)] = Schedule.constant(0.999)
+    """Decay of the second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest L2 norm of a player's gradient."""
+    clip_value: float | None = Field(None, gt=0)
+    """Largest magnitude of an element of a gradient."""
+    clip_weights: float | None = Field(None, gt=0)
+    """Largest magnitude of the discriminator's weights (Wasserstein GAN: 0.01)."""
+
+
+class TrainingConfig(Section):
+    """How long, how much at once, how precise."""
+
+    batch_size: int = Field(128, ge=1)
+    """Global batch: real images a step over all workers."""
+    total_kimg: float = Field(2500.0, gt=0)
+    """Length of the run in thousands of real images."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto is fp16 with gradient scaling on CUDA and fp32 on CPU."""
+    compile: bool = False
+    """Compile both players with torch.compile."""
+    discriminator_steps: int = Field(1, ge=1)
+    """Discriminator updates for each update of the generator; each takes a batch."""
+    ema_halflife_kimg: Annotated[Schedule, within(0)] = Schedule.constant(10.0)
+    """Half-life of the averaged generator's weights; 0 follows the generator at once."""
+    extra_ema_halflives_kimg: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """Further averages, each with its own snapshots."""
+
+
+class CheckpointConfig(Section):
+    """What is kept so that nothing is lost."""
+
+    every_kimg: float = Field(50.0, gt=0)
+    """Distance between checkpoints; one more is written at the end."""
+    keep_last: int = Field(3, ge=1)
+    """Checkpoints kept; an older one goes only after a newer one is durable."""
+    snapshot_every_kimg: float = Field(250.0, gt=0)
+    """Distance between snapshots (generators for inference); one more at the end."""
+
+
+class SamplesConfig(Section):
+    """The sample grids drawn during training, of the averaged generator."""
+
+    every_kimg: float = Field(50.0, gt=0)
+    """Distance between grids; one more at the end."""
+    num_images: int = Field(64, ge=1, le=1024)
+    """Images in a grid, always from the same latents."""
+
+
+class TrackingConfig(Section):
+    """Who is told what happens. metrics.jsonl and events.jsonl are always written."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto is online where an API key is known, else offline."""
+    project: str = "ganscale"
+    """W&B project."""
+    log_every_kimg: float = Field(2.0, gt=0)
+    """Distance between rows of metrics."""
+
+
+class LaunchConfig(Section):
+    """Where the workers run."""
+
+    backend: Literal["ray", "inprocess"] = "ray"
+    """ray starts DDP workers through Ray Train; inprocess trains right here (or under torchrun)."""
+    num_workers: int = Field(1, ge=1)
+    """DDP workers."""
+    use_gpu: bool = False
+    """One CUDA device a worker."""
+    cpus_per_worker: float = Field(1.0, gt=0)
+    """CPUs that Ray reserves for a worker."""
+    threads_per_worker: int = Field(1, ge=1)
+    """Threads of a worker's CPU kernels; more of them spin against each other on small machines."""
+    ray_address: str | None = None
+    """Address of a running cluster; null uses RAY_ADDRESS, else starts Ray on this machine."""
+    max_failures: int = Field(3, ge=-1)
+    """Restarts of the worker group after a fault, each from the newest checkpoint; -1 no limit."""
+    timeout_seconds: float = Field(600.0, gt=0)
+    """How long a collective may wait for a silent worker before it counts as a fault."""

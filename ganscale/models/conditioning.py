@@ -1,0 +1,61 @@
+"""How labels enter the players: embeddings, class-conditional batch norm, the projection logit.
+
+Labels are int64 (N,) in 0..num_classes-1. With `num_classes` = 0 a model is unconditional and
+ignores them; None may then be given.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["ConditionalBatchNorm2d", "ProjectionHead", "one_hot"]
+
+
+def one_hot(labels: Tensor | None, num_classes: int) -> Tensor:
+    """Labels as fp32 vectors, (N, num_classes)."""
+    assert labels is not None, "a class-conditional model needs labels"
+    return F.one_hot(labels, num_classes).float()
+
+
+class ConditionalBatchNorm2d(nn.Module):
+    """Batch norm whose gain and bias are linear in a condition (N, condition_dim).
+
+    De Vries et al. (2017, arXiv 1707.00683), as in BigGAN (Brock et al. 2019, arXiv 1809.11096,
+    appendix B): the gain is 1 plus a projection of the condition, the bias another.
+    """
+
+    def __init__(self, num_features: int, gain: nn.Module, bias: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(num_features, affine=False)
+        self.gain = gain
+        self.bias = bias
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        gain: Tensor = self.gain(condition)[:, :, None, None]
+        bias: Tensor = self.bias(condition)[:, :, None, None]
+        normalised: Tensor = self.norm(x)
+        return normalised * (1 + gain) + bias
+
+
+class ProjectionHead(nn.Module):
+    """Features (N, C) to logits (N,), fp32: a linear form, plus <embed(y), features> with classes.
+
+    Miyato and Koyama (2018, arXiv 1802.05637), equation 5.
+    """
+
+    def __init__(self, linear: nn.Module, embedding: nn.Module | None) -> None:
+        super().__init__()
+        self.linear = linear
+        self.embedding = embedding
+
+    def forward(self, features: Tensor, labels: Tensor | None) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            values = features if features.dtype == torch.float64 else features.float()
+            logits: Tensor = self.linear(values).squeeze(1)
+            if self.embedding is None:
+                return logits
+            assert labels is not None, "a class-conditional model needs labels"
+            embedded: Tensor = self.embedding(labels)
+            return logits + (embedded * values).sum(dim=1)

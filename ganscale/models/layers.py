@@ -1,0 +1,127 @@
+"""Layers that several architectures share; each is a few lines of maths and its paper."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+__all__ = [
+    "FullPrecision",
+    "MinibatchStd",
+    "SpectralNorm",
+    "binomial_filter",
+    "downsample",
+    "spectral_norm",
+    "upsample",
+]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class FullPrecision(nn.Sequential):
+    """Layers that compute in fp32 whatever the precision around them: small maps, logits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = _at_least_fp32(x)
+            for layer in self:
+                x = layer(x)
+        return x
+
+
+class SpectralNorm(nn.Module):
+    """Divides a weight by its largest singular value (Miyato et al. 2018, arXiv 1802.05957).
+
+    The weight is seen as a matrix of (out, everything else). A forward in training mode makes one
+    step of the power iteration (algorithm 1), from the vectors of the last; all of it is fp32, and
+    the vectors are constants to the gradient (equation 12).
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        rows, columns = weight.flatten(1).shape
+        self.register_buffer("left", F.normalize(torch.randn(rows), dim=0))
+        self.register_buffer("right", F.normalize(torch.randn(columns), dim=0))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            matrix = weight.flatten(1)
+            if self.training:
+                self._iterate(matrix.detach())
+            # Copies: the next forward moves the vectors before this one's backward is run.
+            sigma = torch.dot(self.left.clone(), matrix @ self.right.clone())
+            return weight / sigma
+
+    @torch.no_grad()
+    def _iterate(self, matrix: Tensor) -> None:
+        self.right.copy_(F.normalize(matrix.T @ self.left, dim=0))
+        self.left.copy_(F.normalize(matrix @ self.right, dim=0))
+
+
+def spectral_norm(module: M) -> M:
+    """Put `SpectralNorm` on a linear, convolution or embedding layer's weight; returns it."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    parametrize.register_parametrization(module, "weight", SpectralNorm(weight))
+    return module
+
+
+class MinibatchStd(nn.Module):
+    """Appends a map that holds the mean standard deviation of the batch (N, C, H, W).
+
+    Karras et al. (2018, arXiv 1710.10196), section 3, with the whole batch as the group: published
+    code takes groups of 4 to 32 out of a process's share, which would tie the discriminator to the
+    number of workers. Applied from outside, the batch is the global one.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = x.float()
+        std = (self.variance(values) + 1e-8).sqrt().mean()
+        extra = std.to(x.dtype).expand(len(x), 1, *x.shape[2:])
+        return torch.cat([x, extra], dim=1)
+
+    def variance(self, x: Tensor) -> Tensor:
+        """Of each element over the batch, biased, (C, H, W)."""
+        return x.var(dim=0, correction=0)
+
+
+def binomial_filter(num_taps: int) -> Tensor:
+    """Binomial coefficients that sum to 1, (num_taps,): 3 gives [1, 2, 1] / 4."""
+    taps = torch.ones(1)
+    for _ in range(num_taps - 1):
+        taps = F.pad(taps, (1, 0)) + F.pad(taps, (0, 1))
+    return taps / taps.sum()
+
+
+def upsample(x: Tensor, taps: Tensor) -> Tensor:
+    """(N, C, H, W) to (N, C, 2H, 2W): zeros between the pixels, then the filter; means are kept.
+
+    The adjoint of `downsample`, times 4. `taps` has 3 or 4 elements: with 3 a pixel stays centred
+    on an even place, with 4 between its two halves.
+    """
+    kernel = _depthwise(4 * torch.outer(taps, taps), x)
+    extra = len(taps) % 2
+    return F.conv_transpose2d(
+        x, kernel, stride=2, padding=1, output_padding=extra, groups=x.shape[1]
+    )
+
+
+def downsample(x: Tensor, taps: Tensor) -> Tensor:
+    """(N, C, H, W) to (N, C, H/2, W/2): the filter, with zeros beyond the border, each second."""
+    kernel = _depthwise(torch.outer(taps, taps), x)
+    return F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
+
+
+def _depthwise(kernel: Tensor, x: Tensor) -> Tensor:
+    return kernel.to(x.dtype).expand(x.shape[1], 1, *kernel.shape)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,175 @@
+"""Every model, objective, penalty and augmentation trains, saves, resumes exactly and samples."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ganscale
+from ganscale.config import Config
+from ganscale.data.building import build_shards
+from ganscale.data.sources import CIFAR10_ENV, resolve_source
+from ganscale.errors import ConfigError
+from ganscale.objectives.adversarial import OBJECTIVES
+from ganscale.run_directory import RunDirectory
+from ganscale.training.loop import train
+from ganscale.world import World, process_group
+from tests.conftest import MakeConfig
+from tests.support.runs import final_digest, read_rows
+from tests.support.small_models import SMALL_MODELS
+
+PENALTIES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "r1": {"r1": 0.1},
+    "lazy r1 and r2": {"r1": 0.1, "r2": 0.1, "interval": 2},
+    "finite differences": {"r1": 0.1, "r2": 0.1, "form": "finite_difference"},
+    "wgan_gp": {"wgan_gp": 10.0},
+    "dragan": {"dragan": 1.0},
+    "gradient normalisation": {"gradient_normalisation": True},
+    "consistency and lecam": {"consistency": 1.0, "lecam": 0.1},
+    "orthogonal": {"orthogonal": 1e-4},
+}
+AUGMENTATIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "diffaugment": {"name": "diffaugment", "p": 1},
+    "adaptive ada": {"name": "ada", "target": 0.6, "adapt_kimg": 0.1},
+    "scheduled": {"name": "r3gan", "p": {"start": 0, "end": 0.5, "kimg": 1, "shape": "cosine"}},
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "two D steps": {"training.discriminator_steps": 2},
+    "top k": {"objective.top_k": 0.5},
+    "clipped": {"optimizer.clip_norm": 1.0, "optimizer.clip_value": 0.1},
+    "scheduled": {
+        "optimizer.lr": {"start": 2e-4, "end": 5e-5, "kimg": 1, "shape": "cosine"},
+        "optimizer.beta2": {"start": 0.9, "end": 0.99, "kimg": 1, "shape": "linear"},
+        "training.ema_halflife_kimg": {"start": 0, "end": 5, "kimg": 1, "shape": "linear"},
+        "training.extra_ema_halflives_kimg": [1, 2],
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def shards_16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 CIFAR-10 images at 16x16 in 4 shards."""
+    if not os.environ.get(CIFAR10_ENV):
+        pytest.skip(f"{CIFAR10_ENV} is not set")
+    root = tmp_path_factory.mktemp("shards") / "16"
+    spec, _ = resolve_source("cifar10", "train", download_dir=root)
+    build_shards(spec, root, num_shards=4, limit=200, resolution=16)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def group() -> Iterator[None]:
+    with process_group(World()):
+        yield
+
+
+def combination(
+    make_config: MakeConfig, shards: Path, model: str, *changes: dict[str, Any], **named: Any
+) -> Config:
+    """A tiny run; `changes` are dotted fields. Raises `ConfigError` for what cannot work."""
+    sections: dict[str, Any] = {}
+    for change in changes:
+        sections |= change
+    base = make_config(model=SMALL_MODELS[model], data__shards=str(shards), **named)
+    return base.with_changes(sections)
+
+
+def rows() -> Iterator[tuple[str, str, str, str, str]]:
+    """Each model with each objective, and with each penalty, augmentation and option in turn."""
+    for i, model in enumerate(SMALL_MODELS):
+        for j, objective in enumerate(OBJECTIVES):
+            place = i * len(OBJECTIVES) + j
+            penalty = [*PENALTIES][place % len(PENALTIES)]
+            augmentation = [*AUGMENTATIONS][place % len(AUGMENTATIONS)]
+            yield model, objective, penalty, augmentation, [*OPTIONS][(i + j) % len(OPTIONS)]
+
+
+def made_possible(objective: str, penalty: dict[str, Any]) -> dict[str, Any]:
+    """Wasserstein needs a discriminator that cannot be steep."""
+    limited = {"wgan_gp", "gradient_normalisation"} & set(penalty)
+    needs = objective == "wasserstein" and not limited
+    return {"optimizer.clip_weights": 0.05} if needs else {}
+
+
+@pytest.mark.parametrize(("model", "objective", "penalty", "augmentation", "option"), list(rows()))
+def test_a_combination_trains_resumes_exactly_and_samples(
+    make_config: MakeConfig,
+    shards_16: Path,
+    model: str,
+    objective: str,
+    penalty: str,
+    augmentation: str,
+    option: str,
+) -> None:
+    changes = (
+        {"objective.name": objective, "penalty": PENALTIES[penalty]},
+        {"augment": AUGMENTATIONS[augmentation]},
+        {**OPTIONS[option], **made_possible(objective, PENALTIES[penalty])},
+    )
+    whole = combination(make_config, shards_16, model, *changes, training__total_kimg=0.048)
+    first = whole.with_changes({"name": "parts", "training.total_kimg": 0.032})
+    train(whole, World())
+    train(first, World())
+    train(first.with_changes({"training.total_kimg": 0.048}), World())
+    resumed = final_digest(first)
+    assert resumed == final_digest(whole)
+    assert resumed[0] == 48
+    for row in read_rows(RunDirectory(whole.run_dir).metrics):
+        assert all(math.isfinite(value) for value in row.values())
+        assert row["train/skips_D"] == row["train/skips_G"] == 0
+    images = ganscale.load_generator(whole.run_dir).sample(3)
+    assert images.shape == (3, 3, 16, 16)
+    assert images.float().std() > 0
+
+
+def drawn(seed: int) -> tuple[str, tuple[dict[str, Any], ...]]:
+    """A random combination."""
+    choose = random.Random(seed).choice
+    objective, penalty = choose([*OBJECTIVES]), PENALTIES[choose([*PENALTIES])]
+    return choose([*SMALL_MODELS]), (
+        {"objective.name": objective, "penalty": penalty},
+        {"augment": AUGMENTATIONS[choose([*AUGMENTATIONS])]},
+        OPTIONS[choose([*OPTIONS])],
+        {"training.precision": choose(["fp32", "bf16", "fp16"])},
+        made_possible(objective, penalty) if choose([True, True, False]) else {},
+    )
+
+
+_MANY = [pytest.param(seed, marks=[pytest.mark.slow] * (seed >= 6)) for seed in range(50)]
+
+
+@pytest.mark.parametrize("seed", _MANY)
+def test_thirty_steps_of_a_random_combination_stay_finite_or_are_refused(
+    make_config: MakeConfig, shards_16: Path, seed: int
+) -> None:
+    model, changes = drawn(seed)
+    steep = "wasserstein" in changes[0].values() and not model.startswith(("sngan", "biggan"))
+    if steep and not changes[-1] and made_possible("wasserstein", changes[0]["penalty"]):
+        with pytest.raises(ConfigError, match="wasserstein needs"):
+            combination(make_config, shards_16, model, *changes)
+        return
+    length = 0.03 * 16
+    config = combination(make_config, shards_16, model, *changes, training__total_kimg=length)
+    train(config, World())
+    logged = read_rows(RunDirectory(config.run_dir).metrics)
+    assert len(logged) == 30
+    finite = [row for row in logged if all(math.isfinite(value) for value in row.values())]
+    skips = logged[-1]["train/skips_D"] + logged[-1]["train/skips_G"]
+    assert len(finite) >= 30 - skips
+    assert skips <= (4 if config.training.precision == "fp16" else 0)
+    (weights,) = [torch.cat([p.flatten() for p in _newest(config).parameters()])]
+    assert torch.isfinite(weights).all()
+
+
+def _newest(config: Config) -> torch.nn.Module:
+    return ganscale.load_generator(config.run_dir).model
