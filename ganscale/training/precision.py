@@ -18,7 +18,8 @@ __all__ = ["LossScaler", "Precision"]
 # The customary 2**16 overflows in the first steps of a DCGAN; from here the scale grows by itself.
 _INITIAL_FP16_SCALE = 2.0**12
 
-# Of logits in inner gradients; those by image pixels are some 1e-4 of the logits' own.
+# Of logits in inner gradients, whatever the scale of the loss: with one scale for both a penalty
+# is lost to overflow from 2**16 on, with this it is fp32's to 3e-3 at any (benchmarks/RESULTS.md).
 _INNER_FP16_SCALE = 2.0**10
 
 

@@ -163,10 +163,13 @@ def test_thirty_steps_of_a_random_combination_stay_finite_or_are_refused(
     train(config, World())
     logged = read_rows(RunDirectory(config.run_dir).metrics)
     assert len(logged) == 30
-    finite = [row for row in logged if all(math.isfinite(value) for value in row.values())]
-    skips = logged[-1]["train/skips_D"] + logged[-1]["train/skips_G"]
-    assert len(finite) >= 30 - skips
-    assert skips <= (4 if config.training.precision == "fp16" else 0)
+    finite = [row for row in logged if None not in row.values()]  # null: a step that was skipped
+    skips = [row["train/skips_D"] + row["train/skips_G"] for row in logged]
+    assert len(finite) >= 30 - skips[-1]
+    if config.training.precision == "fp16":
+        assert skips[-1] == skips[14]  # the scale has found its place
+    else:
+        assert skips[-1] == 0
     (weights,) = [torch.cat([p.flatten() for p in _newest(config).parameters()])]
     assert torch.isfinite(weights).all()
 
