@@ -1,0 +1,189 @@
+"""Shared layers and conditioning against linear algebra and loops by hand."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ganscale.config.models import SnganModel
+from ganscale.models import build_discriminator, build_generator
+from ganscale.models.conditioning import ConditionalBatchNorm2d, ProjectionHead, one_hot
+from ganscale.models.layers import (
+    FullPrecision,
+    MinibatchStd,
+    binomial_filter,
+    downsample,
+    spectral_norm,
+    upsample,
+)
+
+
+def settled(module: nn.Module, num_forwards: int = 500) -> Tensor:
+    """The normed weight after many steps of the power iteration."""
+    weight = module.weight
+    for _ in range(num_forwards):
+        weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(7, 5), nn.Conv2d(3, 8, 3), nn.Embedding(6, 4), nn.Linear(9, 1)]
+)
+def test_a_spectrally_normed_weight_has_a_largest_singular_value_of_1(layer: nn.Module) -> None:
+    torch.manual_seed(0)
+    normed = spectral_norm(copy.deepcopy(layer))
+    largest = torch.linalg.svdvals(settled(normed).flatten(1))[0]
+    torch.testing.assert_close(largest, torch.tensor(1.0), rtol=1e-4, atol=0)
+
+
+def test_a_forward_in_training_is_one_step_of_the_power_iteration_and_in_evaluation_none() -> None:
+    torch.manual_seed(0)
+    layer: Any = spectral_norm(nn.Linear(4, 3))
+    norm, matrix = layer.parametrizations.weight[0], layer.parametrizations.weight.original.detach()
+    right = F.normalize(matrix.T @ norm.left, dim=0)
+    left = F.normalize(matrix @ right, dim=0)
+    torch.testing.assert_close(layer.weight, matrix / (left @ matrix @ right))
+    torch.testing.assert_close(norm.left, left)
+    layer.eval()
+    assert torch.equal(layer.weight, layer.weight)
+    assert torch.equal(norm.left, left)
+
+
+def test_the_gradient_through_the_norm_is_equation_12() -> None:
+    torch.manual_seed(0)
+    layer: Any = spectral_norm(nn.Linear(4, 3))
+    weight, upstream = settled(layer), torch.randn(3, 4)
+    (weight * upstream).sum().backward()
+    raw = layer.parametrizations.weight.original
+    left, values, right = torch.linalg.svd(raw.detach())
+    direction = torch.outer(left[:, 0], right[0])
+    inner = (upstream * weight.detach()).sum()
+    torch.testing.assert_close(raw.grad, (upstream - inner * direction) / values[0])
+
+
+def test_two_forwards_before_a_backward_and_half_precision_do_no_harm() -> None:
+    torch.manual_seed(0)
+    layer = spectral_norm(nn.Linear(4, 3))
+    x = torch.randn(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        (layer(x).sum() + layer(2 * x).sum()).backward()
+        assert layer.weight.dtype == torch.float32
+    twin = copy.deepcopy(layer)
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin(x), layer(x))
+
+
+@pytest.mark.parametrize("num_taps", [3, 4])
+def test_upsampling_is_four_times_the_adjoint_of_downsampling(num_taps: int) -> None:
+    taps = binomial_filter(num_taps).double()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
+    y = torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close((downsample(x, taps) * y).sum(), (x * upsample(y, taps)).sum() / 4)
+    assert torch.autograd.gradgradcheck(lambda t: upsample(t, taps).tanh(), y.requires_grad_())
+
+
+@pytest.mark.parametrize(
+    ("num_taps", "expected"),
+    [
+        (3, [1.0, (1 + 2) / 2, 2.0, (2 + 4) / 2, 4.0, 4 / 2]),
+        (4, [3 / 4, (3 + 2) / 4, (1 + 6) / 4, (6 + 4) / 4, (2 + 12) / 4, 12 / 4]),
+    ],
+)
+def test_upsampling_a_row_by_hand(num_taps: int, expected: list[float]) -> None:
+    """Of 1, 2, 4 with zeros beyond: halves of neighbours with 3 taps, quarters of them with 4."""
+    rows = torch.tensor([1.0, 2.0, 4.0]).expand(1, 1, 3, 3)
+    # Rows are alike, so away from the upper and lower border only columns matter.
+    found = upsample(rows, binomial_filter(num_taps))[0, 0, 2]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_minibatch_std_is_the_mean_deviation_of_the_batch() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 2, 3, 3)
+    total = 0.0
+    for place in x.flatten(1).T.tolist():
+        mean = sum(place) / 5
+        total += (sum((value - mean) ** 2 for value in place) / 5) ** 0.5
+    out = MinibatchStd()(x)
+    assert torch.equal(out[:, :2], x)
+    torch.testing.assert_close(out[:, 2], torch.full((5, 3, 3), total / 18))
+
+
+def test_full_precision_layers_compute_as_without_autocast() -> None:
+    layers = FullPrecision(nn.Linear(4, 3), nn.Tanh())
+    x = torch.randn(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, half = layers(x), nn.Sequential(*layers)(x)
+    assert (found.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(found, layers[1](layers[0](x)))
+
+
+def test_conditional_batch_norm_is_its_formula() -> None:
+    torch.manual_seed(0)
+    gain, bias = nn.Linear(3, 2), nn.Linear(3, 2)
+    x, condition = torch.randn(6, 2, 4, 4), torch.randn(6, 3)
+    mean = x.mean(dim=(0, 2, 3), keepdim=True)
+    var = (x - mean).square().mean(dim=(0, 2, 3), keepdim=True)
+    expected = (x - mean) / (var + 1e-5).sqrt() * (1 + gain(condition)[:, :, None, None])
+    expected = expected + bias(condition)[:, :, None, None]
+    torch.testing.assert_close(ConditionalBatchNorm2d(2, gain, bias)(x, condition), expected)
+
+
+def test_the_projection_logit_is_its_formula() -> None:
+    torch.manual_seed(0)
+    linear, embedding = nn.Linear(4, 1), nn.Embedding(3, 4)
+    features, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0])
+    plain = features @ linear.weight[0] + linear.bias
+    torch.testing.assert_close(ProjectionHead(linear, None)(features, None), plain)
+    expected = [plain[i] + embedding.weight[label] @ features[i] for i, label in enumerate(labels)]
+    found = ProjectionHead(linear, embedding)(features, labels)
+    torch.testing.assert_close(found, torch.stack(expected))
+    assert one_hot(torch.tensor([2, 0]), 3).tolist() == [[0, 0, 1], [1, 0, 0]]
+
+
+def test_sngan_has_the_parameters_of_its_table() -> None:
+    spec = SnganModel().model_dump()
+    block = 2 * (256 * 256 * 9 + 256) + (256 * 256 + 256) + 2 * 2 * 256
+    generator = 128 * 4096 + 4096 + 3 * block + 2 * 256 + 256 * 3 * 9 + 3
+    first = (3 * 128 * 9 + 128) + (128 * 128 * 9 + 128) + (3 * 128 + 128)
+    plain = 2 * (128 * 128 * 9 + 128)
+    discriminator = first + 3 * plain + (128 * 128 + 128) + 128 + 1
+    players = build_generator(spec), build_discriminator(spec)
+    counts = [sum(p.numel() for p in player.parameters()) for player in players]
+    assert counts == [generator, discriminator] == [4_276_739, 1_053_825]
+
+
+@pytest.mark.parametrize("resolution", [16, 32, 64])
+@pytest.mark.parametrize("num_classes", [0, 10])
+def test_sngan_shapes_norms_and_labels(resolution: int, num_classes: int) -> None:
+    torch.manual_seed(0)
+    model = SnganModel(resolution=resolution, base_channels=8, num_classes=num_classes)
+    generator = build_generator(model.model_dump())
+    discriminator = build_discriminator(model.model_dump())
+    for parameter in generator.parameters():  # class embeddings start at zero
+        parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    z, ones, twos = torch.randn(3, 128), torch.ones(3).long(), 2 * torch.ones(3).long()
+    for _ in range(50):
+        discriminator(generator(z, ones), ones)
+    images, others = generator(z, ones), generator(z, twos)
+    assert images.shape == (3, 3, resolution, resolution)
+    assert images.abs().max() <= 1
+    assert torch.equal(images, others) == (num_classes == 0)
+    discriminator.eval()
+    same = torch.equal(discriminator(images, ones), discriminator(images, twos))
+    assert same == (num_classes == 0)
+    normed = [m for m in discriminator.modules() if hasattr(m, "parametrizations")]
+    assert len(normed) == sum(
+        isinstance(m, nn.Conv2d | nn.Linear | nn.Embedding) for m in discriminator.modules()
+    )
+    for module in normed:
+        assert isinstance(module.weight, Tensor)
+        largest = torch.linalg.svdvals(module.weight.detach().flatten(1))[0]
+        assert largest.item() == pytest.approx(1.0, abs=0.02)

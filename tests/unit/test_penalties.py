@@ -1,0 +1,216 @@
+"""Penalties, and their gradients in the weights, against finite differences in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ganscale.objectives.penalties import (
+    DRAGAN_STD,
+    FINITE_DIFFERENCE_STEP,
+    PENALTIES,
+    Played,
+    gradient_normalised,
+    input_gradient,
+    orthogonal_penalty,
+)
+
+SHAPE = (3, 2, 3, 3)
+STEP = 1e-5
+
+
+class Fixed:
+    """Randomness that is the same whenever it is asked for."""
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        generator = torch.Generator().manual_seed(len(purpose))
+        return torch.randn(SHAPE[0], *shape, generator=generator, dtype=torch.float64)
+
+    def uniform(self, purpose: str, *shape: int) -> Tensor:
+        generator = torch.Generator().manual_seed(len(purpose))
+        return torch.rand(SHAPE[0], *shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def doubles() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def smooth_discriminator() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4), nn.Tanh(), nn.Linear(4, 1)
+    )
+
+
+def images(seed: int) -> Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def play(discriminator: nn.Module, *, real_gradient: bool, fake_gradient: bool) -> Played:
+    """A phase in which only the images that a penalty names ask for gradients."""
+
+    def judge(x: Tensor) -> Tensor:
+        logits: Tensor = discriminator(x).squeeze(1)
+        return logits
+
+    real, fake = images(1).requires_grad_(real_gradient), images(2).requires_grad_(fake_gradient)
+    return Played(
+        judge_real=judge,
+        judge_fake=judge,
+        real_images=real,
+        fake_images=fake,
+        real_logits=judge(real),
+        fake_logits=judge(fake),
+        random=Fixed(),
+        perturb=lambda x: x.flip(3),
+        anchors=torch.tensor([0.4, -0.7]),
+    )
+
+
+def played_for(name: str, discriminator: nn.Module) -> Played:
+    entry = PENALTIES[name]
+    return play(discriminator, real_gradient=entry.real_gradient, fake_gradient=entry.fake_gradient)
+
+
+def differentiated(function: Callable[[], Tensor], at: Tensor) -> Tensor:
+    """d function() / d at, elementwise, by central differences; `function` looks at `at`."""
+    flat, slopes = at.detach().view(-1), []
+    for place in range(flat.numel()):
+        values = []
+        for sign in (1, -1):
+            flat[place] += sign * STEP
+            values.append(function().detach())
+            flat[place] -= sign * STEP
+        slopes.append((values[0] - values[1]) / (2 * STEP))
+    return torch.stack(slopes, dim=-1)
+
+
+def squared_slopes(discriminator: nn.Module, at: Tensor) -> Tensor:
+    """||grad D||^2 of each sample, (n,), from differences of the logits alone."""
+    at = at.detach().clone()
+    slopes = differentiated(lambda: discriminator(at).squeeze(1), at)  # (n, all elements)
+    return slopes.square().sum(dim=1)
+
+
+def test_gradient_penalties_are_those_of_finite_differences() -> None:
+    discriminator = smooth_discriminator()
+    between = torch.lerp(images(1), images(2), Fixed().uniform("wgan_gp", 1, 1, 1))
+    around = images(1) + DRAGAN_STD * Fixed().normal("dragan", *SHAPE[1:])
+    expected = {
+        "r1": squared_slopes(discriminator, images(1)) / 2,
+        "r2": squared_slopes(discriminator, images(2)) / 2,
+        "wgan_gp": (squared_slopes(discriminator, between).sqrt() - 1).square(),
+        "dragan": (squared_slopes(discriminator, around).sqrt() - 1).square(),
+    }
+    for name, value in expected.items():
+        found = PENALTIES[name].value(played_for(name, discriminator))
+        torch.testing.assert_close(found.detach(), value, rtol=1e-6, atol=0)
+
+
+def test_penalties_without_gradients_are_their_formulas() -> None:
+    discriminator = smooth_discriminator()
+    logits = {seed: discriminator(images(seed)).squeeze(1).detach() for seed in (1, 2)}
+
+    def slope(name: str, seed: int) -> Tensor:
+        u = Fixed().normal(name, *SHAPE[1:])
+        moved: Tensor = discriminator(images(seed) + FINITE_DIFFERENCE_STEP * u).squeeze(1).detach()
+        return ((moved - logits[seed]) / FINITE_DIFFERENCE_STEP).square() / 2
+
+    flipped = discriminator(images(1).flip(3)).squeeze(1).detach()
+    expected = {
+        "r1_finite_difference": slope("r1", 1),
+        "r2_finite_difference": slope("r2", 2),
+        "consistency": (logits[1] - flipped) ** 2,
+        "lecam": (logits[1] - -0.7) ** 2 + (logits[2] - 0.4) ** 2,
+    }
+    assert set(expected) | {"r1", "r2", "wgan_gp", "dragan"} == set(PENALTIES)
+    for name, value in expected.items():
+        found = PENALTIES[name].value(played_for(name, discriminator)).detach()
+        torch.testing.assert_close(found, value)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_penaltys_gradient_in_the_weights_is_that_of_finite_differences(name: str) -> None:
+    discriminator = smooth_discriminator()
+    PENALTIES[name].value(played_for(name, discriminator)).sum().backward()
+    largest = 0.0
+    for weight in discriminator.parameters():
+        expected = differentiated(
+            lambda: PENALTIES[name].value(played_for(name, discriminator)).sum(), weight.data
+        )
+        assert weight.grad is not None or not expected.any()
+        found = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        torch.testing.assert_close(found.flatten(), expected, rtol=1e-6, atol=1e-8)
+        largest = max(largest, float(expected.abs().max()))
+    assert largest > 1e-3
+
+
+def test_the_mean_of_finite_differences_is_the_squared_gradient() -> None:
+    discriminator = smooth_discriminator()
+    played = played_for("r1_finite_difference", discriminator)
+    exact = squared_slopes(discriminator, images(1)) / 2
+
+    class Counted(Fixed):
+        def normal(self, purpose: str, *shape: int) -> Tensor:
+            return torch.randn(SHAPE[0], *shape)
+
+    torch.manual_seed(1)
+    penalty = PENALTIES["r1_finite_difference"].value
+    draws = torch.stack([penalty(replace(played, random=Counted())).detach() for _ in range(4000)])
+    # One draw's standard deviation is sqrt(2) times its mean; five of those of the mean's.
+    torch.testing.assert_close(draws.mean(0), exact, rtol=5 * (2 / 4000) ** 0.5, atol=0)
+
+
+@pytest.mark.parametrize("scale", [2.0**-8, 1.0, 2.0**20])
+def test_the_inner_scale_cancels(scale: float) -> None:
+    discriminator = smooth_discriminator()
+    played = played_for("r1", discriminator)
+    logits = discriminator(played.real_images).squeeze(1)
+    plain = input_gradient(played.real_logits, played.real_images)
+    torch.testing.assert_close(input_gradient(logits, played.real_images, scale), plain)
+
+
+def test_gradient_normalised_logits_are_their_formula_and_bounded() -> None:
+    discriminator = smooth_discriminator()
+    judge = gradient_normalised(lambda x: discriminator(x).squeeze(1), scale=8.0)
+    at = images(1)
+    logits = discriminator(at).squeeze(1).detach()
+    expected = logits / (squared_slopes(discriminator, at).sqrt() + logits.abs())
+    torch.testing.assert_close(judge(at).detach(), expected, rtol=1e-6, atol=0)
+    assert judge(1000 * at).abs().max() <= 1
+
+
+def test_gradients_of_normalised_logits_are_those_of_finite_differences() -> None:
+    discriminator = smooth_discriminator()
+    judge = gradient_normalised(lambda x: discriminator(x).squeeze(1))
+    at = images(1).requires_grad_()
+    judge(at).sum().backward()
+    assert at.grad is not None
+    torch.testing.assert_close(
+        at.grad.flatten(), differentiated(lambda: judge(at).sum(), at.data), rtol=1e-6, atol=1e-9
+    )
+    for weight in discriminator.parameters():
+        expected = differentiated(lambda: judge(images(1)).sum(), weight.data)
+        assert weight.grad is not None
+        torch.testing.assert_close(weight.grad.flatten(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_the_orthogonal_penalty_sums_squared_products_of_different_filters() -> None:
+    torch.manual_seed(0)
+    bank, bias, matrix = torch.randn(3, 2, 2, 2), torch.randn(4), torch.randn(2, 5)
+    embedding = torch.randn(3, 3)
+    expected = 0.0
+    for weight in (bank.flatten(1), matrix):
+        for i, one in enumerate(weight):
+            for j, other in enumerate(weight):
+                expected += float(one @ other) ** 2 if i != j else 0.0
+    named = {"conv.weight": bank, "bias": bias, "out.weight": matrix, "embedding.w": embedding}
+    assert float(orthogonal_penalty(named)) == pytest.approx(expected)
+    assert float(orthogonal_penalty({"w": torch.eye(3) * 7})) == 0
