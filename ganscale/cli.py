@@ -52,10 +52,19 @@ def _options(
     """Options before the verb; `main` reads --debug itself."""
 
 
+# A list here, since reading the folder would load the configuration for `ganscale --help`.
+_PRESETS = (
+    "quickstart, dcgan-cifar10, sngan-cifar10, biggan-cifar10, stylegan2-ada-cifar10, "
+    "r3gan-cifar10, r3gan-small"
+)
+
+
 @app.command(epilog="Example: ganscale train --config quickstart name=first seed=1")
 def train(
     overrides: Overrides = None,
-    config: Annotated[str, typer.Option(help="Preset, or a .yaml file.")] = "quickstart",
+    config: Annotated[
+        str, typer.Option(help=f"A .yaml file, or one of {_PRESETS}.")
+    ] = "quickstart",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print config and plan.")] = False,
 ) -> None:
     """Train, or go on with the run of that name, from its newest checkpoint that verifies."""

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ganscale.cli import _PRESETS
 from ganscale.config import Config, Schedule, field_names, load_config, preset_names
 from ganscale.config.models import (
     BigganModel,
@@ -50,6 +51,10 @@ def leaf_descriptions(model: type[BaseModel], prefix: str = "") -> dict[str, str
 
 def test_presets_ship_with_the_package() -> None:
     assert {"quickstart", "dcgan-cifar10"} <= set(preset_names())
+
+
+def test_help_lists_the_presets() -> None:
+    assert set(_PRESETS.split(", ")) == set(preset_names())
 
 
 @pytest.mark.parametrize("name", preset_names())

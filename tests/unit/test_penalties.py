@@ -116,7 +116,9 @@ def test_gradient_penalties_are_those_of_finite_differences() -> None:
 
 def test_penalties_without_gradients_are_their_formulas() -> None:
     discriminator = smooth_discriminator()
-    logits = {seed: discriminator(images(seed)).squeeze(1).detach() for seed in (1, 2)}
+    logits: dict[int, Tensor] = {
+        seed: discriminator(images(seed)).squeeze(1).detach() for seed in (1, 2)
+    }
 
     def slope(name: str, seed: int) -> Tensor:
         u = Fixed().normal(name, *SHAPE[1:])
