@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from ganscale.checkpoint import newest_valid
-from ganscale.config import Config, field_names, load_config
+from ganscale.config import Config, load_config
 from ganscale.data.building import build_shards
 from ganscale.data.sources import open_source, resolve_source
 from ganscale.data.storage import is_url
@@ -101,11 +102,11 @@ def _shards_name(source: str, kind: str) -> str:
 def _check_same_run(config: Config, run_dir: RunDirectory) -> None:
     if not run_dir.config.is_file() or not any(run_dir.checkpoints.glob("nimg-*")):
         return
-    before = load_config(run_dir.config)
+    before, now = _settings(load_config(run_dir.config)), _settings(config)
     changed = [
-        f"{name}: {_value(before, name)!r} -> {_value(config, name)!r}"
-        for name in field_names()
-        if not name.startswith(_MAY_CHANGE) and _value(before, name) != _value(config, name)
+        f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
+        for name in {**before, **now}
+        if not name.startswith(_MAY_CHANGE) and before.get(name) != now.get(name)
     ]
     if changed:
         raise ConfigError(
@@ -114,11 +115,13 @@ def _check_same_run(config: Config, run_dir: RunDirectory) -> None:
         )
 
 
-def _value(config: Config, name: str) -> object:
-    value: object = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
+def _settings(config: Config) -> dict[str, Any]:
+    """Values by dotted names, as they would be written."""
+    settings: dict[str, Any] = {}
+    for name, value in config.model_dump().items():
+        inner = value if isinstance(value, dict) else {}
+        settings |= {f"{name}.{field}": v for field, v in inner.items()} or {name: value}
+    return settings
 
 
 def _save_config(config: Config, run_dir: RunDirectory) -> None:

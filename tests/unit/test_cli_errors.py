@@ -11,6 +11,7 @@ import torch
 from ganscale.cli import main
 from ganscale.generation.sampling import save_snapshot
 from ganscale.models import build_generator
+from tests.conftest import MakeConfig
 
 VERBS = (
     ("train",),
@@ -237,3 +238,19 @@ def test_help_shows_an_example(verb: tuple[str, ...], capsys: pytest.CaptureFixt
         main([*verb, "--help"])
     assert stop.value.code == 0
     assert f"Example: ganscale {' '.join(verb)}" in capsys.readouterr().out
+
+
+def test_a_run_is_not_gone_on_with_under_other_settings(
+    refusal: Refusal, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config()
+    (config.run_dir / "checkpoints" / "nimg-000000000016").mkdir(parents=True)
+    (config.run_dir / "config.yaml").write_text(config.to_yaml())
+    other = tmp_path / "other.yaml"
+    sections = {"model": {"name": "r3gan", "base_channels": 16}, "optimizer.lr": 1e-3}
+    other.write_text(config.with_changes(sections).to_yaml())
+    code, line = refusal("train", "--config", str(other))
+    assert code == 2
+    for change in ("model.name: 'dcgan' -> 'r3gan'", "optimizer.lr: 0.0002 -> 0.001"):
+        assert change in line
+    assert "model.blocks_per_stage: None -> 2" in line
