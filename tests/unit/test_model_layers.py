@@ -166,7 +166,7 @@ def test_sngan_shapes_norms_and_labels(resolution: int, num_classes: int) -> Non
     torch.manual_seed(0)
     model = SnganModel(resolution=resolution, base_channels=8, num_classes=num_classes)
     generator = build_generator(model.model_dump())
-    discriminator = build_discriminator(model.model_dump())
+    discriminator: Any = build_discriminator(model.model_dump())
     for parameter in generator.parameters():  # class embeddings start at zero
         parameter.data.add_(0.1 * torch.randn(parameter.shape))
     z, ones, twos = torch.randn(3, 128), torch.ones(3).long(), 2 * torch.ones(3).long()
@@ -177,6 +177,8 @@ def test_sngan_shapes_norms_and_labels(resolution: int, num_classes: int) -> Non
     assert images.abs().max() <= 1
     assert torch.equal(images, others) == (num_classes == 0)
     discriminator.eval()
+    summed = discriminator.blocks(images).relu().sum(dim=(2, 3))
+    torch.testing.assert_close(discriminator(images, ones), discriminator.head(summed, ones))
     same = torch.equal(discriminator(images, ones), discriminator(images, twos))
     assert same == (num_classes == 0)
     normed = [m for m in discriminator.modules() if hasattr(m, "parametrizations")]
