@@ -10,17 +10,19 @@ doubling beyond. The first linear layer, attention weights, image and logit stay
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ganscale.models.conditioning import ConditionalBatchNorm2d, ProjectionHead
 from ganscale.models.layers import FullPrecision, spectral_norm
+from ganscale.models.residual import DownBlock, UpBlock, width_at
 
 __all__ = ["BigganDiscriminator", "BigganGenerator", "SelfAttention"]
 
 _EMBEDDING_DIM = 128
-_FULL_WIDTH_RESOLUTION = 32
 _ATTENTION_RESOLUTION = 16
 _WEIGHTED = (nn.Conv2d, nn.Linear, nn.Embedding)
 
@@ -46,13 +48,15 @@ class BigganGenerator(nn.Module):
         sizes = [8 << level for level in range(resolution.bit_length() - 3)]
         self.part_dim = _part_dim(z_dim, 1 + len(sizes))
         self.embedding = nn.Embedding(num_classes, _EMBEDDING_DIM)
-        width = _width(4 * base_channels, 4)
+        width = width_at(4, 4 * base_channels)
         self.linear = FullPrecision(nn.Linear(self.part_dim, width * 4 * 4))
-        self.blocks = nn.ModuleList()
+        self.blocks, self.attentions = nn.ModuleList(), nn.ModuleList()
+        norm = partial(_conditional_norm, condition_dim=self.part_dim + _EMBEDDING_DIM)
         for size in sizes:
-            out = _width(4 * base_channels, size)
-            attention = SelfAttention(out) if size == _attention_size(resolution) else None
-            self.blocks.append(_UpBlock(width, out, self.part_dim + _EMBEDDING_DIM, attention))
+            out = width_at(size, 4 * base_channels)
+            self.blocks.append(UpBlock(width, out, norm(width), norm(out)))
+            attended = size == _attention_size(resolution)
+            self.attentions.append(SelfAttention(out) if attended else nn.Identity())
             width = out
         self.last = FullPrecision(
             nn.BatchNorm2d(width),
@@ -68,8 +72,8 @@ class BigganGenerator(nn.Module):
         embedded = self.embedding(labels)
         first, *parts = z.split(self.part_dim, dim=1)
         x: Tensor = self.linear(first).unflatten(1, (-1, 4, 4))
-        for block, part in zip(self.blocks, parts, strict=True):
-            x = block(x, torch.cat([part, embedded], dim=1))
+        for block, attention, part in zip(self.blocks, self.attentions, parts, strict=True):
+            x = attention(block(x, torch.cat([part, embedded], dim=1)))
         images: Tensor = self.last(x)
         return images
 
@@ -88,14 +92,14 @@ class BigganDiscriminator(nn.Module):
         before, size = img_channels, resolution
         blocks: list[nn.Module] = []
         while size > 8:
-            width = _width(2 * base_channels, size)
-            blocks.append(_DownBlock(before, width, down=True, first=not blocks))
+            width = width_at(size, 2 * base_channels)
+            blocks.append(DownBlock(before, width, down=True, first=not blocks))
             before, size = width, size // 2
             if size == _attention_size(resolution):
                 blocks.append(SelfAttention(width))
-        width = _width(2 * base_channels, 8)
+        width = width_at(8, 2 * base_channels)
         for _ in range(2):
-            blocks.append(_DownBlock(before, width, down=False))
+            blocks.append(DownBlock(before, width, down=False))
             before = width
         self.blocks = nn.Sequential(*blocks)
         self.head = ProjectionHead(nn.Linear(width, 1), nn.Embedding(num_classes, width))
@@ -143,51 +147,6 @@ class SelfAttention(nn.Module):
         return mixed.view(len(x), -1, *x.shape[2:])
 
 
-class _UpBlock(nn.Module):
-    """Twice the side: two conditional norms, ReLUs and 3x3 convolutions, beside a shortcut."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, condition_dim: int, attention: nn.Module | None
-    ) -> None:
-        super().__init__()
-        self.norm1 = _conditional_norm(in_channels, condition_dim)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _conditional_norm(out_channels, condition_dim)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
-        self.attention = attention or nn.Identity()
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        h = F.interpolate(self.norm1(x, condition).relu(), scale_factor=2.0)
-        h = self.conv2(self.norm2(self.conv1(h), condition).relu())
-        # A 1x1 convolution of repeated pixels is the repetition of its output, at a quarter of it.
-        total: Tensor = h + F.interpolate(self.shortcut(x), scale_factor=2.0)
-        attended: Tensor = self.attention(total)
-        return attended
-
-
-class _DownBlock(nn.Module):
-    """Two ReLUs and 3x3 convolutions beside a shortcut; the first block has no ReLU before it."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, *, down: bool, first: bool = False
-    ) -> None:
-        super().__init__()
-        self.down = down
-        self.activation = nn.Identity() if first else nn.ReLU()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        learnt = down or in_channels != out_channels
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if learnt else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.conv2(self.conv1(self.activation(x)).relu())
-        if self.down:
-            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
-        shortcut: Tensor = self.shortcut(x)
-        return h + shortcut
-
-
 def _conditional_norm(num_features: int, condition_dim: int) -> ConditionalBatchNorm2d:
     gain, bias = (nn.Linear(condition_dim, num_features, bias=False) for _ in range(2))
     return ConditionalBatchNorm2d(num_features, gain, bias)
@@ -206,10 +165,6 @@ def _part_dim(z_dim: int, num_parts: int) -> int:
 def _attention_size(resolution: int) -> int:
     """Side of the map that attention sees."""
     return min(_ATTENTION_RESOLUTION, resolution // 2)
-
-
-def _width(channels: int, resolution: int) -> int:
-    return max(1, channels * _FULL_WIDTH_RESOLUTION // max(resolution, _FULL_WIDTH_RESOLUTION))
 
 
 def _initialise(module: nn.Module) -> None:

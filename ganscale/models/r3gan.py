@@ -20,6 +20,7 @@ from torch.nn.functional import leaky_relu
 
 from ganscale.models.conditioning import ProjectionHead, one_hot
 from ganscale.models.layers import FullPrecision, binomial_filter, downsample, upsample
+from ganscale.models.residual import width_at
 
 __all__ = ["R3ganDiscriminator", "R3ganGenerator"]
 
@@ -29,7 +30,6 @@ _EXPANSION = 2
 _GROUP_CHANNELS = 16
 _LAYERS_PER_BLOCK = 3
 _EMBEDDING_DIM = 64
-_FULL_WIDTH_RESOLUTION = 32
 
 
 class R3ganGenerator(nn.Module):
@@ -61,11 +61,11 @@ class R3ganGenerator(nn.Module):
         self.first = FullPrecision(*_blocks(base_channels, blocks_per_stage, num_blocks))
         stages: list[nn.Module] = []
         for before, size in zip(sizes, sizes[1:], strict=False):
-            width = _width(base_channels, size)
-            stages.append(_Resample(_width(base_channels, before), width, up=True))
+            width = width_at(size, base_channels)
+            stages.append(_Resample(width_at(before, base_channels), width, up=True))
             stages += _blocks(width, blocks_per_stage, num_blocks)
         self.stages = nn.Sequential(*stages)
-        self.to_image = FullPrecision(_conv1x1(_width(base_channels, resolution), img_channels))
+        self.to_image = FullPrecision(_conv1x1(width_at(resolution, base_channels), img_channels))
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
@@ -92,12 +92,12 @@ class R3ganDiscriminator(nn.Module):
         super().__init__()
         sizes = _sizes(resolution)[::-1]
         num_blocks = blocks_per_stage * len(sizes)
-        self.from_image = _conv1x1(img_channels, _width(base_channels, resolution))
+        self.from_image = _conv1x1(img_channels, width_at(resolution, base_channels))
         stages: list[nn.Module] = []
         for size, after in zip(sizes, sizes[1:], strict=False):
-            width = _width(base_channels, size)
+            width = width_at(size, base_channels)
             stages += _blocks(width, blocks_per_stage, num_blocks)
-            stages.append(_Resample(width, _width(base_channels, after), up=False))
+            stages.append(_Resample(width, width_at(after, base_channels), up=False))
         self.stages = nn.Sequential(*stages)
         basis = nn.Conv2d(base_channels, base_channels, 4, groups=base_channels, bias=False)
         _he(basis.weight, 1.0)
@@ -197,7 +197,3 @@ def _he(weight: Tensor, gain: float) -> None:
 def _sizes(resolution: int) -> list[int]:
     """4, 8, ..., resolution."""
     return [1 << level for level in range(2, resolution.bit_length())]
-
-
-def _width(channels: int, resolution: int) -> int:
-    return channels * _FULL_WIDTH_RESOLUTION // max(resolution, _FULL_WIDTH_RESOLUTION)

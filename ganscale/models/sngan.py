@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ganscale.models.conditioning import ConditionalBatchNorm2d, ProjectionHead
 from ganscale.models.layers import spectral_norm
+from ganscale.models.residual import DownBlock, UpBlock, width_at
 
 __all__ = ["SnganDiscriminator", "SnganGenerator"]
-
-_FULL_WIDTH_RESOLUTION = 32
 
 
 class SnganGenerator(nn.Module):
@@ -40,8 +38,9 @@ class SnganGenerator(nn.Module):
         size = 4
         while size < resolution:
             size *= 2
-            out = _width(2 * base_channels, size)
-            self.blocks.append(_UpBlock(width, out, num_classes))
+            out = width_at(size, 2 * base_channels)
+            norms = _Norm(width, num_classes), _Norm(out, num_classes)
+            self.blocks.append(UpBlock(width, out, *norms))
             width = out
         self.last = nn.Sequential(
             nn.BatchNorm2d(width),
@@ -66,15 +65,15 @@ class SnganDiscriminator(nn.Module):
         self, *, resolution: int, img_channels: int, base_channels: int, num_classes: int
     ) -> None:
         super().__init__()
-        width = _width(base_channels, resolution)
-        blocks: list[nn.Module] = [_FirstDownBlock(img_channels, width)]
+        width = width_at(resolution, base_channels)
+        blocks: list[nn.Module] = [DownBlock(img_channels, width, down=True, first=True)]
         size = resolution // 2
         while size > 8:
-            out = _width(base_channels, size)
-            blocks.append(_DownBlock(width, out, down=True))
+            out = width_at(size, base_channels)
+            blocks.append(DownBlock(width, out, down=True))
             width, size = out, size // 2
-        blocks += [_DownBlock(width, base_channels, down=False)]
-        blocks += [_DownBlock(base_channels, base_channels, down=False)]
+        blocks += [DownBlock(width, base_channels, down=False)]
+        blocks += [DownBlock(base_channels, base_channels, down=False)]
         self.blocks = nn.Sequential(*blocks)
         embedding = nn.Embedding(num_classes, base_channels) if num_classes else None
         self.head = ProjectionHead(nn.Linear(base_channels, 1), embedding)
@@ -86,24 +85,6 @@ class SnganDiscriminator(nn.Module):
         x = self.blocks(images)
         logits: Tensor = self.head(x.relu().float().sum(dim=(2, 3)), labels)
         return logits
-
-
-class _UpBlock(nn.Module):
-    """Norm, ReLU, nearest upsampling and two 3x3 convolutions, beside a 1x1 shortcut."""
-
-    def __init__(self, in_channels: int, out_channels: int, num_classes: int) -> None:
-        super().__init__()
-        self.norm1 = _Norm(in_channels, num_classes)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _Norm(out_channels, num_classes)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        h: Tensor = F.interpolate(self.norm1(x, labels).relu(), scale_factor=2.0)
-        h = self.conv2(self.norm2(self.conv1(h), labels).relu())
-        shortcut: Tensor = self.shortcut(F.interpolate(x, scale_factor=2.0))
-        return h + shortcut
 
 
 class _Norm(nn.Module):
@@ -124,42 +105,7 @@ class _Norm(nn.Module):
         return normalised
 
 
-class _FirstDownBlock(nn.Module):
-    """Two convolutions without an activation before them, halved, beside a shortcut."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.avg_pool2d(self.conv2(self.conv1(x).relu()), 2)
-        shortcut: Tensor = self.shortcut(F.avg_pool2d(x, 2))
-        return h + shortcut
-
-
-class _DownBlock(nn.Module):
-    """ReLU and two 3x3 convolutions, halved or not, beside a shortcut."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, down: bool) -> None:
-        super().__init__()
-        self.down = down
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        learnt = down or in_channels != out_channels
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if learnt else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.conv2(self.conv1(x.relu()).relu()) + self.shortcut(x)
-        return F.avg_pool2d(h, 2) if self.down else h
-
-
 _WEIGHTED = (nn.Conv2d, nn.Linear, nn.Embedding)
-
-
-def _width(channels: int, resolution: int) -> int:
-    return max(1, channels * _FULL_WIDTH_RESOLUTION // max(resolution, _FULL_WIDTH_RESOLUTION))
 
 
 def _initialise(module: nn.Module) -> None:
