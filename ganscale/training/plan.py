@@ -10,7 +10,7 @@ from ganscale.training.build import build_order, load_shards
 
 __all__ = ["describe_plan"]
 
-# Weights, gradients, two Adam moments; the generator's average comes on top.
+# Weights, gradients, two Adam moments; the generator's averages come on top.
 _STATES_PER_WEIGHT = 4
 _BYTES_FP32 = 4
 
@@ -19,11 +19,12 @@ def describe_plan(config: Config) -> list[str]:
     """Lines about parameters, memory, steps and shards per worker."""
     spec = config.model.model_dump()
     num_g, num_d = _count(build_generator(spec)), _count(build_discriminator(spec))
-    state_bytes = _BYTES_FP32 * (_STATES_PER_WEIGHT * (num_g + num_d) + num_g)
+    num_averages = 1 + len(config.training.extra_ema_halflives_kimg)
+    state_bytes = _BYTES_FP32 * (_STATES_PER_WEIGHT * (num_g + num_d) + num_averages * num_g)
     batch, workers = config.training.batch_size, config.launch.num_workers
     lines = [
         f"generator {num_g / 1e6:.2f} M parameters, discriminator {num_d / 1e6:.2f} M",
-        f"weights, gradients, optimizers and average: {state_bytes / 2**20:.0f} MiB a worker",
+        f"weights, gradients, optimizers and averages: {state_bytes / 2**20:.0f} MiB a worker",
         f"{config.total_nimg // batch} steps of {batch} images, about {batch / workers:g} a worker",
         f"run folder {config.run_dir}",
     ]
