@@ -189,3 +189,106 @@ def test_sngan_shapes_norms_and_labels(resolution: int, num_classes: int) -> Non
         assert isinstance(module.weight, Tensor)
         largest = torch.linalg.svdvals(module.weight.detach().flatten(1))[0]
         assert largest.item() == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(2, 3, 3), nn.Embedding(6, 4), nn.Linear(4, 3)])
+def test_each_forward_before_a_backward_is_normed_by_its_own_vectors(layer: nn.Module) -> None:
+    torch.manual_seed(0)
+    normed: Any = spectral_norm(copy.deepcopy(layer)).double()
+    norm, raw = normed.parametrizations.weight[0], normed.parametrizations.weight.original
+    matrix, left = raw.detach().flatten(1), norm.left.clone()
+    loss, expected = torch.zeros(()).double(), torch.zeros_like(matrix)
+    for _ in range(2):
+        upstream = torch.randn_like(raw)
+        loss = loss + (normed.weight * upstream).sum()
+        right = matrix.T @ left / (matrix.T @ left).norm()
+        left = matrix @ right / (matrix @ right).norm()
+        sigma, c = left @ matrix @ right, upstream.flatten(1)
+        expected += (c - (c * matrix).sum() / sigma * torch.outer(left, right)) / sigma
+        torch.testing.assert_close((norm.left, norm.right), (left, right))
+    loss.backward()
+    torch.testing.assert_close(raw.grad.flatten(1), expected)
+
+
+def test_spectral_norm_computes_in_fp32_under_autocast() -> None:
+    torch.manual_seed(0)
+    plain: Any = spectral_norm(nn.Conv2d(3, 8, 3))
+    mixed = copy.deepcopy(plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mixed.weight
+    assert torch.equal(found, plain.weight)
+    assert mixed.parametrizations.weight[0].left.dtype == torch.float32
+
+
+def test_evaluation_moves_no_vector_and_a_state_carries_them() -> None:
+    torch.manual_seed(0)
+    layer, other = spectral_norm(nn.Linear(4, 3)), spectral_norm(nn.Linear(4, 3))
+    settled(layer, 3)
+    layer.eval()
+    before = copy.deepcopy(layer.state_dict())
+    assert len(before) == 4  # bias, weight and two vectors
+    settled(layer, 3)
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+    other.eval()
+    assert not torch.equal(other.weight, layer.weight)
+    other.load_state_dict(before)
+    assert torch.equal(other.weight, layer.weight)
+    twin = copy.deepcopy(layer)
+    settled(twin.train())
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
+def filtered(image: list[list[float]], taps: list[float]) -> list[list[float]]:
+    """Every second pixel of the map filtered along both sides, zeros beyond, by loops."""
+    size, out = len(image), []
+    for top in range(-1, size - 1, 2):
+        row = []
+        for start in range(-1, size - 1, 2):
+            total = 0.0
+            for i, vertical in enumerate(taps):
+                for j, horizontal in enumerate(taps):
+                    y, x = top + i, start + j
+                    if 0 <= y < size and 0 <= x < size:
+                        total += vertical * horizontal * image[y][x]
+            row.append(total)
+        out.append(row)
+    return out
+
+
+@pytest.mark.parametrize("taps", [[0.1, 0.7, 0.2], [0.4, 0.1, 0.3, 0.2]])
+def test_downsampling_is_a_loop_over_pixels_and_taps(taps: list[float]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 6, 6, generator=generator, dtype=torch.float64)
+    found = downsample(x, torch.tensor(taps, dtype=torch.float64))
+    expected = [[filtered(channel, taps) for channel in image] for image in x.tolist()]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("num_taps", [3, 4])
+def test_resampling_keeps_constants_away_from_the_border(num_taps: int) -> None:
+    taps, level = binomial_filter(num_taps), torch.full((1, 2, 8, 8), 3.0)
+    for out in (downsample(level, taps), upsample(level, taps)):
+        torch.testing.assert_close(out[..., 1:-1, 1:-1], torch.full_like(out, 3.0)[..., 1:-1, 1:-1])
+        assert out[0, 0, -1, -1] < 3.0 or out[0, 0, 0, 0] < 3.0  # zeros lie beyond
+    assert upsample(level, taps).shape == (1, 2, 16, 16)
+    assert downsample(level, taps).shape == (1, 2, 4, 4)
+
+
+@pytest.mark.parametrize("num_taps", [3, 4])
+def test_downsampling_is_twice_differentiable(num_taps: int) -> None:
+    taps = binomial_filter(num_taps).double()
+    x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda t: downsample(t, taps).tanh(), x)
+
+
+def test_full_precision_keeps_doubles_and_widens_halves() -> None:
+    identity = FullPrecision(nn.Identity())
+    for given, expected in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
+        assert identity(torch.ones(2, dtype=given)).dtype == expected
+
+
+def test_minibatch_std_of_half_precision_is_computed_in_fp32() -> None:
+    x = torch.tensor([300.0, -300.0], dtype=torch.float16).view(2, 1, 1, 1)  # squares overflow
+    out = MinibatchStd()(x)
+    assert out.dtype == torch.float16
+    assert out[:, 1].flatten().tolist() == [300.0, 300.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ganscale.models.r3gan import R3ganDiscriminator
+from ganscale.objectives import penalties
 from ganscale.objectives.penalties import (
     DRAGAN_STD,
     FINITE_DIFFERENCE_STEP,
@@ -216,3 +219,133 @@ def test_the_orthogonal_penalty_sums_squared_products_of_different_filters() -> 
     named = {"conv.weight": bank, "bias": bias, "out.weight": matrix, "embedding.w": embedding}
     assert float(orthogonal_penalty(named)) == pytest.approx(expected)
     assert float(orthogonal_penalty({"w": torch.eye(3) * 7})) == 0
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_penalty_needs_gradients_of_exactly_the_images_its_entry_names(name: str) -> None:
+    entry, discriminator = PENALTIES[name], smooth_discriminator()
+    for real, fake in itertools.product((False, True), repeat=2):
+        played = play(discriminator, real_gradient=real, fake_gradient=fake)
+        if (real or not entry.real_gradient) and (fake or not entry.fake_gradient):
+            assert entry.value(played).shape == (SHAPE[0],)
+        else:
+            with pytest.raises(RuntimeError, match="does not require grad|not have been used"):
+                entry.value(played)
+
+
+class Direction(Fixed):
+    """Moves every sample by the same u, given flat."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self.flat = flat
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        return self.flat.view(shape).expand(SHAPE[0], *shape)
+
+
+@pytest.mark.parametrize(("side", "seed"), [("r1", 1), ("r2", 2)])
+def test_a_finite_difference_errs_by_the_square_of_its_step(
+    side: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over +-sqrt(n) times each unit vector, u has the moments that r1 needs, without noise."""
+    discriminator = smooth_discriminator()
+    exact = squared_slopes(discriminator, images(seed)) / 2
+    played = played_for(f"{side}_finite_difference", discriminator)
+    n = images(seed)[0].numel()
+    corners = n**0.5 * torch.cat([torch.eye(n), -torch.eye(n)])
+    errors = []
+    for step in (0.02, 0.01, 0.005):
+        monkeypatch.setattr(penalties, "FINITE_DIFFERENCE_STEP", step)
+        value = PENALTIES[f"{side}_finite_difference"].value
+        mean = torch.stack([value(replace(played, random=Direction(u))) for u in corners]).mean(0)
+        errors.append(float(((mean.detach() - exact) / exact).abs().max()))
+    assert 1e-5 < errors[1] < 3e-3  # at the step in use
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.02)
+    assert errors[1] / errors[2] == pytest.approx(4, rel=0.02)
+
+
+def test_normalised_logits_of_a_flat_discriminator_are_their_signs_and_differentiable() -> None:
+    level = torch.tensor([3.0, -2.0], requires_grad=True)
+    flat = gradient_normalised(lambda x: level + 0 * x.sum(dim=(1, 2, 3)))
+    logits = flat(torch.ones(2, 1, 2, 2))
+    torch.testing.assert_close(logits.detach(), torch.tensor([1.0, -1.0]), rtol=0, atol=1e-5)
+    logits.sum().backward()
+    assert level.grad is not None
+    assert torch.isfinite(level.grad).all()
+
+
+def half_precision_case(
+    name: str, *, half: bool, outer_scale: float = 1.0, inner_scale: float = 1.0, head: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """A penalty of R3GAN at 16x16, (n,), and its gradient in the weights, flat."""
+    torch.manual_seed(0)
+    discriminator = R3ganDiscriminator(
+        resolution=16, img_channels=3, base_channels=32, num_classes=0, blocks_per_stage=1
+    )
+    for part, weight in discriminator.named_parameters():
+        if part.endswith("contract.weight"):  # zero in a fresh one, which would hide the blocks
+            nn.init.normal_(weight, 0.0, 0.05)
+
+    discriminator.head.linear.weight.data.mul_(head)  # type: ignore[union-attr, operator]
+
+    def judge(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            seen: Tensor = discriminator(x)
+        return seen.float()
+
+    entry = PENALTIES[name]
+    real = torch.rand(SHAPE[0], 3, 16, 16) * 2 - 1
+    fake = torch.rand(SHAPE[0], 3, 16, 16) * 2 - 1
+    real.requires_grad_(entry.real_gradient)
+    fake.requires_grad_(entry.fake_gradient)
+    played = Played(judge, judge, real, fake, judge(real), judge(fake), Single())
+    value = entry.value(replace(played, inner_scale=inner_scale))
+    (value.mean() * outer_scale).backward()
+    weights = list(discriminator.parameters())
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+    return value.detach(), torch.cat([g.flatten() for g in gradients]) / outer_scale
+
+
+class Single(Fixed):
+    """The same numbers in fp32."""
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        return super().normal(purpose, *shape).float()
+
+    def uniform(self, purpose: str, *shape: int) -> Tensor:
+        return super().uniform(purpose, *shape).float()
+
+
+OVERFLOWS: dict[str, set[int]] = {"r1": set(), "r2": set(), "wgan_gp": {20}, "dragan": {20}}
+"""Binary logarithms of loss scales at which the weights' gradients leave fp16's range."""
+
+
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_a_half_precision_penalty_is_fp32s_at_every_loss_scale_in_range(name: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    value, gradient = half_precision_case(name, half=False)
+    assert gradient.norm() > 0.01
+    overflowed = set()
+    for power in (8, 12, 16, 20):
+        found, scaled = half_precision_case(
+            name, half=True, outer_scale=2.0**power, inner_scale=2.0**10
+        )
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, value)  # it was half precision
+        torch.testing.assert_close(found, value, rtol=1e-2, atol=0)
+        if not torch.isfinite(scaled).all():
+            overflowed.add(power)
+        else:
+            assert (scaled - gradient).norm() < 2e-2 * gradient.norm()
+    assert overflowed == OVERFLOWS[name]
+
+
+@pytest.mark.parametrize("name", ["r1", "r2"])
+def test_an_inner_scale_keeps_slopes_that_half_precision_would_lose(name: str) -> None:
+    """Slopes of 1e-6 a pixel are subnormal in fp16; those of 1e-3 lose nothing."""
+    torch.set_default_dtype(torch.float32)
+    value, _ = half_precision_case(name, half=False, head=1e-4)
+    scaled, _ = half_precision_case(name, half=True, head=1e-4, inner_scale=2.0**10)
+    plain, _ = half_precision_case(name, half=True, head=1e-4)
+    torch.testing.assert_close(scaled, value, rtol=1e-2, atol=0)
+    assert ((plain - value) / value).abs().max() > 2e-2
