@@ -82,8 +82,9 @@ class SnganDiscriminator(nn.Module):
             spectral_norm(part)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        x = self.blocks(images)
-        logits: Tensor = self.head(x.relu().float().sum(dim=(2, 3)), labels)
+        x: Tensor = self.blocks(images).relu()
+        features = x.sum(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+        logits: Tensor = self.head(features, labels)
         return logits
 
 

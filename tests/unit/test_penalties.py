@@ -264,14 +264,29 @@ def test_a_finite_difference_errs_by_the_square_of_its_step(
     assert errors[1] / errors[2] == pytest.approx(4, rel=0.02)
 
 
-def test_normalised_logits_of_a_flat_discriminator_are_their_signs_and_differentiable() -> None:
-    level = torch.tensor([3.0, -2.0], requires_grad=True)
-    flat = gradient_normalised(lambda x: level + 0 * x.sum(dim=(1, 2, 3)))
-    logits = flat(torch.ones(2, 1, 2, 2))
-    torch.testing.assert_close(logits.detach(), torch.tensor([1.0, -1.0]), rtol=0, atol=1e-5)
-    logits.sum().backward()
-    assert level.grad is not None
-    assert torch.isfinite(level.grad).all()
+def test_a_flat_discriminators_norms_have_finite_gradients_in_its_weights() -> None:
+    level, slope = torch.tensor([3.0, -2.0, 1.0]), torch.zeros(3, requires_grad=True)
+
+    def flat(x: Tensor) -> Tensor:
+        return level + slope * x.sum(dim=(1, 2, 3))
+
+    logits = gradient_normalised(flat)(images(1))
+    torch.testing.assert_close(logits.detach(), level.sign(), rtol=0, atol=1e-5)
+    played = replace(played_for("wgan_gp", smooth_discriminator()), judge_real=flat)
+    penalty = PENALTIES["wgan_gp"].value(played)
+    torch.testing.assert_close(penalty.detach(), torch.ones(3), rtol=0, atol=1e-5)
+    for out in (logits, penalty):
+        (gradient,) = torch.autograd.grad(out.sum(), slope)
+        assert torch.isfinite(gradient).all()
+
+
+def test_half_precision_images_slopes_are_widened_before_they_are_unscaled() -> None:
+    at = torch.ones(1, 1, 2, 2, dtype=torch.float16, requires_grad=True)
+    logits = (at.float() * 1e-7).sum(dim=(1, 2, 3))  # next to a subnormal of 1.2e-7
+    found = input_gradient(logits, at, 2.0**10)
+    torch.testing.assert_close(
+        found, torch.full((1, 1, 2, 2), 1e-7, dtype=torch.float32), rtol=1e-3, atol=0
+    )
 
 
 def half_precision_case(
