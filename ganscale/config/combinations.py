@@ -65,11 +65,10 @@ def _objectives(config: Config) -> Iterator[str]:
             "penalty.wgan_gp=10, penalty.gradient_normalisation=true, optimizer.clip_weights=0.01, "
             "or take model.name=sngan"
         )
-    gradients = {"r1", "r2", "wgan_gp", "dragan"} & set(penalty.names)
-    if penalty.gradient_normalisation and gradients:
+    if penalty.gradient_normalisation and penalty.gradient_names:
         yield (
-            f"penalty.gradient_normalisation together with penalty.{min(gradients)} would need "
-            "third derivatives: use one of them"
+            f"penalty.gradient_normalisation together with penalty.{penalty.gradient_names[0]} "
+            "would need third derivatives: use one of them"
         )
     if config.training.compile and penalty.twice_differentiated:
         yield (

@@ -93,16 +93,21 @@ class PenaltyConfig(Section):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The penalties that are on."""
-        scheduled = [name for name in ("r1", "r2") if not getattr(self, name).is_zero]
-        fixed = ("wgan_gp", "dragan", "consistency", "lecam", "orthogonal")
+        """The penalties on logits that are on, now or later in their schedules."""
+        suffix = "_finite_difference" if self.form == "finite_difference" else ""
+        scheduled = [name + suffix for name in ("r1", "r2") if not getattr(self, name).is_zero]
+        fixed = ("wgan_gp", "dragan", "consistency", "lecam")
         return (*scheduled, *(name for name in fixed if getattr(self, name)))
+
+    @property
+    def gradient_names(self) -> tuple[str, ...]:
+        """Those of them that differentiate gradients of D."""
+        return tuple(name for name in self.names if name in ("r1", "r2", "wgan_gp", "dragan"))
 
     @property
     def twice_differentiated(self) -> bool:
         """Whether gradients of gradients of D are taken."""
-        exact = {"wgan_gp", "dragan"} | ({"r1", "r2"} if self.form == "gradient" else set())
-        return self.gradient_normalisation or bool(exact & set(self.names))
+        return self.gradient_normalisation or bool(self.gradient_names)
 
 
 class AugmentConfig(Section):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ganscale.models.layers import at_least_fp32
+
 __all__ = ["ConditionalBatchNorm2d", "ProjectionHead", "one_hot"]
 
 
@@ -52,7 +54,7 @@ class ProjectionHead(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor | None) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
-            values = features if features.dtype == torch.float64 else features.float()
+            values = at_least_fp32(features)
             logits: Tensor = self.linear(values).squeeze(1)
             if self.embedding is None:
                 return logits

@@ -13,6 +13,7 @@ __all__ = [
     "FullPrecision",
     "MinibatchStd",
     "SpectralNorm",
+    "at_least_fp32",
     "binomial_filter",
     "downsample",
     "spectral_norm",
@@ -27,7 +28,7 @@ class FullPrecision(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            x = _at_least_fp32(x)
+            x = at_least_fp32(x)
             for layer in self:
                 x = layer(x)
         return x
@@ -82,7 +83,7 @@ class MinibatchStd(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        values = x.float()
+        values = at_least_fp32(x)
         std = (self.variance(values) + 1e-8).sqrt().mean()
         extra = std.to(x.dtype).expand(len(x), 1, *x.shape[2:])
         return torch.cat([x, extra], dim=1)
@@ -123,5 +124,6 @@ def _depthwise(kernel: Tensor, x: Tensor) -> Tensor:
     return kernel.to(x.dtype).expand(x.shape[1], 1, *kernel.shape)
 
 
-def _at_least_fp32(x: Tensor) -> Tensor:
+def at_least_fp32(x: Tensor) -> Tensor:
+    """fp32, or float64 as it is."""
     return x if x.dtype == torch.float64 else x.float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -69,7 +70,7 @@ def build_state(config: Config, precision: Precision, world: World) -> TrainingS
         ),
         emas,
         Feedback(config.augment, world.world_size, world.torch_device),
-        penalty_weights(config, nimg=0, step=0),
+        config.penalty.names,
     )
 
 
@@ -90,10 +91,15 @@ def build_rules(config: Config, state: TrainingState, precision: Precision) -> R
         orthogonal=penalty.orthogonal,
         gradient_normalisation=penalty.gradient_normalisation,
         top_k=config.objective.top_k.at(nimg),
-        augmentation=Augmentation(AUGMENTATIONS[augment.name]) if augmented else None,
+        augmentation=_augmentation(augment.name) if augmented else None,
         augment_p=state.feedback.augment_p if adaptive else augment.p.at(nimg),
         lecam_anchors=state.feedback.anchors,
     )
+
+
+@cache
+def _augmentation(name: str) -> Augmentation:
+    return Augmentation(AUGMENTATIONS[name])
 
 
 def penalty_weights(config: Config, *, nimg: int, step: int) -> dict[str, float]:

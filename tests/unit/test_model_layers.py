@@ -10,9 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ganscale.config.models import SnganModel
-from ganscale.models import build_discriminator, build_generator
-from ganscale.models.conditioning import ConditionalBatchNorm2d, ProjectionHead, one_hot
 from ganscale.models.layers import (
     FullPrecision,
     MinibatchStd,
@@ -123,72 +120,6 @@ def test_full_precision_layers_compute_as_without_autocast() -> None:
         found, half = layers(x), nn.Sequential(*layers)(x)
     assert (found.dtype, half.dtype) == (torch.float32, torch.bfloat16)
     assert torch.equal(found, layers[1](layers[0](x)))
-
-
-def test_conditional_batch_norm_is_its_formula() -> None:
-    torch.manual_seed(0)
-    gain, bias = nn.Linear(3, 2), nn.Linear(3, 2)
-    x, condition = torch.randn(6, 2, 4, 4), torch.randn(6, 3)
-    mean = x.mean(dim=(0, 2, 3), keepdim=True)
-    var = (x - mean).square().mean(dim=(0, 2, 3), keepdim=True)
-    expected = (x - mean) / (var + 1e-5).sqrt() * (1 + gain(condition)[:, :, None, None])
-    expected = expected + bias(condition)[:, :, None, None]
-    torch.testing.assert_close(ConditionalBatchNorm2d(2, gain, bias)(x, condition), expected)
-
-
-def test_the_projection_logit_is_its_formula() -> None:
-    torch.manual_seed(0)
-    linear, embedding = nn.Linear(4, 1), nn.Embedding(3, 4)
-    features, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0])
-    plain = features @ linear.weight[0] + linear.bias
-    torch.testing.assert_close(ProjectionHead(linear, None)(features, None), plain)
-    expected = [plain[i] + embedding.weight[label] @ features[i] for i, label in enumerate(labels)]
-    found = ProjectionHead(linear, embedding)(features, labels)
-    torch.testing.assert_close(found, torch.stack(expected))
-    assert one_hot(torch.tensor([2, 0]), 3).tolist() == [[0, 0, 1], [1, 0, 0]]
-
-
-def test_sngan_has_the_parameters_of_its_table() -> None:
-    spec = SnganModel().model_dump()
-    block = 2 * (256 * 256 * 9 + 256) + (256 * 256 + 256) + 2 * 2 * 256
-    generator = 128 * 4096 + 4096 + 3 * block + 2 * 256 + 256 * 3 * 9 + 3
-    first = (3 * 128 * 9 + 128) + (128 * 128 * 9 + 128) + (3 * 128 + 128)
-    plain = 2 * (128 * 128 * 9 + 128)
-    discriminator = first + 3 * plain + (128 * 128 + 128) + 128 + 1
-    players = build_generator(spec), build_discriminator(spec)
-    counts = [sum(p.numel() for p in player.parameters()) for player in players]
-    assert counts == [generator, discriminator] == [4_276_739, 1_053_825]
-
-
-@pytest.mark.parametrize("resolution", [16, 32, 64])
-@pytest.mark.parametrize("num_classes", [0, 10])
-def test_sngan_shapes_norms_and_labels(resolution: int, num_classes: int) -> None:
-    torch.manual_seed(0)
-    model = SnganModel(resolution=resolution, base_channels=8, num_classes=num_classes)
-    generator = build_generator(model.model_dump())
-    discriminator: Any = build_discriminator(model.model_dump())
-    for parameter in generator.parameters():  # class embeddings start at zero
-        parameter.data.add_(0.1 * torch.randn(parameter.shape))
-    z, ones, twos = torch.randn(3, 128), torch.ones(3).long(), 2 * torch.ones(3).long()
-    for _ in range(50):
-        discriminator(generator(z, ones), ones)
-    images, others = generator(z, ones), generator(z, twos)
-    assert images.shape == (3, 3, resolution, resolution)
-    assert images.abs().max() <= 1
-    assert torch.equal(images, others) == (num_classes == 0)
-    discriminator.eval()
-    summed = discriminator.blocks(images).relu().sum(dim=(2, 3))
-    torch.testing.assert_close(discriminator(images, ones), discriminator.head(summed, ones))
-    same = torch.equal(discriminator(images, ones), discriminator(images, twos))
-    assert same == (num_classes == 0)
-    normed = [m for m in discriminator.modules() if hasattr(m, "parametrizations")]
-    assert len(normed) == sum(
-        isinstance(m, nn.Conv2d | nn.Linear | nn.Embedding) for m in discriminator.modules()
-    )
-    for module in normed:
-        assert isinstance(module.weight, Tensor)
-        largest = torch.linalg.svdvals(module.weight.detach().flatten(1))[0]
-        assert largest.item() == pytest.approx(1.0, abs=0.02)
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(2, 3, 3), nn.Embedding(6, 4), nn.Linear(4, 3)])

@@ -74,6 +74,19 @@ def test_the_weight_of_a_penalty_follows_its_schedule() -> None:
     assert found == [{"r1_finite_difference": 1.0}, {"r1_finite_difference": 0.5}, {}]
 
 
+def test_a_penalty_that_comes_later_is_a_statistic_from_the_start(
+    make_config: MakeConfig,
+) -> None:
+    way = {"start": 0.0, "end": 1.0, "kimg": 1, "shape": "linear"}
+    config = make_config(penalty={"r1": way})
+    trainer = Trainer(config, World(), load_shards(config))
+    for _ in range(2):
+        trainer.step(trainer.reader.read(trainer.state.nimg, config.training.batch_size))
+    means = trainer.state.means.averages(lambda sums: sums, 1)
+    trainer.close()
+    assert means["train/penalty_r1"] > 0
+
+
 def test_a_penalty_adds_its_weighted_gradient() -> None:
     found = []
     for weight in (0.0, 1.0, 3.0):
