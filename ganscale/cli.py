@@ -19,7 +19,7 @@ from ganscale.errors import CheckpointError, ConfigError, DataError, GanscaleErr
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ganscale.checkpoint import Checkpoint
+    from ganscale.checkpoint import CheckpointStore
     from ganscale.config import Config
     from ganscale.data.shards import ShardSet
 
@@ -217,24 +217,46 @@ def shards_info(root: Annotated[str, typer.Argument(help="Folder or URL of the s
     _print_shards(ShardSet.load(root))
 
 
+Run = Annotated[Path, typer.Argument(help="Folder of the run.")]
+
+
 @checkpoint_app.command("list", epilog="Example: ganscale checkpoint list runs/quickstart")
-def checkpoint_list(run: Annotated[Path, typer.Argument(help="Folder of the run.")]) -> None:
-    """List a run's checkpoints and whether each verifies."""
-    for checkpoint, problem in _checked(run):
+def checkpoint_list(run: Run) -> None:
+    """List a run's checkpoints, whether each verifies, and which the run would go on from."""
+    store = _checkpoints(run)
+    line = store.lineage()
+    usable = []
+    for name in store.names():
+        problem = store.verify(name)
         state = "verified" if problem is None else f"DAMAGED: {problem}"
-        typer.echo(f"{checkpoint.path.name}  {checkpoint.nimg / 1000:10.1f} kimg  {state}")
+        if name not in line:
+            state += ", not part of the run: a newer attempt began before it"
+        elif problem is None:
+            usable.append(name)
+        typer.echo(f"{name}  {name.nimg / 1000:10.1f} kimg  {state}")
+    for folder in store.unfinished():
+        typer.echo(f"{folder.path}  unfinished")
+    typer.echo(f"goes on from {max(usable) if usable else 'nothing'}")
 
 
 @checkpoint_app.command("verify", epilog="Example: ganscale checkpoint verify runs/quickstart")
-def checkpoint_verify(run: Annotated[Path, typer.Argument(help="Folder of the run.")]) -> None:
+def checkpoint_verify(run: Run) -> None:
     """Check sizes and hashes of all checkpoints; exit code 1 if one is damaged."""
-    found = _checked(run)
-    damaged = [(c, problem) for c, problem in found if problem is not None]
-    for checkpoint, problem in damaged:
-        typer.echo(f"{checkpoint.path}: {problem}")
-    if damaged:
-        raise CheckpointError(f"{len(damaged)} of {len(found)} checkpoints are damaged")
-    typer.echo(f"{len(found)} checkpoints verified")
+    store = _checkpoints(run)
+    names = store.names()
+    problems = {name: problem for name in names if (problem := store.verify(name)) is not None}
+    for name, problem in problems.items():
+        typer.echo(f"{store.where(name)}: {problem}")
+    if problems:
+        raise CheckpointError(f"{len(problems)} of {len(names)} checkpoints are damaged")
+    typer.echo(f"{len(names)} checkpoints verified")
+
+
+@checkpoint_app.command("repair", epilog="Example: ganscale checkpoint repair runs/quickstart")
+def checkpoint_repair(run: Run) -> None:
+    """Put damaged checkpoints aside, remove what killed writers left; the sound ones stay."""
+    for line in _checkpoints(run).repair() or ["nothing to repair"]:
+        typer.echo(line)
 
 
 @bench_app.callback()
@@ -287,8 +309,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # torch warns that DDP's find_unused_parameters finds nothing; distribute.py says why it is set.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        app(arguments, standalone_mode=False)
-        code = 0
+        code = app(arguments, standalone_mode=False) or 0
     except typer.Exit as end:
         code = end.exit_code
     except (typer.Abort, KeyboardInterrupt):
@@ -327,17 +348,26 @@ def _console() -> Console:
 
 
 def _run(config: Config) -> None:
+    from ganscale.launch.signals import EXIT_CODES
     from ganscale.launch.start import start
+    from ganscale.run_directory import RunDirectory
 
-    run_dir = start(config, _console())
+    ending = start(config, _console())
+    run_dir = RunDirectory(config.run_dir)
     typer.echo(f"run        {run_dir.root}")
     for name, folder in (
         ("samples", run_dir.sample_grid(0).parent),
         ("snapshots", run_dir.snapshots),
-        ("checkpoint", run_dir.checkpoints),
+        ("checkpoint", Path(config.checkpoints)),
     ):
-        newest = max((p for p in folder.glob("[!.]*")), default=None)
+        newest = max((p for p in folder.glob("[!.]*-*")), default=None)
         typer.echo(f"{name:10} {newest}")
+    if ending.reason:
+        typer.echo(
+            f"stopped at {ending.nimg / 1000:g} of {config.total_nimg / 1000:g} kimg; "
+            f"to go on: ganscale resume {run_dir.root}"
+        )
+        raise typer.Exit(EXIT_CODES[ending.reason])
 
 
 def _print_plan(config: Config) -> None:
@@ -360,12 +390,17 @@ def _print_shards(shard_set: ShardSet) -> None:
     typer.echo(f"pixel std  {', '.join(f'{v:.3f}' for v in shard_set.pixel_std)}")
 
 
-def _checked(run: Path) -> list[tuple[Checkpoint, str | None]]:
-    from ganscale.checkpoint import list_checkpoints, verify_checkpoint
+def _checkpoints(run: Path) -> CheckpointStore:
+    from ganscale.checkpoint import CheckpointStore
+    from ganscale.config import load_config
     from ganscale.run_directory import RunDirectory
 
-    run_dir = RunDirectory(run)
-    found = list_checkpoints(run_dir.checkpoints)
-    if not found:
-        raise CheckpointError(f"no checkpoints in {run_dir.checkpoints}")
-    return [(checkpoint, verify_checkpoint(checkpoint)) for checkpoint in found]
+    run_dir = RunDirectory(run.expanduser().absolute())
+    location = str(run_dir.root / "checkpoints")
+    if run_dir.config.is_file():
+        place = {"storage": str(run_dir.root.parent), "name": run_dir.name}
+        location = load_config(run_dir.config).with_changes(place).checkpoints
+    store = CheckpointStore(location)
+    if not store.names():
+        raise CheckpointError(f"no checkpoints in {store.location}")
+    return store

@@ -1,10 +1,10 @@
 """What ganscale raises for users: one readable line that says what is wrong and what to do.
 
-Programming errors are asserts; these four are for people. The command line prints the message
+Programming errors are asserts; these are for people. The command line prints the message
 alone and maps the class to an exit code.
 """
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "GanscaleError"]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "GanscaleError", "TrainingFault"]
 
 
 class GanscaleError(Exception):
@@ -21,3 +21,7 @@ class DataError(GanscaleError):
 
 class CheckpointError(GanscaleError):
     """A checkpoint or snapshot is missing or damaged (exit code 1)."""
+
+
+class TrainingFault(GanscaleError):
+    """Training went wrong and `guard.policy` says to end it (exit code 1)."""

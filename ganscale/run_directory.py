@@ -29,18 +29,26 @@ class RunDirectory:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line per logged step; after a restart a step may recur, last wins."""
+        """One JSON object a line per logged step, with the attempt that logged it.
+
+        Where an attempt starts from an earlier position, its rows replace those after that.
+        """
         return self.root / "metrics.jsonl"
 
     @property
     def events(self) -> Path:
-        """One JSON object a line per start, resume, checkpoint, skip and end."""
+        """One JSON object a line per start, resume, checkpoint, fault, rollback, skip and end."""
         return self.root / "events.jsonl"
 
     @property
-    def checkpoints(self) -> Path:
-        """Resumable states, one folder each."""
-        return self.root / "checkpoints"
+    def stacks(self) -> Path:
+        """Stacks of the workers' threads, written when a step hung."""
+        return self.root / "stacks"
+
+    @property
+    def wandb_run_id(self) -> Path:
+        """The id of the run in W&B, the same for all its attempts."""
+        return self.root / "wandb_run_id"
 
     @property
     def snapshots(self) -> Path:

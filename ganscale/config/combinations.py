@@ -22,11 +22,18 @@ def impossible(config: Config) -> Iterator[str]:
 
 
 def _lengths(config: Config) -> Iterator[str]:
-    training, workers = config.training, config.launch.num_workers
-    if training.batch_size < 2 * workers:
+    training, launch = config.training, config.launch
+    if launch.min_workers > launch.max_workers:
+        yield f"launch.num_workers=[{launch.min_workers}, {launch.max_workers}] must be [min, max]"
+    if training.batch_size < 2 * launch.max_workers:
         yield (
             f"training.batch_size={training.batch_size} is too small for "
-            f"launch.num_workers={workers}: give each worker at least 2 images"
+            f"launch.num_workers={launch.max_workers}: give each worker at least 2 images"
+        )
+    if launch.min_workers < launch.max_workers and launch.backend == "inprocess":
+        yield (
+            f"launch.num_workers=[{launch.min_workers}, {launch.max_workers}] needs "
+            "launch.backend=ray: a process here cannot start others"
         )
     if training.batch_size > 1000 * training.total_kimg:
         yield (

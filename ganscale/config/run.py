@@ -18,6 +18,7 @@ from ganscale.config.sections import (
     AugmentConfig,
     CheckpointConfig,
     DataConfig,
+    GuardConfig,
     LaunchConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -48,6 +49,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     samples: SamplesConfig = SamplesConfig()
     tracking: TrackingConfig = TrackingConfig()
     launch: LaunchConfig = LaunchConfig()
@@ -62,6 +64,16 @@ class Config(Section):
     def run_dir(self) -> Path:
         """Absolute path of the run's folder."""
         return Path(self.storage).expanduser().absolute() / self.name
+
+    @property
+    def checkpoints(self) -> str:
+        """Absolute path or URL of the run's checkpoints."""
+        location = self.checkpoint.location
+        if location is None:
+            return str(self.run_dir / "checkpoints")
+        if "://" in location:
+            return f"{location.rstrip('/')}/{self.name}"
+        return str(Path(location).expanduser().absolute() / self.name)
 
     @property
     def total_nimg(self) -> int:

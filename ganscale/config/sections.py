@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from ganscale.config.schedule import Schedule, within
 from ganscale.config.section import Section
@@ -13,6 +13,7 @@ __all__ = [
     "AugmentConfig",
     "CheckpointConfig",
     "DataConfig",
+    "GuardConfig",
     "LaunchConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
@@ -166,12 +167,33 @@ class TrainingConfig(Section):
 class CheckpointConfig(Section):
     """What is kept so that nothing is lost."""
 
+    location: str | None = None
+    """Path or URL (s3://) that holds runs' checkpoints, each in NAME; null is the run's folder."""
     every_kimg: float = Field(50.0, gt=0)
-    """Distance between checkpoints; one more is written at the end."""
-    keep_last: int = Field(3, ge=1)
+    """Distance between checkpoints; one more is written at the beginning and at the end."""
+    every_minutes: float = Field(15.0, gt=0)
+    """Longest time between them, for models that are slow."""
+    keep_last: int = Field(3, ge=2)
     """Checkpoints kept; an older one goes only after a newer one is durable."""
+    keep_best: int = Field(0, ge=0)
+    """Further ones kept: those with the best `best_metric`."""
+    best_metric: Literal["metrics/diversity"] = "metrics/diversity"
+    """What the best are judged by; higher is better."""
+    max_staleness_minutes: float = Field(60.0, gt=0)
+    """How long training goes on while the store takes no checkpoint; then the run ends."""
     snapshot_every_kimg: float = Field(250.0, gt=0)
     """Distance between snapshots (generators for inference); one more at the end."""
+
+
+class GuardConfig(Section):
+    """What happens when training goes wrong: collapse, a stuck player, non-finite losses."""
+
+    policy: Literal["warn", "rollback", "stop"] = "warn"
+    """Note it; go back to a healthy checkpoint and on from there with other latents; or end."""
+    max_rollbacks: int = Field(3, ge=1)
+    """Rollbacks of a run; the fault after them ends it."""
+    rollback_lr_factor: float = Field(1.0, gt=0, le=1)
+    """Learning rates are multiplied by this at each rollback."""
 
 
 class SamplesConfig(Section):
@@ -199,8 +221,8 @@ class LaunchConfig(Section):
 
     backend: Literal["ray", "inprocess"] = "ray"
     """ray starts DDP workers through Ray Train; inprocess trains right here (or under torchrun)."""
-    num_workers: int = Field(1, ge=1)
-    """DDP workers."""
+    num_workers: Annotated[int, Field(ge=1)] | tuple[PositiveInt, PositiveInt] = 1
+    """DDP workers; [min, max] takes as many as the cluster has room for, now and later."""
     use_gpu: bool = False
     """One CUDA device a worker."""
     cpus_per_worker: float = Field(1.0, gt=0)
@@ -210,6 +232,20 @@ class LaunchConfig(Section):
     ray_address: str | None = None
     """Address of a running cluster; null uses RAY_ADDRESS, else starts Ray on this machine."""
     max_failures: int = Field(3, ge=-1)
-    """Restarts of the worker group after a fault, each from the newest checkpoint; -1 no limit."""
+    """Restarts after a fault without a checkpoint in between; -1 is without limit."""
     timeout_seconds: float = Field(600.0, gt=0)
     """How long a collective may wait for a silent worker before it counts as a fault."""
+    stall_seconds: float = Field(120.0, gt=0)
+    """A step that takes longer is told of: which worker it waits for, and where that is."""
+    grace_seconds: float = Field(60.0, gt=0)
+    """Time to checkpoint and end after SIGTERM or Ctrl-C; then, or at a second one, at once."""
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers the run goes on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers it takes."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]

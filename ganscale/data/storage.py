@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import tempfile
@@ -89,6 +90,15 @@ class RetryPolicy:
         """Seconds to wait after attempt 1, 2, ...: doubled each time, with full jitter."""
         longest = min(self.max_delay_seconds, self.first_delay_seconds * 2.0 ** (attempt - 1))
         return random.uniform(longest / 2, longest)
+
+    def delays(self) -> Iterator[float]:
+        """Seconds to wait after each failed attempt; ends when the deadline would pass."""
+        deadline = time.monotonic() + self.deadline_seconds
+        for attempt in itertools.count(1):
+            delay = self.delay(attempt)
+            if time.monotonic() + delay > deadline:
+                return
+            yield delay
 
 
 class Store(Protocol):

@@ -7,6 +7,7 @@ as JSON metadata. Loading executes no stored code.
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,14 @@ from ganscale.generation.latents import seeded_labels, seeded_latents
 from ganscale.models import build_generator
 from ganscale.run_directory import RunDirectory
 
-__all__ = ["SampleableGenerator", "load_generator", "save_grid", "save_snapshot", "to_uint8"]
+__all__ = [
+    "SampleableGenerator",
+    "diversity",
+    "load_generator",
+    "save_grid",
+    "save_snapshot",
+    "to_uint8",
+]
 
 _METADATA_KEY = "ganscale"
 # Every forward has this many rows, so that an image does not depend on what is drawn beside it:
@@ -79,6 +87,19 @@ class SampleableGenerator:
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [-1, 1] as uint8 in 0..255, rounded to nearest, what is outside clamped."""
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def diversity(images: Tensor) -> float:
+    """How different images are: the mean over pairs of their root mean square distance.
+
+    Args:
+        images: uint8, (N, C, H, W) with N > 1.
+
+    Returns:
+        A number from 0, all alike, to 255. Real CIFAR-10 images have about 84.
+    """
+    flat = images.flatten(1).double()
+    return float(torch.pdist(flat).mean()) / math.sqrt(flat.shape[1])
 
 
 def save_snapshot(path: Path, model: nn.Module, *, spec: dict[str, Any], nimg: int) -> None:

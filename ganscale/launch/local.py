@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from ganscale.config import Config
 from ganscale.errors import ConfigError
+from ganscale.launch.signals import stopping_on_signals
 from ganscale.training.loop import train
+from ganscale.training.stopping import Ending, StopRequest
 from ganscale.world import World, process_group
 
 __all__ = ["train_in_process"]
 
 
-def train_in_process(config: Config) -> None:
+def train_in_process(config: Config) -> Ending:
     """Run the training loop in this process.
 
     Raises `ConfigError` if `launch.num_workers` is not the number of processes there are.
@@ -22,5 +24,9 @@ def train_in_process(config: Config) -> None:
             f"launch.num_workers={config.launch.num_workers}: use launch.backend=ray, or start "
             f"torchrun --nproc-per-node {config.launch.num_workers} -m ganscale train ..."
         )
-    with process_group(world, timeout_seconds=config.launch.timeout_seconds):
-        train(config, world)
+    stop = StopRequest()
+    with (
+        process_group(world, timeout_seconds=config.launch.timeout_seconds),
+        stopping_on_signals(stop, config.launch.grace_seconds),
+    ):
+        return train(config, world, stop)

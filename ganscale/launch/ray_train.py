@@ -1,77 +1,215 @@
-"""Train under Ray Train: DDP workers on this machine or a cluster, restarted after a fault.
+"""Train under Ray Train: DDP workers on this machine or a cluster.
 
-Ray starts and restarts the workers; which checkpoint they go on from is decided by our manifests,
-so nothing is reported through Ray but the end.
+Ray starts the workers, and starts them again when one is gone; `launch.supervisor` decides what
+happens when that does not help, or the number of workers has to change.
+Which checkpoint they go on from is decided by our manifests, so nothing is reported through Ray,
+and what Ray has stored of earlier groups is never read. Driver and workers exchange two words, a
+stop request and how a group ended, through the cluster's key-value store.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import secrets
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray._private.state import available_resources_per_node
+from ray.exceptions import RayError
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, WorkerGroupError
 
 from ganscale.config import Config
 from ganscale.errors import GanscaleError
+from ganscale.launch.signals import stopping_on_signals
+from ganscale.launch.supervisor import Failure, Supervisor
+from ganscale.run_directory import RunDirectory
+from ganscale.tracking.sinks import EventLog
+from ganscale.training.stopping import Ending, StopRequest
 from ganscale.world import World
 
 __all__ = ["train_on_ray"]
 
-# Read by Ray when it starts: workers stay where paths are valid, a fault is noticed in a second.
+# Read by Ray when it starts: workers stay where paths are valid, a fault is noticed in a second, a
+# worker that does not answer is given up in time, a group that does not fit is not waited for.
 _RAY_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "30",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     "RAY_worker_niceness": "0",
     "RAY_AUTH_MODE": "disabled",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+_POLL_SECONDS = 0.3
 
 
-def train_on_ray(config: Config) -> None:
-    """Run the training loop in `launch.num_workers` Ray workers and wait for the end.
+def train_on_ray(config: Config, supervisor: Supervisor) -> Ending:
+    """Run the training loop in Ray workers, restarted after faults, and wait for the end.
 
     Uses the cluster at `launch.ray_address` or RAY_ADDRESS, else starts Ray here without a
     dashboard and ends it afterwards. Raises `GanscaleError` with the worker's message when training
     failed for good.
     """
-    launch = config.launch
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"config": config.model_dump()},
-        torch_config=TorchConfig(timeout_s=int(launch.timeout_seconds)),
-        scaling_config=ScalingConfig(
-            num_workers=launch.num_workers,
-            use_gpu=launch.use_gpu,
-            resources_per_worker={"CPU": launch.cpus_per_worker, **_gpu(launch.use_gpu)},
-        ),
-        run_config=RunConfig(
-            name=config.name,
-            storage_path=str(config.run_dir / "ray"),
-            failure_config=FailureConfig(max_failures=launch.max_failures),
-        ),
-    )
-    with _cluster(launch.ray_address):
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            raise GanscaleError(_first_message(error)) from error
+    stop = StopRequest()
+    # In this order: Ray replaces the handlers of signals when it starts.
+    with (
+        _cluster(config.launch.ray_address),
+        stopping_on_signals(stop, config.launch.grace_seconds),
+    ):
+        return supervisor.run(RayWorkers(config), stop)
 
 
-def _gpu(use_gpu: bool) -> dict[str, float]:
-    return {"GPU": 1.0} if use_gpu else {}
+class RayWorkers:
+    """Groups of workers on a Ray cluster, one after the other."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def room(self) -> int:
+        """How many more workers fit on the cluster now."""
+        launch = self.config.launch
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        count = 0
+        for node, free in available_resources_per_node().items():
+            if node in alive:
+                fits = free.get("CPU", 0.0) / launch.cpus_per_worker
+                gpus = free.get("GPU", 0.0) if launch.use_gpu else fits
+                count += int(min(fits, gpus) + 1e-6)
+        return count
+
+    def run(self, num_workers: int, stop: StopRequest) -> Ending:
+        """Train with a group of workers until it ends, passing on `stop`.
+
+        Raises `Failure` when a worker, its node or the controller is gone, or the cause of an
+        error that would come again.
+        """
+        token = secrets.token_hex(8)
+        trainer = self._trainer(num_workers, token)
+        outcome: list[Ending | BaseException] = []
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+                if error := _told(token, "error"):
+                    raise GanscaleError(f"training failed on {error}")
+                outcome.append(Ending(**json.loads(_told(token, "ending"))))
+            except BaseException as error:
+                outcome.append(error)
+
+        # Not in the main thread, where Ray would replace our signal handlers by its own.
+        thread = threading.Thread(target=fit, name="fit", daemon=True)
+        thread.start()
+        told = ""
+        while thread.is_alive():
+            thread.join(_POLL_SECONDS)
+            if stop.reason != told:
+                told = stop.reason
+                _tell(token, "stop", told)
+        (ended,) = outcome
+        if isinstance(ended, Ending):
+            return ended
+        raise self._explained(ended) from ended
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """The error that ends the run, or a `Failure` after which another group may go on."""
+        if isinstance(error, WorkerGroupError) and error.worker_failures:
+            faults = self.config.launch.max_failures + 1
+            return Failure(_first_cause(error.worker_failures), faults=faults)
+        if isinstance(error, PreemptionError):
+            return Failure("a node was taken away", faults=0)
+        if isinstance(error, TrainingFailedError | RayError):
+            text = " ".join(str(error).split())[:300]
+            return Failure(f"{type(error).__name__}: {text}")
+        return error
+
+    def _trainer(self, num_workers: int, token: str) -> TorchTrainer:
+        launch, folder = self.config.launch, self.config.run_dir / "ray"
+        # What Ray keeps of a group is of no use to the next, and unreadable after some faults.
+        shutil.rmtree(folder, ignore_errors=True)
+        return TorchTrainer(
+            _worker,
+            train_loop_config={"config": self.config.model_dump(), "token": token},
+            torch_config=TorchConfig(
+                backend="cpu:gloo,cuda:nccl" if launch.use_gpu else "gloo",
+                timeout_s=int(launch.timeout_seconds),
+            ),
+            scaling_config=ScalingConfig(
+                num_workers=num_workers,
+                use_gpu=launch.use_gpu,
+                resources_per_worker={
+                    "CPU": launch.cpus_per_worker,
+                    **({"GPU": 1.0} if launch.use_gpu else {}),
+                },
+            ),
+            run_config=RunConfig(
+                name=self.config.name,
+                storage_path=str(folder),
+                failure_config=FailureConfig(
+                    max_failures=launch.max_failures,
+                    controller_failure_limit=0,
+                    max_preemption_failures=0,
+                ),
+                callbacks=[_FaultNotes(self.config.run_dir)],
+            ),
+        )
 
 
 def _worker(settings: dict[str, Any]) -> None:
     from ganscale.training.loop import train
 
-    config = Config.model_validate(settings["config"])
-    train(config, World.detect("cuda" if config.launch.use_gpu else "cpu"))
+    config, token = Config.model_validate(settings["config"]), settings["token"]
+    if _told(token, "error"):
+        return  # Ray starts workers again after any error; this one would only come again
+    world = World.detect("cuda" if config.launch.use_gpu else "cpu")
+    stop = StopRequest()
+    done = threading.Event()
+    listener = threading.Thread(
+        target=_listen, args=(token, world, stop, done), name="stop", daemon=True
+    )
+    listener.start()
+    try:
+        ending = train(config, world, stop)
+    except GanscaleError as error:
+        _tell(token, "error", f"rank {world.rank}: {error}")
+        raise
+    finally:
+        done.set()
+    if world.is_main:
+        _tell(token, "ending", json.dumps(asdict(ending)))
+
+
+def _listen(token: str, world: World, stop: StopRequest, done: threading.Event) -> None:
+    """Take up what the driver asks for; leave a node in time that is about to be taken away."""
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    preemption = get_train_context().preemption_context
+    while not done.wait(_POLL_SECONDS):
+        if world.is_main and (reason := _told(token, "stop")):
+            stop.reason = reason
+        elif not stop.reason and preemption.preemption_info is not None:
+            stop.reason = "regroup"
+
+
+def _tell(token: str, what: str, text: str) -> None:
+    """Leave a message for the other side: the driver, or rank 0 of the group with this token."""
+    _internal_kv_put(f"ganscale-{token}-{what}", text.encode(), overwrite=True)
+
+
+def _told(token: str, what: str) -> Any:
+    """The message that the other side left; empty if there is none."""
+    return (_internal_kv_get(f"ganscale-{token}-{what}") or b"").decode()
 
 
 @contextmanager
@@ -81,11 +219,11 @@ def _cluster(address: str | None) -> Iterator[None]:
         yield
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if address:
         ray.init(address=address, **options)
     else:
-        for name, value in _RAY_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
         ray.init(include_dashboard=False, **options)
     try:
         yield
@@ -93,10 +231,25 @@ def _cluster(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _first_message(error: TrainingFailedError) -> str:
-    if isinstance(error, WorkerGroupError) and error.worker_failures:
-        rank, failure = sorted(error.worker_failures.items())[0]
-        lines = str(failure).strip().splitlines() or [repr(failure)]
-        last = lines[-1].strip("'")
-        return f"training failed on rank {rank}: {last}"
-    return f"training failed: {' '.join(str(error).split())[:500]}"
+class _FaultNotes(UserCallback):  # type: ignore[misc]
+    """Notes faults in the run's events, from Ray's controller, which outlives the workers."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._events = RunDirectory(run_dir).events
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        # An error here would end the run; the controller may be where there is no such folder.
+        with suppress(OSError):
+            log = EventLog(self._events)
+            log.write("fault", message=_first_cause(worker_exceptions))
+            log.close()
+
+
+def _first_cause(failures: Mapping[int, Exception]) -> str:
+    """What happened, in one line. Who lost touch with a worker says less than who was lost."""
+    causes = [(rank, getattr(e, "_base_exc", e)) for rank, e in sorted(failures.items())]
+    own = [(rank, cause) for rank, cause in causes if "Connection" not in str(cause)]
+    rank, cause = (own or causes)[0]
+    if type(cause).__name__ == "WorkerHealthCheckFailedError":
+        return f"rank {rank} is gone"
+    return f"rank {rank}: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}"

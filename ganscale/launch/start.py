@@ -8,15 +8,18 @@ from typing import Any
 
 from rich.console import Console
 
-from ganscale.checkpoint import newest_valid
+from ganscale.checkpoint import CheckpointStore
 from ganscale.config import Config, load_config
 from ganscale.data.building import build_shards
 from ganscale.data.sources import open_source, resolve_source
 from ganscale.data.storage import is_url
 from ganscale.errors import CheckpointError, ConfigError
+from ganscale.launch.supervisor import Supervisor
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.console import RunFollower, counting
+from ganscale.tracking.sinks import EventLog
 from ganscale.training.build import check_against_shards, load_shards
+from ganscale.training.stopping import Ending
 
 __all__ = ["prepare_shards", "resume_config", "start"]
 
@@ -26,6 +29,7 @@ _MAY_CHANGE = (
     "tracking.",
     "checkpoint.",
     "samples.",
+    "guard.",
     "storage",
     "data.shards",
     "data.source",
@@ -37,8 +41,11 @@ _MAY_CHANGE = (
 )
 
 
-def start(config: Config, console: Console) -> RunDirectory:
-    """Train as configured, on from the newest checkpoint if the run exists; waits for the end."""
+def start(config: Config, console: Console) -> Ending:
+    """Train as configured, on from the newest checkpoint if the run exists; waits for the end.
+
+    SIGTERM and Ctrl-C end it early, with a checkpoint.
+    """
     run_dir = RunDirectory(config.run_dir)
     config = prepare_shards(config, console)
     check_against_shards(config, load_shards(config))
@@ -49,12 +56,24 @@ def start(config: Config, console: Console) -> RunDirectory:
         if config.launch.backend == "inprocess":
             from ganscale.launch.local import train_in_process
 
-            train_in_process(config)
-        else:
-            from ganscale.launch.ray_train import train_on_ray
+            return train_in_process(config)
+        from ganscale.launch.ray_train import train_on_ray
 
-            train_on_ray(config)
-    return run_dir
+        return train_on_ray(config, _supervisor(config, run_dir))
+
+
+def _supervisor(config: Config, run_dir: RunDirectory) -> Supervisor:
+    store = CheckpointStore(config.checkpoints)
+
+    def newest_nimg() -> int:
+        return next((name.nimg for name in store.lineage()), -1)
+
+    def note(event: str, **fields: Any) -> None:
+        log = EventLog(run_dir.events)
+        log.write(event, **fields)
+        log.close()
+
+    return Supervisor(config, newest_nimg, note)
 
 
 def prepare_shards(config: Config, console: Console) -> Config:
@@ -83,14 +102,15 @@ def resume_config(folder: Path, overrides: dict[str, object]) -> Config:
     run_dir = RunDirectory(folder.expanduser().absolute())
     if not run_dir.config.is_file():
         raise CheckpointError(f"{folder} is not a run: it has no {run_dir.config.name}")
-    if newest_valid(run_dir.checkpoints) is None:
+    place = {"storage": str(run_dir.root.parent), "name": run_dir.name}
+    config = load_config(run_dir.config).with_changes({**place, **overrides})
+    store = CheckpointStore(config.checkpoints)
+    if all(store.verify(name) is not None for name in store.lineage()):
         raise CheckpointError(
-            f"{run_dir.checkpoints} has no checkpoint that verifies. See: ganscale checkpoint "
+            f"{store.location} has no checkpoint that verifies. See: ganscale checkpoint "
             f"list {folder}; to start anew, use ganscale train with another name"
         )
-    config = load_config(run_dir.config)
-    place = {"storage": str(run_dir.root.parent), "name": run_dir.name}
-    return config.with_changes({**place, **overrides})
+    return config
 
 
 def _shards_name(source: str, kind: str) -> str:
@@ -100,7 +120,7 @@ def _shards_name(source: str, kind: str) -> str:
 
 
 def _check_same_run(config: Config, run_dir: RunDirectory) -> None:
-    if not run_dir.config.is_file() or not any(run_dir.checkpoints.glob("nimg-*")):
+    if not run_dir.config.is_file() or not CheckpointStore(config.checkpoints).names():
         return
     before, now = _settings(load_config(run_dir.config)), _settings(config)
     changed = [

@@ -24,6 +24,7 @@ from ganscale.run_directory import RunDirectory
 __all__ = ["RunFollower", "counting"]
 
 _POLL_SECONDS = 0.3
+_WRONG = ("alarm", "checkpoint_failed", "fault", "group_lost", "stall")
 
 
 class RunFollower(AbstractContextManager["RunFollower"]):
@@ -74,14 +75,14 @@ class RunFollower(AbstractContextManager["RunFollower"]):
             self._show_row(row)
 
     def _show_event(self, event: dict[str, Any]) -> None:
-        kimg = event.get("nimg", 0) / 1000
-        if event["event"] in ("start", "resume"):
-            self._console.print(
-                f"{event['event']} at {kimg:g} kimg: {event['world_size']} worker(s), "
-                f"{event['device']}, {event['precision']}, W&B {event['wandb']}",
-                highlight=False,
-            )
-        self._progress.update(self._task, description="training")
+        text = describe_event(event)
+        if text is not None:
+            wrong = event["event"] in _WRONG
+            style = "yellow" if wrong else None
+            self._console.print(text, highlight=False, soft_wrap=True, style=style)
+        busy = {"fault": "restarting", "waiting": "waiting for room", "regroup": "regrouping"}
+        doing = busy.get(event["event"], "training")
+        self._progress.update(self._task, description=doing)
 
     def _show_row(self, row: dict[str, Any]) -> None:
         status = describe_row(row, self._total)
@@ -89,6 +90,31 @@ class RunFollower(AbstractContextManager["RunFollower"]):
         if not self._console.is_terminal:
             done = f"{row['nimg'] / 1000:9.1f}/{self._total / 1000:g} kimg"
             self._console.print(f"{done}  {status}", highlight=False, soft_wrap=True)
+
+
+def describe_event(event: dict[str, Any]) -> str | None:
+    """An event in a few words; None for one that nobody waits for, such as a checkpoint."""
+    kind, kimg, message = event["event"], event.get("nimg", 0) / 1000, event.get("message", "")
+    if kind in ("start", "resume", "rollback"):
+        return (
+            f"{kind} at {kimg:g} kimg: {event['world_size']} worker(s), {event['device']}, "
+            f"{event['precision']}, W&B {event['wandb']}"
+        )
+    if kind == "stall":
+        ranks = ", ".join(str(rank) for rank in event["ranks"])
+        return (
+            f"step {event['step']} has taken {event['seconds']:.0f} s; it waits for rank {ranks} "
+            f"(stacks in {event['stacks']})"
+        )
+    if kind == "waiting":
+        return f"waiting for {event['min_workers']} worker(s); there is room for {event['room']}"
+    if kind == "regroup":
+        return f"room for {event['room']} more: {event['num_workers']} worker(s) make way"
+    if kind == "alarm":
+        return f"at {kimg:g} kimg {message} ({event['kind']}: {event['action']})"
+    if kind == "checkpoint_failed":
+        return f"the checkpoint at {kimg:g} kimg could not be written: {message}"
+    return {"fault": f"fault: {message}", "group_lost": f"starting anew: {message}"}.get(kind)
 
 
 def describe_row(row: dict[str, Any], total_nimg: int) -> str:

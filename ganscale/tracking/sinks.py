@@ -26,6 +26,10 @@ class Sink(Protocol):
         """A PNG that has been written."""
         ...
 
+    def alert(self, title: str, text: str) -> None:
+        """Something is wrong, and people should know."""
+        ...
+
     def close(self) -> None:
         """Nothing comes after this."""
         ...
@@ -39,6 +43,9 @@ class NullSink:
 
     def log_picture(self, name: str, path: Path, *, nimg: int, step: int) -> None:
         """Forget the picture."""
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell nobody."""
 
     def close(self) -> None:
         """Nothing to close."""
@@ -60,6 +67,11 @@ class Sinks:
         for sink in self.sinks:
             sink.log_picture(name, path, nimg=nimg, step=step)
 
+    def alert(self, title: str, text: str) -> None:
+        """Tell all."""
+        for sink in self.sinks:
+            sink.alert(title, text)
+
     def close(self) -> None:
         """Close all."""
         for sink in self.sinks:
@@ -79,6 +91,9 @@ class JsonlSink:
 
     def log_picture(self, name: str, path: Path, *, nimg: int, step: int) -> None:
         """Pictures are files of their own."""
+
+    def alert(self, title: str, text: str) -> None:
+        """Alerts are events, in a file of their own."""
 
     def close(self) -> None:
         """Close the file."""

@@ -1,13 +1,14 @@
 """Means of training statistics between two log rows, accumulated on the device.
 
 Adding costs no host sync, and a phase need not have every statistic; `averages` makes one
-all-reduce and one transfer. A row is logged with every checkpoint, so that no unfinished sums need
-saving: a resumed run logs the same rows.
+all-reduce and one transfer. Unfinished sums are part of a checkpoint, so a resumed run logs the
+rows of one that was not interrupted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,3 +48,26 @@ class RunningMeans:
         self._counts = dict.fromkeys(self.names, 0)
         self.num_steps = 0
         return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's unfinished sums."""
+        return {
+            "sums": dict(zip(self.names, self._sums.tolist(), strict=True)),
+            "counts": dict(self._counts),
+            "num_steps": self.num_steps,
+        }
+
+    def load_state_dict(
+        self, states: Sequence[Mapping[str, Any]], rank: int, world_size: int
+    ) -> None:
+        """Go on from what all ranks had; another number of them shares the sums evenly."""
+        if len(states) == world_size:
+            sums = states[rank]["sums"]
+        else:
+            sums = {
+                name: sum(s["sums"].get(name, 0.0) for s in states) / len(states)
+                for name in self.names
+            }
+        self._sums.copy_(torch.tensor([sums.get(n, 0.0) for n in self.names], dtype=torch.float64))
+        self._counts = {name: states[0]["counts"].get(name, 0) for name in self.names}
+        self.num_steps = states[0]["num_steps"]

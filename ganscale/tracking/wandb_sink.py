@@ -30,7 +30,7 @@ class WandbSink:
         import wandb
 
         run_dir.root.mkdir(parents=True, exist_ok=True)
-        self.run_id = _run_id(run_dir.root / "wandb_run_id")
+        self.run_id = _run_id(run_dir.wandb_run_id)
         self._wandb = wandb
         self._run = wandb.init(
             project=project,
@@ -55,6 +55,10 @@ class WandbSink:
         """Send the picture, with its caption."""
         picture = self._wandb.Image(str(path), caption=f"{nimg / 1000:g} kimg")
         self._run.log({name: picture, "step": step, "nimg": nimg}, commit=True)
+
+    def alert(self, title: str, text: str) -> None:
+        """Send an alert, which W&B mails to those who asked for it."""
+        self._run.alert(title, text, level="WARN")
 
     def close(self) -> None:
         """Finish the run."""

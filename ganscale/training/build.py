@@ -192,9 +192,9 @@ def check_against_shards(config: Config, shard_set: ShardSet) -> None:
             f"model.num_classes={config.model.num_classes}, but the set in {shard_set.location} "
             f"has {num_classes} classes"
         )
-    if config.launch.num_workers > shard_set.num_streams:
+    if config.launch.max_workers > shard_set.num_streams:
         raise ConfigError(
-            f"launch.num_workers={config.launch.num_workers} is more than the "
+            f"launch.num_workers={config.launch.max_workers} is more than the "
             f"{shard_set.num_streams} streams of {shard_set.location}: build it with more "
             "--num-shards and --num-streams"
         )

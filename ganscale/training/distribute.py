@@ -18,6 +18,7 @@ from ganscale.models.layers import MinibatchStd
 from ganscale.world import World
 
 __all__ = [
+    "broadcast_bytes",
     "GlobalBatchNorm2d",
     "GlobalMinibatchStd",
     "distribute",
@@ -27,6 +28,8 @@ __all__ = [
     "sum_over_ranks",
 ]
 
+
+_PIECE_BYTES = 2**28
 
 # Buffers are the same on all ranks by construction; a broadcast in each forward would be wasted,
 # and two forwards before a backward do not bear it. torch 2.14 renamed the option.
@@ -157,3 +160,14 @@ def gather_objects(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def broadcast_bytes(data: bytes | None) -> bytes:
+    """Rank 0's `data` on every rank; the others give None."""
+    size = torch.tensor(0 if data is None else len(data))
+    dist.broadcast(size, src=0)
+    received = bytearray(int(size)) if data is None else bytearray(data)
+    whole = torch.frombuffer(received, dtype=torch.uint8) if received else torch.empty(0)
+    for piece in whole.split(_PIECE_BYTES):
+        dist.broadcast(piece, src=0)
+    return bytes(received)

@@ -1,30 +1,27 @@
-"""The training loop: log, draw, checkpoint, done?, step. It knows nothing of Ray.
+"""The training loop: what is due, done?, step. It knows nothing of Ray.
 
-What happens when is a function of the position alone, so a run that was killed and resumed does
-what the uninterrupted one does, bit for bit at the same world size on the CPU.
+What happens when is a function of the position alone, but for checkpoints and stops, which change
+nothing that is computed. So a run that was killed and resumed does what the uninterrupted one does,
+bit for bit at the same world size on the CPU.
 """
 
 from __future__ import annotations
 
-import os
+import socket
 import time
 import warnings
-from dataclasses import asdict
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any, Literal
 
 import torch
 from torch import distributed as dist
 
-import ganscale
-from ganscale.checkpoint import load_state, newest_valid, save_checkpoint
 from ganscale.config import Config
 from ganscale.data.reader import Batch
 from ganscale.data.shards import ShardSet
-from ganscale.generation.latents import StepRandomness
-from ganscale.generation.sampling import SampleableGenerator, save_grid, save_snapshot
-from ganscale.run_directory import RunDirectory
-from ganscale.tracking.sinks import EventLog, JsonlSink, NullSink, Sink, Sinks
-from ganscale.tracking.wandb_sink import WandbSink, resolve_mode
+from ganscale.errors import TrainingFault
+from ganscale.generation.latents import StepRandomness, seed_for
 from ganscale.training.adversarial_step import (
     PhaseResult,
     Share,
@@ -40,7 +37,12 @@ from ganscale.training.build import (
     load_shards,
 )
 from ganscale.training.distribute import gather_objects, sum_over_ranks
+from ganscale.training.guard import Alarm, Guard
+from ganscale.training.outputs import Outputs
 from ganscale.training.precision import Precision
+from ganscale.training.saving import Saving, non_finite
+from ganscale.training.stopping import Agreement, Ending, StopRequest, Wishes
+from ganscale.training.watchdog import Watchdog
 from ganscale.world import World
 
 __all__ = ["Trainer", "train"]
@@ -48,22 +50,24 @@ __all__ = ["Trainer", "train"]
 _MAX_SKIPS_NAMED = 100
 
 
-def train(config: Config, world: World) -> None:
+def train(config: Config, world: World, stop: StopRequest | None = None) -> Ending:
     """Train to `training.total_kimg`, going on from the newest checkpoint that verifies.
 
-    Every rank calls this inside a process group. Raises `ConfigError` or `DataError` before
-    anything is written if the configuration cannot be trained.
+    Every rank calls this inside a process group. When any rank's `stop` is set, all finish the
+    step, checkpoint and return. Raises `ConfigError` or `DataError` before anything is written if
+    the configuration cannot be trained, `TrainingFault` when the guard ends the run, `Superseded`
+    when a newer attempt has taken over.
     """
     shard_set = load_shards(config)
     check_against_shards(config, shard_set)
     if world.device == "cpu":
         torch.set_num_threads(config.launch.threads_per_worker)
-    trainer = Trainer(config, world, shard_set)
+    trainer = Trainer(config, world, shard_set, stop or StopRequest())
     with warnings.catch_warnings():
         # Of gradients with a dimension of size 1, whose strides mean nothing.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         try:
-            trainer.run()
+            return trainer.run()
         finally:
             trainer.close()
 
@@ -71,33 +75,36 @@ def train(config: Config, world: World) -> None:
 class Trainer:
     """One rank of a run."""
 
-    def __init__(self, config: Config, world: World, shard_set: ShardSet) -> None:
+    def __init__(
+        self, config: Config, world: World, shard_set: ShardSet, stop: StopRequest | None = None
+    ) -> None:
         self.config = config
         self.world = world
-        self.run_dir = RunDirectory(config.run_dir)
+        self.stop = stop or StopRequest()
         self.precision = Precision.resolve(config.training.precision, world.torch_device)
-        self.state = build_state(config, self.precision, world)
+        self.saving = Saving(config, world)
+        self.outputs = Outputs(config, world)
         self.reader = build_reader(config, shard_set, world, gather_objects)
-        self._start_from_newest_checkpoint()
-        self.sink: Sink = NullSink()
-        self.events: EventLog | None = None
-        if world.is_main:
-            self._open_tracking()
-        self._skipped: list[str] = []
-        self._clock = time.perf_counter()
+        self.watchdog = Watchdog(
+            world,
+            self.outputs.run_dir.stacks,
+            stall_seconds=config.launch.stall_seconds,
+            report=lambda **fields: self.outputs.event("stall", **fields),
+            host=socket.gethostname(),
+        )
+        self._agreement = Agreement()
+        self._begin("resume")
 
-    def run(self) -> None:
-        """The loop, to the end of the run."""
-        batches = self.reader.batches(self.state.nimg, self.config.training.batch_size)
-        started_at = self.state.nimg
-        while True:
-            done = self.state.nimg >= self.config.total_nimg
-            if self.state.nimg > started_at or started_at == 0:
-                self._write_what_is_due(done=done)
-            if done:
-                break
-            self.step(next(batches))
-        batches.close()
+    def run(self) -> Ending:
+        """The loop, to the end of the run or to a stop."""
+        with self.watchdog:
+            while True:
+                batches = self.reader.batches(self.state.nimg, self.config.training.batch_size)
+                with closing(batches):
+                    outcome = self._follow(batches)
+                if isinstance(outcome, Ending):
+                    return outcome
+                self._roll_back(outcome)
 
     def step(self, batch: Batch) -> None:
         """A discriminator update on a global batch, of which this rank has `batch`.
@@ -107,32 +114,88 @@ class Trainer:
         state, training = self.state, self.config.training
         self._skipped += [str(error) for error in batch.skipped]
         rules, share = build_rules(self.config, state, self.precision), self._share(batch)
+        self.watchdog.mark(state.step, "discriminator")
         seen = discriminator_phase(state.generator, state.discriminator, rules, share)
-        self._note(seen, "D", state.discriminator.step(state.nimg))
+        self._note(seen, "D", state.discriminator.step(state.nimg, self._lr_factor))
         if self.config.augment.target is not None or self.config.penalty.lecam:
             state.feedback.update(seen, step=state.step, batch_size=training.batch_size)
         state.nimg += training.batch_size
         state.step += 1
         if state.step % training.discriminator_steps == 0:
+            self.watchdog.mark(state.step - 1, "generator")
             fooled = generator_phase(state.generator, state.discriminator, rules, share)
-            self._note(fooled, "G", state.generator.step(state.nimg))
+            self._note(fooled, "G", state.generator.step(state.nimg, self._lr_factor))
             self._average()
         state.means.num_steps += 1
 
     def close(self) -> None:
-        """Close files and W&B."""
-        self.sink.close()
-        if self.events is not None:
-            self.events.close()
+        """Close files and W&B; a checkpoint that is being written may become whole."""
+        self.saving.close()
+        self.outputs.close()
+
+    def _follow(self, batches: Iterator[Batch]) -> Ending | Alarm:
+        """Step after step, to the end, a stop, or an alarm that asks for a rollback."""
+        while True:
+            wishes = self._agreement.result()
+            done = self.state.nimg >= self.config.total_nimg
+            self.watchdog.mark(self.state.step, "write")
+            alarm = self._write_what_is_due(wishes, done=done)
+            if alarm is not None:
+                return alarm
+            if done or wishes.stop:
+                return self._end("" if done else wishes.stop)
+            self._agreement.propose(Wishes(self.stop.reason, checkpoint=self.saving.is_due()))
+            self.watchdog.mark(self.state.step, "data")
+            self.step(next(batches))
+
+    def _begin(self, reason: Literal["resume", "rollback"], up_to: int | None = None) -> None:
+        """Begin an attempt, from the newest checkpoint or from nothing."""
+        self.state = build_state(self.config, self.precision, self.world)
+        self.guard = Guard(self.config.objective.name, scaled=self.precision.name == "fp16")
+        self._skipped: list[str] = []
+        self._measured: dict[str, float] = {}
+        self._unlogged: dict[str, float] = {}
+        accept = non_finite if reason == "rollback" else lambda _: None
+        saved = self.saving.begin(reason, up_to, accept)
+        if saved is not None:
+            self._load_state_dict(saved)
+        self._began_at = self.state.nimg if saved is not None else -1
+        self._lr_factor = self.config.guard.rollback_lr_factor**self.saving.attempt.salt
+        self.outputs.open(self.saving.attempt, self.state, self.precision.name)
+        self._clock = time.perf_counter()
+
+    def _state_dict(self) -> dict[str, Any]:
+        """Everything to go on from, with what each rank has not logged yet."""
+        mine = {"means": self.state.means.state_dict(), "skipped": self._skipped}
+        return {
+            **self.state.state_dict(),
+            "guard": self.guard.state_dict(),
+            "measured": dict(self._measured),
+            "unlogged": dict(self._unlogged),
+            "ranks": gather_objects(mine),
+        }
+
+    def _load_state_dict(self, saved: dict[str, Any]) -> None:
+        world, ranks = self.world, saved["ranks"]
+        self.state.load_state_dict(saved)
+        self.guard.load_state_dict(saved["guard"])
+        self._measured, self._unlogged = dict(saved["measured"]), dict(saved["unlogged"])
+        self.state.means.load_state_dict(
+            [rank["means"] for rank in ranks], world.rank, world.world_size
+        )
+        if world.is_main:
+            self._skipped = [text for rank in ranks for text in rank["skipped"]]
 
     def _share(self, batch: Batch) -> Share:
         device, size = self.world.torch_device, self.config.training.batch_size
         images = batch.images.to(device, non_blocking=True).float() / 127.5 - 1
         labels = batch.labels.to(device, non_blocking=True)
+        salt, seed = self.saving.attempt.salt, self.config.seed
+        seed = seed_for(seed, "rollback", salt) if salt else seed
         return Share(
             real_images=images.contiguous(memory_format=torch.channels_last),
             labels=labels if self.config.model.num_classes else None,
-            random=StepRandomness(self.config.seed, self.state.nimg, size, batch.slots, device),
+            random=StepRandomness(seed, self.state.nimg, size, batch.slots, device),
             z_dim=self.config.model.z_dim,
             weight=self.world.world_size / size,
         )
@@ -154,62 +217,106 @@ class Trainer:
             values[f"train/penalty_{name}"] = value
         self.state.means.add(values)
 
-    def _write_what_is_due(self, *, done: bool) -> None:
+    def _write_what_is_due(self, wishes: Wishes, *, done: bool) -> Alarm | None:
+        """Samples, a row, snapshots, a checkpoint; an alarm if the row asks for a rollback."""
+        self._report_checkpoints()
         config, nimg = self.config, self.state.nimg
-        checkpoint = done or self._due(config.checkpoint.every_kimg)
-        if self.state.means.num_steps and (checkpoint or self._due(config.tracking.log_every_kimg)):
-            self._log_row()
-        if self.world.is_main:
-            if done or nimg == 0 or self._due(config.samples.every_kimg):
-                self._draw_samples()
-            if done or (nimg and self._due(config.checkpoint.snapshot_every_kimg)):
-                self._save_snapshots()
-            if nimg and checkpoint:
-                self._save_checkpoint()
-            if done and self.events is not None:
-                self.events.write("end", nimg=nimg, step=self.state.step)
-        self._restart_clock_after(checkpoint)
+        if nimg == self._began_at:
+            return None
+        if done or nimg == 0 or self._due(config.samples.every_kimg):
+            self._draw_samples()
+        if self.state.means.num_steps and (done or self._due(config.tracking.log_every_kimg)):
+            alarm = self._judge(self._log_row())
+            if alarm is not None:
+                return alarm
+        if self.world.is_main and (
+            done or (nimg and self._due(config.checkpoint.snapshot_every_kimg))
+        ):
+            self.saving.check_current()
+            self.outputs.save_snapshots(self.state)
+        wanted = wishes.checkpoint or bool(wishes.stop) or done or nimg == 0
+        if wanted or self._due(config.checkpoint.every_kimg):
+            self.saving.save(
+                self.state.nimg,
+                self._state_dict(),
+                step=self.state.step,
+                metrics=self._measured,
+                healthy_nimg=self.guard.healthy_nimg(nimg),
+            )
+        return None
 
     def _due(self, every_kimg: float) -> bool:
         """Whether the last step crossed a multiple of `every_kimg`."""
         nimg, every = self.state.nimg, 1000 * every_kimg
         return nimg // every > (nimg - self.config.training.batch_size) // every
 
-    def _restart_clock_after(self, written: bool) -> None:
-        """Images per second are those of training, not of writing."""
-        if written:
-            self._clock = time.perf_counter()
-
-    def _log_row(self) -> None:
+    def _log_row(self) -> dict[str, float]:
         state, steps = self.state, self.state.means.num_steps
         means = state.means.averages(sum_over_ranks, self.world.world_size)
         seconds = time.perf_counter() - self._clock
         self._clock = time.perf_counter()
-        row: dict[str, float] = {"step": state.step, "nimg": state.nimg, **means}
+        row: dict[str, float] = {"step": state.step, "nimg": state.nimg, **means, **self._unlogged}
         for name, player in (("D", state.discriminator), ("G", state.generator)):
             row[f"train/loss_scale_{name}"] = player.scaler.scale
             row[f"train/skips_{name}"] = int(player.num_skips)
         row["time/images_per_second"] = steps * self.config.training.batch_size / seconds
-        row["time/unix"] = time.time()
         if self.config.augment.name != "none":
             row["train/augment_p"] = self._augment_p()
         if self.config.data.on_error == "skip":
             row["data/num_skipped"] = self._report_skipped()
         if self.world.device != "cpu":
             row["gpu/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self.sink.log(row)
+        self.outputs.row(row)
+        self._unlogged.clear()
+        return row
 
     def _augment_p(self) -> float:
         augment = self.config.augment
         adaptive = augment.target is not None
         return self.state.feedback.augment_p.item() if adaptive else augment.p.at(self.state.nimg)
 
+    def _judge(self, row: dict[str, float]) -> Alarm | None:
+        """Tell of what the guard sees; returns the alarm that asks for a rollback.
+
+        Rows are the same on all ranks, so all come to the same verdict. Raises `TrainingFault`.
+        """
+        guard, salt = self.config.guard, self.saving.attempt.salt
+        alarms = self.guard.look(row)
+        policy = guard.policy
+        if policy == "rollback" and salt >= guard.max_rollbacks:
+            policy = "stop"
+        for alarm in alarms:
+            self.outputs.alert(
+                "alarm",
+                alarm.message,
+                kind=alarm.kind,
+                nimg=self.state.nimg,
+                step=self.state.step,
+                healthy_nimg=alarm.healthy_nimg,
+                action=policy,
+            )
+        if not alarms or policy == "warn":
+            return None
+        first = min(alarms, key=lambda alarm: alarm.healthy_nimg)
+        if policy == "stop":
+            rollbacks = f" after {salt} rollbacks" if salt else ""
+            raise TrainingFault(
+                f"stopped at {self.state.nimg / 1000:g} kimg{rollbacks}: {first.message}. The last "
+                f"healthy position is {first.healthy_nimg / 1000:g} kimg (guard.policy)"
+            )
+        return first
+
+    def _roll_back(self, alarm: Alarm) -> None:
+        """Go on from the last healthy checkpoint, with other latents than the first time."""
+        self._report_checkpoints(wait=True)
+        self._begin("rollback", up_to=alarm.healthy_nimg)
+
     def _report_skipped(self) -> int:
         """Tell of the damaged samples that were left out since the last row, on any rank."""
         skipped = [text for texts in gather_objects(self._skipped) for text in texts]
         self._skipped.clear()
-        if skipped and self.events is not None:
-            self.events.write(
+        if skipped:
+            self.outputs.event(
                 "skip",
                 nimg=self.state.nimg,
                 num_skipped=len(skipped),
@@ -218,62 +325,37 @@ class Trainer:
         return len(skipped)
 
     def _draw_samples(self) -> None:
-        generator = SampleableGenerator(
-            self.state.ema.model, spec=self.config.model.model_dump(), info={}
-        )
-        path = self.run_dir.sample_grid(self.state.nimg)
-        save_grid(generator.sample(self.config.samples.num_images, seed=0), path)
-        self.sink.log_picture("samples", path, nimg=self.state.nimg, step=self.state.step)
+        """Rank 0 draws; what it measures on the images goes into the next row of all ranks."""
+        began = time.perf_counter()
+        measured: list[float | None] = [None]
+        if self.world.is_main:
+            self.saving.check_current()
+            measured = [self.outputs.draw_samples(self.state)]
+        dist.broadcast_object_list(measured, src=0)
+        if measured[0] is not None:
+            self._measured["metrics/diversity"] = measured[0]
+            self._unlogged["metrics/diversity"] = measured[0]
+        self._clock += time.perf_counter() - began  # images per second are those of training
 
-    def _save_snapshots(self) -> None:
-        spec = self.config.model.model_dump()
-        for name, ema in self.state.emas.items():
-            path = self.run_dir.snapshot(self.state.nimg, name)
-            save_snapshot(path, ema.model, spec=spec, nimg=self.state.nimg)
+    def _report_checkpoints(self, *, wait: bool = False) -> None:
+        """Tell what became of checkpoints; `wait` for the one in flight."""
+        for outcome in self.saving.finish() if wait else self.saving.outcomes():
+            seconds = {
+                "stall_seconds": round(outcome.stall_seconds, 3),
+                "write_seconds": round(outcome.write_seconds, 3),
+            }
+            if outcome.name is not None:
+                path = self.saving.where(outcome.name)
+                self.outputs.event("checkpoint", nimg=outcome.nimg, path=path, **seconds)
+            else:
+                self.outputs.alert(
+                    "checkpoint_failed", outcome.problem, nimg=outcome.nimg, **seconds
+                )
 
-    def _save_checkpoint(self) -> None:
-        assert self.events is not None
-        checkpoint = save_checkpoint(
-            self.run_dir.checkpoints,
-            self.state.state_dict(),
-            meta={
-                "step": self.state.step,
-                "world": asdict(self.world),
-                "versions": {"ganscale": ganscale.__version__, "torch": torch.__version__},
-                "config": self.config.model_dump(),
-            },
-            nimg=self.state.nimg,
-            keep_last=self.config.checkpoint.keep_last,
-        )
-        self.events.write("checkpoint", nimg=checkpoint.nimg, path=str(checkpoint.path))
-
-    def _start_from_newest_checkpoint(self) -> None:
-        """Rank 0 decides which checkpoint; all ranks load it."""
-        choice = [newest_valid(self.run_dir.checkpoints) if self.world.is_main else None]
-        dist.broadcast_object_list(choice, src=0)
-        if choice[0] is not None:
-            self.state.load_state_dict(load_state(choice[0]))
-
-    def _open_tracking(self) -> None:
-        tracking = self.config.tracking
-        self.run_dir.root.mkdir(parents=True, exist_ok=True)
-        self.events = EventLog(self.run_dir.events)
-        sinks: list[Sink] = [JsonlSink(self.run_dir.metrics)]
-        mode = resolve_mode(tracking.wandb)
-        if mode != "disabled":
-            config = self.config.model_dump()
-            sinks.append(
-                WandbSink(self.run_dir, project=tracking.project, mode=mode, config=config)
-            )
-        self.sink = Sinks(*sinks)
-        kind = "start" if self.state.nimg == 0 else "resume"
-        self.events.write(
-            kind,
-            nimg=self.state.nimg,
-            step=self.state.step,
-            world_size=self.world.world_size,
-            pid=os.getpid(),
-            precision=self.precision.name,
-            device=self.world.device,
-            wandb=mode,
-        )
+    def _end(self, reason: Any) -> Ending:
+        """The last checkpoint is durable before the end is told."""
+        self._report_checkpoints(wait=True)
+        self.saving.require_durable(self.state.nimg)
+        kind = "stop" if reason else "end"
+        self.outputs.event(kind, nimg=self.state.nimg, step=self.state.step, reason=reason)
+        return Ending(self.state.nimg, reason)

@@ -21,7 +21,7 @@ def describe_plan(config: Config) -> list[str]:
     num_g, num_d = _count(build_generator(spec)), _count(build_discriminator(spec))
     num_averages = 1 + len(config.training.extra_ema_halflives_kimg)
     state_bytes = _BYTES_FP32 * (_STATES_PER_WEIGHT * (num_g + num_d) + num_averages * num_g)
-    batch, workers = config.training.batch_size, config.launch.num_workers
+    batch, workers = config.training.batch_size, config.launch.max_workers
     lines = [
         f"generator {num_g / 1e6:.2f} M parameters, discriminator {num_d / 1e6:.2f} M",
         f"weights, gradients, optimizers and averages: {state_bytes / 2**20:.0f} MiB a worker",

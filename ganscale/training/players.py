@@ -55,10 +55,10 @@ class Player:
         """Scaled backward; gradients are averaged over the ranks meanwhile."""
         self.scaler.backward(loss)
 
-    def step(self, nimg: int) -> Tensor:
+    def step(self, nimg: int, lr_factor: float = 1.0) -> Tensor:
         """Update the weights and clear the gradients; returns the unclipped gradients' L2 norm, ().
 
-        Rates are those of position `nimg`.
+        Rates are those of position `nimg`, the learning rate times `lr_factor`.
 
         With a non-finite gradient the weights stay and the skip is counted. All ranks hold the same
         averaged gradients, so they agree on this without asking each other.
@@ -69,7 +69,7 @@ class Player:
         norm = get_total_norm(gradients)
         self._clip(gradients, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr.at(nimg)
+            group["lr"] = self.lr.at(nimg) * lr_factor
             group["betas"] = (self.config.beta1, self.config.beta2.at(nimg))
         self.scaler.step(self.optimizer)
         if self.clip_weights is not None:
@@ -102,5 +102,13 @@ class Player:
         """Take up a saved state in place."""
         self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._lay_out_moments()
         self.scaler.load_state_dict(state["scaler"])
         self.num_skips.copy_(state["num_skips"])
+
+    def _lay_out_moments(self) -> None:
+        """Give moments the strides of their weights, which fused Adam takes for granted."""
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                if value.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

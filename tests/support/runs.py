@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ganscale.checkpoint import list_checkpoints, verify_checkpoint
+from ganscale.checkpoint import CheckpointStore
 from ganscale.config import Config
-from ganscale.run_directory import RunDirectory
 from tests.support.ranks import free_port
 
 __all__ = ["final_digest", "read_rows", "start_ranks", "wait_all", "wait_for_rows"]
@@ -28,10 +27,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def final_digest(config: Config) -> tuple[int, str]:
     """(nimg, sha256 over all tensors) of the newest checkpoint, which must verify."""
-    newest = list_checkpoints(RunDirectory(config.run_dir).checkpoints)[-1]
-    assert verify_checkpoint(newest) is None
-    meta = json.loads((newest.path / "meta.json").read_text())
-    return meta["nimg"], meta["tensors_sha256"]
+    store = CheckpointStore(config.checkpoints)
+    files = store.read(store.lineage()[0])
+    return files.meta["nimg"], files.meta["tensors_sha256"]
 
 
 def start_ranks(config: Config, world_size: int) -> list[subprocess.Popen[str]]:

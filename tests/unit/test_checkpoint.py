@@ -1,327 +1,372 @@
-"""A checkpoint is complete and verified, or it is passed over for an older one that is."""
+"""A checkpoint comes back bit by bit, from a directory or S3, or an older one is used instead."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
-import shutil
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ganscale.checkpoint import (
-    Checkpoint,
+    Attempt,
+    CheckpointName,
+    CheckpointStore,
     DamagedCheckpointWarning,
-    list_checkpoints,
-    load_state,
-    newest_valid,
-    save_checkpoint,
-    tensor_digest,
-    verify_checkpoint,
 )
-from ganscale.errors import CheckpointError
+from ganscale.checkpoint.encoding import flatten
+from ganscale.checkpoint.store import saved_state
+from ganscale.errors import CheckpointError, ConfigError
+from tests.support.checkpoints import Raw, begin, bits, newest, s3_bucket, state_at, write
+
+FILES = ("state.safetensors", "state.json", "meta.json", "metrics.jsonl", "manifest.json")
+DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+)
 
 
-def state_at(nimg: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(nimg)
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with s3_bucket() as url:
+        yield url
+
+
+@pytest.fixture(params=["directory", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
+    if request.param == "directory":
+        return CheckpointStore(tmp_path / "run")
+    return CheckpointStore(f"{request.getfixturevalue('bucket')}/{tmp_path.name}")
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "run")
+
+
+def full_state() -> dict[str, Any]:
+    noise = torch.randint(0, 256, (48,), dtype=torch.uint8, generator=torch.manual_seed(0))
+    image = torch.arange(120.0).view(2, 3, 4, 5)
     return {
-        "G": {"weight": torch.randn(4, 3, generator=generator), "count": torch.tensor(nimg)},
-        "optimizer": {"state": [torch.arange(5, dtype=torch.float64)], "lr": 1e-3},
-        "empty": torch.empty(0),
-        "half": torch.ones(2, dtype=torch.bfloat16),
-        "nimg": nimg,
+        "dtypes": [noise.view(t) if t != torch.bool else noise > 99 for t in DTYPES],
+        "shapes": (torch.empty(0), torch.empty(3, 0, 2), torch.tensor(7), torch.tensor(True)),
+        "layouts": [image.to(memory_format=torch.channels_last), image.permute(3, 0, 2, 1)],
+        "slices": [image[:, 1], image[..., ::2], torch.ones(1).expand(4)],
+        "floats": [float("inf"), float("-inf"), float("nan"), -0.0, 1e-45, 0.1, 5e-324],
+        "others": (None, True, 0, 2**80, "", 'a "b"\n\u00e9\U0001f600', [], (), {}),
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}, 11: {"step": (1, [2])}}},
     }
 
 
-def save(folder: Path, nimg: int, *, keep_last: int = 10) -> Checkpoint:
-    return save_checkpoint(
-        folder, state_at(nimg), meta={"run": "test"}, nimg=nimg, keep_last=keep_last
-    )
+def test_every_kind_of_value_comes_back_bit_by_bit(store: CheckpointStore) -> None:
+    name = store.write(begin(store), saved_state(5, full_state(), {"run": "test"}))
+    files = store.newest()
+    assert files is not None
+    assert (files.name, files.history, store.verify(name)) == (name, b"", None)
+    assert bits(files.state()) == bits(full_state())
 
 
-def numbers(folder: Path) -> list[int]:
-    return [checkpoint.nimg for checkpoint in list_checkpoints(folder)]
-
-
-def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
-    checkpoint = save(tmp_path, 1000)
-    assert verify_checkpoint(checkpoint) is None
-    assert newest_valid(tmp_path) == checkpoint
-    expected, loaded = state_at(1000), load_state(checkpoint)
-    assert tensor_digest(loaded) == tensor_digest(expected)
-    assert torch.equal(loaded["G"]["weight"], expected["G"]["weight"])
-    assert (loaded["nimg"], loaded["optimizer"]["lr"]) == (1000, 1e-3)
-
-
-def test_meta_is_for_people_and_has_the_digest(tmp_path: Path) -> None:
-    meta = json.loads((save(tmp_path, 7).path / "meta.json").read_text())
-    assert meta == {"run": "test", "nimg": 7, "tensors_sha256": tensor_digest(state_at(7))}
-
-
-def test_checkpoints_are_listed_oldest_first_and_strangers_ignored(tmp_path: Path) -> None:
-    for nimg in (900, 10_000, 5):
-        save(tmp_path, nimg)
-    (tmp_path / "nimg-later").mkdir()
-    (tmp_path / "nimg-000000000007").write_text("a file")
-    (tmp_path / "other").mkdir()
-    assert numbers(tmp_path) == [5, 900, 10_000]
-
-
-@pytest.mark.parametrize("name", ["absent", "empty"])
-def test_no_checkpoints_are_none(tmp_path: Path, name: str) -> None:
-    (tmp_path / "empty").mkdir()
-    assert newest_valid(tmp_path / name) is None
-
-
-def truncate_state(path: Path) -> None:
-    data = (path / "state.pt").read_bytes()
-    (path / "state.pt").write_bytes(data[: len(data) // 2])
-
-
-def empty_state(path: Path) -> None:
-    (path / "state.pt").write_bytes(b"")
-
-
-def flip_byte_of_state(path: Path) -> None:
-    data = bytearray((path / "state.pt").read_bytes())
-    data[len(data) // 2] ^= 0x01
-    (path / "state.pt").write_bytes(data)
-
-
-def flip_byte_of_meta(path: Path) -> None:
-    data = bytearray((path / "meta.json").read_bytes())
-    data[10] ^= 0x01
-    (path / "meta.json").write_bytes(data)
-
-
-def remove_state(path: Path) -> None:
-    (path / "state.pt").unlink()
-
-
-def remove_manifest(path: Path) -> None:
-    (path / "manifest.json").unlink()
-
-
-def truncate_manifest(path: Path) -> None:
-    (path / "manifest.json").write_text('{"files": {')
-
-
-def replace_manifest_by_binary(path: Path) -> None:
-    (path / "manifest.json").write_bytes(b"\xff\xfe\x00")
-
-
-def replace_manifest_by_list(path: Path) -> None:
-    (path / "manifest.json").write_text("[]")
-
-
-def forget_state_in_manifest(path: Path) -> None:
-    manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["files"]["state.pt"]
-    (path / "manifest.json").write_text(json.dumps(manifest))
-
-
-def remove_everything(path: Path) -> None:
-    shutil.rmtree(path)
-    path.mkdir()
-
-
-DAMAGES = (
-    truncate_state,
-    empty_state,
-    flip_byte_of_state,
-    flip_byte_of_meta,
-    remove_state,
-    remove_manifest,
-    truncate_manifest,
-    replace_manifest_by_binary,
-    replace_manifest_by_list,
-    forget_state_in_manifest,
-    remove_everything,
+@pytest.mark.parametrize(
+    "value", [{1}, b"bytes", Path("/"), torch.ones(2, dtype=torch.complex64)], ids=str
 )
+def test_what_would_not_come_back_is_not_saved(value: Any) -> None:
+    with pytest.raises(TypeError, match="/a/0 is .*, which a checkpoint cannot hold"):
+        flatten({"a": [value]})
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(
-    tmp_path: Path, damage: Callable[[Path], None]
+def test_the_tensor_file_is_a_safetensors_file(local: CheckpointStore) -> None:
+    name = local.write(begin(local), saved_state(5, full_state(), {}))
+    loaded = load_file(Path(local.where(name)) / "state.safetensors")
+    assert bits(loaded["/layouts/0"]) == bits(full_state()["layouts"][0])
+    assert bits([loaded[f"/dtypes/{n}"] for n in range(len(DTYPES))]) == bits(
+        full_state()["dtypes"]
+    )
+    assert len(loaded) == len(flatten(full_state())[1])
+
+
+def test_meta_is_for_people_and_has_the_digest_of_the_tensors(local: CheckpointStore) -> None:
+    name = write(local, begin(local), 7)
+    digest = hashlib.sha256(Raw(local).get(f"{name}/state.safetensors")).hexdigest()
+    files = local.read(name)
+    assert files.meta == {"run": "test", "tensors_sha256": digest}
+    assert files.history == b'{"nimg": 1}\n'
+    assert local.metrics(name) == {"score": 1e-05}
+
+
+def digest_of(store: CheckpointStore, state: Any) -> str:
+    name = store.write(Attempt(1, None, 0, "", "start"), saved_state(1, state, {}))
+    digest: str = store.read(name).meta["tensors_sha256"]
+    return digest
+
+
+def base(**changes: Any) -> dict[str, Any]:
+    return {"x": torch.tensor([1.0, 0.0]), "y": torch.zeros(2, 3), **changes}
+
+
+def test_the_same_tensors_give_the_same_bytes(local: CheckpointStore) -> None:
+    same = {"n": 3, "y": torch.zeros(3, 2).t(), "x": torch.tensor([1.0, 0.0])}
+    assert digest_of(local, same) == digest_of(local, base())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        base(x=torch.tensor([1.0, 1e-45])),
+        base(x=torch.tensor([1.0, -0.0])),
+        base(x=torch.tensor([0.0, 1.0])),
+        base(y=torch.zeros(2, 3, dtype=torch.int32)),
+        base(y=torch.zeros(3, 2)),
+        base(y=torch.zeros(6)),
+        base(z=torch.zeros(0)),
+    ],
+    ids=["value", "sign", "places", "dtype", "shape", "rank", "more"],
+)
+def test_other_tensors_give_other_bytes(local: CheckpointStore, other: Any) -> None:
+    assert digest_of(local, other) != digest_of(local, base())
+
+
+def test_strangers_are_ignored(local: CheckpointStore) -> None:
+    attempt = begin(local)
+    names = [write(local, attempt, nimg) for nimg in (900, 10_000, 5)]
+    for path in ("other/manifest.json", "nimg-000000020000-a0001", "attempts/a7.json.orig"):
+        (Path(local.location) / path).parent.mkdir(exist_ok=True)
+        (Path(local.location) / path).write_text("{}")
+    assert local.names() == sorted(names)
+    assert local.attempts() == [attempt]
+    assert newest(local) == names[1]
+    assert begin(local).number == 2
+
+
+def test_where_there_is_nothing_there_is_no_checkpoint(store: CheckpointStore) -> None:
+    assert (newest(store), store.names(), store.attempts(), store.repair()) == (None, [], [], [])
+
+
+@pytest.mark.parametrize(("url", "words"), [("http://a/b", "written"), ("nosuch://a", "opened")])
+def test_a_place_that_cannot_be_written_to_is_a_wrong_setting(url: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"{url} cannot be {words}"):
+        CheckpointStore(url)
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def empty(data: bytes) -> bytes:
+    return b""
+
+
+def flip(data: bytes) -> bytes:
+    return bytes([*data[: len(data) // 2], data[len(data) // 2] ^ 1, *data[len(data) // 2 + 1 :]])
+
+
+def append(data: bytes) -> bytes:
+    return data + b"\n"
+
+
+def binary(data: bytes) -> bytes:
+    return b"\xff\xfe\x00"
+
+
+def a_list(data: bytes) -> bytes:
+    return b"[]"
+
+
+def better_metric(data: bytes) -> bytes:
+    return data.replace(b'"score": 1e-05', b'"score": 1e+05')
+
+
+def one_file_less(data: bytes) -> bytes:
+    manifest = json.loads(data)
+    del manifest["files"]["state.json"]
+    return json.dumps(manifest).encode()
+
+
+Change = Callable[[bytes], bytes]
+DAMAGES: list[tuple[str, Change | None]] = [
+    *((file, change) for file in FILES for change in (cut, empty, flip, append)),
+    *((file, None) for file in FILES[:-1]),
+    *((FILES[-1], change) for change in (binary, a_list, better_metric, one_file_less)),
+]
+
+
+@pytest.mark.parametrize(("file", "change"), DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_an_older_one_used(
+    local: CheckpointStore, file: str, change: Change | None
 ) -> None:
-    older, newer = save(tmp_path, 1), save(tmp_path, 2)
-    damage(newer.path)
-    problem = verify_checkpoint(newer)
-    assert problem
+    attempt = begin(local)
+    older, newer = write(local, attempt, 1), write(local, attempt, 2)
+    path = Path(local.where(newer)) / file
+    if change is None:
+        path.unlink()
+    else:
+        before = path.read_bytes()
+        path.write_bytes(change(before))
+        assert path.read_bytes() != before
+    problem = local.verify(newer)
+    assert problem is not None
+    assert file in problem
     assert "\n" not in problem
     with pytest.warns(DamagedCheckpointWarning) as caught:
-        assert newest_valid(tmp_path) == older
-    (message,) = [str(w.message) for w in caught]
-    assert str(newer.path) in message
-    assert problem in message
+        files = local.newest()
+    assert files is not None
+    assert (files.name, bits(files.state())) == (older, bits(state_at(1)))
+    assert [str(w.message) for w in caught] == [
+        f"checkpoint {local.where(newer)} is damaged: {problem}; trying an older one"
+    ]
 
 
-def test_every_damaged_checkpoint_is_warned_of(tmp_path: Path) -> None:
-    for nimg in (1, 2, 3):
-        truncate_state(save(tmp_path, nimg).path)
+def test_every_damaged_checkpoint_is_named(store: CheckpointStore) -> None:
+    attempt, raw = begin(store), Raw(store)
+    names = [write(store, attempt, nimg) for nimg in range(1, 6)]
+    tensors = [f"{name}/state.safetensors" for name in names]
+    raw.put(tensors[1], cut(raw.get(tensors[1])))
+    raw.put(tensors[2], flip(raw.get(tensors[2])))
+    raw.remove(tensors[3])
+    raw.put(f"{names[4]}/manifest.json", raw.get(f"{names[0]}/manifest.json"))
     with pytest.warns(DamagedCheckpointWarning) as caught:
-        assert newest_valid(tmp_path) is None
-    assert len(caught) == 3
+        files = store.newest()
+    assert files is not None
+    assert files.name == names[0]
+    words = ["that of another checkpoint", "is missing", "wrong sha256", "bytes, expected"]
+    for warning, name, word in zip(caught, names[:0:-1], words, strict=True):
+        assert store.where(name) in str(warning.message)
+        assert word in str(warning.message)
 
 
-def test_any_single_flipped_byte_is_found(tmp_path: Path) -> None:
-    checkpoint = save(tmp_path, 1)
-    path = checkpoint.path / "state.pt"
-    sound = path.read_bytes()
-    for place in range(0, len(sound), 37):
-        damaged = bytearray(sound)
-        damaged[place] ^= 0x80
-        path.write_bytes(damaged)
-        assert verify_checkpoint(checkpoint) == "state.pt has the wrong sha256"
-    path.write_bytes(sound)
-    assert verify_checkpoint(checkpoint) is None
+def test_a_folder_without_manifest_does_not_count(store: CheckpointStore) -> None:
+    attempt = begin(store)
+    older, newer = write(store, attempt, 1), write(store, attempt, 2)
+    Raw(store).remove(f"{newer}/manifest.json")
+    assert newest(store) == older
+    assert [folder.path for folder in store.unfinished()] == [str(newer)]
 
 
-def test_a_folder_of_a_killed_writer_is_ignored_and_removed_by_the_next(tmp_path: Path) -> None:
-    older = save(tmp_path, 1)
-    leftover = tmp_path / ".tmp-nimg-000000000002"
-    shutil.copytree(older.path, leftover)
-    truncate_state(leftover)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert newest_valid(tmp_path) == older
-    newer = save(tmp_path, 3)
-    assert newest_valid(tmp_path) == newer
-    assert not leftover.exists()
+def test_any_flipped_bit_is_found(local: CheckpointStore) -> None:
+    name = write(local, begin(local), 1)
+    for file in FILES:
+        path = Path(local.where(name)) / file
+        sound = path.read_bytes()
+        for place in range(len(sound)):
+            for bit in {place % 8, 5}:  # 5 turns the e of a number into E
+                damaged = bytearray(sound)
+                damaged[place] ^= 1 << bit
+                path.write_bytes(damaged)
+                assert local.verify(name) is not None, f"{file}, byte {place}, bit {bit}"
+        path.write_bytes(sound)
+        assert local.verify(name) is None
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    for nimg in range(1, 6):
-        save(tmp_path, nimg, keep_last=2)
-        assert numbers(tmp_path) == list(range(max(1, nimg - 1), nimg + 1))
+class Payload:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
 
 
-def test_damaged_checkpoints_do_not_count_among_those_kept(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    truncate_state(save(tmp_path, 3).path)
-    resumed = save(tmp_path, 2, keep_last=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DamagedCheckpointWarning)
-        assert newest_valid(tmp_path) == resumed
+def replace_and_seal(store: CheckpointStore, name: CheckpointName, file: str, data: bytes) -> None:
+    """As someone would who knows the format and wants `data` to be loaded."""
+    raw = Raw(store)
+    raw.put(f"{name}/{file}", data)
+    manifest = json.loads(raw.get(f"{name}/manifest.json"))
+    manifest["files"][file] = {
+        "num_bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    del manifest["sha256"]
+    seal = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    text = json.dumps({**manifest, "sha256": seal}, indent=2)
+    raw.put(f"{name}/manifest.json", text.encode())
+    assert store.verify(name) is None
 
 
-def test_a_checkpoint_that_verifies_is_not_written_again(tmp_path: Path) -> None:
-    first = save(tmp_path, 1)
-    before = (first.path / "state.pt").stat().st_mtime_ns
-    assert save(tmp_path, 1) == first
-    assert (first.path / "state.pt").stat().st_mtime_ns == before
+@pytest.mark.parametrize("file", ["state.safetensors", "state.json", "meta.json"])
+def test_stored_code_is_refused_and_not_executed(
+    local: CheckpointStore, tmp_path: Path, file: str
+) -> None:
+    attempt = begin(local)
+    older, newer = write(local, attempt, 1), write(local, attempt, 2)
+    pickled = io.BytesIO()
+    torch.save(Payload(tmp_path / "touched"), pickled)
+    torch.load(io.BytesIO(pickled.getvalue()), weights_only=False)
+    (tmp_path / "touched").unlink()  # the payload works
+
+    replace_and_seal(local, newer, file, pickled.getvalue())
+    with pytest.warns(DamagedCheckpointWarning) as caught:
+        files = local.newest()
+    assert files is not None
+    assert files.name == older
+    (message,) = [str(w.message) for w in caught]
+    assert local.where(newer) in message
+    assert not (tmp_path / "touched").exists()
 
 
-def test_a_damaged_checkpoint_is_written_again(tmp_path: Path) -> None:
-    truncate_state(save(tmp_path, 1).path)
-    assert verify_checkpoint(save(tmp_path, 1)) is None
+def test_a_state_may_be_refused_for_what_is_in_it(local: CheckpointStore) -> None:
+    attempt = begin(local)
+    for nimg in (1, 2, 3):
+        write(local, attempt, nimg)
+    with pytest.warns(DamagedCheckpointWarning, match="damaged: odd; trying") as caught:
+        files = local.newest(accept=lambda state: "odd" if state["nimg"] % 2 else None)
+    assert len(caught) == 1
+    assert files is not None
+    assert files.name.nimg == 2
+    found = local.newest(up_to=1)
+    assert found is not None
+    assert found.name.nimg == 1
 
 
 class PowerCut(Exception):
     """Stands for a crash."""
 
 
-def crash_at_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int) -> None:
-    """Let the `number`-th call from now on raise instead."""
-    original = getattr(owner, name)
+@pytest.mark.parametrize(("name", "number"), [*(("fsync", n) for n in range(1, 7)), ("rename", 1)])
+def test_a_crash_while_writing_leaves_the_older_one(
+    local: CheckpointStore, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    attempt = begin(local)
+    older = write(local, attempt, 1)
+    before = Raw(local).all()
     calls = 0
+    original = getattr(os, name)
 
-    def function(*args: Any, **kwargs: Any) -> Any:
+    def crash(*args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == number:
             raise PowerCut
-        return original(*args, **kwargs)
+        return original(*args)
 
-    monkeypatch.setattr(owner, name, function)
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "number"),
-    [
-        (torch, "save", 1),
-        (Path, "write_text", 1),
-        (Path, "write_text", 2),
-        (os, "fsync", 1),
-        (os, "fsync", 2),
-        (os, "fsync", 3),
-        (os, "fsync", 4),
-        (Path, "replace", 1),
-    ],
-)
-def test_a_crash_while_writing_leaves_the_older_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int
-) -> None:
-    older = save(tmp_path, 1, keep_last=1)
     with monkeypatch.context() as patch:
-        crash_at_call(patch, owner, name, number)
+        patch.setattr(os, name, crash)
         with pytest.raises(PowerCut):
-            save(tmp_path, 2, keep_last=1)
-    assert verify_checkpoint(older) is None
-    assert newest_valid(tmp_path) == older
-    assert newest_valid(tmp_path) == older
-    again = save(tmp_path, 2, keep_last=1)
-    assert newest_valid(tmp_path) == again
-    assert numbers(tmp_path) == [2]
-    assert [p.name for p in tmp_path.iterdir()] == [again.path.name]
+            write(local, attempt, 2)
+    assert Raw(local).all() == before
+    assert newest(local) == older
+    assert newest(local) != write(local, attempt, 2) == newest(local)
 
 
-def test_nothing_is_pruned_before_the_new_one_is_durable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save(tmp_path, 1, keep_last=1)
-    with monkeypatch.context() as patch:
-        crash_at_call(patch, os, "fsync", 5)
-        with pytest.raises(PowerCut):
-            save(tmp_path, 2, keep_last=1)
-    assert numbers(tmp_path) == [1, 2]
+def test_a_checkpoint_may_be_written_again(store: CheckpointStore) -> None:
+    attempt = begin(store)
+    name = write(store, attempt, 1)
+    Raw(store).put(f"{name}/state.json", b"")
+    assert write(store, attempt, 1) == name
+    assert store.verify(name) is None
+    assert newest(store) == name
 
 
-def test_a_state_that_cannot_be_read_is_an_error_in_one_line(tmp_path: Path) -> None:
-    checkpoint = save(tmp_path, 1)
-    truncate_state(checkpoint.path)
-    with pytest.raises(CheckpointError) as error:
-        load_state(checkpoint)
-    assert str(checkpoint.path) in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_stored_code_is_not_executed(tmp_path: Path) -> None:
-    checkpoint = save(tmp_path, 1)
-    torch.save({"path": Path("/")}, checkpoint.path / "state.pt")
-    with pytest.raises(CheckpointError):
-        load_state(checkpoint)
-
-
-def base_state() -> dict[str, Any]:
-    return {"a": {"x": torch.tensor([1.0, 0.0]), "y": torch.zeros(2, 3)}, "b": [torch.ones(1)]}
-
-
-def test_the_digest_ignores_the_order_of_names_memory_layout_and_what_is_no_tensor() -> None:
-    layout = torch.zeros(3, 2).t()
-    assert not layout.is_contiguous()
-    same = {"b": [torch.ones(1)], "n": 3, "a": {"y": layout, "x": torch.tensor([1.0, 0.0])}}
-    assert tensor_digest(same) == tensor_digest(base_state())
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"x": torch.tensor([1.0, 1e-45]), "y": torch.zeros(2, 3)},
-        {"x": torch.tensor([1.0, -0.0]), "y": torch.zeros(2, 3)},
-        {"x": torch.tensor([0.0, 1.0]), "y": torch.zeros(2, 3)},
-        {"x": torch.tensor([1.0, 0.0], dtype=torch.float64), "y": torch.zeros(2, 3)},
-        {"x": torch.tensor([1.0, 0.0]), "y": torch.zeros(2, 3, dtype=torch.int32)},
-        {"x": torch.tensor([1.0, 0.0]), "y": torch.zeros(3, 2)},
-        {"x": torch.tensor([1.0, 0.0]), "y": torch.zeros(6)},
-        {"x": torch.tensor([1.0, 0.0]), "z": torch.zeros(2, 3)},
-        {"x": torch.tensor([1.0, 0.0])},
-    ],
-    ids=["value", "sign", "places", "dtype", "dtype of zeros", "shape", "rank", "name", "fewer"],
-)
-def test_the_digest_changes_with_value_dtype_shape_and_name(change: dict[str, Any]) -> None:
-    assert tensor_digest({**base_state(), "a": change}) != tensor_digest(base_state())
+def test_an_unreadable_checkpoint_is_an_error_in_one_line(local: CheckpointStore) -> None:
+    name = write(local, begin(local), 1)
+    Raw(local).put(f"{name}/state.json", b'{"tensor": "/none"}')
+    with pytest.raises(CheckpointError, match=r"state\.json has 19 bytes, expected"):
+        local.read(name)
+    Raw(local).remove(f"{name}/state.json")
+    with pytest.raises(CheckpointError, match=r"state\.json is missing"):
+        local.read(name)

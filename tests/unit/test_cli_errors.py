@@ -244,7 +244,9 @@ def test_a_run_is_not_gone_on_with_under_other_settings(
     refusal: Refusal, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     config = make_config()
-    (config.run_dir / "checkpoints" / "nimg-000000000016").mkdir(parents=True)
+    checkpoint = config.run_dir / "checkpoints" / "nimg-000000000016-a0001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
     (config.run_dir / "config.yaml").write_text(config.to_yaml())
     other = tmp_path / "other.yaml"
     sections = {"model": {"name": "r3gan", "base_channels": 16}, "optimizer.lr": 1e-3}

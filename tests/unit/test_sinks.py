@@ -94,6 +94,9 @@ class Recorder:
     def log_picture(self, name: str, path: Path, *, nimg: int, step: int) -> None:
         self.calls.append((name, path, nimg, step))
 
+    def alert(self, title: str, text: str) -> None:
+        self.calls.append((title, text))
+
     def close(self) -> None:
         self.calls.append("close")
 
@@ -103,8 +106,10 @@ def test_several_sinks_get_the_same() -> None:
     sinks = Sinks(first, NullSink(), second)
     sinks.log({"step": 1})
     sinks.log_picture("samples", Path("a.png"), nimg=64, step=1)
+    sinks.alert("alarm", "the loss of D is nan")
     sinks.close()
-    assert first.calls == [{"step": 1}, ("samples", Path("a.png"), 64, 1), "close"]
+    picture, alert = ("samples", Path("a.png"), 64, 1), ("alarm", "the loss of D is nan")
+    assert first.calls == [{"step": 1}, picture, alert, "close"]
     assert second.calls == first.calls
 
 

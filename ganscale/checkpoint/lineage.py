@@ -1,0 +1,110 @@
+"""Which checkpoints a run may go on from: a pure function of names and attempts.
+
+An attempt is one start of a run: the first, one after a fault, one at another number of workers, a
+rollback. It takes the next number before it writes anything, says which checkpoint it starts from,
+and puts its number in the name of each checkpoint it writes. So no two attempts write to one place,
+and what an attempt writes after its successor has started (its host was cut off and knows nothing)
+is beyond the point where the successor branched off: it is not part of the run.
+
+    a1  ---1000---2000---3000            a1 goes on to 3000, but
+                  `-- a2 ---2500---      a2 started from 2000: 2500-a2, 2000-a1, 1000-a1 are the run
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+
+__all__ = ["Attempt", "CheckpointName", "doomed", "lineage"]
+
+_NAME = re.compile(r"nimg-(\d{12})-a(\d{4,})")
+
+
+@dataclass(frozen=True, order=True)
+class CheckpointName:
+    """A checkpoint's position and the attempt that wrote it."""
+
+    nimg: int
+    attempt: int
+
+    def __str__(self) -> str:
+        return f"nimg-{self.nimg:012d}-a{self.attempt:04d}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """The name that `text` is, if it is one."""
+        match = _NAME.fullmatch(text)
+        name = None if match is None else cls(int(match[1]), int(match[2]))
+        return name if str(name) == text else None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run.
+
+    `salt` counts the rollbacks so far; it changes the random numbers of all that follows. `token`
+    tells an attempt's own claim from another's with the same number.
+    """
+
+    number: int
+    start: CheckpointName | None
+    salt: int
+    token: str
+    reason: Literal["start", "resume", "rollback"]
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written in files."""
+        start = None if self.start is None else str(self.start)
+        return {**asdict(self), "start": start}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Raises `ValueError`, `KeyError` or `TypeError` on anything but what `to_json` gave."""
+        start = values["start"]
+        parsed = None if start is None else CheckpointName.parse(start)
+        if start is not None and parsed is None:
+            raise ValueError(f"{start!r} is no checkpoint")
+        return cls(
+            number=int(values["number"]),
+            start=parsed,
+            salt=int(values["salt"]),
+            token=str(values["token"]),
+            reason=values["reason"],
+        )
+
+
+def lineage(names: Iterable[CheckpointName], attempts: Sequence[Attempt]) -> list[CheckpointName]:
+    """The checkpoints of the run as its latest attempt has it, newest first."""
+    names = sorted(names, reverse=True)
+    found: list[CheckpointName] = []
+    limit: int | None = None
+    for attempt in sorted(attempts, key=lambda a: a.number, reverse=True):
+        found += [
+            name
+            for name in names
+            if name.attempt == attempt.number and (limit is None or name.nimg <= limit)
+        ]
+        start = 0 if attempt.start is None else attempt.start.nimg
+        limit = start if limit is None else min(limit, start)
+        if attempt.start is None:
+            break
+    return found
+
+
+def doomed(
+    names: Iterable[CheckpointName],
+    kept_line: Sequence[CheckpointName],
+    *,
+    attempt: int,
+    keep_last: int,
+    special: Sequence[CheckpointName] = (),
+) -> list[CheckpointName]:
+    """What `attempt` may delete: all but the newest `keep_last` of its line and `special` ones.
+
+    Names of later attempts are never among them. Nor is, of an attempt that has a successor it does
+    not know of yet, the checkpoint that the successor starts from: that was the newest one.
+    """
+    keep = {*kept_line[:keep_last], *special}
+    return [name for name in names if name.attempt <= attempt and name not in keep]

@@ -1,0 +1,183 @@
+"""Checkpoints that do not stop training: copied to the host, then written in the background.
+
+Training waits for the copy alone, a memcpy into buffers that are used again each time. At most one
+checkpoint is in flight: the next waits for it, unless the store is failing; then the older one is
+given up in favour of the newer. A store that fails is asked again with backoff; after that training
+goes on without, and only when no checkpoint has become durable for `max_staleness_seconds` does it
+end, since all it does from there on may be lost.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ganscale.checkpoint.encoding import flatten
+from ganscale.checkpoint.lineage import Attempt, CheckpointName
+from ganscale.checkpoint.store import CheckpointStore, Retention, SavedState, Superseded
+from ganscale.data.storage import RetryPolicy
+from ganscale.errors import CheckpointError
+
+__all__ = ["BackgroundWriter", "HostCopy", "Outcome"]
+
+_PROGRAMMING_ERRORS = (AssertionError, AttributeError, NameError, TypeError)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a checkpoint."""
+
+    nimg: int
+    name: CheckpointName | None
+    """None if it could not be written."""
+    problem: str
+    """Why not, in one line; else empty."""
+    stall_seconds: float
+    """How long training waited for it."""
+    write_seconds: float
+    """How long it took in the background."""
+
+
+class HostCopy:
+    """Copies of named tensors on the host, in buffers that are used again by the next copy."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors as they are now. The copies of the call before are overwritten."""
+        copies = {}
+        for name, tensor in tensors.items():
+            buffer = self._buffers.get(name)
+            if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+                buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            copies[name] = buffer.copy_(tensor.detach(), non_blocking=True)
+        self._buffers = copies
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+        return dict(copies)
+
+
+class BackgroundWriter:
+    """Writes the checkpoints of one attempt.
+
+    `submit`, `outcomes` and `finish` belong to the training thread. They raise `Superseded` when a
+    newer attempt has begun, and `CheckpointError` when the run has been without a durable
+    checkpoint for too long.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        attempt: Attempt,
+        retention: Retention,
+        policy: RetryPolicy,
+        *,
+        max_staleness_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.store = store
+        self.attempt = attempt
+        self.retention = retention
+        self.policy = policy
+        self.max_staleness_seconds = max_staleness_seconds
+        self._clock = clock
+        self._durable_at = clock()
+        self._host = HostCopy()
+        self._thread: threading.Thread | None = None
+        self._give_up = threading.Event()
+        self._outcomes: list[Outcome] = []
+        self._error: BaseException | None = None
+        self.last_problem = ""
+        """Why the last checkpoint could not be written; empty if it was."""
+
+    def submit(self, nimg: int, state: Any, meta: Mapping[str, Any], **more: Any) -> None:
+        """Take a copy of `state` and write it in the background as the checkpoint at `nimg`.
+
+        `more` are further fields of `SavedState`. Waits for the checkpoint before, if it is still
+        being written; if that fails, it is not tried again.
+        """
+        began = time.perf_counter()
+        self._give_up.set()
+        self._join()
+        tree, tensors = flatten(state)
+        saved = SavedState(nimg, tree, self._host.take(tensors), meta, **more)
+        self._give_up.clear()
+        stall = time.perf_counter() - began
+        self._thread = threading.Thread(
+            target=self._write, args=(saved, stall), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def outcomes(self) -> list[Outcome]:
+        """What became of checkpoints since the last call."""
+        if self._error is not None:
+            raise self._error
+        found, self._outcomes = self._outcomes, []
+        for outcome in found:
+            if outcome.name is not None:
+                self._durable_at = self._clock()
+            elif self._clock() - self._durable_at > self.max_staleness_seconds:
+                raise CheckpointError(
+                    f"no checkpoint could be written to {self.store.location} for "
+                    f"{(self._clock() - self._durable_at) / 60:.1f} minutes "
+                    f"(checkpoint.max_staleness_minutes); last: {outcome.problem}"
+                )
+        return found
+
+    def finish(self) -> list[Outcome]:
+        """Wait for the checkpoint in flight, as long as the policy asks the store again."""
+        self._join()
+        return self.outcomes()
+
+    def close(self) -> None:
+        """End soon: a write that is under way may finish, one that fails is not tried again."""
+        self._give_up.set()
+        self._join()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, state: SavedState, stall_seconds: float) -> None:
+        began = time.perf_counter()
+        name, problem = None, ""
+        try:
+            name, problem = self._try_until_deadline(state)
+            if name is not None:
+                self._prune(state)
+        except (Superseded, *_PROGRAMMING_ERRORS) as error:
+            self._error = error
+            problem = str(error)
+        seconds = time.perf_counter() - began
+        self.last_problem = problem
+        self._outcomes.append(Outcome(state.nimg, name, problem, stall_seconds, seconds))
+
+    def _try_until_deadline(self, state: SavedState) -> tuple[CheckpointName | None, str]:
+        problem = ""
+        for delay in chain([None], self.policy.delays()):
+            if delay is not None and self._give_up.wait(delay):
+                break
+            try:
+                return self.store.write(self.attempt, state), ""
+            except (Superseded, *_PROGRAMMING_ERRORS):
+                raise
+            except Exception as error:  # a store may raise anything
+                problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return None, problem
+
+    def _prune(self, state: SavedState) -> None:
+        try:
+            self.store.prune(self.attempt, self.retention, state.healthy_nimg)
+        except (Superseded, *_PROGRAMMING_ERRORS):
+            raise
+        except Exception:  # what is left over costs space only, and is pruned the next time
+            pass

@@ -1,0 +1,81 @@
+"""SIGTERM and Ctrl-C: the first asks the run to checkpoint and end, the second ends it at once.
+
+Python runs signal handlers between two bytecodes of the main thread, which may be waiting in a
+collective for a rank that is gone. So handlers do nothing here, and a thread that reads the numbers
+of signals from a socket does the work.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ganscale.training.stopping import StopRequest
+
+__all__ = ["EXIT_CODES", "stopping_on_signals"]
+
+EXIT_CODES = {"terminated": 128 + signal.SIGTERM, "interrupted": 128 + signal.SIGINT}
+"""The exit code of a run that was stopped, by the reason in its `Ending`."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def stopping_on_signals(stop: StopRequest, grace_seconds: float) -> Iterator[None]:
+    """Set `stop` at the first signal; end this process at a second one, or after the grace time.
+
+    Belongs to the main thread.
+    """
+    here, there = socket.socketpair()
+    there.setblocking(False)
+    listener = threading.Thread(
+        target=_listen, args=(here, stop, grace_seconds), name="signals", daemon=True
+    )
+    before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+    wakeup_before = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+    listener.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup_before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        there.close()
+        listener.join()
+        here.close()
+
+
+def _listen(here: socket.socket, stop: StopRequest, grace_seconds: float) -> None:
+    """Until the other end is closed."""
+    code = 0
+    while True:
+        try:
+            received = here.recv(1)
+        except TimeoutError:
+            _end_at_once(code, f"no end within {grace_seconds:g} s")
+        if not received:
+            return
+        if received[0] not in _SIGNALS:
+            continue
+        if code:
+            _end_at_once(code, "a second signal")
+        code = 128 + received[0]
+        stop.reason = "terminated" if received[0] == signal.SIGTERM else "interrupted"
+        here.settimeout(grace_seconds)
+        print(
+            f"\nganscale: {signal.Signals(received[0]).name}: finishing the step and writing a "
+            f"checkpoint, for at most {grace_seconds:g} s; a second signal ends at once",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _end_at_once(code: int, why: str) -> None:
+    """Nothing is lost but what came after the last checkpoint."""
+    print(f"ganscale: {why}: ending without a checkpoint", file=sys.stderr, flush=True)
+    os._exit(code)

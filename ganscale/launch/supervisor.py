@@ -1,0 +1,135 @@
+"""Keeps a run going: starts groups of workers one after the other until the run is done.
+
+After faults that ended a group the next one starts from the newest checkpoint, with as many workers
+as there is room for within `launch.num_workers`; when there is room for more, the group is asked to
+checkpoint and a larger one goes on. Faults count against `launch.max_failures` until a newer
+checkpoint shows that there was progress. It knows nothing of Ray: a `Workers` object starts groups.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from ganscale.config import Config
+from ganscale.errors import GanscaleError
+from ganscale.training.stopping import Ending, StopRequest
+
+__all__ = ["Failure", "Supervisor", "Workers"]
+
+_ROOM_SECONDS = 2.0
+"""Between two looks at the cluster."""
+
+
+class Failure(Exception):
+    """A group of workers ended by faults that another group may survive.
+
+    `faults` is how many there were, restarts within the group included; 0 if nobody is to blame.
+    """
+
+    def __init__(self, message: str, *, faults: int = 1) -> None:
+        super().__init__(message)
+        self.faults = faults
+
+
+class Workers(Protocol):
+    """Starts groups of workers."""
+
+    def room(self) -> int:
+        """How many more workers fit now."""
+        ...
+
+    def run(self, num_workers: int, stop: StopRequest) -> Ending:
+        """Train until the end, a stop, or a fault: raises `Failure`, or an error for good."""
+        ...
+
+
+class Supervisor:
+    """Runs groups of workers.
+
+    Args:
+        config: of the run.
+        newest_nimg: the position of the newest checkpoint, -1 without any.
+        note: takes an event's name and fields.
+    """
+
+    def __init__(
+        self, config: Config, newest_nimg: Callable[[], int], note: Callable[..., Any]
+    ) -> None:
+        self.config = config
+        self._newest_nimg = newest_nimg
+        self._note = note
+
+    def run(self, workers: Workers, stop: StopRequest) -> Ending:
+        """To the end of the run, or to a stop that `stop` asks for.
+
+        Raises `GanscaleError` after more than `launch.max_failures` faults without progress.
+        """
+        limit, failures, reached = self.config.launch.max_failures, 0, self._newest_nimg()
+        while True:
+            num_workers = self._wait_for_room(workers, stop)
+            if not num_workers:
+                return Ending(max(0, self._newest_nimg()), stop.reason)
+            try:
+                ending = self._run_group(workers, num_workers, stop)
+            except Failure as failure:
+                position = self._newest_nimg()
+                progress, reached = position > reached, max(reached, position)
+                failures = min(1, failure.faults) if progress else failures + failure.faults
+                self._note("group_lost", message=str(failure), num_workers=num_workers)
+                if 0 <= limit < failures:
+                    raise GanscaleError(f"training failed: {failure}") from failure
+                continue
+            if ending.reason != "regroup":
+                return ending
+
+    def _run_group(self, workers: Workers, num_workers: int, stop: StopRequest) -> Ending:
+        """One group, that is asked to make way when there is room for a larger one."""
+        wanted = StopRequest()
+        ended = threading.Event()
+        watcher = threading.Thread(
+            target=self._watch, args=(workers, num_workers, stop, wanted, ended), daemon=True
+        )
+        watcher.start()
+        try:
+            return workers.run(num_workers, wanted)
+        finally:
+            ended.set()
+            watcher.join()
+
+    def _watch(
+        self,
+        workers: Workers,
+        num_workers: int,
+        stop: StopRequest,
+        wanted: StopRequest,
+        ended: threading.Event,
+    ) -> None:
+        """Pass on a stop within a moment; ask for a regroup when room for more has lasted."""
+        looked, found = time.monotonic(), 0
+        while not ended.wait(0.1):
+            if stop.reason:
+                wanted.reason = stop.reason
+            elif num_workers < self.config.launch.max_workers:
+                if time.monotonic() - looked > _ROOM_SECONDS:
+                    looked = time.monotonic()
+                    found = found + 1 if workers.room() > 0 else 0
+                if found == 2 and not wanted.reason:
+                    self._note("regroup", num_workers=num_workers, room=workers.room())
+                    wanted.reason = "regroup"
+
+    def _wait_for_room(self, workers: Workers, stop: StopRequest) -> int:
+        """How many workers to start; waits for the fewest allowed. 0 if the run is to stop."""
+        launch = self.config.launch
+        told = False
+        while not stop.reason:
+            room = workers.room()
+            if room >= launch.min_workers:
+                return min(room, launch.max_workers)
+            if not told:
+                told = True
+                self._note("waiting", room=room, min_workers=launch.min_workers)
+            time.sleep(0.3)
+        return 0

@@ -1,0 +1,182 @@
+"""Notices when training has gone wrong, from the rows of metrics that all ranks share.
+
+A GAN fails in a few ways that figures show long before anybody looks at pictures:
+
+- `non_finite`: a loss is not a number, or, where gradients need no scaling, a gradient is not;
+- `scale_collapse`: under fp16, the loss scale has fallen below 1, or every other step is skipped;
+- `exploding`, `vanishing`: a gradient norm a thousand times off its own past;
+- `stuck`: the discriminator is so sure of itself that its logits lie far apart, row after row;
+- `collapse`: images from fixed latents, which were diverse, have become alike.
+
+Each rule needs its sign for several rows in a row, so that a single odd row is no alarm. Rows are
+the same on all ranks, and so is the verdict, without any exchange. The guard's memory is part of a
+checkpoint: a resumed run raises the alarms that the uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Alarm", "Guard"]
+
+_PATIENCE = {
+    "non_finite": 1,
+    "scale_collapse": 3,
+    "exploding": 5,
+    "vanishing": 5,
+    "stuck": 10,
+    "collapse": 2,
+}
+"""Rows in which a sign must be seen (for `collapse`, draws of samples)."""
+
+_WARM_UP_ROWS = 20
+"""Before gradient norms have a past to be compared with."""
+_NORM_MEMORY = 0.95
+_NORM_FACTOR = 1000.0
+_LOGIT_GAP = 60.0
+_BOUNDED_OBJECTIVES = ("nonsaturating", "minimax", "hinge", "relativistic", "relativistic_average")
+"""Those whose loss no longer changes when logits lie far apart."""
+_LOST_DIVERSITY = 0.25
+"""Part of the run's best diversity below which images count as alike."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What is wrong, in one line, and the last position at which nothing of it was seen."""
+
+    kind: str
+    message: str
+    healthy_nimg: int
+
+
+class Guard:
+    """Looks at each row of a run.
+
+    Args:
+        objective: name of the adversarial objective, which decides whether logits have a bound.
+        scaled: whether gradients are scaled (fp16), where an overflow now and then is normal.
+    """
+
+    def __init__(self, objective: str, *, scaled: bool) -> None:
+        self._bounded = objective in _BOUNDED_OBJECTIVES
+        self._scaled = scaled
+        self._counts = dict.fromkeys(_PATIENCE, 0)
+        self._healthy_nimg = dict.fromkeys(_PATIENCE, 0)
+        self._norms: dict[str, float] = {}
+        self._num_rows = 0
+        self._skips: dict[str, float] = {}
+        self._last_step = 0.0
+        self._best_diversity = 0.0
+
+    def look(self, row: Mapping[str, float]) -> list[Alarm]:
+        """The alarms that this row gives; each is raised once, until its sign has gone again.
+
+        `row` has `nimg`, `step` and the statistics of `train/`; `metrics/diversity` when samples
+        were drawn.
+        """
+        signs = dict(self._signs(row))
+        nimg = int(row["nimg"])
+        alarms = []
+        for kind, patience in _PATIENCE.items():
+            if kind == "collapse" and "metrics/diversity" not in row:
+                continue
+            if kind not in signs:
+                self._counts[kind], self._healthy_nimg[kind] = 0, nimg
+                continue
+            self._counts[kind] += 1
+            if self._counts[kind] == patience:
+                alarms.append(Alarm(kind, signs[kind], self._healthy_nimg[kind]))
+        self._remember(row, signs)
+        return alarms
+
+    def healthy_nimg(self, nimg: int) -> int:
+        """The last position with no sign of anything: `nimg` itself when all is well."""
+        signs = [kind for kind, count in self._counts.items() if count]
+        return min([nimg, *(self._healthy_nimg[kind] for kind in signs)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered, as numbers."""
+        return {
+            "counts": dict(self._counts),
+            "healthy_nimg": dict(self._healthy_nimg),
+            "norms": dict(self._norms),
+            "num_rows": self._num_rows,
+            "skips": dict(self._skips),
+            "last_step": self._last_step,
+            "best_diversity": self._best_diversity,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Remember what a checkpoint does."""
+        self._counts = dict(state["counts"])
+        self._healthy_nimg = dict(state["healthy_nimg"])
+        self._norms = dict(state["norms"])
+        self._num_rows = state["num_rows"]
+        self._skips = dict(state["skips"])
+        self._last_step = state["last_step"]
+        self._best_diversity = state["best_diversity"]
+
+    def _signs(self, row: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        """What looks wrong in this row, and how to say it."""
+        skipped = self._skipped(row)
+        for player in "DG":
+            loss = row.get(f"train/loss_{player}", 0.0)
+            if not math.isfinite(loss):
+                yield "non_finite", f"the loss of {player} is {loss}"
+            elif skipped[player] and not self._scaled:
+                yield (
+                    "non_finite",
+                    f"a gradient of {player} was not finite in {skipped[player]:g} steps",
+                )
+            scale = row.get(f"train/loss_scale_{player}", 1.0)
+            steps = row["step"] - self._last_step
+            if self._scaled and scale < 1:
+                yield "scale_collapse", f"the loss scale of {player} has fallen to {scale:g}"
+            elif self._scaled and 2 * skipped[player] > steps:
+                yield (
+                    "scale_collapse",
+                    f"{skipped[player]:g} of {steps:g} steps of {player} overflowed",
+                )
+            yield from self._norm_signs(player, row.get(f"train/grad_norm_{player}"))
+        gap = row.get("train/real_logits", 0.0) - row.get("train/fake_logits", 0.0)
+        if self._bounded and math.isfinite(gap) and abs(gap) > _LOGIT_GAP:
+            winner = "discriminator" if gap > 0 else "generator"
+            yield "stuck", f"the {winner} has won: real and fake logits are {gap:.0f} apart"
+        diversity = row.get("metrics/diversity", math.inf)
+        if diversity < _LOST_DIVERSITY * self._best_diversity:
+            yield (
+                "collapse",
+                f"the generator's images have become alike: diversity {diversity:.3f}, "
+                f"it was {self._best_diversity:.3f}",
+            )
+
+    def _norm_signs(self, player: str, norm: float | None) -> Iterator[tuple[str, str]]:
+        usual = self._norms.get(player)
+        if norm is None or usual is None or self._num_rows < _WARM_UP_ROWS:
+            return
+        if not math.isfinite(norm):
+            return  # a skipped step, which has a sign of its own
+        text = f"the gradient norm of {player} is {norm:.2g}; it used to be {usual:.2g}"
+        if norm > _NORM_FACTOR * usual:
+            yield "exploding", text
+        elif norm * _NORM_FACTOR < usual:
+            yield "vanishing", text
+
+    def _skipped(self, row: Mapping[str, float]) -> dict[str, float]:
+        """Steps of each player that were skipped since the row before."""
+        return {p: row.get(f"train/skips_{p}", 0.0) - self._skips.get(p, 0.0) for p in "DG"}
+
+    def _remember(self, row: Mapping[str, float], signs: Mapping[str, str]) -> None:
+        self._num_rows += 1
+        self._last_step = row["step"]
+        self._best_diversity = max(self._best_diversity, row.get("metrics/diversity", 0.0))
+        for player in "DG":
+            self._skips[player] = row.get(f"train/skips_{player}", 0.0)
+            norm = row.get(f"train/grad_norm_{player}")
+            if norm and math.isfinite(norm) and not {"exploding", "vanishing"} & set(signs):
+                usual = self._norms.get(player, norm)
+                mean = _NORM_MEMORY * math.log(usual) + (1 - _NORM_MEMORY) * math.log(norm)
+                self._norms[player] = math.exp(mean)

@@ -1,0 +1,113 @@
+"""What a run shows of itself: rows, events, sample grids, snapshots. Only rank 0 writes."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ganscale.checkpoint import Attempt
+from ganscale.config import Config
+from ganscale.generation.sampling import (
+    SampleableGenerator,
+    diversity,
+    save_grid,
+    save_snapshot,
+)
+from ganscale.run_directory import RunDirectory
+from ganscale.tracking.sinks import EventLog, JsonlSink, NullSink, Sink, Sinks
+from ganscale.tracking.wandb_sink import WandbSink, resolve_mode
+from ganscale.training.state import TrainingState
+from ganscale.world import World
+
+__all__ = ["Outputs"]
+
+
+class Outputs:
+    """The files of a run and its W&B run; on other ranks than 0 nothing is written.
+
+    Rows and events carry the number of the attempt that wrote them.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config = config
+        self.world = world
+        self.run_dir = RunDirectory(config.run_dir)
+        self.attempt = 0
+        self._sink: Sink = NullSink()
+        self._events: EventLog | None = None
+        self._lock = threading.Lock()
+
+    def open(self, attempt: Attempt, state: TrainingState, precision: str) -> None:
+        """Begin to write, after what earlier attempts wrote."""
+        self.attempt = attempt.number
+        if not self.world.is_main:
+            return
+        mode = resolve_mode(self.config.tracking.wandb)
+        if self._events is None:
+            self._open_sinks(mode)
+        self.event(
+            attempt.reason,
+            nimg=state.nimg,
+            step=state.step,
+            checkpoint=None if attempt.start is None else str(attempt.start),
+            salt=attempt.salt,
+            world_size=self.world.world_size,
+            pid=os.getpid(),
+            precision=precision,
+            device=self.world.device,
+            wandb=mode,
+        )
+
+    def close(self) -> None:
+        """Close files and W&B."""
+        self._sink.close()
+        if self._events is not None:
+            self._events.close()
+
+    def row(self, values: Mapping[str, float]) -> None:
+        """Log a row of metrics; it has `step` and `nimg`."""
+        self._sink.log({**values, "attempt": self.attempt, "time/unix": time.time()})
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Note that something happened; may be called from any thread."""
+        with self._lock:
+            if self._events is not None:
+                self._events.write(event, attempt=self.attempt, **fields)
+
+    def alert(self, event: str, message: str, **fields: Any) -> None:
+        """Note that something is wrong, and tell W&B, whose users may be mailed."""
+        self.event(event, message=message, **fields)
+        self._sink.alert(event, message)
+
+    def draw_samples(self, state: TrainingState) -> float | None:
+        """Draw the grid; returns the diversity of its images, if there are two."""
+        generator = SampleableGenerator(
+            state.ema.model, spec=self.config.model.model_dump(), info={}
+        )
+        path = self.run_dir.sample_grid(state.nimg)
+        images = generator.sample(self.config.samples.num_images, seed=0)
+        save_grid(images, path)
+        self._sink.log_picture("samples", path, nimg=state.nimg, step=state.step)
+        return diversity(images) if len(images) > 1 else None
+
+    def save_snapshots(self, state: TrainingState) -> None:
+        """Write each averaged generator."""
+        spec = self.config.model.model_dump()
+        for name, ema in state.emas.items():
+            path = self.run_dir.snapshot(state.nimg, name)
+            save_snapshot(path, ema.model, spec=spec, nimg=state.nimg)
+
+    def _open_sinks(self, wandb_mode: str) -> None:
+        tracking = self.config.tracking
+        self.run_dir.root.mkdir(parents=True, exist_ok=True)
+        self._events = EventLog(self.run_dir.events)
+        sinks: list[Sink] = [JsonlSink(self.run_dir.metrics)]
+        if wandb_mode != "disabled":
+            config = self.config.model_dump()
+            sinks.append(
+                WandbSink(self.run_dir, project=tracking.project, mode=wandb_mode, config=config)
+            )
+        self._sink = Sinks(*sinks)

@@ -1,0 +1,217 @@
+"""A run's checkpoints as the training loop sees them: begin an attempt, save, go back.
+
+Rank 0 alone talks to the store; the others get a checkpoint's very bytes from it, so they need no
+access to it, and a checkpoint is fetched and verified once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+import ganscale
+from ganscale.checkpoint import (
+    Attempt,
+    BackgroundWriter,
+    CheckpointName,
+    CheckpointStore,
+    Outcome,
+    Retention,
+    SavedFiles,
+)
+from ganscale.config import Config
+from ganscale.data.storage import RetryPolicy
+from ganscale.errors import CheckpointError, GanscaleError
+from ganscale.run_directory import RunDirectory
+from ganscale.training.distribute import broadcast_bytes
+from ganscale.world import World
+
+__all__ = ["Saving", "non_finite"]
+
+Result = TypeVar("Result")
+
+
+class Saving:
+    """Checkpoints of one rank's run.
+
+    `attempt` is the current one, on every rank.
+    """
+
+    attempt: Attempt
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config = config
+        self.world = world
+        self.run_dir = RunDirectory(config.run_dir)
+        self.store = CheckpointStore(config.checkpoints) if world.is_main else None
+        self._writer: BackgroundWriter | None = None
+        self._last_nimg = -1
+        self._last_time = time.monotonic()
+
+    def begin(
+        self,
+        reason: Literal["resume", "rollback"] = "resume",
+        up_to: int | None = None,
+        accept: Callable[[Any], str | None] = lambda _: None,
+    ) -> Any:
+        """Begin an attempt; returns the state to go on from, on every rank, or None.
+
+        It is that of the newest checkpoint that verifies, at most at position `up_to`, with which
+        `accept` finds nothing wrong. All ranks call this together.
+        """
+        files: SavedFiles | None = None
+        header: list[Any] = [None]
+        if self.store is not None:
+            store = self.store
+            self.attempt, files = _patiently(
+                lambda: store.claim(
+                    lambda: store.newest(up_to=up_to, accept=accept), reason=reason
+                ),
+                self._policy(),
+            )
+            self._begin_writing()
+            header = [(self.attempt, None if files is None else files.name)]
+            if files is not None:
+                self._restore_history(files)
+        dist.broadcast_object_list(header, src=0)
+        name: CheckpointName | None
+        self.attempt, name = header[0]
+        self._last_nimg = -1 if name is None else name.nimg
+        if name is None:
+            return None
+        tree = broadcast_bytes(None if files is None else files.tree)
+        tensors = broadcast_bytes(None if files is None else files.tensors)
+        return SavedFiles(name, tree, tensors, {}, b"").state()
+
+    def is_due(self) -> bool:
+        """Whether rank 0's clock asks for a checkpoint."""
+        minutes = (time.monotonic() - self._last_time) / 60
+        return self.world.is_main and minutes >= self.config.checkpoint.every_minutes
+
+    def save(
+        self,
+        nimg: int,
+        state: Mapping[str, Any],
+        *,
+        step: int,
+        metrics: Mapping[str, float],
+        healthy_nimg: int,
+    ) -> None:
+        """Save in the background what all ranks have, unless the attempt began with just that.
+
+        The newest checkpoint up to `healthy_nimg` is kept, for a rollback.
+        """
+        if nimg == self._last_nimg:
+            return
+        self._last_nimg, self._last_time = nimg, time.monotonic()
+        if self._writer is None:
+            return
+        meta = {
+            "nimg": nimg,
+            "step": step,
+            "world": asdict(self.world),
+            "versions": {"ganscale": ganscale.__version__, "torch": torch.__version__},
+            "wandb_run_id": _text(self.run_dir.wandb_run_id),
+            "config": self.config.model_dump(mode="json"),
+        }
+        history = _text(self.run_dir.metrics).encode()
+        self._writer.submit(
+            nimg, state, meta, history=history, metrics=dict(metrics), healthy_nimg=healthy_nimg
+        )
+
+    def check_current(self) -> None:
+        """Raise `Superseded` if another attempt has begun, before files of the run are written."""
+        if self.store is not None:
+            self.store.check_current(self.attempt)
+
+    def outcomes(self) -> list[Outcome]:
+        """What became of checkpoints since the last call."""
+        return [] if self._writer is None else self._writer.outcomes()
+
+    def finish(self) -> list[Outcome]:
+        """Wait for the checkpoint in flight."""
+        return [] if self._writer is None else self._writer.finish()
+
+    def require_durable(self, nimg: int) -> None:
+        """Raise `CheckpointError` unless the checkpoint at `nimg` has been written."""
+        if self._writer is not None and self._last_nimg == nimg and self._writer.last_problem:
+            raise CheckpointError(
+                f"the last checkpoint, at {nimg / 1000:g} kimg, could not be written to "
+                f"{self._writer.store.location}: {self._writer.last_problem}"
+            )
+
+    def close(self) -> None:
+        """End, without asking a failing store again."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def where(self, name: CheckpointName) -> str:
+        """Path or URL of a checkpoint."""
+        assert self.store is not None
+        return self.store.where(name)
+
+    def _begin_writing(self) -> None:
+        assert self.store is not None
+        checkpoint = self.config.checkpoint
+        self._writer = BackgroundWriter(
+            self.store,
+            self.attempt,
+            Retention(checkpoint.keep_last, checkpoint.keep_best, checkpoint.best_metric),
+            self._policy(),
+            max_staleness_seconds=60 * checkpoint.max_staleness_minutes,
+        )
+
+    def _policy(self) -> RetryPolicy:
+        return RetryPolicy(deadline_seconds=self.config.data.store_deadline_seconds)
+
+    def _restore_history(self, files: SavedFiles) -> None:
+        """On a machine that has not seen the run: its rows and its W&B run."""
+        if not self.run_dir.metrics.is_file():
+            self.run_dir.root.mkdir(parents=True, exist_ok=True)
+            self.run_dir.metrics.write_bytes(files.history)
+            if files.meta["wandb_run_id"]:
+                self.run_dir.wandb_run_id.write_text(files.meta["wandb_run_id"])
+
+
+def non_finite(state: Any) -> str | None:
+    """What is not finite in a state; None if all of it is."""
+    for path, tensor in _tensors(state):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return f"{path} has values that are not finite"
+    return None
+
+
+def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, dict):
+        yield from chain.from_iterable(_tensors(v, f"{path}/{k}") for k, v in value.items())
+    elif isinstance(value, list | tuple):
+        yield from chain.from_iterable(_tensors(v, f"{path}/{i}") for i, v in enumerate(value))
+
+
+def _patiently(action: Callable[[], Result], policy: RetryPolicy) -> Result:
+    """What `action` returns, asked again while the store fails."""
+    delays = policy.delays()
+    while True:
+        try:
+            return action()
+        except (GanscaleError, AssertionError, AttributeError, NameError, TypeError):
+            raise
+        except Exception as error:  # a store may raise anything
+            delay = next(delays, None)
+            if delay is None:
+                raise GanscaleError(f"checkpoints cannot be reached: {error}") from error
+            time.sleep(delay)
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""

@@ -1,0 +1,201 @@
+"""Notices a step that hangs or crawls, says which rank the others wait for, and where that rank is.
+
+In a collective everybody waits for the slowest, so all ranks look alike from outside. Each rank
+tells the others through the group's store how far it is: the training thread writes its phase to a
+field, a second thread sends it on once a second, and listens to the others once its own step is
+slow. When a step takes too long, whoever is behind, or has fallen silent, is named in
+`events.jsonl`, and every rank that can writes the stacks of its threads to `stacks/`. Nothing is
+ended here: the group's time-out does that.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+from ganscale.world import World
+
+__all__ = ["PHASES", "Beat", "Watchdog", "laggards"]
+
+PHASES = ("start", "write", "data", "discriminator", "generator")
+"""What a rank does in a step, in this order."""
+
+_SILENT_BEATS = 5
+"""A rank whose beat has not changed in as many of ours has fallen silent."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """How far a rank is; `number` grows with each beat, so that silence is seen."""
+
+    rank: int
+    number: int
+    step: int
+    phase: str
+    host: str
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Comparable between ranks."""
+        return self.step, PHASES.index(self.phase)
+
+
+def laggards(beats: list[Beat], silent: set[int]) -> list[int]:
+    """The ranks that the others wait for: those that fell silent, else those behind the rest.
+
+    When all are in the same phase of the same step, it is all of them: the stacks say more.
+    """
+    if silent:
+        return sorted(silent)
+    behind = min(beat.progress for beat in beats)
+    return sorted(beat.rank for beat in beats if beat.progress == behind)
+
+
+class Watchdog:
+    """Watches one rank's steps while the block runs.
+
+    Args:
+        world: this rank among the others.
+        folder: where stacks are written.
+        stall_seconds: a step that takes longer is reported, once.
+        report: takes the fields of the event, on the lowest rank that is not hanging itself.
+        host: this machine's name, for people.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        folder: Path,
+        *,
+        stall_seconds: float,
+        report: Callable[..., None],
+        host: str,
+    ) -> None:
+        self._world = world
+        self._folder = folder
+        self._stall_seconds = stall_seconds
+        self._report = report
+        self._host = host
+        self._interval = min(1.0, stall_seconds / 20)
+        self._at = (0, "start", time.monotonic())
+        self._began = time.monotonic()
+        self._stop = threading.Event()
+        self._answered = time.monotonic()
+        self._beats: dict[int, Beat] = {}
+        self._unchanged: dict[int, int] = {}
+        self._store = PrefixStore("ganscale/watchdog", _get_default_store())
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for target, name in ((self._beat, "heartbeat"), (self._watch, "watchdog"))
+        ]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The heartbeat may hang in a store that is gone; it is a daemon and is left."""
+        self._stop.set()
+        self._threads[1].join()
+        self._threads[0].join(2 * self._interval)
+
+    def mark(self, step: int, phase: str) -> None:
+        """The training thread enters a phase; a new step starts the clock again."""
+        if step != self._at[0]:
+            self._began = time.monotonic()
+            self._unchanged.clear()
+        self._at = (step, phase, time.monotonic())
+
+    def _beat(self) -> None:
+        number = 0
+        while not self._stop.is_set():
+            number += 1
+            step, phase, _ = self._at
+            beat = Beat(self._world.rank, number, step, phase, self._host)
+            try:
+                self._store.set(str(self._world.rank), json.dumps(asdict(beat)))
+                if time.monotonic() - self._began > self._stall_seconds / 2:
+                    for rank in range(self._world.world_size):
+                        self._hear(rank)
+            except RuntimeError:  # the store's rank is gone; silence says so
+                return
+            self._answered = time.monotonic()
+            self._stop.wait(self._interval)
+
+    def _hear(self, rank: int) -> None:
+        if not self._store.check([str(rank)]):
+            return
+        beat = Beat(**json.loads(self._store.get(str(rank))))
+        same = rank in self._beats and self._beats[rank].number == beat.number
+        self._unchanged[rank] = self._unchanged.get(rank, 0) + 1 if same else 0
+        self._beats[rank] = beat
+
+    def _watch(self) -> None:
+        reported = -1
+        while not self._stop.wait(self._interval):
+            step, _, _ = self._at
+            seconds = time.monotonic() - self._began
+            if seconds > self._stall_seconds and step != reported:
+                reported = step
+                stacks = self._dump_stacks(step)
+                self._tell(step, seconds, stacks)
+
+    def _dump_stacks(self, step: int) -> Path:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"step-{step:09d}-rank-{self._world.rank}.txt"
+        with path.open("w") as file:
+            file.write(f"rank {self._world.rank} on {self._host}, step {step}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        return path
+
+    def _tell(self, step: int, seconds: float, stacks: Path) -> None:
+        silent = {r for r, count in self._unchanged.items() if count >= _SILENT_BEATS}
+        silent -= {self._world.rank}
+        patience = _SILENT_BEATS * self._interval
+        if self._world.rank and time.monotonic() - self._answered > patience:
+            silent = {0}  # which holds the store
+        able = [r for r in range(self._world.world_size) if r not in silent]
+        if self._world.rank != min(able, default=0):
+            return
+        mine = Beat(self._world.rank, 0, self._at[0], self._at[1], self._host)
+        beats = list({**self._beats, self._world.rank: mine}.values())
+        waited_for = laggards(beats, silent)
+        self._report(**_fields(step, seconds, beats, waited_for, silent, stacks))
+
+
+def _fields(
+    step: int,
+    seconds: float,
+    beats: list[Beat],
+    waited_for: list[int],
+    silent: set[int],
+    stacks: Path,
+) -> dict[str, Any]:
+    by_rank = {beat.rank: beat for beat in beats}
+    where = {
+        str(rank): {
+            "step": by_rank[rank].step,
+            "phase": by_rank[rank].phase,
+            "host": by_rank[rank].host,
+            "silent": rank in silent,
+        }
+        for rank in waited_for
+        if rank in by_rank
+    }
+    return {
+        "step": step,
+        "seconds": round(seconds, 1),
+        "ranks": waited_for,
+        "where": where,
+        "stacks": str(stacks.parent),
+    }

@@ -1,0 +1,271 @@
+#!/usr/bin/env python3
+"""Kill a run on Ray again and again; its weights must be those of a run that was left alone.
+
+    scripts/soak.py --shards data/cifar10-train --kills 25 --seed 0
+    scripts/soak.py --shards data/cifar10-train --kills 25 --seed 1 --store s3
+
+Two workers train a small DCGAN under Ray. At a random moment of a random kind (while training,
+while a checkpoint is being written, while a restart reads one) SIGKILL goes to either rank, both,
+Ray's controller, or the driver, which is then started again. At the end the sha256 over all tensors
+is compared with that of an uninterrupted run of two plain processes. `--store s3` keeps checkpoints
+on an S3 server of its own (needs moto, from the development extras).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ganscale.checkpoint import CheckpointStore
+from ganscale.config import Config
+from ganscale.run_directory import RunDirectory
+
+TARGETS = ("rank 0", "rank 1", "both ranks", "controller", "driver")
+MOMENTS = ("training", "training", "checkpoint", "restore")
+
+
+def main() -> None:
+    """Parse, run, compare; exit code 1 if the weights differ."""
+    arguments = _arguments()
+    storage = arguments.storage.absolute()
+    config = Config().with_changes(
+        {
+            "name": f"soak-{arguments.seed}",
+            "storage": str(storage),
+            "data.shards": str(arguments.shards.absolute()),
+            "model": {"base_channels": 16},
+            "training.batch_size": 32,
+            "training.total_kimg": arguments.kimg,
+            "checkpoint.every_kimg": 0.64,
+            "tracking.log_every_kimg": 0.064,
+            "tracking.wandb": "disabled",
+            "samples.every_kimg": 10,
+            "launch.num_workers": 2,
+        }
+    )
+    whole = config.with_changes({"name": "soak-whole", "launch.backend": "inprocess"})
+    if not CheckpointStore(whole.checkpoints).names():
+        print("the uninterrupted run ...", flush=True)
+        _uninterrupted(whole)
+    with _s3() if arguments.store == "s3" else nullcontext() as location:
+        config = config.with_changes({"checkpoint.location": location})
+        soak = Soak(config, random.Random(arguments.seed))
+        soak.run(arguments.kills)
+        found, expected = _digest(config), _digest(whole)
+    print(json.dumps(soak.summary(), indent=1))
+    print(f"expected {expected}\nfound    {found}")
+    if found != expected:
+        sys.exit("the weights differ")
+    print("the weights are bit-identical")
+
+
+@dataclass
+class Kill:
+    """One kill and what it took to recover."""
+
+    target: str
+    moment: str
+    unfinished: bool
+    """Whether it left a half-written checkpoint."""
+    seconds: float
+    """From the kill to the first row of the next attempt."""
+
+
+class Soak:
+    """The run that is killed."""
+
+    def __init__(self, config: Config, rng: random.Random) -> None:
+        self.config = config
+        self.rng = rng
+        self.run_dir = RunDirectory(config.run_dir)
+        self.store = CheckpointStore(config.checkpoints)
+        self.kills: list[Kill] = []
+        self._unfinished: list[Any] = []
+        self._file = config.run_dir.parent / f"{config.name}.yaml"
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._file.write_text(config.to_yaml())
+        self._driver = self._start()
+
+    def run(self, num_kills: int) -> None:
+        """Kill `num_kills` times, then let the run come to its end."""
+        while len(self.kills) < num_kills:
+            target = self.rng.choice(TARGETS)
+            # A driver that is killed while it starts has no workers yet to read a checkpoint.
+            moment = self.rng.choice(MOMENTS)
+            attempt = self._wait_for_moment(moment)
+            began = time.time()
+            self._kill(target)
+            if target == "driver":
+                self._driver.wait()
+                time.sleep(6)  # Ray's daemons notice that their driver is gone
+                self._driver = self._start()
+            row = self._first_row_after(attempt, began)
+            unfinished = any(f.attempt <= attempt for f in self._unfinished)
+            seconds = row["time/unix"] - began
+            self.kills.append(Kill(target, moment, unfinished, seconds))
+            print(
+                f"{len(self.kills):3} {target:10} while {moment:10} at {row['nimg'] / 1000:7.2f} "
+                f"kimg: training again after {seconds:5.1f} s",
+                flush=True,
+            )
+        if self._driver.wait() != 0:
+            sys.exit("the run did not come to its end")
+
+    def summary(self) -> dict[str, Any]:
+        """Figures over all kills."""
+        by_target = {t: [k.seconds for k in self.kills if k.target == t] for t in TARGETS}
+        return {
+            "kills": len(self.kills),
+            "by_moment": {m: sum(k.moment == m for k in self.kills) for m in set(MOMENTS)},
+            "half_written_checkpoints": sum(k.unfinished for k in self.kills),
+            "recovery_seconds": {
+                target: {
+                    "kills": len(seconds),
+                    "median": round(statistics.median(seconds), 1),
+                    "max": round(max(seconds), 1),
+                }
+                for target, seconds in by_target.items()
+                if seconds
+            },
+        }
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "ganscale", "train", "--config", str(self._file)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def _wait_for_moment(self, moment: str) -> int:
+        """Returns the attempt that is running then."""
+        self._unfinished = []
+        attempt = self._attempt_that_trains()
+        if moment == "restore":  # that of a restart, which a kill of rank 1 brings about
+            self._kill("rank 1")
+            while len(self.store.attempts()) == attempt:
+                time.sleep(0.002)
+            time.sleep(self.rng.uniform(0, 0.2))
+            return attempt
+        time.sleep(self.rng.uniform(1, 5))
+        while moment == "checkpoint" and not self.store.unfinished():
+            time.sleep(0.001)
+        return attempt
+
+    def _attempt_that_trains(self) -> int:
+        """Waits until the latest attempt has logged a row."""
+        while True:
+            if self._driver.poll() is not None:
+                sys.exit("the run has ended before its kills: give it more --kimg")
+            rows, latest = _rows(self.run_dir.metrics), len(self.store.attempts())
+            if latest and rows and rows[-1]["attempt"] == latest:
+                return latest
+            time.sleep(0.05)
+
+    def _first_row_after(self, attempt: int, began: float) -> dict[str, Any]:
+        while True:
+            self._unfinished = self._unfinished or self.store.unfinished()
+            for row in _rows(self.run_dir.metrics)[-200:]:
+                if row["attempt"] > attempt and row["time/unix"] > began:
+                    return row
+            if self._driver.poll() is not None:
+                sys.exit("the driver has given up")
+            time.sleep(0.05)
+
+    def _kill(self, target: str) -> None:
+        if target == "driver":
+            self._driver.kill()
+            return
+        starts = [e for e in _rows(self.run_dir.events) if e["event"] in ("start", "resume")]
+        main_pid = starts[-1]["pid"]
+        for process in psutil.Process(self._driver.pid).children(recursive=True):
+            try:
+                title = " ".join(process.cmdline())
+                is_worker = "RayTrainWorker" in title
+                wanted = {
+                    "rank 0": process.pid == main_pid,
+                    "rank 1": is_worker and process.pid != main_pid,
+                    "both ranks": is_worker,
+                    "controller": "TrainController" in title,
+                }
+                if wanted[target]:
+                    process.kill()
+            except psutil.NoSuchProcess:
+                continue
+
+
+def _uninterrupted(config: Config) -> None:
+    file = config.run_dir.parent / f"{config.name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(config.to_yaml())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "ganscale", "train", "--config", str(file)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _digest(config: Config) -> tuple[int, str]:
+    """(nimg, sha256 over all tensors) of the newest checkpoint."""
+    files = CheckpointStore(config.checkpoints).newest()
+    if files is None:
+        sys.exit(f"{config.checkpoints} has no checkpoint that verifies")
+    return files.name.nimg, files.meta["tensors_sha256"]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Complete lines; half a line of a killed writer is none."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+class _s3:  # noqa: N801
+    """An S3 server for the time of the block; gives the location for checkpoints."""
+
+    def __enter__(self) -> str:
+        import boto3
+        from moto.server import ThreadedMotoServer
+
+        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        self._server.start()
+        host, port = self._server.get_host_and_port()
+        os.environ["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
+        os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            os.environ[name] = "testing"
+        boto3.client("s3").create_bucket(Bucket="soak")
+        return "s3://soak/checkpoints"
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shards", type=Path, required=True, help="Folder of a shard set.")
+    parser.add_argument("--storage", type=Path, default=Path("runs"), help="Where runs go.")
+    parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0, help="Decides kinds and moments.")
+    parser.add_argument("--kimg", type=float, default=60.0, help="Length of the run.")
+    parser.add_argument("--store", choices=("local", "s3"), default="local")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""A run's checkpoints in a directory or in S3, small states, and how to look behind the store."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import boto3
+import fsspec
+import pytest
+import torch
+from moto.server import ThreadedMotoServer
+from torch import Tensor
+
+from ganscale.checkpoint import Attempt, CheckpointName, CheckpointStore
+from ganscale.checkpoint.store import saved_state
+
+__all__ = ["Raw", "begin", "bits", "newest", "s3_bucket", "state_at", "write"]
+
+
+@contextmanager
+def s3_bucket() -> Iterator[str]:
+    """The URL of an S3 bucket; its endpoint and credentials are in the environment."""
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    s3 = fsspec.get_filesystem_class("s3")
+    s3.clear_instance_cache()  # of those that know another endpoint
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="runs")
+        client.close()
+        yield "s3://runs"
+    s3.clear_instance_cache()
+    moto.stop()
+
+
+class Raw:
+    """The bytes of a store, to look at and to damage behind its back."""
+
+    def __init__(self, store: CheckpointStore) -> None:
+        self.fs, self.root = fsspec.core.url_to_fs(store.location)
+
+    def get(self, path: str) -> bytes:
+        data: bytes = self.fs.cat_file(f"{self.root}/{path}")
+        return data
+
+    def put(self, path: str, data: bytes) -> None:
+        self.fs.pipe_file(f"{self.root}/{path}", data)
+
+    def remove(self, path: str) -> None:
+        self.fs.rm_file(f"{self.root}/{path}")
+
+    def all(self) -> dict[str, bytes]:
+        self.fs.invalidate_cache()
+        return {path: self.fs.cat_file(path) for path in self.fs.find(self.root)}
+
+
+def state_at(nimg: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(nimg)
+    return {"G": {"weight": torch.randn(4, 3, generator=generator)}, "nimg": nimg}
+
+
+def begin(store: CheckpointStore, up_to: int | None = None) -> Attempt:
+    return store.claim(lambda: store.newest(up_to=up_to))[0]
+
+
+def write(store: CheckpointStore, attempt: Attempt, nimg: int, **more: Any) -> CheckpointName:
+    more = {"history": b'{"nimg": 1}\n', "metrics": {"score": 1e-05}, **more}
+    return store.write(attempt, saved_state(nimg, state_at(nimg), {"run": "test"}, **more))
+
+
+def newest(store: CheckpointStore) -> CheckpointName | None:
+    """The newest one, found without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        files = store.newest()
+    return None if files is None else files.name
+
+
+def bits(value: Any) -> Any:
+    """A state in which exactly what is equal bit by bit compares equal."""
+    if isinstance(value, Tensor):
+        raw = value.contiguous().reshape(-1).view(torch.uint8)
+        return "tensor", value.dtype, tuple(value.shape), raw.tolist()
+    if isinstance(value, dict):
+        return "dict", [(type(key), key, bits(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return type(value), [bits(item) for item in value]
+    return type(value), struct.pack("<d", value) if isinstance(value, float) else value
