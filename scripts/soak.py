@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,13 @@ class Soak:
             # A driver that is killed while it starts has no workers yet to read a checkpoint.
             moment = self.rng.choice(MOMENTS)
             attempt = self._wait_for_moment(moment)
+            workers = {process.pid for process in self._processes("RayTrainWorker")}
             began = time.time()
             self._kill(target)
             if target == "driver":
                 self._driver.wait()
-                time.sleep(6)  # Ray's daemons notice that their driver is gone
                 self._driver = self._start()
-            row = self._first_row_after(attempt, began)
+            row = self._first_row(workers, began)
             unfinished = any(f.attempt <= attempt for f in self._unfinished)
             seconds = row["time/unix"] - began
             self.kills.append(Kill(target, moment, unfinished, seconds))
@@ -173,11 +173,20 @@ class Soak:
                 return latest
             time.sleep(0.05)
 
-    def _first_row_after(self, attempt: int, began: float) -> dict[str, Any]:
+    def _first_row(self, old_workers: set[int], began: float) -> dict[str, Any]:
+        """The first row of workers that did not live yet when the kill began.
+
+        Others may log for a moment after their driver or controller is gone.
+        """
         while True:
             self._unfinished = self._unfinished or self.store.unfinished()
+            attempts = {
+                event["attempt"]
+                for event in _rows(self.run_dir.events)
+                if event["event"] in ("start", "resume") and event["pid"] not in old_workers
+            }
             for row in _rows(self.run_dir.metrics)[-200:]:
-                if row["attempt"] > attempt and row["time/unix"] > began:
+                if row["attempt"] in attempts and row["time/unix"] > began:
                     return row
             if self._driver.poll() is not None:
                 sys.exit("the driver has given up")
@@ -189,20 +198,20 @@ class Soak:
             return
         starts = [e for e in _rows(self.run_dir.events) if e["event"] in ("start", "resume")]
         main_pid = starts[-1]["pid"]
-        for process in psutil.Process(self._driver.pid).children(recursive=True):
-            try:
-                title = " ".join(process.cmdline())
-                is_worker = "RayTrainWorker" in title
-                wanted = {
-                    "rank 0": process.pid == main_pid,
-                    "rank 1": is_worker and process.pid != main_pid,
-                    "both ranks": is_worker,
-                    "controller": "TrainController" in title,
-                }
-                if wanted[target]:
+        title = "TrainController" if target == "controller" else "RayTrainWorker"
+        for process in self._processes(title):
+            wanted = {"rank 0": process.pid == main_pid, "rank 1": process.pid != main_pid}
+            if wanted.get(target, True):
+                with suppress(psutil.NoSuchProcess):
                     process.kill()
-            except psutil.NoSuchProcess:
-                continue
+
+    def _processes(self, title: str) -> list[psutil.Process]:
+        found = []
+        for process in psutil.Process(self._driver.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
 
 
 def _uninterrupted(config: Config) -> None:

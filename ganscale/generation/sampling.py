@@ -96,7 +96,7 @@ def diversity(images: Tensor) -> float:
         images: uint8, (N, C, H, W) with N > 1.
 
     Returns:
-        A number from 0, all alike, to 255. Real CIFAR-10 images have about 84.
+        A number from 0, all alike, to 255. 64 real CIFAR-10 images have about 88 (82 to 93).
     """
     flat = images.flatten(1).double()
     return float(torch.pdist(flat).mean()) / math.sqrt(flat.shape[1])

@@ -22,12 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node
+from ray._private.state import available_resources_per_node, state
+from ray._raylet import PlacementGroupID
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, WorkerGroupError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from ganscale.config import Config
 from ganscale.errors import GanscaleError
@@ -76,9 +79,14 @@ class RayWorkers:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self._token = ""
+        """Of the group that is starting or trains."""
 
     def room(self) -> int:
-        """How many more workers fit on the cluster now."""
+        """How many more workers fit on the cluster now; none while a group takes its places."""
+        if self._token and not _told(self._token, "in_place"):
+            return 0
+        _release_what_the_dead_hold()
         launch = self.config.launch
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         count = 0
@@ -95,7 +103,7 @@ class RayWorkers:
         Raises `Failure` when a worker, its node or the controller is gone, or the cause of an
         error that would come again.
         """
-        token = secrets.token_hex(8)
+        token = self._token = secrets.token_hex(8)
         trainer = self._trainer(num_workers, token)
         outcome: list[Ending | BaseException] = []
 
@@ -117,6 +125,7 @@ class RayWorkers:
             if stop.reason != told:
                 told = stop.reason
                 _tell(token, "stop", told)
+        self._token = ""
         (ended,) = outcome
         if isinstance(ended, Ending):
             return ended
@@ -161,7 +170,7 @@ class RayWorkers:
                     controller_failure_limit=0,
                     max_preemption_failures=0,
                 ),
-                callbacks=[_FaultNotes(self.config.run_dir)],
+                callbacks=[_Faults(self.config.run_dir, token)],
             ),
         )
 
@@ -173,6 +182,8 @@ def _worker(settings: dict[str, Any]) -> None:
     if _told(token, "error"):
         return  # Ray starts workers again after any error; this one would only come again
     world = World.detect("cuda" if config.launch.use_gpu else "cpu")
+    if world.is_main:
+        _tell(token, "in_place", "yes")
     stop = StopRequest()
     done = threading.Event()
     listener = threading.Thread(
@@ -202,6 +213,19 @@ def _listen(token: str, world: World, stop: StopRequest, done: threading.Event) 
             stop.reason = "regroup"
 
 
+def _release_what_the_dead_hold() -> None:
+    """Give back what controllers that were killed had reserved on the cluster for their workers.
+
+    Ray does so only when the whole job ends, and has a cleaner which may fail.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    for data in state._global_state_accessor.get_placement_group_table():
+        group = PlacementGroupTableData.FromString(data)
+        ours = group.creator_job_id.hex() == job and group.creator_actor_dead
+        if ours and group.state != PlacementGroupTableData.REMOVED:
+            remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
+
+
 def _tell(token: str, what: str, text: str) -> None:
     """Leave a message for the other side: the driver, or rank 0 of the group with this token."""
     _internal_kv_put(f"ganscale-{token}-{what}", text.encode(), overwrite=True)
@@ -223,19 +247,22 @@ def _cluster(address: str | None) -> Iterator[None]:
         os.environ.setdefault(name, value)
     if address:
         ray.init(address=address, **options)
-    else:
-        ray.init(include_dashboard=False, **options)
+    else:  # without "local" Ray would join what was started here last, even if that is long gone
+        ray.init(address="local", include_dashboard=False, **options)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-class _FaultNotes(UserCallback):  # type: ignore[misc]
-    """Notes faults in the run's events, from Ray's controller, which outlives the workers."""
+class _Faults(UserCallback):  # type: ignore[misc]
+    """Tells of faults, from Ray's controller, which outlives the workers: in the run's events, and
+    to the driver, that the group has lost its places until it has started again.
+    """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, token: str) -> None:
         self._events = RunDirectory(run_dir).events
+        self._token = token
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         # An error here would end the run; the controller may be where there is no such folder.
@@ -243,6 +270,7 @@ class _FaultNotes(UserCallback):  # type: ignore[misc]
             log = EventLog(self._events)
             log.write("fault", message=_first_cause(worker_exceptions))
             log.close()
+        _tell(self._token, "in_place", "")
 
 
 def _first_cause(failures: Mapping[int, Exception]) -> str:
