@@ -134,7 +134,7 @@ class RayWorkers:
     def _explained(self, error: BaseException) -> BaseException:
         """The error that ends the run, or a `Failure` after which another group may go on."""
         if isinstance(error, WorkerGroupError) and error.worker_failures:
-            faults = self.config.launch.max_failures + 1
+            faults = self._num_restarts_by_ray() + 1
             return Failure(_first_cause(error.worker_failures), faults=faults)
         if isinstance(error, PreemptionError):
             return Failure("a node was taken away", faults=0)
@@ -142,6 +142,12 @@ class RayWorkers:
             text = " ".join(str(error).split())[:300]
             return Failure(f"{type(error).__name__}: {text}")
         return error
+
+    def _num_restarts_by_ray(self) -> int:
+        """Ray restarts a group at its size, and waits long for a node that is gone: none where
+        fewer workers may go on."""
+        launch = self.config.launch
+        return launch.max_failures if launch.min_workers == launch.max_workers else 0
 
     def _trainer(self, num_workers: int, token: str) -> TorchTrainer:
         launch, folder = self.config.launch, self.config.run_dir / "ray"
@@ -166,7 +172,7 @@ class RayWorkers:
                 name=self.config.name,
                 storage_path=str(folder),
                 failure_config=FailureConfig(
-                    max_failures=launch.max_failures,
+                    max_failures=self._num_restarts_by_ray(),
                     controller_failure_limit=0,
                     max_preemption_failures=0,
                 ),
@@ -270,7 +276,8 @@ class _Faults(UserCallback):  # type: ignore[misc]
             log = EventLog(self._events)
             log.write("fault", message=_first_cause(worker_exceptions))
             log.close()
-        _tell(self._token, "in_place", "")
+        with suppress(RayError):
+            _tell(self._token, "in_place", "")
 
 
 def _first_cause(failures: Mapping[int, Exception]) -> str:

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,9 @@ EXIT_CODES = {"terminated": 128 + signal.SIGTERM, "interrupted": 128 + signal.SI
 """The exit code of a run that was stopped, by the reason in its `Ending`."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SAME_SECONDS = 0.5
+"""Signals within this time of the first are one with it: `timeout`, torchrun, a terminal send to a
+process and to its group."""
 
 
 @contextmanager
@@ -52,8 +56,10 @@ def stopping_on_signals(stop: StopRequest, grace_seconds: float) -> Iterator[Non
 
 def _listen(here: socket.socket, stop: StopRequest, grace_seconds: float) -> None:
     """Until the other end is closed."""
-    code = 0
+    code, first = 0, 0.0
     while True:
+        if code:
+            here.settimeout(max(1e-3, first + grace_seconds - time.monotonic()))
         try:
             received = here.recv(1)
         except TimeoutError:
@@ -63,10 +69,11 @@ def _listen(here: socket.socket, stop: StopRequest, grace_seconds: float) -> Non
         if received[0] not in _SIGNALS:
             continue
         if code:
-            _end_at_once(code, "a second signal")
-        code = 128 + received[0]
+            if time.monotonic() - first > _SAME_SECONDS:
+                _end_at_once(code, "a second signal")
+            continue
+        code, first = 128 + received[0], time.monotonic()
         stop.reason = "terminated" if received[0] == signal.SIGTERM else "interrupted"
-        here.settimeout(grace_seconds)
         print(
             f"\nganscale: {signal.Signals(received[0]).name}: finishing the step and writing a "
             f"checkpoint, for at most {grace_seconds:g} s; a second signal ends at once",

@@ -170,7 +170,8 @@ class Watchdog:
         mine = Beat(self._world.rank, 0, self._at[0], self._at[1], self._host)
         beats = list({**self._beats, self._world.rank: mine}.values())
         waited_for = laggards(beats, silent)
-        self._report(**_fields(step, seconds, beats, waited_for, silent, stacks))
+        told_by = f"rank {self._world.rank} on {self._host}"
+        self._report(**_fields(step, seconds, beats, waited_for, silent, stacks), told_by=told_by)
 
 
 def _fields(

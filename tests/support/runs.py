@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ __all__ = ["final_digest", "read_rows", "start_ranks", "wait_all", "wait_for_row
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The complete JSON lines of a file."""
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]
+    """The JSON lines of a file; half a line, of a killed or a busy writer, is none."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def final_digest(config: Config) -> tuple[int, str]:

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Kill a run on Ray again and again; its weights must be those of a run that was left alone.
 
-    scripts/soak.py --shards data/cifar10-train --kills 25 --seed 0
-    scripts/soak.py --shards data/cifar10-train --kills 25 --seed 1 --store s3
+    python -m tests.soaks.kills --shards data/cifar10-train --kills 25 --seed 0
+    python -m tests.soaks.kills --shards data/cifar10-train --kills 25 --seed 1 --store s3
 
 Two workers train a small DCGAN under Ray. At a random moment of a random kind (while training,
 while a checkpoint is being written, while a restart reads one) SIGKILL goes to either rank, both,
@@ -23,7 +22,6 @@ import sys
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -31,6 +29,8 @@ import psutil
 from ganscale.checkpoint import CheckpointStore
 from ganscale.config import Config
 from ganscale.run_directory import RunDirectory
+from tests.soaks.runs import add_arguments, newest, small_run, train_undisturbed, write_config
+from tests.support.runs import read_rows
 
 TARGETS = ("rank 0", "rank 1", "both ranks", "controller", "driver")
 MOMENTS = ("training", "training", "checkpoint", "restore")
@@ -39,31 +39,13 @@ MOMENTS = ("training", "training", "checkpoint", "restore")
 def main() -> None:
     """Parse, run, compare; exit code 1 if the weights differ."""
     arguments = _arguments()
-    storage = arguments.storage.absolute()
-    config = Config().with_changes(
-        {
-            "name": f"soak-{arguments.seed}",
-            "storage": str(storage),
-            "data.shards": str(arguments.shards.absolute()),
-            "model": {"base_channels": 16},
-            "training.batch_size": 32,
-            "training.total_kimg": arguments.kimg,
-            "checkpoint.every_kimg": 0.64,
-            "tracking.log_every_kimg": 0.064,
-            "tracking.wandb": "disabled",
-            "samples.every_kimg": 10,
-            "launch.num_workers": 2,
-        }
-    )
-    whole = config.with_changes({"name": "soak-whole", "launch.backend": "inprocess"})
-    if not CheckpointStore(whole.checkpoints).names():
-        print("the uninterrupted run ...", flush=True)
-        _uninterrupted(whole)
+    undisturbed = train_undisturbed(arguments)
     with _s3() if arguments.store == "s3" else nullcontext() as location:
-        config = config.with_changes({"checkpoint.location": location})
+        name = f"soak-{arguments.seed}"
+        config = small_run(arguments, name, checkpoint__location=location)
         soak = Soak(config, random.Random(arguments.seed))
         soak.run(arguments.kills)
-        found, expected = _digest(config), _digest(whole)
+        found, expected = newest(config), newest(undisturbed)
     print(json.dumps(soak.summary(), indent=1))
     print(f"expected {expected}\nfound    {found}")
     if found != expected:
@@ -93,9 +75,7 @@ class Soak:
         self.store = CheckpointStore(config.checkpoints)
         self.kills: list[Kill] = []
         self._unfinished: list[Any] = []
-        self._file = config.run_dir.parent / f"{config.name}.yaml"
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._file.write_text(config.to_yaml())
+        self._file = write_config(config)
         self._driver = self._start()
 
     def run(self, num_kills: int) -> None:
@@ -168,7 +148,7 @@ class Soak:
         while True:
             if self._driver.poll() is not None:
                 sys.exit("the run has ended before its kills: give it more --kimg")
-            rows, latest = _rows(self.run_dir.metrics), len(self.store.attempts())
+            rows, latest = read_rows(self.run_dir.metrics), len(self.store.attempts())
             if latest and rows and rows[-1]["attempt"] == latest:
                 return latest
             time.sleep(0.05)
@@ -182,10 +162,10 @@ class Soak:
             self._unfinished = self._unfinished or self.store.unfinished()
             attempts = {
                 event["attempt"]
-                for event in _rows(self.run_dir.events)
+                for event in read_rows(self.run_dir.events)
                 if event["event"] in ("start", "resume") and event["pid"] not in old_workers
             }
-            for row in _rows(self.run_dir.metrics)[-200:]:
+            for row in read_rows(self.run_dir.metrics)[-200:]:
                 if row["attempt"] in attempts and row["time/unix"] > began:
                     return row
             if self._driver.poll() is not None:
@@ -196,7 +176,7 @@ class Soak:
         if target == "driver":
             self._driver.kill()
             return
-        starts = [e for e in _rows(self.run_dir.events) if e["event"] in ("start", "resume")]
+        starts = [e for e in read_rows(self.run_dir.events) if e["event"] in ("start", "resume")]
         main_pid = starts[-1]["pid"]
         title = "TrainController" if target == "controller" else "RayTrainWorker"
         for process in self._processes(title):
@@ -212,34 +192,6 @@ class Soak:
                 if title in " ".join(process.cmdline()):
                     found.append(process)
         return found
-
-
-def _uninterrupted(config: Config) -> None:
-    file = config.run_dir.parent / f"{config.name}.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(config.to_yaml())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["-m", "ganscale", "train", "--config", str(file)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def _digest(config: Config) -> tuple[int, str]:
-    """(nimg, sha256 over all tensors) of the newest checkpoint."""
-    files = CheckpointStore(config.checkpoints).newest()
-    if files is None:
-        sys.exit(f"{config.checkpoints} has no checkpoint that verifies")
-    return files.name.nimg, files.meta["tensors_sha256"]
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """Complete lines; half a line of a killed writer is none."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
 
 
 class _s3:  # noqa: N801
@@ -267,11 +219,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shards", type=Path, required=True, help="Folder of a shard set.")
-    parser.add_argument("--storage", type=Path, default=Path("runs"), help="Where runs go.")
+    add_arguments(parser)
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0, help="Decides kinds and moments.")
-    parser.add_argument("--kimg", type=float, default=60.0, help="Length of the run.")
     parser.add_argument("--store", choices=("local", "s3"), default="local")
     return parser.parse_args()
 
