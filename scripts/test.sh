@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that must hold: formatting, lint, types, tests. Sets itself up on a fresh clone.
 #   scripts/test.sh             all of it
-#   scripts/test.sh -k order    arguments go to pytest
+#   scripts/test.sh -k order    arguments go to pytest; with -n 0 one test at a time
 # Tests on real images use GANSCALE_CIFAR10, or ../shared/cifar10 when that is there.
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -13,4 +13,4 @@ export WANDB_MODE=offline RAY_AUTH_MODE=disabled
 ruff format --check .
 ruff check .
 mypy
-pytest -m "not slow and not gpu" "$@"
+pytest -n logical -m "not slow and not gpu" "$@"
