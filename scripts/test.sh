@@ -13,4 +13,4 @@ export WANDB_MODE=offline RAY_AUTH_MODE=disabled
 ruff format --check .
 ruff check .
 mypy
-pytest -n logical -m "not slow and not gpu" "$@"
+pytest -n logical --dist worksteal -m "not slow and not gpu" "$@"

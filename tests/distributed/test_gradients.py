@@ -95,7 +95,7 @@ def _of_world(world_size: int) -> list[dict[str, tuple[bytes, bytes]]]:
     return run_ranks(world_size, _gradients)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_one_process(case: str, world_size: int) -> None:
     # A finite difference has fewer digits to begin with.

@@ -56,7 +56,7 @@ def _losses(config: Config, *legs: tuple[int, float]) -> torch.Tensor:
     return torch.tensor([[row[name] for name in names] for row in rows], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("num_steps", [40, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_steps", [24, pytest.param(200, marks=pytest.mark.slow)])
 def test_loss_curve_is_that_of_one_worker_with_batch_norm(
     make_config: MakeConfig, cifar10_shards: Path, num_steps: int
 ) -> None:
@@ -78,7 +78,8 @@ def test_loss_curve_is_that_of_one_worker_with_batch_norm(
     third = config.total_nimg / 3
     one = _losses(config, (1, math.inf))
     assert one.shape == (num_steps, 2)
-    for legs in ([(2, math.inf)], [(3, math.inf)], [(2, third), (1, 2 * third), (2, math.inf)]):
+    changing = [(2, third), (1, 2 * third), (2, math.inf)]
+    for legs in ([(3, math.inf)], changing, *([[(2, math.inf)]] if num_steps == 200 else [])):
         many = _losses(config, *legs)
         print([world_size for world_size, _ in legs], ((many - one).abs() / one.abs()).max())
         torch.testing.assert_close(many, one, rtol=1e-4, atol=0)

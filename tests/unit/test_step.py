@@ -240,7 +240,7 @@ def test_the_generator_learns_at_every_so_manieth_step(make_config: MakeConfig) 
     assert trainer.state.nimg == 6 * config.training.batch_size
 
 
-@pytest.mark.parametrize("model", ["dcgan", "r3gan"])
+@pytest.mark.parametrize("model", ["dcgan", pytest.param("r3gan", marks=pytest.mark.slow)])
 def test_compiled_players_lose_alike(make_config: MakeConfig, model: str) -> None:
     losses = []
     for compiled in (False, True):
