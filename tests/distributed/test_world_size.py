@@ -56,7 +56,9 @@ def _losses(config: Config, *legs: tuple[int, float]) -> torch.Tensor:
     return torch.tensor([[row[name] for name in names] for row in rows], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("num_steps", [24, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_steps", [24, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+)
 def test_loss_curve_is_that_of_one_worker_with_batch_norm(
     make_config: MakeConfig, cifar10_shards: Path, num_steps: int
 ) -> None:

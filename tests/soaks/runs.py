@@ -36,6 +36,7 @@ def small_run(arguments: argparse.Namespace, name: str, **changes: Any) -> Confi
             "tracking.wandb": "disabled",
             "samples.every_kimg": 10,
             "launch.num_workers": 2,
+            "launch.max_failures": -1,  # kills may come faster than checkpoints
             **{key.replace("__", "."): value for key, value in changes.items()},
         }
     )
