@@ -238,11 +238,13 @@ class _ObjectFolder:
         try:
             for piece in pieces:
                 file.write(piece)
+            file.close()
         except BaseException:
-            file.discard()
+            # First, or it would complete what it has when it is collected: over the next try's.
             file.closed = True
+            with suppress(Exception):  # of the store that has just failed
+                file.discard()
             raise
-        file.close()
 
 
 def _options(location: str) -> dict[str, Any]:
