@@ -301,7 +301,7 @@ def cut_at(store: CheckpointStore, state: SavedState, limit: int, *, of_claim: b
     assert go_on(store) == (OLDER if of_claim else NEWER)
 
 
-@pytest.mark.parametrize("step", [pytest.param(41, marks=pytest.mark.slow), 4567])
+@pytest.mark.parametrize("step", [pytest.param(173, marks=pytest.mark.slow), 4567])
 def test_a_file_cut_off_at_any_byte_makes_no_checkpoint(tmp_path: Path, step: int) -> None:
     # A process of its own, since the limit is on all that it writes.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
