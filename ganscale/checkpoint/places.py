@@ -23,7 +23,8 @@ __all__ = ["Folder", "LocalPlace", "ObjectPlace", "Place", "open_place"]
 
 _TEMPORARY = ".tmp-"
 _CHUNK_BYTES = 2**24
-_TIMEOUT_SECONDS = 60
+_TIMEOUT_SECONDS = 20
+_NUM_TRIES = 2
 
 
 class Folder(Protocol):
@@ -183,6 +184,8 @@ class ObjectPlace:
         except (ImportError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"{location} cannot be opened: {reason}") from None
+        if hasattr(self._fs, "retries"):
+            self._fs.retries = _NUM_TRIES  # s3fs repeats what it reads, its client what it asks
 
     def files(self) -> list[str]:
         self._fs.invalidate_cache()
@@ -248,11 +251,11 @@ class _ObjectFolder:
 
 
 def _options(location: str) -> dict[str, Any]:
-    """Requests that end, and listings that are never old."""
+    """Requests that end soon, as who writes asks again, and listings that are never old."""
     if location.startswith("s3://"):
         seconds = {"connect_timeout": 10, "read_timeout": _TIMEOUT_SECONDS}
         return {
-            "config_kwargs": {**seconds, "retries": {"max_attempts": 1}},
+            "config_kwargs": {**seconds, "retries": {"total_max_attempts": _NUM_TRIES}},
             "use_listings_cache": False,
         }
     return {}

@@ -185,22 +185,24 @@ class CheckpointStore:
         choose: Callable[[], SavedFiles | None],
         *,
         reason: Literal["resume", "rollback"] = "resume",
+        token: str | None = None,
     ) -> tuple[Attempt, SavedFiles | None]:
         """Begin an attempt from the checkpoint that `choose` finds.
 
         Two that begin at once get different numbers, and the later one chooses again, so that it
-        goes on from what the earlier one leaves.
+        goes on from what the earlier one leaves. Whoever asks again after an error gives the same
+        `token` each time: a claim whose answer was lost then does not count as a rollback more.
         """
+        token = token or secrets.token_hex(8)
         while True:
-            before = self._numbers()
-            number = max(before, default=0) + 1
-            last = self.attempts()[-1:]
+            number = max(self._numbers(), default=0) + 1
+            last = [attempt for attempt in self.attempts() if attempt.token != token][-1:]
             files = choose()
             attempt = Attempt(
                 number=number,
                 start=None if files is None else files.name,
                 salt=(last[0].salt if last else 0) + (reason == "rollback"),
-                token=secrets.token_hex(8),
+                token=token,
                 reason=reason if files is not None or reason == "rollback" else "start",
             )
             data = json.dumps(attempt.to_json(), indent=1).encode()
@@ -257,7 +259,8 @@ class CheckpointStore:
     ) -> list[CheckpointName]:
         """Delete what need not be kept, as `lineage.doomed` says; returns what was deleted.
 
-        The newest up to `healthy_nimg` is kept too.
+        The newest up to `healthy_nimg` is kept too. What writers left unfinished goes as well, so
+        the attempt must not be writing meanwhile.
         """
         names, line = self.names(), self.lineage()
         special = self._best(line, retention)
@@ -271,7 +274,7 @@ class CheckpointStore:
         for name in condemned:
             self.place.remove_folder(str(name))
         for folder in self.unfinished():
-            if folder.attempt < attempt.number:
+            if folder.attempt <= attempt.number:
                 self.place.remove_folder(folder.path)
         return condemned
 
@@ -350,8 +353,8 @@ class CheckpointStore:
             yield from self.place.chunks(f"{name}/{file}")
         except FileNotFoundError:
             raise CheckpointError(f"{file} is missing") from None
-        except (IsADirectoryError, PermissionError) as error:
-            raise CheckpointError(f"{file} is unreadable ({type(error).__name__})") from None
+        except IsADirectoryError:
+            raise CheckpointError(f"{file} is a directory") from None
 
     def _manifest(self, name: CheckpointName) -> dict[str, Any]:
         data = b"".join(self._chunks(name, _MANIFEST))

@@ -316,7 +316,10 @@ class _Request:
 def _options(location: str) -> dict[str, Any]:
     """fsspec's options: the library's retries and caches off, since ours have a deadline."""
     if location.startswith("s3://"):
-        return {"config_kwargs": {"retries": {"max_attempts": 1}}, "use_listings_cache": False}
+        return {
+            "config_kwargs": {"retries": {"total_max_attempts": 1}},
+            "use_listings_cache": False,
+        }
     return {}
 
 

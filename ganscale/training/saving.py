@@ -6,6 +6,7 @@ access to it, and a checkpoint is fetched and verified once.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -70,10 +71,10 @@ class Saving:
         files: SavedFiles | None = None
         header: list[Any] = [None]
         if self.store is not None:
-            store = self.store
+            store, token = self.store, secrets.token_hex(8)
             self.attempt, files = _patiently(
                 lambda: store.claim(
-                    lambda: store.newest(up_to=up_to, accept=accept), reason=reason
+                    lambda: store.newest(up_to=up_to, accept=accept), reason=reason, token=token
                 ),
                 self._policy(),
             )

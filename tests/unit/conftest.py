@@ -1,8 +1,9 @@
-"""A small class-folder image set and the shard set built from it, shared by the data tests."""
+"""What the unit tests share: a small image set, its shards, and empty checkpoint stores."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ganscale.checkpoint import CheckpointStore
 from ganscale.data.building import build_shards
 from ganscale.data.shards import ShardSet
 from ganscale.data.sources import SourceSpec
+from tests.support.checkpoints import s3_bucket
 
 CLASS_SIZES = {"ant": 11, "bee": 9, "cow": 10, "dog": 7}
 
@@ -52,3 +55,23 @@ def own_set(built_set: ShardSet, tmp_path: Path) -> ShardSet:
     root = tmp_path / "own"
     shutil.copytree(built_set.location, root)
     return ShardSet.load(root)
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """The URL of an S3 bucket."""
+    with s3_bucket() as url:
+        yield url
+
+
+@pytest.fixture(params=["directory", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
+    """An empty one, of either kind."""
+    if request.param == "directory":
+        return CheckpointStore(tmp_path / "run")
+    return CheckpointStore(f"{request.getfixturevalue('bucket')}/{tmp_path.name}")
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "run")

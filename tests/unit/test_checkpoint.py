@@ -23,31 +23,13 @@ from ganscale.checkpoint import (
 from ganscale.checkpoint.encoding import flatten
 from ganscale.checkpoint.store import saved_state
 from ganscale.errors import CheckpointError, ConfigError
-from tests.support.checkpoints import Raw, begin, bits, newest, s3_bucket, state_at, write
+from tests.support.checkpoints import Raw, begin, bits, newest, state_at, write
 
 FILES = ("state.safetensors", "state.json", "meta.json", "metrics.jsonl", "manifest.json")
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
 )
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    with s3_bucket() as url:
-        yield url
-
-
-@pytest.fixture(params=["directory", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
-    if request.param == "directory":
-        return CheckpointStore(tmp_path / "run")
-    return CheckpointStore(f"{request.getfixturevalue('bucket')}/{tmp_path.name}")
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> CheckpointStore:
-    return CheckpointStore(tmp_path / "run")
 
 
 def full_state() -> dict[str, Any]:
@@ -359,6 +341,22 @@ def test_a_checkpoint_may_be_written_again(store: CheckpointStore) -> None:
     Raw(store).put(f"{name}/state.json", b"")
     assert write(store, attempt, 1) == name
     assert store.verify(name) is None
+    assert newest(store) == name
+
+
+def test_a_refusal_by_the_store_is_no_damage(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = write(store, begin(store), 1)
+
+    def refuse(file: str) -> Iterator[bytes]:
+        raise PermissionError("Access Denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.place, "chunks", refuse)
+        for action in (store.newest, store.repair, lambda: store.verify(name)):
+            with pytest.raises(PermissionError):
+                action()
     assert newest(store) == name
 
 

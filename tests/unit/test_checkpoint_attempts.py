@@ -18,25 +18,7 @@ from ganscale.checkpoint import (
     SavedFiles,
     Superseded,
 )
-from tests.support.checkpoints import Raw, begin, newest, s3_bucket, write
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    with s3_bucket() as url:
-        yield url
-
-
-@pytest.fixture(params=["directory", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
-    if request.param == "directory":
-        return CheckpointStore(tmp_path / "run")
-    return CheckpointStore(f"{request.getfixturevalue('bucket')}/{tmp_path.name}")
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> CheckpointStore:
-    return CheckpointStore(tmp_path / "run")
+from tests.support.checkpoints import Raw, begin, newest, write
 
 
 def positions(names: list[CheckpointName]) -> list[int]:
@@ -280,13 +262,29 @@ def test_what_killed_writers_left_behind_is_removed_later(store: CheckpointStore
     name, left = write(store, first, 1), unfinished(store, first, 2)
     assert newest(store) == name
     assert store.repair() == []
-    assert store.prune(first, Retention()) == []
     assert files_below(store, left)  # its writer may be alive
-    second = begin(store)
+    begin(store)
     assert store.repair() == [f"{left} removed: its writer never finished it"]
-    assert store.prune(second, Retention()) == []
     assert not files_below(store, left)
     assert newest(store) == name
+
+
+@pytest.mark.parametrize("by", ["the attempt itself", "a later one"])
+def test_pruning_removes_what_was_left_unfinished(store: CheckpointStore, by: str) -> None:
+    first = begin(store)
+    name, left = write(store, first, 1), unfinished(store, first, 2)
+    attempt = first if by == "the attempt itself" else begin(store)
+    assert store.prune(attempt, Retention()) == []
+    assert not files_below(store, left)
+    assert newest(store) == name
+
+
+def test_a_claim_whose_answer_was_lost_counts_as_one_rollback(store: CheckpointStore) -> None:
+    write(store, begin(store), 1)
+    for _ in range(2):  # asked again, with the token of before
+        attempt, _ = store.claim(store.newest, reason="rollback", token="mine")
+    assert (attempt.number, attempt.salt) == (3, 1)
+    assert store.claim(store.newest, reason="rollback", token="next")[0].salt == 2
 
 
 @pytest.mark.parametrize("prefix", [".tmp-", ".tmp-removed-"])
