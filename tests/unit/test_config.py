@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ganscale.cli import _PRESETS
+from ganscale.cli.training import PRESETS
 from ganscale.config import Config, Schedule, field_names, load_config, preset_names
 from ganscale.config.models import (
     BigganModel,
@@ -54,7 +54,7 @@ def test_presets_ship_with_the_package() -> None:
 
 
 def test_help_lists_the_presets() -> None:
-    assert set(_PRESETS.split(", ")) == set(preset_names())
+    assert set(PRESETS.split(", ")) == set(preset_names())
 
 
 @pytest.mark.parametrize("name", preset_names())

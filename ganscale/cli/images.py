@@ -1,0 +1,42 @@
+"""Verbs that draw images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ganscale.cli.app import app
+from ganscale.errors import ConfigError
+
+__all__: list[str] = []
+
+
+@app.command(epilog="Example: ganscale sample runs/quickstart --num 64 --seed 0 --out grid.png")
+def sample(
+    path: Annotated[Path, typer.Argument(help="Snapshot (.safetensors) or folder of a run.")],
+    num: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first; then +1.")] = 0,
+    out: Annotated[Path, typer.Option(help="A .png grid, or a folder of PNGs.")] = Path(
+        "samples.png"
+    ),
+    label: Annotated[
+        int | None, typer.Option(min=0, help="Class of all images; else the seed decides it.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+) -> None:
+    """Draw images from a snapshot; a seed's image is always the same."""
+    from ganscale.generation.sampling import load_generator, save_grid
+
+    generator = load_generator(path, device=device)
+    if label is not None and label >= generator.num_classes:
+        known = f"0 to {generator.num_classes - 1}" if generator.num_classes else "no labels"
+        raise ConfigError(f"--label {label}: this generator knows {known}")
+    images = generator.sample(num, seed=seed, label=label)
+    if out.suffix == ".png":
+        save_grid(images, out)
+    else:
+        for offset, image in enumerate(images):
+            save_grid(image[None], out / f"seed-{seed + offset:08d}.png", padding=0)
+    typer.echo(f"wrote {num} images to {out}")

@@ -1,0 +1,120 @@
+"""Verbs for shard sets."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ganscale.cli.app import app, stderr_console
+from ganscale.errors import DataError
+
+if TYPE_CHECKING:
+    from ganscale.data.shards import ShardSet
+
+__all__: list[str] = []
+
+shards_app = typer.Typer(help="Build and check shard sets.", no_args_is_help=True)
+app.add_typer(shards_app, name="shards")
+
+
+@shards_app.command(
+    "build",
+    epilog="Example: ganscale shards build --source cifar10 --split train --out data/cifar10-train",
+)
+def shards_build(
+    out: Annotated[Path, typer.Option(help="New folder for the set.")],
+    source: Annotated[
+        str, typer.Option(help="auto, cifar10, procedural, or a path to images or tars.")
+    ] = "auto",
+    split: Annotated[Literal["train", "test"], typer.Option(help="Which part.")] = "train",
+    num_shards: Annotated[int, typer.Option(min=1, help="Tars.")] = 64,
+    num_streams: Annotated[
+        int | None, typer.Option(min=1, help="Bound on workers; default: shards, at most 64.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many images.")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=1, help="Resize the shorter side, cut out the centre.")
+    ] = None,
+    img_channels: Annotated[
+        Literal["1", "3", "4"] | None, typer.Option(help="Convert to gray, RGB or RGBA.")
+    ] = None,
+) -> None:
+    """Write images as WebDataset shards with an index; the same input gives the same bytes."""
+    from ganscale.data.building import build_shards, check_free
+    from ganscale.data.sources import open_source, resolve_source
+    from ganscale.tracking.console import counting
+
+    downloads = check_free(out).parent / "downloads"
+    spec, notice = resolve_source(source, split, download_dir=downloads)
+    console = stderr_console()
+    if notice:
+        console.print(notice, highlight=False, soft_wrap=True)
+    total = min(len(open_source(spec)), limit or sys.maxsize)
+    with counting(f"building {out}", total, console) as progress:
+        shard_set = build_shards(
+            spec,
+            out,
+            num_shards=num_shards,
+            num_streams=num_streams,
+            limit=limit,
+            resolution=resolution,
+            img_channels=None if img_channels is None else int(img_channels),
+            progress=progress,
+        )
+    _print_shards(shard_set)
+
+
+@shards_app.command("index", epilog="Example: ganscale shards index data/my-webdataset")
+def shards_index(
+    root: Annotated[Path, typer.Argument(help="Folder of WebDataset tars.")],
+    split: Annotated[Literal["train", "test"], typer.Option(help="Which part it is.")] = "train",
+    num_streams: Annotated[
+        int | None, typer.Option(min=1, help="Bound on workers; default: shards, at most 64.")
+    ] = None,
+) -> None:
+    """Index WebDataset tars where they are, so that they can be trained on as they are."""
+    from ganscale.data.building import index_shards
+    from ganscale.tracking.console import counting
+
+    with counting(f"indexing {root}", None, stderr_console()) as progress:
+        shard_set = index_shards(root, split=split, num_streams=num_streams, progress=progress)
+    _print_shards(shard_set)
+
+
+@shards_app.command("verify", epilog="Example: ganscale shards verify data/cifar10-train")
+def shards_verify(root: Annotated[str, typer.Argument(help="Folder or URL of the set.")]) -> None:
+    """Compare every shard with the index; exit code 1 if anything differs."""
+    from ganscale.data.shards import ShardSet, verify_shards
+    from ganscale.tracking.console import counting
+
+    shard_set = ShardSet.load(root)
+    with counting(f"verifying {root}", shard_set.num_samples, stderr_console()) as progress:
+        problems = verify_shards(shard_set, progress)
+    for problem in problems:
+        typer.echo(problem)
+    if problems:
+        raise DataError(f"{root}: {len(problems)} of {len(shard_set.shards)} shards are damaged")
+    typer.echo(f"{root}: {len(shard_set.shards)} shards, {shard_set.num_samples} samples, all well")
+
+
+@shards_app.command("info", epilog="Example: ganscale shards info data/cifar10-train")
+def shards_info(root: Annotated[str, typer.Argument(help="Folder or URL of the set.")]) -> None:
+    """Print what a set holds."""
+    from ganscale.data.shards import ShardSet
+
+    _print_shards(ShardSet.load(root))
+
+
+def _print_shards(shard_set: ShardSet) -> None:
+    channels, height, width = shard_set.image_shape
+    typer.echo(f"location   {shard_set.location}")
+    typer.echo(f"source     {shard_set.source}, {shard_set.split}")
+    typer.echo(f"samples    {shard_set.num_samples}, {channels}x{height}x{width} uint8")
+    typer.echo(f"shards     {len(shard_set.shards)}, {shard_set.num_bytes / 2**20:.1f} MiB")
+    typer.echo(f"streams    {shard_set.num_streams}")
+    typer.echo(f"classes    {len(shard_set.classes)}: {', '.join(shard_set.classes[:20])}")
+    typer.echo(f"pixel mean {', '.join(f'{v:.3f}' for v in shard_set.pixel_mean)}")
+    typer.echo(f"pixel std  {', '.join(f'{v:.3f}' for v in shard_set.pixel_std)}")

@@ -1,0 +1,91 @@
+"""Verbs that train, and that show what would be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ganscale.cli.app import Overrides, app, stderr_console
+
+if TYPE_CHECKING:
+    from ganscale.config import Config
+
+__all__ = ["PRESETS"]
+
+# A list here, since reading the folder would load the configuration for `ganscale --help`.
+PRESETS = (
+    "quickstart, dcgan-cifar10, sngan-cifar10, biggan-cifar10, stylegan2-ada-cifar10, "
+    "r3gan-cifar10, r3gan-small"
+)
+
+
+@app.command(epilog="Example: ganscale train --config quickstart name=first seed=1")
+def train(
+    overrides: Overrides = None,
+    config: Annotated[str, typer.Option(help=f"A .yaml file, or one of {PRESETS}.")] = "quickstart",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print config and plan.")] = False,
+) -> None:
+    """Train, or go on with the run of that name, from its newest checkpoint that verifies."""
+    from ganscale.config import load_config
+
+    settings = load_config(config, overrides or [])
+    if dry_run:
+        _print_plan(settings)
+        return
+    _run(settings)
+
+
+@app.command(epilog="Example: ganscale resume runs/quickstart training.total_kimg=500")
+def resume(
+    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    overrides: Overrides = None,
+) -> None:
+    """Go on with a run from its newest checkpoint that verifies, at any number of workers."""
+    from ganscale.config import parse_overrides
+    from ganscale.launch.start import resume_config
+
+    _run(resume_config(run, parse_overrides(overrides or [])))
+
+
+@app.command(epilog="Example: ganscale doctor --storage runs")
+def doctor(
+    storage: Annotated[Path, typer.Option(help="Where runs would be written.")] = Path("runs"),
+) -> None:
+    """Print machine, devices, versions, free space, and what would be used."""
+    from ganscale.doctor import findings
+
+    for name, value in findings(storage):
+        typer.echo(f"{name:18} {value}")
+
+
+def _run(config: Config) -> None:
+    from ganscale.launch.signals import EXIT_CODES
+    from ganscale.launch.start import start
+    from ganscale.run_directory import RunDirectory
+
+    ending = start(config, stderr_console())
+    run_dir = RunDirectory(config.run_dir)
+    typer.echo(f"run        {run_dir.root}")
+    for name, folder in (
+        ("samples", run_dir.sample_grid(0).parent),
+        ("snapshots", run_dir.snapshots),
+        ("checkpoint", Path(config.checkpoints)),
+    ):
+        newest = max((p for p in folder.glob("[!.]*-*")), default=None)
+        typer.echo(f"{name:10} {newest}")
+    if ending.reason:
+        typer.echo(
+            f"stopped at {ending.nimg / 1000:g} of {config.total_nimg / 1000:g} kimg; "
+            f"to go on: ganscale resume {run_dir.root}"
+        )
+        raise typer.Exit(EXIT_CODES[ending.reason])
+
+
+def _print_plan(config: Config) -> None:
+    from ganscale.training.plan import describe_plan
+
+    typer.echo(config.to_yaml())
+    for line in describe_plan(config):
+        typer.echo(f"# {line}")
