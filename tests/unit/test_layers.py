@@ -17,10 +17,11 @@ PACKAGE = Path(ganscale.__file__).parent
 
 LAYERS = (
     ("errors", "config", "world", "run_directory"),
-    ("data", "models", "objectives", "augment", "ema", "tracking"),
+    ("data", "models", "objectives", "augment", "ema", "tracking", "metrics"),
     ("generation", "checkpoint"),
-    ("training", "evaluate"),
-    ("launch", "report"),
+    ("evaluation",),
+    ("training",),
+    ("launch", "rating", "report"),
     ("cli", "doctor", "__main__"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,1 @@
+"""How good are a generator's images? Image sets, features across ranks, and every judgement."""

@@ -1,0 +1,268 @@
+"""Images to be judged or compared with: a generator's, a shard set's, a folder's.
+
+Each kind has a length, a digest that tells equal images, and reads any of its images by number, so
+any number of ranks can share the work and nothing is held in memory that is not being looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ganscale.data.images import normalised_png
+from ganscale.data.reader import ShardImages
+from ganscale.data.shards import INDEX_NAME, ShardSet
+from ganscale.data.sources import Source, Split, open_source, resolve_source
+from ganscale.data.storage import is_url
+from ganscale.errors import DataError
+from ganscale.generation.latents import seeded_labels
+from ganscale.generation.sampling import SampleableGenerator
+
+__all__ = ["FileImages", "GeneratedImages", "ImageSet", "ImagesOfShards", "Subset", "open_images"]
+
+Indices = NDArray[np.int64]
+
+
+class ImageSet(Protocol):
+    """Images of one shape, by number."""
+
+    @property
+    def description(self) -> str:
+        """What they are, for people: "10000 samples of runs/a/snapshots/nimg-...safetensors"."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Sets with equal digests hold equal images in the same order."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of every image."""
+        ...
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """(N,) classes from 0; None where images have none."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Indices) -> Tensor:
+        """Some images in the order asked for: uint8, (n, C, H, W), on the CPU."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ImagesOfShards:
+    """All images of a shard set. A damaged one is a `DataError` that names it."""
+
+    shard_set: ShardSet
+
+    @property
+    def description(self) -> str:
+        """Source, split and place of the set."""
+        shards = self.shard_set
+        return f"{len(self)} images of {shards.location} ({shards.source}, {shards.split})"
+
+    @property
+    def digest(self) -> str:
+        """That of the set's index, which holds a hash of every shard."""
+        return self.shard_set.digest
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """As the index says."""
+        return self.shard_set.image_shape
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Those of the index."""
+        labels = self.shard_set.samples["label"].astype(np.int64)
+        return labels if len(labels) and labels.min() >= 0 else None
+
+    def __len__(self) -> int:
+        return self.shard_set.num_samples
+
+    def read(self, indices: Indices) -> Tensor:
+        """Read and decode."""
+        found = self._reader.read(indices)
+        if found.damaged:
+            raise found.damaged[0]
+        return found.pixels
+
+    @cached_property
+    def _reader(self) -> ShardImages:
+        return ShardImages(self.shard_set)
+
+
+class FileImages:
+    """The images of a folder or archive, in sorted order; all must have the first one's shape.
+
+    Raises `DataError` that names the place when there is none, or the image that differs.
+    """
+
+    def __init__(self, source: Source, place: str) -> None:
+        if not len(source):
+            raise DataError(f"{place} holds no images")
+        self._source = source
+        self._place = place
+        self.shape = self._pixels(0).shape
+
+    @property
+    def description(self) -> str:
+        """Number and place."""
+        return f"{len(self)} images of {self._place}"
+
+    @cached_property
+    def digest(self) -> str:
+        """Over all files' bytes."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            _, data, label = self._source.read(index)
+            digest.update(f"{len(data)} {label} ".encode())
+            digest.update(data)
+        return digest.hexdigest()
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Numbers of the class folders."""
+        if not self._source.classes:
+            return None
+        return np.array([self._source.read(i)[2] for i in range(len(self))], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, indices: Indices) -> Tensor:
+        """Read and decode; gray and RGBA images are themselves."""
+        pixels = np.stack([self._pixels(int(index)) for index in indices])
+        return torch.from_numpy(pixels)
+
+    def _pixels(self, index: int) -> NDArray[np.uint8]:
+        key, data, _ = self._source.read(index)
+        try:
+            _, pixels = normalised_png(data)
+        except DataError as error:
+            raise DataError(f"{self._place}: {key} {error}") from None
+        if index and pixels.shape != self.shape:
+            raise DataError(
+                f"{self._place}: {key} is {_size(pixels.shape)}, the first {_size(self.shape)}; "
+                "all need one size (ganscale shards build --resolution)"
+            )
+        return pixels
+
+
+@dataclass(frozen=True, eq=False)
+class GeneratedImages:
+    """`num_images` of a generator, for the seeds `seed`, `seed` + 1, ..., drawn when they are read.
+
+    `name` says where the generator comes from, `identity` which weights it has (a digest).
+    """
+
+    generator: SampleableGenerator
+    num_images: int
+    seed: int
+    name: str
+    identity: str
+
+    @property
+    def description(self) -> str:
+        """Number, generator and first seed."""
+        return f"{self.num_images} samples of {self.name}, seeds from {self.seed}"
+
+    @property
+    def digest(self) -> str:
+        """Of weights, number and seed."""
+        key = f"{self.identity} {self.num_images} {self.seed}"
+        return hashlib.sha256(key.encode()).hexdigest()
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the first image."""
+        channels, height, width = self.read(np.array([0]))[0].shape
+        return channels, height, width
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64] | None:
+        """What the seeds decide, for a generator with classes."""
+        if not self.generator.num_classes:
+            return None
+        seeds = list(range(self.seed, self.seed + self.num_images))
+        return seeded_labels(seeds, self.generator.num_classes).numpy()
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def read(self, indices: Indices) -> Tensor:
+        """Draw them."""
+        return self.generator.sample_seeds([self.seed + int(index) for index in indices])
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """Some images of a set, in the order of `indices`."""
+
+    whole: ImageSet
+    indices: Indices
+
+    @classmethod
+    def random(cls, whole: ImageSet, num_images: int, *, seed: int) -> ImageSet:
+        """`num_images` drawn without replacement; the whole set if it has no more."""
+        if num_images >= len(whole):
+            return whole
+        chosen = np.random.default_rng(seed).permutation(len(whole))[:num_images]
+        return cls(whole, np.sort(chosen))
+
+    @property
+    def description(self) -> str:
+        """How many of what."""
+        return f"{len(self)} of {self.whole.description}"
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the set and of which."""
+        return hashlib.sha256(self.whole.digest.encode() + self.indices.tobytes()).hexdigest()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """That of the whole."""
+        return self.whole.shape
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Those of the chosen."""
+        labels = self.whole.labels
+        return None if labels is None else labels[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, indices: Indices) -> Tensor:
+        """From the whole set."""
+        return self.whole.read(self.indices[indices])
+
+
+def open_images(place: str, *, split: Split = "train", scratch: Path) -> ImageSet:
+    """The images at a place: a shard set's folder or URL, or what `shards build --source` takes.
+
+    Archives are unpacked, and CIFAR-10 is downloaded if it is asked for, into `scratch`. Raises
+    `DataError` or `ConfigError` when there is nothing to be read.
+    """
+    if is_url(place) or (Path(place).expanduser() / INDEX_NAME).is_file():
+        return ImagesOfShards(ShardSet.load(place))
+    spec, _ = resolve_source(place, split, download_dir=scratch)
+    return FileImages(open_source(spec), str(spec))
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    channels, height, width = shape
+    return f"{width}x{height} with {channels} channels"
