@@ -1,0 +1,221 @@
+"""Classifier two-sample tests of image sets, repeated over seeds (arXiv 1610.06545).
+
+A repeat draws images of both sets, trains on half of each where the classifier learns, and counts
+how often it is right about the rest: 1/2 if the sets follow one distribution, 1 if they are told
+apart without fail. What the repeats say together is `TwoSampleReport`'s to tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ganscale.errors import ConfigError, DataError
+from ganscale.evaluation.classifier import (
+    ClassifierRecipe,
+    Progress,
+    predict,
+    train_classifier,
+)
+from ganscale.evaluation.images import ImageSet, Subset
+from ganscale.metrics.intervals import of_successes
+from ganscale.metrics.two_sample import (
+    Repeat,
+    TwoSampleReport,
+    accuracy_test,
+    nearest_neighbour_test,
+)
+
+__all__ = [
+    "LONG_TEST",
+    "SHORT_TEST",
+    "halves",
+    "neighbour_two_sample",
+    "network_two_sample",
+]
+
+SHORT_TEST = ClassifierRecipe(num_passes=20_000, crop_and_flip=False)
+"""For CPUs."""
+
+LONG_TEST = ClassifierRecipe(
+    num_passes=500_000, crop_and_flip=False, width=64, blocks_per_stage=2, batch_size=128
+)
+"""For GPUs, with 10,000 images of each set or more."""
+
+_FEWEST = 20
+"""Images of each set below which a test says nothing: 20 held out."""
+
+_REAL, _FAKE = 0, 1
+
+
+def network_two_sample(
+    real: ImageSet,
+    fake: ImageSet,
+    *,
+    num_images: int = 2000,
+    seeds: Sequence[int] = range(5),
+    recipe: ClassifierRecipe = SHORT_TEST,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> TwoSampleReport:
+    """Test with a network that is trained anew for each seed, on other images.
+
+    Args:
+        real: one set.
+        fake: the other, of images of the same shape.
+        num_images: how many of each a repeat draws, as many as both have if they have fewer; half
+            of them are held out.
+        seeds: of the repeats; each decides images, split, weights and order.
+        recipe: how the network is trained.
+        device: where; the CPU unless given.
+        progress: told how many images have passed in training, `num_passes` for each seed.
+
+    Raises:
+        DataError: for fewer than 20 images of a set, other shapes, or one set as both.
+        ConfigError: without a seed.
+    """
+    num_images = _checked_number(len(real), len(fake), num_images, seeds)
+    _check_images(real, fake)
+
+    repeats = []
+    for seed in seeds:
+        train, held_out = _split(real, fake, num_images, seed)
+        model = train_classifier(
+            train, train.labels, 2, recipe=recipe, seed=seed, device=device, progress=progress
+        )
+        correct = predict(model, held_out) == held_out.labels
+        repeats.append(_judged(seed, correct, held_out.labels))
+    return TwoSampleReport.of("network", num_images, repeats)
+
+
+def neighbour_two_sample(
+    real_features: Tensor,
+    fake_features: Tensor,
+    *,
+    num_images: int = 2000,
+    seeds: Sequence[int] = range(5),
+) -> TwoSampleReport:
+    """Test with the leave-one-out 1-nearest neighbour of features, on other images for each seed.
+
+    Args:
+        real_features: (n, d).
+        fake_features: (m, d).
+        num_images: how many of each a repeat draws, as many as both have if they have fewer.
+        seeds: of the repeats.
+
+    Raises:
+        DataError: for fewer than 20 images of a set.
+        ConfigError: without a seed.
+    """
+    num_images = _checked_number(len(real_features), len(fake_features), num_images, seeds)
+    repeats = []
+    for seed in seeds:
+        one, other = (
+            features[torch.from_numpy(_drawn(len(features), num_images, seed, kind))]
+            for kind, features in enumerate((real_features, fake_features))
+        )
+        test = nearest_neighbour_test(one, other, seed=seed)
+        repeats.append(Repeat(seed, test.accuracy, test.p_value, test.real, test.fake))
+    return TwoSampleReport.of("1-nn", num_images, repeats)
+
+
+def halves(images: ImageSet, *, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+    """Two disjoint random halves: what a test must not tell apart."""
+    order = np.random.default_rng(seed).permutation(len(images))
+    middle = len(images) // 2
+    first, second = order[:middle], order[middle : 2 * middle]
+    return Subset(images, np.sort(first)), Subset(images, np.sort(second))
+
+
+@dataclass(frozen=True, eq=False)
+class _RealAndFake:
+    """Some real images, then some fake ones, labelled by which they are; an image set."""
+
+    real: Subset
+    fake: Subset
+
+    @property
+    def description(self) -> str:
+        return f"{self.real.description} and {self.fake.description}"
+
+    @property
+    def digest(self) -> str:
+        return self.real.digest + self.fake.digest
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.real.shape
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        return np.repeat([_REAL, _FAKE], [len(self.real), len(self.fake)])
+
+    def __len__(self) -> int:
+        return len(self.real) + len(self.fake)
+
+    def read(self, indices: NDArray[np.int64]) -> Tensor:
+        is_real = indices < len(self.real)
+        pixels = torch.empty(len(indices), *self.shape, dtype=torch.uint8)
+        if is_real.any():
+            pixels[torch.from_numpy(is_real)] = self.real.read(indices[is_real])
+        if not is_real.all():
+            numbers = indices[~is_real] - len(self.real)
+            pixels[torch.from_numpy(~is_real)] = self.fake.read(numbers)
+        return pixels
+
+
+def _split(
+    real: ImageSet, fake: ImageSet, num_images: int, seed: int
+) -> tuple[_RealAndFake, _RealAndFake]:
+    """To train on and to be judged: as many of each set, all different."""
+    parts = []
+    for kind, images in enumerate((real, fake)):
+        order, half = _drawn(len(images), num_images, seed, kind), num_images // 2
+        parts.append((Subset(images, order[:half]), Subset(images, order[half : 2 * half])))
+    (real_train, real_rest), (fake_train, fake_rest) = parts
+    return _RealAndFake(real_train, fake_train), _RealAndFake(real_rest, fake_rest)
+
+
+def _drawn(num_images: int, wanted: int, seed: int, kind: int) -> NDArray[np.int64]:
+    order = np.random.default_rng((seed, kind)).permutation(num_images)
+    return order[:wanted]
+
+
+def _judged(seed: int, correct: NDArray[np.bool_], labels: NDArray[np.int64]) -> Repeat:
+    test = accuracy_test(int(correct.sum()), len(correct))
+    real, fake = (
+        of_successes(int(correct[labels == kind].sum()), int((labels == kind).sum()))
+        for kind in (_REAL, _FAKE)
+    )
+    return Repeat(seed, test.accuracy, test.p_value, real, fake)
+
+
+def _checked_number(num_real: int, num_fake: int, wanted: int, seeds: Sequence[int]) -> int:
+    if not len(seeds):
+        raise ConfigError("a two-sample test needs at least one seed")
+    number = min(num_real, num_fake, wanted)
+    if number < _FEWEST:
+        raise DataError(
+            f"a two-sample test needs at least {_FEWEST} images of each set, there are {num_real} "
+            f"and {num_fake}, of which {wanted} are asked for"
+        )
+    return number
+
+
+def _check_images(real: ImageSet, fake: ImageSet) -> None:
+    if real.shape != fake.shape:
+        raise DataError(
+            f"{real.description} have shape {real.shape}, {fake.description} have {fake.shape}; "
+            "a two-sample test needs one shape"
+        )
+    if real.digest == fake.digest:
+        raise DataError(
+            f"{real.description} would be compared with themselves; a two-sample test needs "
+            "different images"
+        )
