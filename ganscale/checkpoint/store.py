@@ -52,11 +52,12 @@ Bytes = bytes | memoryview
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints are kept: the newest, and those with the highest `best_metric`."""
+    """Which checkpoints are kept: the newest, and those with the best `best_metric`."""
 
     keep_last: int = 3
     keep_best: int = 0
     best_metric: str = ""
+    lowest_is_best: bool = False
 
 
 class DamagedCheckpointWarning(UserWarning):
@@ -317,7 +318,7 @@ class CheckpointStore:
         return found
 
     def _best(self, line: Sequence[CheckpointName], retention: Retention) -> list[CheckpointName]:
-        """The `keep_best` with the highest metric, of those that have one."""
+        """The `keep_best` with the best metric, of those that have one."""
         if not retention.keep_best:
             return []
         scores = {name: self.metrics(name).get(retention.best_metric) for name in line}
@@ -326,7 +327,8 @@ class CheckpointStore:
             for name, score in scores.items()
             if score is not None and not math.isnan(score)
         ]
-        return [name for _, name in sorted(scored, reverse=True)[: retention.keep_best]]
+        scored.sort(reverse=not retention.lowest_is_best)
+        return [name for _, name in scored[: retention.keep_best]]
 
     def _numbers(self) -> list[int]:
         found = [_CLAIM.fullmatch(file) for file in self.place.files()]

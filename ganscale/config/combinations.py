@@ -19,6 +19,7 @@ def impossible(config: Config) -> Iterator[str]:
     yield from _models(config)
     yield from _objectives(config)
     yield from _augmentation(config)
+    yield from _evaluation(config)
 
 
 def _lengths(config: Config) -> Iterator[str]:
@@ -92,4 +93,14 @@ def _augmentation(config: Config) -> Iterator[str]:
         yield (
             f"augment.name={augment.name} does nothing while augment.p=0: set augment.p=1 for "
             "diffaugment, or augment.target=0.6 for an adaptive ada"
+        )
+
+
+def _evaluation(config: Config) -> Iterator[str]:
+    checkpoint, evaluation = config.checkpoint, config.evaluation
+    measured = evaluation.every_kimg > 0 and "frechet" in evaluation.metrics
+    if checkpoint.best_metric == "frechet" and not measured:
+        yield (
+            "checkpoint.best_metric=frechet needs evaluations: set evaluation.every_kimg, with "
+            "frechet among evaluation.metrics"
         )

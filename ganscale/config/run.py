@@ -18,6 +18,7 @@ from ganscale.config.sections import (
     AugmentConfig,
     CheckpointConfig,
     DataConfig,
+    EvaluationConfig,
     GuardConfig,
     LaunchConfig,
     ObjectiveConfig,
@@ -49,6 +50,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     guard: GuardConfig = GuardConfig()
     samples: SamplesConfig = SamplesConfig()
     tracking: TrackingConfig = TrackingConfig()

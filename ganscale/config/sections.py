@@ -13,6 +13,7 @@ __all__ = [
     "AugmentConfig",
     "CheckpointConfig",
     "DataConfig",
+    "EvaluationConfig",
     "GuardConfig",
     "LaunchConfig",
     "ObjectiveConfig",
@@ -177,12 +178,38 @@ class CheckpointConfig(Section):
     """Checkpoints kept; an older one goes only after a newer one is durable."""
     keep_best: int = Field(0, ge=0)
     """Further ones kept: those with the best `best_metric`."""
-    best_metric: Literal["metrics/diversity"] = "metrics/diversity"
-    """What the best are judged by; higher is better."""
+    best_metric: Literal["metrics/diversity", "frechet"] = "metrics/diversity"
+    """The best have the highest diversity, or the lowest distance of the last evaluation."""
     max_staleness_minutes: float = Field(60.0, gt=0)
     """How long training goes on while the store takes no checkpoint; then the run ends."""
     snapshot_every_kimg: float = Field(250.0, gt=0)
     """Distance between snapshots (generators for inference); one more at the end."""
+
+
+class EvaluationConfig(Section):
+    """The averaged generator measured during training, by all workers together."""
+
+    every_kimg: float = Field(0.0, ge=0)
+    """Distance between evaluations, and one more at the end; 0 is none."""
+    num_images: int = Field(10_000, ge=100)
+    """Generated images, always of the same seeds."""
+    metrics: tuple[
+        Literal[
+            "frechet",
+            "frechet_infinity",
+            "kernel",
+            "inception_score",
+            "neighbourhood",
+            "authenticity",
+            "frechet_per_class",
+        ],
+        ...,
+    ] = ("frechet", "kernel", "neighbourhood")
+    """What is measured; neighbourhood is precision, recall, density and coverage."""
+    extractor: Literal["auto", "inception-v3", "efficientnet-lite0", "dinov2", "clip"] = "auto"
+    """Network of the features; auto is Inception where its weights are, else EfficientNet."""
+    reference: str | None = None
+    """Shard set or folder of real images; null compares with the training set."""
 
 
 class GuardConfig(Section):

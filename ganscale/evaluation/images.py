@@ -24,7 +24,7 @@ from ganscale.data.sources import Source, Split, open_source, resolve_source
 from ganscale.data.storage import is_url
 from ganscale.errors import DataError
 from ganscale.generation.latents import seeded_labels
-from ganscale.generation.sampling import SampleableGenerator
+from ganscale.generation.sampling import SampleableGenerator, load_generator, snapshot_file
 
 __all__ = ["FileImages", "GeneratedImages", "ImageSet", "ImagesOfShards", "Subset", "open_images"]
 
@@ -184,6 +184,16 @@ class GeneratedImages:
         """Of weights, number and seed."""
         key = f"{self.identity} {self.num_images} {self.seed}"
         return hashlib.sha256(key.encode()).hexdigest()
+
+    @classmethod
+    def of_snapshot(
+        cls, path: Path, num_images: int, *, seed: int = 0, device: str = "cpu"
+    ) -> GeneratedImages:
+        """Of a snapshot file, or of the newest one in a run's folder."""
+        file = snapshot_file(path.expanduser())
+        with file.open("rb") as stored:
+            identity = hashlib.file_digest(stored, "sha256").hexdigest()
+        return cls(load_generator(file, device=device), num_images, seed, str(file), identity)
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:

@@ -29,6 +29,7 @@ __all__ = [
     "load_generator",
     "save_grid",
     "save_snapshot",
+    "snapshot_file",
     "to_uint8",
 ]
 
@@ -119,7 +120,7 @@ def load_generator(path: str | Path, *, device: str = "cpu") -> SampleableGenera
 
     Raises `CheckpointError` when there is none or it cannot be read.
     """
-    file = _snapshot_file(Path(path).expanduser())
+    file = snapshot_file(Path(path).expanduser())
     try:
         with safe_open(file, framework="pt") as stored:
             info = json.loads((stored.metadata() or {})[_METADATA_KEY])
@@ -144,7 +145,11 @@ def save_grid(images: Tensor, path: Path, *, columns: int | None = None, padding
     temporary.replace(path)
 
 
-def _snapshot_file(path: Path) -> Path:
+def snapshot_file(path: Path) -> Path:
+    """The snapshot that a path means: the file itself, or the newest of a run's folder.
+
+    Raises `CheckpointError` when there is none.
+    """
     if path.is_file():
         return path
     snapshots = sorted(RunDirectory(path).snapshots.glob("*.safetensors"))

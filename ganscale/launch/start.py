@@ -28,6 +28,7 @@ _MAY_CHANGE = (
     "launch.",
     "tracking.",
     "checkpoint.",
+    "evaluation.",
     "samples.",
     "guard.",
     "storage",

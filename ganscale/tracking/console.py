@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 
 from ganscale.run_directory import RunDirectory
 
-__all__ = ["RunFollower", "counting"]
+__all__ = ["RunFollower", "counting", "parts", "stderr_console"]
 
 _POLL_SECONDS = 0.3
 _WRONG = ("alarm", "checkpoint_failed", "fault", "group_lost", "stall")
@@ -141,6 +141,31 @@ def counting(description: str, total: int | None, console: Console) -> Iterator[
     with progress:
         task = progress.add_task(description, total=total)
         yield lambda count: progress.advance(task, count)
+
+
+@contextmanager
+def parts(console: Console | None) -> Iterator[Callable[[str, int | None], Callable[[int], None]]]:
+    """A progress bar for each part of a long work, one after the other; none without a console.
+
+    Yields a function that is told of a part and of how many things it has, if that is known; what
+    it returns is told how many more are done.
+    """
+    if console is None:
+        yield lambda description, total: lambda count: None
+        return
+    progress = Progress(console=console, disable=not console.is_terminal)
+
+    def begin(description: str, total: int | None) -> Callable[[int], None]:
+        if not console.is_terminal:
+            known = "" if total is None else f" ({total})"
+            console.print(f"{description}{known}", highlight=False, soft_wrap=True)
+        for earlier in progress.tasks:
+            progress.update(earlier.id, total=earlier.total or 1, completed=earlier.total or 1)
+        task = progress.add_task(description, total=total)
+        return lambda count: progress.advance(task, count)
+
+    with progress:
+        yield begin
 
 
 def stderr_console() -> Console:

@@ -7,6 +7,7 @@ bit for bit at the same world size on the CPU.
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 import warnings
@@ -37,6 +38,7 @@ from ganscale.training.build import (
     load_shards,
 )
 from ganscale.training.distribute import gather_objects, sum_over_ranks
+from ganscale.training.evaluating import Evaluator
 from ganscale.training.guard import Alarm, Guard
 from ganscale.training.outputs import Outputs
 from ganscale.training.precision import Precision
@@ -92,6 +94,9 @@ class Trainer:
             report=lambda **fields: self.outputs.event("stall", **fields),
             host=socket.gethostname(),
         )
+        self.evaluator: Evaluator | None = None
+        if config.evaluation.every_kimg:
+            self.evaluator = Evaluator(config, shard_set, world)
         self._agreement = Agreement()
         self._begin("resume")
 
@@ -155,6 +160,7 @@ class Trainer:
         self._skipped: list[str] = []
         self._measured: dict[str, float] = {}
         self._unlogged: dict[str, float] = {}
+        self._best = math.inf
         accept = non_finite if reason == "rollback" else lambda _: None
         saved = self.saving.begin(reason, up_to, accept)
         if saved is not None:
@@ -172,6 +178,7 @@ class Trainer:
             "guard": self.guard.state_dict(),
             "measured": dict(self._measured),
             "unlogged": dict(self._unlogged),
+            "best": self._best,
             "ranks": gather_objects(mine),
         }
 
@@ -180,6 +187,7 @@ class Trainer:
         self.state.load_state_dict(saved)
         self.guard.load_state_dict(saved["guard"])
         self._measured, self._unlogged = dict(saved["measured"]), dict(saved["unlogged"])
+        self._best = saved["best"]
         self.state.means.load_state_dict(
             [rank["means"] for rank in ranks], world.rank, world.world_size
         )
@@ -225,6 +233,9 @@ class Trainer:
             return None
         if done or nimg == 0 or self._due(config.samples.every_kimg):
             self._draw_samples()
+        evaluation = config.evaluation
+        if evaluation.every_kimg and nimg and (done or self._due(evaluation.every_kimg)):
+            self._evaluate()
         if self.state.means.num_steps and (done or self._due(config.tracking.log_every_kimg)):
             alarm = self._judge(self._log_row())
             if alarm is not None:
@@ -335,6 +346,28 @@ class Trainer:
         if measured[0] is not None:
             self._measured["metrics/diversity"] = measured[0]
             self._unlogged["metrics/diversity"] = measured[0]
+        self._clock += time.perf_counter() - began  # images per second are those of training
+
+    def _evaluate(self) -> None:
+        """Measure the averaged generator; the figures go into the next row."""
+        assert self.evaluator is not None
+        began = time.perf_counter()
+        self.watchdog.mark(self.state.step, "evaluation")
+        measured = self.evaluator.measure(
+            self.state.ema.model, self.state.nimg, alive=self.watchdog.alive
+        )
+        self.watchdog.mark(self.state.step, "write")
+        self._unlogged |= measured.row
+        if measured.problem:
+            self.outputs.alert("evaluation_failed", measured.problem, nimg=self.state.nimg)
+        else:
+            self.outputs.event("evaluation", nimg=self.state.nimg, skipped=measured.skipped)
+        if measured.frechet is not None:
+            self._measured["frechet"] = measured.frechet
+            if measured.frechet < self._best:
+                self._best = measured.frechet
+                self.saving.check_current()
+                self.outputs.save_best(self.state)
         self._clock += time.perf_counter() - began  # images per second are those of training
 
     def _report_checkpoints(self, *, wait: bool = False) -> None:

@@ -100,6 +100,16 @@ class Outputs:
             path = self.run_dir.snapshot(state.nimg, name)
             save_snapshot(path, ema.model, spec=spec, nimg=state.nimg)
 
+    def save_best(self, state: TrainingState) -> None:
+        """Write the averaged generator in place of the best one so far."""
+        if not self.world.is_main:
+            return
+        spec, path = self.config.model.model_dump(), self.run_dir.snapshot(state.nimg, "best")
+        save_snapshot(path, state.ema.model, spec=spec, nimg=state.nimg)
+        for other in path.parent.glob("*.safetensors"):
+            if other != path:
+                other.unlink()
+
     def _open_sinks(self, wandb_mode: str) -> None:
         tracking = self.config.tracking
         self.run_dir.root.mkdir(parents=True, exist_ok=True)

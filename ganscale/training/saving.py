@@ -165,7 +165,12 @@ class Saving:
         self._writer = BackgroundWriter(
             self.store,
             self.attempt,
-            Retention(checkpoint.keep_last, checkpoint.keep_best, checkpoint.best_metric),
+            Retention(
+                checkpoint.keep_last,
+                checkpoint.keep_best,
+                checkpoint.best_metric,
+                lowest_is_best=checkpoint.best_metric == "frechet",
+            ),
             self._policy(),
             max_staleness_seconds=60 * checkpoint.max_staleness_minutes,
         )

@@ -25,7 +25,7 @@ from ganscale.world import World
 
 __all__ = ["PHASES", "Beat", "Watchdog", "laggards"]
 
-PHASES = ("start", "write", "data", "discriminator", "generator")
+PHASES = ("start", "evaluation", "write", "data", "discriminator", "generator")
 """What a rank does in a step, in this order."""
 
 _SILENT_BEATS = 5
@@ -111,9 +111,13 @@ class Watchdog:
     def mark(self, step: int, phase: str) -> None:
         """The training thread enters a phase; a new step starts the clock again."""
         if step != self._at[0]:
-            self._began = time.monotonic()
-            self._unchanged.clear()
+            self.alive()
         self._at = (step, phase, time.monotonic())
+
+    def alive(self) -> None:
+        """The training thread is at work on something that may take longer than a step."""
+        self._began = time.monotonic()
+        self._unchanged.clear()
 
     def _beat(self) -> None:
         number = 0

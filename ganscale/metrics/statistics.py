@@ -1,0 +1,69 @@
+"""Mean and covariance of features as they stream by, in float64, mergeable across ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ganscale.errors import DataError
+
+__all__ = ["Moments", "check_features"]
+
+_ROWS = 4096
+
+
+def check_features(features: Tensor, whose: str) -> None:
+    """Raise `DataError` unless there are features (n, d) and all are finite."""
+    if features.ndim != 2 or not features.numel():
+        raise DataError(f"{whose}: no features, of shape {tuple(features.shape)}")
+    finite = features.isfinite().all(1)
+    if not finite.all():
+        first = int((~finite).nonzero()[0, 0])
+        num_bad = int((~finite).sum())
+        raise DataError(
+            f"{whose}: {num_bad} images, first number {first}, have non-finite features"
+        )
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean (d,) and scatter (d, d), the summed outer products of deviations; float64."""
+
+    count: int
+    mean: Tensor
+    scatter: Tensor
+
+    @classmethod
+    def none(cls, num_features: int) -> Self:
+        """Of no rows at all."""
+        mean = torch.zeros(num_features, dtype=torch.float64)
+        return cls(0, mean, mean.new_zeros(num_features, num_features))
+
+    @classmethod
+    def of(cls, features: Tensor) -> Self:
+        """Of the rows of (n, d), a few thousand at a time."""
+        found = cls.none(features.shape[1])
+        for rows in features.split(_ROWS):
+            part = rows.double()
+            mean = part.mean(0)
+            deviations = part - mean
+            found = found.merged(cls(len(part), mean, deviations.T @ deviations))
+        return found
+
+    def merged(self, other: Self) -> Self:
+        """Of both sets of rows together (Chan, Golub, LeVeque 1983, Am. Statistician 37, 242)."""
+        count = self.count + other.count
+        if not self.count or not other.count:
+            return self if self.count else other
+        step = other.mean - self.mean
+        mean = self.mean + step * (other.count / count)
+        between = torch.outer(step, step) * (self.count * other.count / count)
+        return type(self)(count, mean, self.scatter + other.scatter + between)
+
+    @property
+    def covariance(self) -> Tensor:
+        """The unbiased estimate, (d, d)."""
+        return self.scatter / (self.count - 1)

@@ -1,0 +1,96 @@
+"""The generator measured while it trains: all ranks share the work, all get the same figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from ganscale.config import Config
+from ganscale.data.shards import ShardSet
+from ganscale.errors import DataError
+from ganscale.evaluation.distribution import Evaluation, evaluate, frechet_name
+from ganscale.evaluation.features import FeatureCache
+from ganscale.evaluation.images import GeneratedImages, ImageSet, ImagesOfShards, open_images
+from ganscale.generation.sampling import SampleableGenerator
+from ganscale.metrics.extractors import open_extractor
+from ganscale.world import World
+
+__all__ = ["Evaluator", "Measured"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation gave, the same on all ranks."""
+
+    row: dict[str, float]
+    """Columns of metrics, and the seconds that it took."""
+    frechet: float | None
+    """The Frechet distance, by which the best generator is told."""
+    problem: str
+    """Why nothing could be measured, in one line; else empty."""
+    skipped: dict[str, str]
+
+
+class Evaluator:
+    """Measures generators of a run against its reference.
+
+    Raises `ConfigError` or `DataError`, when it is made, if extractor or reference are not there.
+    """
+
+    def __init__(self, config: Config, shard_set: ShardSet, world: World) -> None:
+        settings = config.evaluation
+        self.config = config
+        self.world = world
+        self.extractor = open_extractor(settings.extractor)
+        self.extractor.to(world.device)
+        self._cache = FeatureCache()
+        self._reference: ImageSet = ImagesOfShards(shard_set)
+        if settings.reference is not None:
+            scratch = self._cache.folder.parent
+            self._reference = open_images(settings.reference, scratch=scratch)
+
+    def measure(
+        self, model: nn.Module, nimg: int, *, alive: Callable[[], None] = lambda: None
+    ) -> Measured:
+        """Figures of the averaged generator `model`; all ranks call this together.
+
+        `alive` is called again and again while there is progress. The samples are of the same seeds each time. A generator that has no figures, since all its
+        images are alike, is a problem to be told, not the end of the run.
+        """
+
+        def started(what: str, total: int | None) -> Callable[[int], None]:
+            alive()
+            return lambda num_images: alive()
+
+        began = time.perf_counter()
+        settings = self.config.evaluation
+        generator = SampleableGenerator(model, spec=self.config.model.model_dump(), info={})
+        samples = GeneratedImages(generator, settings.num_images, 0, self.config.name, str(nimg))
+        found: Evaluation | None = None
+        problem = ""
+        try:
+            with torch.no_grad():
+                found = evaluate(
+                    samples,
+                    self._reference,
+                    self.extractor,
+                    self.world,
+                    metrics=settings.metrics,
+                    cache=self._cache,
+                    started=started,
+                    device=self.world.device,
+                )
+        except DataError as error:
+            problem = str(error)
+        row = {} if found is None else found.row()
+        row["time/evaluation_seconds"] = time.perf_counter() - began
+        frechet = row.get(f"metrics/{frechet_name(self.extractor)}")
+        skipped = {} if found is None else dict(found.skipped)
+        measured = [Measured(row, frechet, problem, skipped)]
+        dist.broadcast_object_list(measured, src=0)
+        return measured[0]

@@ -1,0 +1,105 @@
+"""A run measures itself: rows, the best snapshot and checkpoints, and nothing else changes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from ganscale.checkpoint import CheckpointStore
+from ganscale.config import Config
+from ganscale.errors import ConfigError
+from ganscale.generation.sampling import load_generator
+from ganscale.run_directory import RunDirectory
+from ganscale.training import evaluating, loop
+from ganscale.world import World
+from tests.conftest import MakeConfig
+from tests.support.ranks import run_ranks
+from tests.support.runs import final_digest, read_rows
+from tests.support.small_extractor import SmallExtractor
+
+SETTINGS: dict[str, Any] = {
+    "training__total_kimg": 0.64,
+    "evaluation__every_kimg": 0.16,
+    "evaluation__num_images": 120,
+    "evaluation__metrics": ["frechet", "neighbourhood"],
+    "checkpoint__every_kimg": 0.16,
+    "checkpoint__best_metric": "frechet",
+    "checkpoint__keep_best": 1,
+    "checkpoint__keep_last": 2,
+}
+
+
+def _train(world: World, config: Config) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluating, "open_extractor", lambda name: SmallExtractor())
+        patch.setenv("GANSCALE_CACHE", str(config.run_dir.parent / "cache"))
+        loop.train(config, world)
+
+
+def trained(config: Config, world_size: int = 1) -> list[dict[str, Any]]:
+    """The rows of a run that have an evaluation."""
+    run_ranks(world_size, _train, config.with_changes({"launch.num_workers": world_size}))
+    rows = read_rows(RunDirectory(config.run_dir).metrics)
+    return [row for row in rows if "metrics/fd_small" in row]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_measures_itself_and_keeps_its_best(make_config: MakeConfig, world_size: int) -> None:
+    config = make_config(**SETTINGS)
+    rows = trained(config, world_size)
+    assert [row["nimg"] for row in rows] == [160, 320, 480, 640]
+    for row in rows:
+        assert row["metrics/fd_small"] > 0
+        assert 0 <= row["metrics/recall_small"] <= 1
+        assert row["time/evaluation_seconds"] > 0
+    best = min(rows, key=lambda row: row["metrics/fd_small"])["nimg"]
+    (snapshot,) = (RunDirectory(config.run_dir).snapshots / "best").iterdir()
+    assert load_generator(snapshot).info["nimg"] == best
+    kept = {name.nimg for name in CheckpointStore(config.checkpoints).names()}
+    assert kept >= {480, 640, best}
+
+
+def test_measuring_changes_nothing_that_is_trained(make_config: MakeConfig) -> None:
+    with_it = make_config(name="with", **SETTINGS)
+    trained(with_it)
+    without = make_config(name="without", training__total_kimg=0.64)
+    trained(without)
+    assert final_digest(with_it) == final_digest(without)
+
+
+def test_a_resumed_run_measures_what_the_whole_one_does(make_config: MakeConfig) -> None:
+    whole = trained(make_config(name="whole", **SETTINGS))
+    half = {**SETTINGS, "training__total_kimg": 0.32}
+    trained(make_config(name="half", **half))
+    resumed = trained(make_config(name="half", **SETTINGS))
+    figures = [[row["metrics/fd_small"] for row in rows] for rows in (whole, resumed)]
+    assert figures[0] == figures[1]
+
+
+def test_images_that_are_all_alike_are_told_and_training_goes_on(
+    make_config: MakeConfig,
+) -> None:
+    config = make_config(**{**SETTINGS, "evaluation__metrics": ["frechet"]})
+    run_ranks(1, _train_blind, config)
+    run_dir = RunDirectory(config.run_dir)
+    failed = [row for row in read_rows(run_dir.events) if row["event"] == "evaluation_failed"]
+    assert len(failed) == 4
+    assert "have the same features" in failed[0]["message"]
+    assert read_rows(run_dir.metrics)[-1]["nimg"] == 640
+    assert math.isfinite(read_rows(run_dir.metrics)[-1]["train/loss_D"])
+
+
+def _train_blind(world: World, config: Config) -> None:
+    def features(self: SmallExtractor, images: Any) -> Any:
+        return images.float()[:, :1, 0, :8].reshape(len(images), 8) * 0 + 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SmallExtractor, "features", features)
+        _train(world, config)
+
+
+def test_the_best_by_a_distance_needs_evaluations(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"best_metric=frechet needs evaluations: set eval"):
+        make_config(checkpoint__best_metric="frechet")

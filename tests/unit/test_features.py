@@ -1,0 +1,148 @@
+"""Features of image sets: kept by digest, refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ganscale.errors import DataError
+from ganscale.evaluation.distribution import evaluate
+from ganscale.evaluation.features import FeatureCache, extract
+from ganscale.evaluation.images import ImageSet, ImagesOfShards, Subset, open_images
+from ganscale.metrics.statistics import Moments
+from ganscale.world import World, process_group
+from tests.support.small_extractor import SmallExtractor
+
+WORLD = World()
+
+
+def folder_of(path: Path, num: int, *, seed: int = 0, size: int = 16, mode: str = "RGB") -> Path:
+    """PNGs of noise."""
+    random = np.random.default_rng(seed)
+    path.mkdir()
+    for number in range(num):
+        pixels = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(path / f"{number:03d}.png")
+    return path
+
+
+def opened(path: Path) -> ImageSet:
+    return open_images(str(path), scratch=path / "scratch")
+
+
+def test_features_are_those_of_each_image_alone(tmp_path: Path) -> None:
+    images = opened(folder_of(tmp_path / "a", 73))
+    with process_group(WORLD):
+        found = extract(images, SmallExtractor(), WORLD)
+    assert found is not None
+    alone = [SmallExtractor().features(images.read(np.array([i])))[0] for i in range(73)]
+    torch.testing.assert_close(found.rows, torch.stack(alone))
+    torch.testing.assert_close(found.moments.covariance, Moments.of(found.rows).covariance)
+    assert found.moments.count == 73
+
+
+def test_a_reference_is_worked_through_once(tmp_path: Path) -> None:
+    images, extractor = opened(folder_of(tmp_path / "a", 20)), SmallExtractor()
+    cache = FeatureCache(tmp_path / "cache")
+    with process_group(WORLD):
+        first = cache.extract(images, extractor, WORLD)
+        num_images = extractor.num_images
+        second = cache.extract(images, extractor, WORLD)
+        assert extractor.num_images == num_images
+        other = cache.extract(opened(folder_of(tmp_path / "b", 20, seed=1)), extractor, WORLD)
+    assert first is not None
+    assert second is not None
+    assert other is not None
+    assert torch.equal(first.rows, second.rows)
+    assert torch.equal(first.moments.scatter, second.moments.scatter)
+    assert not torch.equal(first.rows, other.rows)
+
+
+def test_damaged_features_are_made_anew(tmp_path: Path) -> None:
+    images, extractor = opened(folder_of(tmp_path / "a", 20)), SmallExtractor()
+    cache = FeatureCache(tmp_path / "cache")
+    with process_group(WORLD):
+        first = cache.extract(images, extractor, WORLD)
+        (file,) = cache.folder.iterdir()
+        file.write_bytes(file.read_bytes()[:500])
+        with pytest.warns(UserWarning, match="made anew"):
+            second = cache.extract(images, extractor, WORLD)
+        third = cache.extract(images, extractor, WORLD)
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    assert torch.equal(first.rows, second.rows)
+    assert torch.equal(first.rows, third.rows)
+
+
+def test_gray_images_are_three_equal_channels(tmp_path: Path) -> None:
+    gray = opened(folder_of(tmp_path / "a", 9, mode="L"))
+    assert gray.shape == (1, 16, 16)
+    with process_group(WORLD):
+        found = extract(gray, SmallExtractor(), WORLD)
+    assert found is not None
+    pixels = gray.read(np.arange(9)).repeat(1, 3, 1, 1)
+    torch.testing.assert_close(found.rows, SmallExtractor().features(pixels))
+
+
+def test_what_cannot_be_compared_is_told_in_one_line(tmp_path: Path) -> None:
+    good = opened(folder_of(tmp_path / "good", 30))
+    small = opened(folder_of(tmp_path / "small", 30, size=8))
+    clear = opened(folder_of(tmp_path / "clear", 30, mode="RGBA"))
+    mixed = folder_of(tmp_path / "mixed", 3)
+    Image.new("RGB", (9, 16)).save(mixed / "010.png")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with process_group(WORLD):
+        with pytest.raises(DataError, match=r"shape \(3, 8, 8\).* \(3, 16, 16\): only images of"):
+            evaluate(small, good, SmallExtractor(), WORLD)
+        with pytest.raises(DataError, match="images of 4 channels have no features"):
+            extract(clear, SmallExtractor(), WORLD)
+        with pytest.raises(DataError, match="000003 is 9x16 with 3 channels, the first 16x16"):
+            extract(opened(mixed), SmallExtractor(), WORLD)
+        with pytest.raises(DataError, match="empty"):
+            opened(empty)
+
+
+def test_a_metric_that_says_nothing_is_skipped_or_an_error(tmp_path: Path) -> None:
+    a = opened(folder_of(tmp_path / "a", 40))
+    b = opened(folder_of(tmp_path / "b", 40, seed=1))
+    with process_group(WORLD):
+        found = evaluate(a, b, SmallExtractor(), WORLD)
+        with pytest.raises(DataError, match="only inception-v3 gives an inception score"):
+            evaluate(a, b, SmallExtractor(), WORLD, metrics=["inception_score"], required=True)
+        with pytest.raises(DataError, match="40 images are too few"):
+            evaluate(a, b, SmallExtractor(), WORLD, metrics=["kernel"])
+    assert found is not None
+    assert set(found.skipped) == {"kernel", "inception_score", "frechet_per_class"}
+    assert {"fd_small", "fd_infinity_small", "recall_small"} <= set(found.metrics)
+    assert found.row()["metrics/fd_small"] == found.metrics["fd_small"].value
+    assert found.protocol.num_samples == 40
+    assert found.protocol.extractor == "small"
+
+
+def test_equal_digests_are_equal_images(tmp_path: Path) -> None:
+    a = opened(folder_of(tmp_path / "a", 12))
+    again = opened(folder_of(tmp_path / "again", 12))
+    other = opened(folder_of(tmp_path / "other", 12, seed=5))
+    assert a.digest == again.digest != other.digest
+    half = Subset.random(a, 6, seed=0)
+    assert len(half) == 6
+    assert half.digest == Subset.random(again, 6, seed=0).digest != a.digest
+    assert half.digest != Subset.random(a, 6, seed=1).digest
+    assert Subset.random(a, 12, seed=0) is a
+
+
+def test_a_damaged_shard_image_is_named(own_set: object, tmp_path: Path) -> None:
+    images = ImagesOfShards(own_set)  # type: ignore[arg-type]
+    (span,) = images.shard_set.spans(np.array([3]))
+    path = Path(images.shard_set.location) / span.name
+    data = bytearray(path.read_bytes())
+    data[span.start + span.length // 2] ^= 4
+    path.write_bytes(data)
+    with process_group(WORLD), pytest.raises(DataError, match="CRC-32 differs"):
+        extract(images, SmallExtractor(), WORLD)
