@@ -1,0 +1,100 @@
+"""Ratings of players from a table of wins: Bradley and Terry's model on Elo's scale.
+
+A player of strength s beats one of strength t with probability 1 / (1 + exp(t - s)) (Bradley and
+Terry 1952, Biometrika 39, p. 324). The strengths are those under which the whole table is most
+probable (Hunter 2004, Annals of Statistics 32, p. 384), so the order of the games does not matter,
+as it does for ratings that are updated game by game. Ratings are 400 / log(10) times the strengths
+with mean 1500: 400 points more mean winning 10 of 11 games.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ganscale.metrics.intervals import Estimate
+
+__all__ = ["POINTS", "expected_score", "rate", "rate_with_intervals"]
+
+POINTS = 400 / math.log(10)
+"""Rating points of a unit of strength."""
+
+_MEAN = 1500.0
+_PRECISION = 1e-9
+_MAX_STEPS = 200
+
+Floats = NDArray[np.float64]
+
+
+def expected_score(difference: float) -> float:
+    """Share of games won by a player whose rating is higher by `difference` points."""
+    return 1 / (1 + 10 ** (-difference / 400))
+
+
+def rate(wins: Floats, *, prior_games: float = 1.0) -> Floats:
+    """Most probable ratings, (P,), given the games of P players.
+
+    Args:
+        wins: (P, P), how many games the row's player won against the column's; parts of games
+            count. Pairs need not have met equally often, or at all.
+        prior_games: each player also has this many games, half of them won, against one of strength
+            0. So who never lost has a finite rating, and so have groups that never met; beside
+            hundreds of games it weighs nothing. Above 0.
+
+    Raises `ValueError` for a table that is not square, or has negative or non-finite numbers.
+    """
+    wins = np.asarray(wins, dtype=np.float64)
+    if wins.ndim != 2 or wins.shape[0] != wins.shape[1] or not wins.size:
+        raise ValueError(f"expected a square table of wins, got shape {wins.shape}")
+    if not np.isfinite(wins).all() or (wins < 0).any() or prior_games <= 0:
+        raise ValueError("expected finite wins of at least 0 and prior_games above 0")
+    games = wins + wins.T
+    strengths = np.zeros(len(wins))
+    for _ in range(_MAX_STEPS):
+        step = np.linalg.solve(*_curve(strengths, wins, games, prior_games))
+        # Newton's step may be too long far from the optimum; half of it, and so on, is not.
+        before = _loss(strengths, wins, prior_games)
+        while _loss(strengths - step, wins, prior_games) > before:
+            step = step / 2
+        strengths = strengths - step
+        if np.abs(step).max() < _PRECISION:
+            break
+    ratings: Floats = _MEAN + POINTS * (strengths - strengths.mean())
+    return ratings
+
+
+def _loss(s: Floats, wins: Floats, prior_games: float) -> float:
+    """Minus the logarithm of the table's probability; convex in the strengths."""
+    beaten = np.logaddexp(0, s[None, :] - s[:, None])  # -log p(row beats column)
+    prior = (np.logaddexp(0, s) + np.logaddexp(0, -s)).sum() / 2
+    return float((wins * beaten).sum() + prior_games * prior)
+
+
+def _curve(s: Floats, wins: Floats, games: Floats, prior_games: float) -> tuple[Floats, Floats]:
+    """Second derivatives of the loss, (P, P), and its gradient, (P,)."""
+    p, p_prior = _sigmoid(s[:, None] - s[None, :]), _sigmoid(s)
+    curvature = games * p * (1 - p)
+    own = curvature.sum(axis=1) + prior_games * p_prior * (1 - p_prior)
+    gradient = (games * p - wins).sum(axis=1) + prior_games * (p_prior - 0.5)
+    return np.diag(own) - curvature, gradient
+
+
+def rate_with_intervals(
+    wins: Floats, resampled: Sequence[Floats], *, prior_games: float = 1.0
+) -> list[Estimate]:
+    """A rating for each player with the percentile interval over resampled tables of wins.
+
+    `resampled` are what `wins` would be of things drawn with replacement; draw what was drawn by
+    chance in the first place, such as the images that were judged.
+    """
+    ratings = rate(wins, prior_games=prior_games)
+    drawn = np.stack([rate(table, prior_games=prior_games) for table in resampled])
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    return [Estimate(*map(float, values)) for values in zip(ratings, low, high, strict=True)]
+
+
+def _sigmoid(x: Floats) -> Floats:
+    return 0.5 * (1 + np.tanh(x / 2))
