@@ -1,0 +1,135 @@
+"""The verb that asks people."""
+
+from __future__ import annotations
+
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ganscale.cli.app import app, stderr_console
+from ganscale.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from ganscale.rating.contestants import Contestant
+    from ganscale.rating.questions import Task
+
+__all__: list[str] = []
+
+
+@app.command(epilog="Example: ganscale rate runs/quickstart --num 100 --out ratings/quickstart")
+def rate(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN",
+            help="Folder of a run, snapshot (.safetensors), or images.",
+            show_default=False,
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Real images: shards or a folder; default: what the runs learned from."),
+    ] = None,
+    task: Annotated[
+        Literal["realness", "preference"],
+        typer.Option(help="Real or fake; or which of two is better."),
+    ] = "realness",
+    num: Annotated[int, typer.Option(min=1, help="Questions for each rater.")] = 100,
+    pool: Annotated[
+        int, typer.Option(min=1, help="Images of each run to take a rater's from.")
+    ] = 500,
+    out: Annotated[Path, typer.Option(help="Folder of the answers.")] = Path("ratings"),
+    seed: Annotated[int, typer.Option(min=0, help="Of images and order.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8765,
+    host: Annotated[str, typer.Option(help="Address to serve at.")] = "127.0.0.1",
+    device: Annotated[str, typer.Option(help="Draws images: cpu, cuda or cuda:N.")] = "cpu",
+    reveal: Annotated[
+        bool, typer.Option("--reveal", help="Tell raters at the end how they did.")
+    ] = False,
+    results: Annotated[
+        bool, typer.Option("--results", help="Print the results so far, and end.")
+    ] = False,
+) -> None:
+    """Serve a page on which people say what is real, or better; print how often they erred.
+
+    Answers are kept one by one; the same command goes on. Ctrl-C ends it with the results.
+    """
+    if results:
+        _print_results(out, with_json=True)
+        return
+    if not runs:
+        raise ConfigError("name at least one run (or with --results the folder, by --out)")
+    if task == "realness" and num % 2:
+        raise ConfigError(f"--num {num}: half of the images are real, so it must be even")
+    contestants = _contestants(
+        runs, reference, task=task, pool=pool, seed=seed, device=device, scratch=out / "downloads"
+    )
+    _serve(contestants, out, task=task, num=num, seed=seed, reveal=reveal, at=(host, port))
+
+
+def _contestants(
+    runs: list[str],
+    reference: str | None,
+    *,
+    task: Task,
+    pool: int,
+    seed: int,
+    device: str,
+    scratch: Path,
+) -> list[Contestant]:
+    """The runs, and the real images unless runs are compared with one another alone."""
+    from ganscale.evaluation.images import open_images
+    from ganscale.rating.contestants import default_reference, open_contestant, open_runs
+    from ganscale.rating.questions import REAL
+
+    real = []
+    if reference is not None or task == "realness" or len(runs) == 1:
+        images = open_images(reference or default_reference(runs), scratch=scratch)
+        real = [open_contestant(REAL, images, num_images=pool, seed=seed)]
+    stderr_console().print(f"drawing images of {', '.join(runs)}", highlight=False, soft_wrap=True)
+    return real + open_runs(runs, num_images=pool, seed=seed, device=device, scratch=scratch)
+
+
+def _serve(
+    contestants: list[Contestant],
+    out: Path,
+    *,
+    task: Task,
+    num: int,
+    seed: int,
+    reveal: bool,
+    at: tuple[str, int],
+) -> None:
+    from ganscale.rating.server import RatingServer
+    from ganscale.rating.session import RatingSession
+
+    session = RatingSession(out, contestants, task=task, num=num, seed=seed, reveal=reveal)
+    with closing(session), RatingServer(session, *at) as server:
+        if not server.only_loopback:
+            message = "anybody who can reach this machine may rate: there is no password"
+            stderr_console().print(f"[yellow]{message}[/yellow]", highlight=False, soft_wrap=True)
+        typer.echo(f"page       {server.url}")
+        typer.echo(f"answers    {session.answers.path}")
+        typer.echo("Ctrl-C ends it with the results.")
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
+    typer.echo()
+    _print_results(out)
+
+
+def _print_results(out: Path, *, with_json: bool = False) -> None:
+    import json
+
+    from ganscale.rating.answers import read_answers
+    from ganscale.rating.results import as_json, as_table
+    from ganscale.rating.session import ANSWERS_NAME
+
+    if not out.is_dir():
+        raise DataError(f"{out} holds no answers")
+    answers = read_answers(out / ANSWERS_NAME)
+    for line in as_table(answers):
+        typer.echo(line)
+    if with_json:
+        typer.echo(json.dumps(as_json(answers)))

@@ -1,0 +1,1 @@
+"""Human evaluation: people say which images are real, or which are better, without being told."""

@@ -1,0 +1,137 @@
+"""What is judged: runs, and the real images they learned from, as PNGs that differ in pixels only.
+
+The PNGs are not compressed and carry nothing but pixels, so equal shapes have equal sizes in bytes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from ganscale.config import load_config
+from ganscale.data.storage import is_url
+from ganscale.errors import ConfigError
+from ganscale.evaluation.images import GeneratedImages, ImageSet, Subset, open_images
+from ganscale.generation.sampling import snapshot_file
+from ganscale.rating.questions import REAL
+from ganscale.run_directory import RunDirectory
+
+__all__ = ["Contestant", "default_reference", "encoded", "open_contestant", "open_runs"]
+
+_SNAPSHOT = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Images of one origin, in memory."""
+
+    name: str
+    description: str
+    digest: str
+    shape: tuple[int, int, int]
+    """(channels, height, width)."""
+    pngs: tuple[bytes, ...]
+
+    def __len__(self) -> int:
+        return len(self.pngs)
+
+
+def open_runs(
+    places: Sequence[str], *, num_images: int, seed: int, device: str, scratch: Path
+) -> list[Contestant]:
+    """Draw or read `num_images` of each run: a snapshot, a run's folder, or images in files.
+
+    Names are those of runs, with the snapshot, or of folders; where two would be equal, paths.
+    """
+    origins = [_snapshot(Path(place).expanduser()) or place for place in places]
+    names = _names(origins)
+    if len(set(names)) < len(names):
+        raise ConfigError(f"the same run is named twice: {', '.join(names)}")
+    contestants = []
+    for name, origin in zip(names, origins, strict=True):
+        if isinstance(origin, Path):
+            images: ImageSet = GeneratedImages.of_snapshot(
+                origin, num_images, seed=seed, device=device
+            )
+        else:
+            images = open_images(origin, scratch=scratch)
+        contestants.append(open_contestant(name, images, num_images=num_images, seed=seed))
+    return contestants
+
+
+def open_contestant(name: str, images: ImageSet, *, num_images: int, seed: int) -> Contestant:
+    """`num_images` of a set chosen by the seed, or all if there are no more."""
+    chosen = Subset.random(images, num_images, seed=seed)
+    pixels = chosen.read(np.arange(len(chosen)))
+    pngs = tuple(encoded(image) for image in pixels)
+    channels, height, width = pixels[0].shape
+    return Contestant(name, chosen.description, chosen.digest, (channels, height, width), pngs)
+
+
+def default_reference(places: Sequence[str]) -> str:
+    """Where the images lie that all the runs were trained on.
+
+    Raises `ConfigError` that asks for --reference if that is unknown, gone, or not the same place.
+    """
+    found = {_trained_on(Path(place).expanduser()) for place in places}
+    reference = found.pop()
+    if found or reference is None:
+        raise ConfigError(
+            "which images are real? The runs do not say it, or not the same, or their shards are "
+            "gone: name a shard set or a folder of images by --reference"
+        )
+    return reference
+
+
+def encoded(image: Tensor) -> bytes:
+    """A uint8 image (C, H, W) as a PNG whose size depends on its shape alone."""
+    pixels = image.permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(
+        buffer, format="PNG", compress_level=0
+    )
+    return buffer.getvalue()
+
+
+def _snapshot(path: Path) -> Path | None:
+    """The snapshot file that a path stands for; None if it holds images."""
+    is_run = path.suffix == _SNAPSHOT or RunDirectory(path).snapshots.is_dir()
+    return snapshot_file(path) if is_run else None
+
+
+def _names(origins: Sequence[Path | str]) -> list[str]:
+    short = [_short_name(origin) for origin in origins]
+    taken = [*short, REAL]
+    return [
+        name if taken.count(name) == 1 else str(Path(origin).expanduser().absolute())
+        for name, origin in zip(short, origins, strict=True)
+    ]
+
+
+def _short_name(origin: Path | str) -> str:
+    if not isinstance(origin, Path):
+        return Path(origin).expanduser().absolute().name
+    run = _run_of(origin)
+    return f"{run.name}/{origin.stem}" if run else origin.stem
+
+
+def _run_of(snapshot: Path) -> RunDirectory | None:
+    """The run that wrote it; averages lie one folder deeper."""
+    parents = snapshot.absolute().parents[:3]
+    return next((RunDirectory(p) for p in parents if RunDirectory(p).config.is_file()), None)
+
+
+def _trained_on(path: Path) -> str | None:
+    run = _run_of(path) if path.suffix == _SNAPSHOT else RunDirectory(path)
+    if run is None or not run.config.is_file():
+        return None
+    data = load_config(run.config).data
+    if data.shards is not None and (is_url(data.shards) or Path(data.shards).is_dir()):
+        return data.shards
+    return None if data.source == "auto" else data.source
