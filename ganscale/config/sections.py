@@ -202,6 +202,7 @@ class EvaluationConfig(Section):
             "neighbourhood",
             "authenticity",
             "frechet_per_class",
+            "c2st_1nn",
         ],
         ...,
     ] = ("frechet", "kernel", "neighbourhood")

@@ -19,6 +19,7 @@ from torch import Tensor
 from ganscale.errors import DataError
 from ganscale.evaluation.features import FeatureCache, Features, extract
 from ganscale.evaluation.images import ImageSet
+from ganscale.evaluation.two_sample import neighbour_two_sample
 from ganscale.metrics.extractors import FeatureExtractor
 from ganscale.metrics.frechet import frechet_distance, frechet_estimate, frechet_infinity
 from ganscale.metrics.inception_score import inception_score
@@ -38,6 +39,7 @@ MetricName = Literal[
     "neighbourhood",
     "authenticity",
     "frechet_per_class",
+    "c2st_1nn",
 ]
 METRICS: tuple[MetricName, ...] = MetricName.__args__  # type: ignore[attr-defined]
 
@@ -66,6 +68,8 @@ class Evaluation:
     metrics: Mapping[str, Estimate]
     skipped: Mapping[str, str]
     """Metrics that say nothing here, and why."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What more there is to say of a metric, by its name."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """How long each part took."""
 
@@ -75,6 +79,7 @@ class Evaluation:
             "protocol": asdict(self.protocol),
             "metrics": {name: asdict(value) for name, value in self.metrics.items()},
             "skipped": dict(self.skipped),
+            "details": dict(self.details),
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
         }
 
@@ -121,6 +126,18 @@ def evaluate(
             f"{samples.description} have shape {samples.shape}, {reference.description} "
             f"{reference.shape}: only images of one shape can be compared"
         )
+    protocol = Protocol(
+        extractor=extractor.name,
+        extractor_digest=extractor.digest,
+        resizer=extractor.resizer,
+        samples=samples.description,
+        num_samples=len(samples),
+        reference=reference.description,
+        reference_digest=reference.digest,
+        num_reference=len(reference),
+    )
+    if not metrics:
+        return Evaluation(protocol, {}, {}) if world.is_main else None
     seconds: dict[str, float] = {}
     with _timed("reference", seconds):
         progress = started(reference.description, len(reference))
@@ -143,19 +160,9 @@ def evaluate(
                 if required:
                     raise
                 skipped[metric] = str(error)
-    if not found:
+    if skipped and not found:
         raise DataError("; ".join(skipped.values()))
-    protocol = Protocol(
-        extractor=extractor.name,
-        extractor_digest=extractor.digest,
-        resizer=extractor.resizer,
-        samples=samples.description,
-        num_samples=len(samples),
-        reference=reference.description,
-        reference_digest=reference.digest,
-        num_reference=len(reference),
-    )
-    return Evaluation(protocol, found, skipped, seconds)
+    return Evaluation(protocol, found, skipped, seconds=seconds)
 
 
 @dataclass(frozen=True)
@@ -236,6 +243,11 @@ def _frechet_per_class(both: _Comparison) -> dict[str, Estimate]:
     return both.named(("frechet_per_class", of_repeats(distances)))
 
 
+def _nearest_neighbour_test(both: _Comparison) -> dict[str, Estimate]:
+    mine, other = both.rows()
+    return both.named(("c2st_1nn", neighbour_two_sample(other, mine).accuracy))
+
+
 _FIGURES: dict[MetricName, Callable[[_Comparison], dict[str, Estimate]]] = {
     "frechet": _frechet,
     "frechet_infinity": _frechet_infinity,
@@ -244,6 +256,7 @@ _FIGURES: dict[MetricName, Callable[[_Comparison], dict[str, Estimate]]] = {
     "neighbourhood": _neighbourhood,
     "authenticity": _authenticity,
     "frechet_per_class": _frechet_per_class,
+    "c2st_1nn": _nearest_neighbour_test,
 }
 _STEMS = {"frechet": "fd", "kernel": "kd"}
 _INCEPTION_STEMS = {"frechet": "fid", "kernel": "kid"}
