@@ -59,8 +59,9 @@ class Evaluator:
     ) -> Measured:
         """Figures of the averaged generator `model`; all ranks call this together.
 
-        `alive` is called again and again while there is progress. The samples are of the same seeds each time. A generator that has no figures, since all its
-        images are alike, is a problem to be told, not the end of the run.
+        `alive` is called again and again while there is progress. The samples are of the same seeds
+        each time. A generator that has no figures, since all its images are alike, is a problem to
+        be told, not the end of the run.
         """
 
         def started(what: str, total: int | None) -> Callable[[int], None]:
