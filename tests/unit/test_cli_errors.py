@@ -23,6 +23,10 @@ VERBS = (
     ("shards", "info"),
     ("checkpoint", "list"),
     ("checkpoint", "verify"),
+    ("evaluate",),
+    ("tournament",),
+    ("stability",),
+    ("rate",),
 )
 
 Refusal = Callable[..., tuple[int, str]]
