@@ -8,6 +8,7 @@ an extractor says all three: a figure without them cannot be compared. Nothing i
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -107,7 +108,7 @@ class EfficientNetLite0:
         normalised = ((pixels - 127) / 128).contiguous(memory_format=torch.channels_last)
         found: Tensor = self._net.extract_features(normalised).mean((2, 3))
         directions: Tensor = F.normalize(found, dim=1)
-        return directions * self.num_features**0.5
+        return directions * math.sqrt(self.num_features)
 
     def logits(self, features: Tensor) -> Tensor | None:
         return None
