@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from ganscale.data.sources import CIFAR10_ENV
+from ganscale.metrics.extractors import inception_weights
 from ganscale.tracking.wandb_sink import resolve_mode
 
 __all__ = ["findings"]
@@ -35,6 +36,9 @@ def findings(storage: Path) -> list[tuple[str, str]]:
     rows.append((CIFAR10_ENV, os.environ.get(CIFAR10_ENV) or "not set: would be downloaded"))
     rows.append(("RAY_ADDRESS", os.environ.get("RAY_ADDRESS") or "not set: Ray starts here"))
     rows.append(("wandb auto", resolve_mode("auto")))
+    weights = inception_weights()
+    extractor = "efficientnet-lite0" if weights is None else f"inception-v3, {weights}"
+    rows.append(("extractor auto", extractor))
     return rows
 
 
