@@ -23,8 +23,9 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
+from ganscale.config import MetricName
 from ganscale.data.shards import ShardSet
-from ganscale.evaluation.distribution import MetricName, evaluate
+from ganscale.evaluation.distribution import evaluate
 from ganscale.evaluation.features import FeatureCache
 from ganscale.evaluation.images import ImageSet, ImagesOfShards, Subset
 from ganscale.metrics.extractors import open_extractor

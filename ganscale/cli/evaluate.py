@@ -11,7 +11,8 @@ from ganscale.cli.app import app, stderr_console
 from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ganscale.evaluation.distribution import Evaluation, MetricName
+    from ganscale.config import MetricName
+    from ganscale.evaluation.distribution import Evaluation
     from ganscale.evaluation.images import ImageSet
 
 __all__: list[str] = []

@@ -14,14 +14,29 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "EvaluationConfig",
+    "ExtractorName",
     "GuardConfig",
     "LaunchConfig",
+    "MetricName",
     "ObjectiveConfig",
     "OptimizerConfig",
     "PenaltyConfig",
     "SamplesConfig",
     "TrackingConfig",
     "TrainingConfig",
+]
+
+
+ExtractorName = Literal["auto", "inception-v3", "efficientnet-lite0", "dinov2", "clip"]
+MetricName = Literal[
+    "frechet",
+    "frechet_infinity",
+    "kernel",
+    "inception_score",
+    "neighbourhood",
+    "authenticity",
+    "frechet_per_class",
+    "c2st_1nn",
 ]
 
 
@@ -193,21 +208,9 @@ class EvaluationConfig(Section):
     """Distance between evaluations, and one more at the end; 0 is none."""
     num_images: int = Field(10_000, ge=100)
     """Generated images, always of the same seeds."""
-    metrics: tuple[
-        Literal[
-            "frechet",
-            "frechet_infinity",
-            "kernel",
-            "inception_score",
-            "neighbourhood",
-            "authenticity",
-            "frechet_per_class",
-            "c2st_1nn",
-        ],
-        ...,
-    ] = ("frechet", "kernel", "neighbourhood")
+    metrics: tuple[MetricName, ...] = ("frechet", "kernel", "neighbourhood")
     """What is measured; neighbourhood is precision, recall, density and coverage."""
-    extractor: Literal["auto", "inception-v3", "efficientnet-lite0", "dinov2", "clip"] = "auto"
+    extractor: ExtractorName = "auto"
     """Network of the features; auto is Inception where its weights are, else EfficientNet."""
     reference: str | None = None
     """Shard set or folder of real images; null compares with the training set."""

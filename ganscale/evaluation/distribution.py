@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ganscale.config import MetricName
 from ganscale.errors import DataError
 from ganscale.evaluation.features import FeatureCache, Features, extract
 from ganscale.evaluation.images import ImageSet
@@ -29,19 +30,9 @@ from ganscale.metrics.neighbours import authenticity, neighbourhood
 from ganscale.metrics.statistics import Moments
 from ganscale.world import World
 
-__all__ = ["METRICS", "Evaluation", "MetricName", "Protocol", "evaluate", "frechet_name"]
+__all__ = ["METRICS", "Evaluation", "Protocol", "evaluate", "frechet_name"]
 
-MetricName = Literal[
-    "frechet",
-    "frechet_infinity",
-    "kernel",
-    "inception_score",
-    "neighbourhood",
-    "authenticity",
-    "frechet_per_class",
-    "c2st_1nn",
-]
-METRICS: tuple[MetricName, ...] = MetricName.__args__  # type: ignore[attr-defined]
+METRICS: tuple[MetricName, ...] = get_args(MetricName)
 
 Started = Callable[[str, int | None], Callable[[int], None]]
 

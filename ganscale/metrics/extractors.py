@@ -16,24 +16,22 @@ from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ganscale.config import ExtractorName
 from ganscale.errors import ConfigError, DataError
 
 __all__ = [
     "EXTRACTORS",
-    "ExtractorName",
     "FeatureExtractor",
     "as_rgb",
     "inception_weights",
     "open_extractor",
 ]
-
-ExtractorName = Literal["auto", "inception-v3", "efficientnet-lite0", "dinov2", "clip"]
 
 INCEPTION_ENV = "GANSCALE_INCEPTION"
 _INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
