@@ -15,6 +15,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from ganscale.config import MetricName
 from ganscale.errors import DataError
@@ -129,6 +130,7 @@ def evaluate(
     )
     if not metrics:
         return Evaluation(protocol, {}, {}) if world.is_main else None
+    _check_same_on_all_ranks(extractor.digest, len(samples), len(reference))
     seconds: dict[str, float] = {}
     with _timed("reference", seconds):
         progress = started(reference.description, len(reference))
@@ -154,6 +156,14 @@ def evaluate(
     if skipped and not found:
         raise DataError("; ".join(skipped.values()))
     return Evaluation(protocol, found, skipped, seconds=seconds)
+
+
+def _check_same_on_all_ranks(*what: object) -> None:
+    """Else features of different networks would be put together."""
+    found: list[tuple[object, ...]] = [()] * dist.get_world_size()
+    dist.all_gather_object(found, what)
+    if len(set(found)) > 1:
+        raise DataError(f"ranks have different extractors or images: {found}")
 
 
 @dataclass(frozen=True)

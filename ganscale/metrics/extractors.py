@@ -29,6 +29,7 @@ __all__ = [
     "EXTRACTORS",
     "FeatureExtractor",
     "as_rgb",
+    "chosen_extractor",
     "inception_weights",
     "open_extractor",
 ]
@@ -155,11 +156,17 @@ def open_extractor(
     Raises:
         ConfigError: the weights are not there, or are not the expected ones.
     """
-    if name == "auto":
-        name = "inception-v3" if weights or inception_weights() else "efficientnet-lite0"
+    name = chosen_extractor(name, weights)
     if name not in EXTRACTORS:
         raise ConfigError(f"extractor {name!r}: expected auto, {', '.join(EXTRACTORS)}")
     return EXTRACTORS[name](weights, weights_sha256)
+
+
+def chosen_extractor(name: ExtractorName, weights: Path | None = None) -> ExtractorName:
+    """What `auto` stands for on this machine; other names are themselves."""
+    if name != "auto":
+        return name
+    return "inception-v3" if weights or inception_weights() else "efficientnet-lite0"
 
 
 def inception_weights() -> Path | None:

@@ -17,7 +17,7 @@ from ganscale.evaluation.distribution import Evaluation, evaluate, frechet_name
 from ganscale.evaluation.features import FeatureCache
 from ganscale.evaluation.images import GeneratedImages, ImageSet, ImagesOfShards, open_images
 from ganscale.generation.sampling import SampleableGenerator
-from ganscale.metrics.extractors import open_extractor
+from ganscale.metrics.extractors import chosen_extractor, open_extractor
 from ganscale.world import World
 
 __all__ = ["Evaluator", "Measured"]
@@ -46,7 +46,10 @@ class Evaluator:
         settings = config.evaluation
         self.config = config
         self.world = world
-        self.extractor = open_extractor(settings.extractor)
+        # Rank 0 decides what "auto" is: other machines may have other weights.
+        name = [chosen_extractor(settings.extractor)]
+        dist.broadcast_object_list(name, src=0)
+        self.extractor = open_extractor(name[0])
         self.extractor.to(world.device)
         self._cache = FeatureCache()
         self._reference: ImageSet = ImagesOfShards(shard_set)

@@ -56,3 +56,16 @@ def test_an_image_that_one_rank_cannot_read_is_an_error_on_all(
     one, other = run_ranks(2, _evaluated, folder, procedural_shards)
     assert "0700" in one
     assert other == one
+
+
+def _evaluated_by_two_networks(world: World, folder: Path) -> Any:
+    extractor = SmallExtractor()
+    extractor.digest = f"that of rank {world.rank}"
+    images = open_images(str(folder), scratch=folder)
+    with pytest.raises(DataError, match="ranks have different extractors"):
+        evaluate(images, images, extractor, world)
+    return True
+
+
+def test_ranks_with_different_networks_are_refused(folder: Path) -> None:
+    assert run_ranks(2, _evaluated_by_two_networks, folder) == [True, True]
