@@ -14,7 +14,17 @@ from typing import Any, NoReturn
 import typer
 
 # Importing them adds their verbs.
-from ganscale.cli import bench, checkpoints, compare, evaluate, images, rate, shards, training  # noqa: F401
+from ganscale.cli import (  # noqa: F401
+    bench,
+    checkpoints,
+    compare,
+    evaluate,
+    explore,
+    images,
+    rate,
+    shards,
+    training,
+)
 from ganscale.cli.app import app
 from ganscale.errors import ConfigError, GanscaleError
 

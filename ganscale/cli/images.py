@@ -24,16 +24,22 @@ def sample(
     label: Annotated[
         int | None, typer.Option(min=0, help="Class of all images; else the seed decides it.")
     ] = None,
+    truncation_psi: Annotated[
+        float | None,
+        typer.Option(help="With w: 0 to 1, pull to its mean; else: largest |z| element."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
     """Draw images from a snapshot; a seed's image is always the same."""
+    from ganscale.generation.exploring import Explorer
     from ganscale.generation.sampling import load_generator, save_grid
 
     generator = load_generator(path, device=device)
     if label is not None and label >= generator.num_classes:
         known = f"0 to {generator.num_classes - 1}" if generator.num_classes else "no labels"
         raise ConfigError(f"--label {label}: this generator knows {known}")
-    images = generator.sample(num, seed=seed, label=label)
+    explorer = Explorer(generator, truncation_psi=truncation_psi)
+    images = explorer.sample_seeds(list(range(seed, seed + num)), label=label)
     if out.suffix == ".png":
         save_grid(images, out)
     else:

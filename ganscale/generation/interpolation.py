@@ -1,0 +1,103 @@
+"""Paths between latents and between classes, and the images along them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ganscale.errors import ConfigError
+from ganscale.generation.exploring import Explorer
+
+__all__ = ["class_frames", "frames_between", "lerp", "path", "slerp"]
+
+Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """(1 - t) a + t b for vectors (..., d) and t in [0, 1], (...) or a scalar."""
+    t = t.to(a)[..., None]
+    return (1 - t) * a + t * b
+
+
+def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """From a to b at constant angular speed, the length changing linearly; shapes as for `lerp`.
+
+    White (2016, arXiv 1609.04468) after Shoemake (1985): a straight line passes nearer to 0 than a
+    Gaussian's samples ever are. The ends are exact. Between opposite vectors the way leads over
+    the axis that is most nearly perpendicular to them; from or to 0 the path is straight.
+    """
+    t = t.to(a)[..., None]
+    length_a, length_b = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)
+    from_, to = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
+    # The arc's cosine loses half the digits near 0 and pi; this does not.
+    difference, total = (from_ - to).norm(dim=-1), (from_ + to).norm(dim=-1)
+    angle = 2 * torch.atan2(difference, total)[..., None]
+    direction = torch.cos(t * angle) * from_ + torch.sin(t * angle) * _across(from_, to)
+    along = ((1 - t) * length_a + t * length_b) * direction
+    straight = (length_a == 0) | (length_b == 0)
+    along = torch.where(straight, (1 - t) * a + t * b, along)
+    return torch.where(t == 0, a, torch.where(t == 1, b, along))
+
+
+def path(points: Tensor, frames: int, *, mix: Mix, loop: bool = False) -> Tensor:
+    """Points (n, d) and those between: `frames` for each step, then the last, or back to the first.
+
+    Returns (frames (n - 1) + 1, d), with `loop` (frames n, d) that end just before the beginning.
+    Raises `ConfigError` without two points and one frame.
+    """
+    if len(points) < 2 or frames < 1:
+        raise ConfigError(f"a path needs 2 points and 1 frame, got {len(points)} and {frames}")
+    start, end = (points, points.roll(-1, 0)) if loop else (points[:-1], points[1:])
+    t = torch.arange(frames, dtype=points.dtype) / frames
+    whole = mix(start[:, None], end[:, None], t.expand(len(start), -1)).flatten(0, 1)
+    return whole if loop else torch.cat([whole, points[-1:]])
+
+
+def frames_between(
+    explorer: Explorer,
+    seeds: list[int],
+    frames: int,
+    *,
+    mix: Mix = slerp,
+    label: int | None = None,
+    loop: bool = False,
+) -> Tensor:
+    """Images along the path through the seeds' latents, uint8 (frames, C, H, W).
+
+    Where seeds have different classes, these are mixed linearly on the way.
+    """
+    z = path(explorer.latents(seeds), frames, mix=mix, loop=loop)
+    classes = explorer.classes(seeds, label)
+    if classes is not None:
+        classes = path(classes, frames, mix=lerp, loop=loop)
+    return explorer.draw(z, classes)
+
+
+def class_frames(
+    explorer: Explorer, seeds: list[int], labels: list[int], frames: int, *, loop: bool = False
+) -> Tensor:
+    """Each seed's image on its way through classes, uint8 (seeds, frames, C, H, W).
+
+    Classes are mixed linearly where the generator embeds them; the latents stay as they are.
+    Raises `ConfigError` if it knows no classes, or not these.
+    """
+    if not explorer.num_classes:
+        raise ConfigError("this generator knows no classes to interpolate between")
+    known = [explorer.classes([0], label) for label in labels]
+    mixed = path(torch.cat([c for c in known if c is not None]), frames, mix=lerp, loop=loop)
+    z = explorer.latents(seeds).repeat_interleave(len(mixed), 0)
+    images = explorer.draw(z, mixed.repeat(len(seeds), 1))
+    found: Tensor = images.unflatten(0, (len(seeds), len(mixed)))
+    return found
+
+
+def _across(a: Tensor, b: Tensor) -> Tensor:
+    """Unit vectors perpendicular to unit vectors a, in the plane of a and b if these span one."""
+    across = b - (a * b).sum(-1, keepdim=True) * a
+    axis = F.one_hot(a.abs().argmin(-1), a.shape[-1]).to(a)
+    other = axis - (a * axis).sum(-1, keepdim=True) * a
+    is_none = across.norm(dim=-1, keepdim=True) < 8 * torch.finfo(a.dtype).eps
+    return F.normalize(torch.where(is_none, other, across), dim=-1)
