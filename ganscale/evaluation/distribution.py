@@ -149,9 +149,9 @@ def evaluate(
             started(metric, None)
             try:
                 found |= _FIGURES[metric](comparison)
-            except DataError as error:
+            except (DataError, torch.linalg.LinAlgError) as error:
                 if required:
-                    raise
+                    raise DataError(f"{metric}: {error}") from None
                 skipped[metric] = str(error)
     if skipped and not found:
         raise DataError("; ".join(skipped.values()))

@@ -125,6 +125,24 @@ def test_a_metric_that_says_nothing_is_skipped_or_an_error(tmp_path: Path) -> No
     assert found.protocol.extractor == "small"
 
 
+def test_a_decomposition_that_fails_is_a_reason_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = opened(folder_of(tmp_path / "a", 40))
+
+    def fail(matrix: torch.Tensor) -> None:
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    with process_group(WORLD):
+        found = evaluate(images, images, SmallExtractor(), WORLD)
+        with pytest.raises(DataError, match="frechet: failed to converge"):
+            evaluate(images, images, SmallExtractor(), WORLD, metrics=["frechet"], required=True)
+    assert found is not None
+    assert found.skipped["frechet"] == "failed to converge"
+    assert "recall_small" in found.metrics
+
+
 def test_equal_digests_are_equal_images(tmp_path: Path) -> None:
     a = opened(folder_of(tmp_path / "a", 12))
     again = opened(folder_of(tmp_path / "again", 12))
