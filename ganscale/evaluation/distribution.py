@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ganscale.config import MetricName
 from ganscale.errors import DataError
@@ -149,7 +150,7 @@ def evaluate(
             started(metric, None)
             try:
                 found |= _FIGURES[metric](comparison)
-            except (DataError, torch.linalg.LinAlgError) as error:
+            except (DataError, LinAlgError) as error:
                 if required:
                     raise DataError(f"{metric}: {error}") from None
                 skipped[metric] = str(error)

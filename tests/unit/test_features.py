@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ganscale.errors import DataError
 from ganscale.evaluation.distribution import evaluate
@@ -131,7 +132,7 @@ def test_a_decomposition_that_fails_is_a_reason_too(
     images = opened(folder_of(tmp_path / "a", 40))
 
     def fail(matrix: torch.Tensor) -> None:
-        raise torch.linalg.LinAlgError("failed to converge")
+        raise LinAlgError("failed to converge")
 
     monkeypatch.setattr(torch.linalg, "eigh", fail)
     with process_group(WORLD):
