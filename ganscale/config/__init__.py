@@ -6,6 +6,7 @@ unknown field is refused with the nearest valid name. Durations are in thousands
 """
 
 from ganscale.config.loading import load_config, parse_overrides, preset_names
+from ganscale.config.methods import EncoderMethod, MethodConfig, VaeGanMethod, VaeMethod
 from ganscale.config.models import ModelConfig
 from ganscale.config.run import Config, field_names
 from ganscale.config.schedule import Schedule
@@ -30,9 +31,11 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "EncoderMethod",
     "ExtractorName",
     "GuardConfig",
     "LaunchConfig",
+    "MethodConfig",
     "MetricName",
     "ModelConfig",
     "ObjectiveConfig",
@@ -42,6 +45,8 @@ __all__ = [
     "Schedule",
     "TrackingConfig",
     "TrainingConfig",
+    "VaeGanMethod",
+    "VaeMethod",
     "field_names",
     "load_config",
     "parse_overrides",

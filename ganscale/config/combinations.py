@@ -17,6 +17,7 @@ def impossible(config: Config) -> Iterator[str]:
     """What cannot work, each in one line with a way out."""
     yield from _lengths(config)
     yield from _models(config)
+    yield from _methods(config)
     yield from _objectives(config)
     yield from _augmentation(config)
     yield from _evaluation(config)
@@ -57,6 +58,36 @@ def _models(config: Config) -> Iterator[str]:
             f"model.base_channels={model.base_channels} must be a multiple of {8 << halvings} for "
             f"r3gan at resolution {model.resolution}: its blocks have groups of 16 channels"
         )
+
+
+def _methods(config: Config) -> Iterator[str]:
+    name = config.method.name
+    if name == "vae":
+        yield from (
+            f"method.name=vae has no discriminator: leave {field}" for field in _judged(config)
+        )
+    if name == "bigan" and config.model.num_classes:
+        yield "method.name=bigan trains without labels: set model.num_classes=0"
+    if name == "bigan" and config.objective.name in ("least_squares", "minimax"):
+        yield (
+            f"objective.name={config.objective.name} has no form in which the encoder learns too: "
+            "set objective.name=nonsaturating for method.name=bigan"
+        )
+    if name in ("vae-gan", "encoder") and config.training.compile:
+        yield f"training.compile hides the features that method.name={name} needs: set it to false"
+
+
+def _judged(config: Config) -> Iterator[str]:
+    """Fields that are set and mean nothing without a discriminator."""
+    for section in ("objective", "penalty", "augment"):
+        if getattr(config, section) != type(getattr(config, section))():
+            yield section
+    if config.optimizer.lr_discriminator is not None:
+        yield "optimizer.lr_discriminator"
+    if config.optimizer.clip_weights is not None:
+        yield "optimizer.clip_weights"
+    if config.training.discriminator_steps != 1:
+        yield "training.discriminator_steps"
 
 
 def _objectives(config: Config) -> Iterator[str]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ganscale.config.combinations import impossible
 from ganscale.config.messages import explain, unknown_field
+from ganscale.config.methods import GanMethod, MethodConfig
 from ganscale.config.models import DcganModel, ModelConfig
 from ganscale.config.schedule import Schedule
 from ganscale.config.section import Section
@@ -44,6 +45,7 @@ class Config(Section):
     """Decides the order of the samples, the latents and the initial weights."""
     data: DataConfig = DataConfig()
     model: ModelConfig = DcganModel()
+    method: MethodConfig = GanMethod()
     objective: ObjectiveConfig = ObjectiveConfig()
     penalty: PenaltyConfig = PenaltyConfig()
     augment: AugmentConfig = AugmentConfig()

@@ -159,7 +159,7 @@ def _contestant(run: str, files: SavedFiles, device: str) -> Contestant:
     spec: dict[str, Any] = files.meta["config"]["model"]
     state, nimg = files.state(), files.name.nimg
     generator, discriminator = build_generator(spec), build_discriminator(spec)
-    generator.load_state_dict(state["G_ema"][""])
+    generator.load_state_dict(state["averages"][""]["generator"])
     discriminator.load_state_dict(state["D"]["model"])
     discriminator.to(device).eval().requires_grad_(False)
     return Contestant(

@@ -1,7 +1,7 @@
 """Snapshots and what is drawn from them: `load_generator(path).sample(16, seed=0)`.
 
-A snapshot is one safetensors file: the averaged generator's weights, with the model's description
-as JSON metadata. Loading executes no stored code.
+A snapshot is one safetensors file: the averaged generator's weights, those of its encoder if it has
+one, and the model's description as JSON metadata. Loading executes no stored code.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,13 @@ from torch import Tensor, nn
 import ganscale
 from ganscale.errors import CheckpointError
 from ganscale.generation.latents import seeded_labels, seeded_latents
-from ganscale.models import build_generator
+from ganscale.models import build_encoder, build_generator
 from ganscale.run_directory import RunDirectory
 
 __all__ = [
     "SampleableGenerator",
     "diversity",
+    "load_encoder",
     "load_generator",
     "save_grid",
     "save_snapshot",
@@ -34,6 +37,7 @@ __all__ = [
 ]
 
 _METADATA_KEY = "ganscale"
+_ENCODER = "encoder/"
 # Every forward has this many rows, so that an image does not depend on what is drawn beside it:
 # kernels choose their arithmetic by the batch size.
 _ROWS = 16
@@ -103,10 +107,20 @@ def diversity(images: Tensor) -> float:
     return float(torch.pdist(flat).mean()) / math.sqrt(flat.shape[1])
 
 
-def save_snapshot(path: Path, model: nn.Module, *, spec: dict[str, Any], nimg: int) -> None:
-    """Write the weights and the description to `path`, complete or not at all."""
+def save_snapshot(
+    path: Path,
+    model: nn.Module,
+    *,
+    spec: dict[str, Any],
+    nimg: int,
+    encoder: nn.Module | None = None,
+) -> None:
+    """Write a generator, its description and its encoder to `path`, complete or not at all."""
     info = {"model": spec, "nimg": nimg, "version": ganscale.__version__}
-    weights = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    state = dict(model.state_dict())
+    if encoder is not None:
+        state |= {_ENCODER + name: tensor for name, tensor in encoder.state_dict().items()}
+    weights = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(weights, temporary, metadata={_METADATA_KEY: json.dumps(info)})
@@ -120,14 +134,36 @@ def load_generator(path: str | Path, *, device: str = "cpu") -> SampleableGenera
 
     Raises `CheckpointError` when there is none or it cannot be read.
     """
+    with _opened(path) as (info, weights):
+        model = build_generator(info["model"])
+        model.load_state_dict({k: t for k, t in weights.items() if not k.startswith(_ENCODER)})
+        return SampleableGenerator(model.to(device), spec=info["model"], info=info)
+
+
+def load_encoder(path: str | Path, *, device: str = "cpu") -> nn.Module | None:
+    """The encoder of a snapshot, in evaluation mode; None if it has none.
+
+    It takes images (N, C, H, W) in [-1, 1] and returns mean and log-variance of their latents, each
+    (N, z_dim). Raises `CheckpointError` when there is no snapshot or it cannot be read.
+    """
+    with _opened(path) as (info, weights):
+        state = {k.removeprefix(_ENCODER): t for k, t in weights.items() if k.startswith(_ENCODER)}
+        if not state:
+            return None
+        model = build_encoder(info["model"])
+        model.load_state_dict(state)
+        return model.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Description and weights of a snapshot; what goes wrong with them is a `CheckpointError`."""
     file = snapshot_file(Path(path).expanduser())
     try:
         with safe_open(file, framework="pt") as stored:
             info = json.loads((stored.metadata() or {})[_METADATA_KEY])
             weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        model = build_generator(info["model"])
-        model.load_state_dict(weights)
-        return SampleableGenerator(model.to(device), spec=info["model"], info=info)
+        yield info, weights
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{file} is not a readable snapshot: {reason}") from None

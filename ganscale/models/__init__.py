@@ -1,8 +1,8 @@
-"""The players' architectures: they take and return tensors and import only torch.
+"""The networks' architectures: they take and return tensors and import only torch.
 
 Adding one is a file, a line in `MODELS`, its section of the configuration, and a test. All have the
 same faces: `generator(z, labels)` and `discriminator(images, labels)`, where labels are None or
-ignored if the model knows no classes.
+ignored if the model knows no classes. One encoder, `encoder(images)`, serves all generators.
 """
 
 from __future__ import annotations
@@ -16,11 +16,20 @@ from torch import nn
 
 from ganscale.models.biggan import BigganDiscriminator, BigganGenerator
 from ganscale.models.dcgan import DcganDiscriminator, DcganGenerator
+from ganscale.models.encoder import Encoder
+from ganscale.models.joint import JointDiscriminator
 from ganscale.models.r3gan import R3ganDiscriminator, R3ganGenerator
 from ganscale.models.sngan import SnganDiscriminator, SnganGenerator
 from ganscale.models.stylegan2 import Stylegan2Discriminator, Stylegan2Generator
 
-__all__ = ["MODELS", "Architecture", "build_discriminator", "build_generator"]
+__all__ = [
+    "MODELS",
+    "Architecture",
+    "build_discriminator",
+    "build_encoder",
+    "build_generator",
+    "build_joint_discriminator",
+]
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,16 @@ def build_generator(spec: dict[str, Any]) -> nn.Module:
 def build_discriminator(spec: dict[str, Any]) -> nn.Module:
     """The discriminator that a config's `model` section (as a dictionary) describes."""
     return _build(MODELS[spec["name"]].discriminator, spec)
+
+
+def build_encoder(spec: dict[str, Any]) -> nn.Module:
+    """An encoder into the latents of the generator that `spec` describes."""
+    return _build(Encoder, spec)
+
+
+def build_joint_discriminator(spec: dict[str, Any]) -> nn.Module:
+    """A discriminator of pairs of the images and latents of the generator that `spec` describes."""
+    return _build(JointDiscriminator, spec)
 
 
 def _build(player: Callable[..., nn.Module], spec: dict[str, Any]) -> nn.Module:

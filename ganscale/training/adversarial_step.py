@@ -1,9 +1,8 @@
-"""One phase of each player: forward, objective, penalties, scaled backward.
+"""The game against a discriminator, from either side: its own phase, and the loss of who fools it.
 
-Detached device tensors come out. No logging, no rank, no host sync; the loop decides when, the
-player how. A rank's share of the global batch may be any size: losses are summed and multiplied by
-`weight` = W / B, so that the gradient that DDP averages over W ranks is that of the mean over the
-global batch.
+Whatever makes fakes can be judged here: a generator, an encoder and a generator, pairs of images
+and latents. Detached device tensors come out, and the fooling side's loss to be differentiated. No
+logging, no rank, no host sync; the method decides what is shown, the player how it learns.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ganscale.augment.pipeline import AUGMENTATIONS, Augmentation
-from ganscale.generation.latents import StepRandomness
 from ganscale.objectives.adversarial import Objective
 from ganscale.objectives.penalties import (
     PENALTIES,
@@ -29,8 +27,17 @@ from ganscale.objectives.penalties import (
 from ganscale.training.distribute import global_mean, kth_largest
 from ganscale.training.players import Player
 from ganscale.training.precision import Precision
+from ganscale.training.share import Share
 
-__all__ = ["PhaseResult", "Rules", "Share", "discriminator_phase", "generator_phase"]
+__all__ = [
+    "PhaseResult",
+    "Rules",
+    "Shown",
+    "discriminator_phase",
+    "fooling_loss",
+    "frozen",
+    "orthogonal",
+]
 
 _PERTURBATION = Augmentation(AUGMENTATIONS["flip_translate"])
 
@@ -55,45 +62,39 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Share:
-    """A rank's part of one global batch."""
+class Shown:
+    """Images that a discriminator is shown, and what beside each of them."""
 
-    real_images: Tensor
-    """(n, C, H, W) in [-1, 1]"""
-    labels: Tensor | None
-    """int64 (n,), of real images and of the fakes beside them; None without classes."""
-    random: StepRandomness
-    z_dim: int
-    weight: float
-    """W / B."""
+    images: Tensor
+    """(n, C, H, W)"""
+    beside: Tensor | None = None
+    """Labels, int64 (n,), or latents, (n, z_dim); None for images alone."""
 
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """What a phase saw on this rank, weighted: averaged over ranks it is the global mean; ()."""
+    """What the discriminator saw on this rank, each (): the mean over ranks is the global one."""
 
     loss: Tensor
     """Without penalties."""
+    real_logits: Tensor
     fake_logits: Tensor
-    real_logits: Tensor | None = None
-    real_signs: Tensor | None = None
+    real_signs: Tensor
     penalties: Mapping[str, Tensor] = field(default_factory=dict)
     """By name, before their weights."""
 
 
 def discriminator_phase(
-    generator: Player, discriminator: Player, rules: Rules, share: Share
+    discriminator: Player, rules: Rules, share: Share, real: Shown, fake: Shown
 ) -> PhaseResult:
-    """Gradients of the discriminator on the share's real images and as many fakes."""
-    z = share.random.normal("D z", share.z_dim)
+    """Gradients of the discriminator on real images and as many fakes, which are constants."""
     wanted = [PENALTIES[name] for name in rules.penalties]
-    real_images = share.real_images.detach().requires_grad_(any(p.real_gradient for p in wanted))
+    real_images = real.images.detach().requires_grad_(any(p.real_gradient for p in wanted))
+    fake_images = fake.images.detach().float()
+    fake_images.requires_grad_(any(p.fake_gradient for p in wanted))
     with rules.precision.autocast():
-        with torch.no_grad():
-            fake_images = generator.module(z, share.labels).float()
-        fake_images.requires_grad_(any(p.fake_gradient for p in wanted))
-        judge_real = _judge(discriminator.network, rules, share, "D real")
-        judge_fake = _judge(discriminator.network, rules, share, "D fake")
+        judge_real = _judge(discriminator.network, rules, share, "D real", real.beside)
+        judge_fake = _judge(discriminator.network, rules, share, "D fake", fake.beside)
         real_logits, fake_logits = judge_real(real_images), judge_fake(fake_images)
         compared = _compared(rules, share, real_logits, fake_logits)
         loss = rules.objective.discriminator(*compared)
@@ -114,7 +115,7 @@ def discriminator_phase(
     total = objective
     for name, value in penalties.items():
         total = total + rules.penalties[name] * share.weight * value
-    discriminator.backward(total + _orthogonal(discriminator, rules))
+    discriminator.backward(total + orthogonal(discriminator, rules))
     return PhaseResult(
         loss=objective.detach(),
         fake_logits=_weighted(fake_logits, share.weight),
@@ -124,36 +125,52 @@ def discriminator_phase(
     )
 
 
-def generator_phase(
-    generator: Player, discriminator: Player, rules: Rules, share: Share
-) -> PhaseResult:
-    """Gradients of the generator on the share's places; the discriminator's stay untouched.
+def fooling_loss(
+    discriminator: Player,
+    rules: Rules,
+    share: Share,
+    real: Shown,
+    fake: Shown,
+    *,
+    real_learns: bool = False,
+) -> Tensor:
+    """The loss of whoever made the fakes, (); the discriminator's gradients stay untouched.
 
-    The real images are looked at by relativistic objectives alone.
+    Averaged over ranks it is the mean over the global batch. With `real_learns`, what is beside the
+    real images learns too, to be taken for beside fakes. Otherwise the real ones are looked at by
+    relativistic objectives alone.
     """
-    z = share.random.normal("G z", share.z_dim)
     real_logits = None
-    with rules.precision.autocast(), _frozen(discriminator.module):
-        if rules.objective.generator_sees_real:
-            judge_real = _judge(discriminator.module, rules, share, "G real")
-            real_logits = judge_real(share.real_images).detach()
-        fake_images = generator.network(z, share.labels)
-        fake_logits = _judge(discriminator.module, rules, share, "G fake")(fake_images)
+    with rules.precision.autocast(), frozen(discriminator.module):
+        if rules.objective.generator_sees_real or real_learns:
+            judge_real = _judge(discriminator.module, rules, share, "G real", real.beside)
+            real_logits = judge_real(real.images)
+            real_logits = real_logits if real_learns else real_logits.detach()
+        fake_logits = _judge(discriminator.module, rules, share, "G fake", fake.beside)(fake.images)
         if real_logits is not None:
             real_logits, fake_logits = _compared(rules, share, real_logits, fake_logits)
         loss = rules.objective.generator(real_logits, fake_logits)
-    objective = (loss * _chosen(rules, share, fake_logits)).sum() * share.weight
-    generator.backward(objective + _orthogonal(generator, rules))
-    return PhaseResult(loss=objective.detach(), fake_logits=_weighted(fake_logits, share.weight))
+        if real_learns and real_logits is not None and not rules.objective.generator_sees_real:
+            loss = loss + rules.objective.generator(None, -real_logits)
+        return (loss * _chosen(rules, share, fake_logits)).sum() * share.weight
 
 
-def _judge(discriminator: nn.Module, rules: Rules, share: Share, purpose: str) -> Judge:
-    """The discriminator behind the augmentation, with the share's labels."""
+def orthogonal(player: Player, rules: Rules) -> Tensor | float:
+    """The orthogonal penalty of a player with its weight; 0 where there is none."""
+    if not rules.orthogonal:
+        return 0.0
+    return rules.orthogonal * orthogonal_penalty(dict(player.module.named_parameters()))
+
+
+def _judge(
+    discriminator: nn.Module, rules: Rules, share: Share, purpose: str, beside: Tensor | None
+) -> Judge:
+    """The discriminator behind the augmentation, with what is shown beside the images."""
 
     def judge(images: Tensor) -> Tensor:
         if rules.augmentation is not None:
             images = _augment(rules.augmentation, rules.augment_p, share, purpose, images)
-        logits: Tensor = discriminator(images, share.labels)
+        logits: Tensor = discriminator(images, beside)
         return logits
 
     if rules.gradient_normalisation:
@@ -191,14 +208,8 @@ def _chosen(rules: Rules, share: Share, fake_logits: Tensor) -> Tensor | float:
     return (logits >= kth_largest(table, k)) * (size / k)
 
 
-def _orthogonal(player: Player, rules: Rules) -> Tensor | float:
-    if not rules.orthogonal:
-        return 0.0
-    return rules.orthogonal * orthogonal_penalty(dict(player.module.named_parameters()))
-
-
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
+def frozen(module: nn.Module) -> Iterator[None]:
     """No parameter of the module asks for a gradient while a forward is recorded."""
     module.requires_grad_(False)
     try:

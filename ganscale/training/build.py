@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from ganscale.augment.pipeline import AUGMENTATIONS, Augmentation
 from ganscale.config import Config
 from ganscale.data.decoded_cache import (
     DecodedImages,
@@ -25,11 +24,7 @@ from ganscale.data.storage import RemoteStore, RetryPolicy, Store
 from ganscale.ema import Ema
 from ganscale.errors import ConfigError
 from ganscale.generation.latents import seed_for
-from ganscale.models import build_discriminator, build_generator
-from ganscale.objectives.adversarial import OBJECTIVES
-from ganscale.training.adversarial_step import Rules
-from ganscale.training.feedback import Feedback
-from ganscale.training.players import Player
+from ganscale.training.methods import AVERAGED, METHODS
 from ganscale.training.precision import Precision
 from ganscale.training.state import TrainingState
 from ganscale.world import World
@@ -37,7 +32,6 @@ from ganscale.world import World
 __all__ = [
     "build_order",
     "build_reader",
-    "build_rules",
     "build_state",
     "check_against_shards",
     "ema_names",
@@ -46,76 +40,25 @@ __all__ = [
 
 
 def build_state(config: Config, precision: Precision, world: World) -> TrainingState:
-    """Fresh players whose weights depend on the seed alone."""
-    spec = config.model.model_dump()
+    """A fresh state whose weights depend on the seed alone, but for those that are loaded."""
+    kind = METHODS[config.method.name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "weights"))
-        generator, discriminator = build_generator(spec), build_discriminator(spec)
-    emas = {name: Ema(generator) for name in ("", *ema_names(config))}
+        networks = kind.networks(config)
+    averaged = nn.ModuleDict({name: networks[name] for name in AVERAGED if name in networks})
+    emas = {name: Ema(averaged) for name in ("", *ema_names(config))}
     for ema in emas.values():
         ema.model.to(world.torch_device)
     if config.training.compile:
-        generator.compile()
-        discriminator.compile()
-    optimizer = config.optimizer
-    return TrainingState(
-        Player(generator, optimizer, precision, world),
-        Player(
-            discriminator,
-            optimizer,
-            precision,
-            world,
-            lr=optimizer.lr_discriminator,
-            clip_weights=optimizer.clip_weights,
-        ),
-        emas,
-        Feedback(config.augment, world.world_size, world.torch_device),
-        config.penalty.names,
-    )
+        for network in networks.values():
+            network.compile()
+    method = kind(config, networks, precision, world)
+    return TrainingState(method, averaged, emas, world.torch_device)
 
 
 def ema_names(config: Config) -> dict[str, float]:
-    """Half-lives in images of the further averaged generators, by the names of their snapshots."""
+    """Half-lives in images of the further averages, by the names of their snapshots."""
     return {f"ema-{kimg:g}": 1000 * kimg for kimg in config.training.extra_ema_halflives_kimg}
-
-
-def build_rules(config: Config, state: TrainingState, precision: Precision) -> Rules:
-    """What holds at the state's position."""
-    penalty, augment, nimg = config.penalty, config.augment, state.nimg
-    augmented = augment.name != "none"
-    adaptive = augment.target is not None
-    return Rules(
-        objective=OBJECTIVES[config.objective.name],
-        precision=precision,
-        penalties=penalty_weights(config, nimg=nimg, step=state.step),
-        orthogonal=penalty.orthogonal,
-        gradient_normalisation=penalty.gradient_normalisation,
-        top_k=config.objective.top_k.at(nimg),
-        augmentation=_augmentation(augment.name) if augmented else None,
-        augment_p=state.feedback.augment_p if adaptive else augment.p.at(nimg),
-        lecam_anchors=state.feedback.anchors,
-    )
-
-
-@cache
-def _augmentation(name: str) -> Augmentation:
-    return Augmentation(AUGMENTATIONS[name])
-
-
-def penalty_weights(config: Config, *, nimg: int, step: int) -> dict[str, float]:
-    """The discriminator's penalties of a step and their weights; lazy ones in some steps only."""
-    penalty = config.penalty
-    lazy = penalty.interval if step % penalty.interval == 0 else 0
-    suffix = "_finite_difference" if penalty.form == "finite_difference" else ""
-    weights = {
-        f"r1{suffix}": lazy * penalty.r1.at(nimg),
-        f"r2{suffix}": lazy * penalty.r2.at(nimg),
-        "wgan_gp": lazy * penalty.wgan_gp,
-        "dragan": lazy * penalty.dragan,
-        "consistency": penalty.consistency,
-        "lecam": penalty.lecam,
-    }
-    return {name: weight for name, weight in weights.items() if weight}
 
 
 def load_shards(config: Config) -> ShardSet:

@@ -37,8 +37,6 @@ class Feedback:
 
     def update(self, seen: PhaseResult, *, step: int, batch_size: int) -> None:
         """Take in the phase of discriminator update number `step` (0, 1, ...)."""
-        assert seen.real_logits is not None
-        assert seen.real_signs is not None
         mine = torch.stack([seen.real_logits, seen.fake_logits, seen.real_signs])
         means = sum_over_ranks(mine) / self.world_size
         # A step that was skipped for its non-finite gradients leaves no trace here either.

@@ -16,7 +16,7 @@ checkpoint: a resumed run raises the alarms that the uninterrupted one does.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,11 +57,13 @@ class Guard:
 
     Args:
         objective: name of the adversarial objective, which decides whether logits have a bound.
+        players: the letters of those who learn.
         scaled: whether gradients are scaled (fp16), where an overflow now and then is normal.
     """
 
-    def __init__(self, objective: str, *, scaled: bool) -> None:
+    def __init__(self, objective: str, *, players: Iterable[str], scaled: bool) -> None:
         self._bounded = objective in _BOUNDED_OBJECTIVES
+        self._players = tuple(players)
         self._scaled = scaled
         self._counts = dict.fromkeys(_PATIENCE, 0)
         self._healthy_nimg = dict.fromkeys(_PATIENCE, 0)
@@ -122,7 +124,7 @@ class Guard:
     def _signs(self, row: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         """What looks wrong in this row, and how to say it."""
         skipped = self._skipped(row)
-        for player in "DG":
+        for player in self._players:
             loss = row.get(f"train/loss_{player}", 0.0)
             if not math.isfinite(loss):
                 yield "non_finite", f"the loss of {player} is {loss}"
@@ -167,13 +169,15 @@ class Guard:
 
     def _skipped(self, row: Mapping[str, float]) -> dict[str, float]:
         """Steps of each player that were skipped since the row before."""
-        return {p: row.get(f"train/skips_{p}", 0.0) - self._skips.get(p, 0.0) for p in "DG"}
+        return {
+            p: row.get(f"train/skips_{p}", 0.0) - self._skips.get(p, 0.0) for p in self._players
+        }
 
     def _remember(self, row: Mapping[str, float], signs: Mapping[str, str]) -> None:
         self._num_rows += 1
         self._last_step = row["step"]
         self._best_diversity = max(self._best_diversity, row.get("metrics/diversity", 0.0))
-        for player in "DG":
+        for player in self._players:
             self._skips[player] = row.get(f"train/skips_{player}", 0.0)
             norm = row.get(f"train/grad_norm_{player}")
             if norm and math.isfinite(norm) and not {"exploding", "vanishing"} & set(signs):

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,15 +24,8 @@ from ganscale.data.reader import Batch
 from ganscale.data.shards import ShardSet
 from ganscale.errors import TrainingFault
 from ganscale.generation.latents import StepRandomness, seed_for
-from ganscale.training.adversarial_step import (
-    PhaseResult,
-    Share,
-    discriminator_phase,
-    generator_phase,
-)
 from ganscale.training.build import (
     build_reader,
-    build_rules,
     build_state,
     check_against_shards,
     ema_names,
@@ -43,6 +37,7 @@ from ganscale.training.guard import Alarm, Guard
 from ganscale.training.outputs import Outputs
 from ganscale.training.precision import Precision
 from ganscale.training.saving import Saving, non_finite
+from ganscale.training.share import Moment, Share
 from ganscale.training.stopping import Agreement, Ending, StopRequest, Wishes
 from ganscale.training.watchdog import Watchdog
 from ganscale.world import World
@@ -112,24 +107,23 @@ class Trainer:
                 self._roll_back(outcome)
 
     def step(self, batch: Batch) -> None:
-        """A discriminator update on a global batch, of which this rank has `batch`.
+        """A step on a global batch, of which this rank has `batch`.
 
-        Every `training.discriminator_steps`-th is followed by one of the generator.
+        In a game the discriminator has `training.discriminator_steps` for one of the others.
         """
         state, training = self.state, self.config.training
         self._skipped += [str(error) for error in batch.skipped]
-        rules, share = build_rules(self.config, state, self.precision), self._share(batch)
-        self.watchdog.mark(state.step, "discriminator")
-        seen = discriminator_phase(state.generator, state.discriminator, rules, share)
-        self._note(seen, "D", state.discriminator.step(state.nimg, self._lr_factor))
-        if self.config.augment.target is not None or self.config.penalty.lecam:
-            state.feedback.update(seen, step=state.step, batch_size=training.batch_size)
+        generator_learns = (state.step + 1) % training.discriminator_steps == 0
+        moment = Moment(
+            state.nimg, state.step, training.batch_size, self._lr_factor, generator_learns
+        )
+        seen = state.method.step(
+            self._share(batch), moment, partial(self.watchdog.mark, state.step)
+        )
+        state.means.add({f"train/{name}": value for name, value in seen.items()})
         state.nimg += training.batch_size
         state.step += 1
-        if state.step % training.discriminator_steps == 0:
-            self.watchdog.mark(state.step - 1, "generator")
-            fooled = generator_phase(state.generator, state.discriminator, rules, share)
-            self._note(fooled, "G", state.generator.step(state.nimg, self._lr_factor))
+        if generator_learns:
             self._average()
         state.means.num_steps += 1
 
@@ -156,7 +150,11 @@ class Trainer:
     def _begin(self, reason: Literal["resume", "rollback"], up_to: int | None = None) -> None:
         """Begin an attempt, from the newest checkpoint or from nothing."""
         self.state = build_state(self.config, self.precision, self.world)
-        self.guard = Guard(self.config.objective.name, scaled=self.precision.name == "fp16")
+        self.guard = Guard(
+            self.config.objective.name,
+            players=self.state.method.players,
+            scaled=self.precision.name == "fp16",
+        )
         self._skipped: list[str] = []
         self._measured: dict[str, float] = {}
         self._unlogged: dict[str, float] = {}
@@ -209,21 +207,12 @@ class Trainer:
         )
 
     def _average(self) -> None:
-        training, model = self.config.training, self.state.generator.module
+        state, training = self.state, self.config.training
         num_images = training.discriminator_steps * training.batch_size
-        halflives = {"": 1000 * training.ema_halflife_kimg.at(self.state.nimg)}
+        halflives = {"": 1000 * training.ema_halflife_kimg.at(state.nimg)}
         halflives |= ema_names(self.config)
-        for name, ema in self.state.emas.items():
-            ema.update(model, num_images, halflife_nimg=halflives[name])
-
-    def _note(self, seen: PhaseResult, player: Literal["D", "G"], grad_norm: torch.Tensor) -> None:
-        values = {f"train/loss_{player}": seen.loss, f"train/grad_norm_{player}": grad_norm}
-        if seen.real_logits is not None:
-            values["train/real_logits"] = seen.real_logits
-            values["train/fake_logits"] = seen.fake_logits
-        for name, value in seen.penalties.items():
-            values[f"train/penalty_{name}"] = value
-        self.state.means.add(values)
+        for name, ema in state.emas.items():
+            ema.update(state.averaged, num_images, halflife_nimg=halflives[name])
 
     def _write_what_is_due(self, wishes: Wishes, *, done: bool) -> Alarm | None:
         """Samples, a row, snapshots, a checkpoint; an alarm if the row asks for a rollback."""
@@ -267,12 +256,11 @@ class Trainer:
         seconds = time.perf_counter() - self._clock
         self._clock = time.perf_counter()
         row: dict[str, float] = {"step": state.step, "nimg": state.nimg, **means, **self._unlogged}
-        for name, player in (("D", state.discriminator), ("G", state.generator)):
-            row[f"train/loss_scale_{name}"] = player.scaler.scale
-            row[f"train/skips_{name}"] = int(player.num_skips)
+        for letter, player in state.method.players.items():
+            row[f"train/loss_scale_{letter}"] = player.scaler.scale
+            row[f"train/skips_{letter}"] = int(player.num_skips)
+        row |= {f"train/{name}": value for name, value in state.method.figures(state.nimg).items()}
         row["time/images_per_second"] = steps * self.config.training.batch_size / seconds
-        if self.config.augment.name != "none":
-            row["train/augment_p"] = self._augment_p()
         if self.config.data.on_error == "skip":
             row["data/num_skipped"] = self._report_skipped()
         if self.world.device != "cpu":
@@ -280,11 +268,6 @@ class Trainer:
         self.outputs.row(row)
         self._unlogged.clear()
         return row
-
-    def _augment_p(self) -> float:
-        augment = self.config.augment
-        adaptive = augment.target is not None
-        return self.state.feedback.augment_p.item() if adaptive else augment.p.at(self.state.nimg)
 
     def _judge(self, row: dict[str, float]) -> Alarm | None:
         """Tell of what the guard sees; returns the alarm that asks for a rollback.
@@ -354,7 +337,7 @@ class Trainer:
         began = time.perf_counter()
         self.watchdog.mark(self.state.step, "evaluation")
         measured = self.evaluator.measure(
-            self.state.ema.model, self.state.nimg, alive=self.watchdog.alive
+            self.state.generator, self.state.nimg, alive=self.watchdog.alive
         )
         self.watchdog.mark(self.state.step, "write")
         self._unlogged |= measured.row

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ganscale.checkpoint import Attempt
@@ -85,7 +86,7 @@ class Outputs:
     def draw_samples(self, state: TrainingState) -> float | None:
         """Draw the grid; returns the diversity of its images, if there are two."""
         generator = SampleableGenerator(
-            state.ema.model, spec=self.config.model.model_dump(), info={}
+            state.generator, spec=self.config.model.model_dump(), info={}
         )
         path = self.run_dir.sample_grid(state.nimg)
         images = generator.sample(self.config.samples.num_images, seed=0)
@@ -94,21 +95,25 @@ class Outputs:
         return diversity(images) if len(images) > 1 else None
 
     def save_snapshots(self, state: TrainingState) -> None:
-        """Write each averaged generator."""
-        spec = self.config.model.model_dump()
-        for name, ema in state.emas.items():
-            path = self.run_dir.snapshot(state.nimg, name)
-            save_snapshot(path, ema.model, spec=spec, nimg=state.nimg)
+        """Write the networks of each average."""
+        for average in state.emas:
+            self._save_snapshot(state, average, self.run_dir.snapshot(state.nimg, average))
 
     def save_best(self, state: TrainingState) -> None:
-        """Write the averaged generator in place of the best one so far."""
+        """Write the averaged networks in place of the best ones so far."""
         if not self.world.is_main:
             return
-        spec, path = self.config.model.model_dump(), self.run_dir.snapshot(state.nimg, "best")
-        save_snapshot(path, state.ema.model, spec=spec, nimg=state.nimg)
+        path = self.run_dir.snapshot(state.nimg, "best")
+        self._save_snapshot(state, "", path)
         for other in path.parent.glob("*.safetensors"):
             if other != path:
                 other.unlink()
+
+    def _save_snapshot(self, state: TrainingState, average: str, path: Path) -> None:
+        spec, networks = self.config.model.model_dump(), state.networks(average)
+        save_snapshot(
+            path, networks["generator"], spec=spec, nimg=state.nimg, encoder=networks.get("encoder")
+        )
 
     def _open_sinks(self, wandb_mode: str) -> None:
         tracking = self.config.tracking

@@ -1,76 +1,70 @@
-"""Everything about a run that changes: the two players, the averaged generator, the position.
+"""Everything about a run that changes: the players, the averaged networks, the position.
 
 What is random or ordered is not here: it follows from (seed, position).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
+
+import torch
+from torch import nn
 
 from ganscale.ema import Ema
 from ganscale.tracking.stats import RunningMeans
-from ganscale.training.feedback import Feedback
-from ganscale.training.players import Player
+from ganscale.training.methods import Method
 
-__all__ = ["STATISTICS", "TrainingState"]
-
-STATISTICS = (
-    "train/loss_D",
-    "train/loss_G",
-    "train/real_logits",
-    "train/fake_logits",
-    "train/grad_norm_D",
-    "train/grad_norm_G",
-)
+__all__ = ["TrainingState"]
 
 
 class TrainingState:
-    """The state of a run; `nimg` is the position, `step` counts discriminator updates.
+    """The state of a run; `nimg` is the position, `step` counts global batches.
 
-    `emas` are the averaged generators by the name of their snapshots: "" is the one that samples
-    are drawn from.
+    `averaged` are the networks that snapshots hold, by name, as they learn; `emas` their averages
+    by the name of their snapshots: "" is the one that samples are drawn from.
     """
 
     def __init__(
-        self,
-        generator: Player,
-        discriminator: Player,
-        emas: dict[str, Ema],
-        feedback: Feedback,
-        penalties: Iterable[str],
+        self, method: Method, averaged: nn.ModuleDict, emas: dict[str, Ema], device: torch.device
     ) -> None:
-        self.generator = generator
-        self.discriminator = discriminator
+        self.method = method
+        self.averaged = averaged
         self.emas = emas
-        self.feedback = feedback
-        statistics = (*STATISTICS, *(f"train/penalty_{name}" for name in penalties))
-        self.means = RunningMeans(statistics, generator.num_skips.device)
+        self.means = RunningMeans(tuple(f"train/{name}" for name in method.statistics), device)
         self.nimg = 0
         self.step = 0
 
     @property
-    def ema(self) -> Ema:
+    def generator(self) -> nn.Module:
         """The averaged generator that samples are drawn from."""
-        return self.emas[""]
+        return self.networks("")["generator"]
+
+    def networks(self, average: str) -> dict[str, nn.Module]:
+        """The networks of one of the averages, by name."""
+        model = self.emas[average].model
+        assert isinstance(model, nn.ModuleDict)
+        return dict(model.items())
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, as nested dictionaries of tensors and numbers."""
         return {
-            "G": self.generator.state_dict(),
-            "D": self.discriminator.state_dict(),
-            "G_ema": {name: ema.model.state_dict() for name, ema in self.emas.items()},
-            "feedback": self.feedback.state_dict(),
+            **{letter: player.state_dict() for letter, player in self.method.players.items()},
+            "averages": {
+                average: {name: m.state_dict() for name, m in self.networks(average).items()}
+                for average in self.emas
+            },
+            "method": self.method.state_dict(),
             "nimg": self.nimg,
             "step": self.step,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state in place."""
-        self.generator.load_state_dict(state["G"])
-        self.discriminator.load_state_dict(state["D"])
-        for name, ema in self.emas.items():
-            ema.model.load_state_dict(state["G_ema"][name])
-        self.feedback.load_state_dict(state["feedback"])
+        for letter, player in self.method.players.items():
+            player.load_state_dict(state[letter])
+        for average in self.emas:
+            for name, model in self.networks(average).items():
+                model.load_state_dict(state["averages"][average][name])
+        self.method.load_state_dict(state["method"])
         self.nimg = state["nimg"]
         self.step = state["step"]

@@ -11,10 +11,11 @@ import torch
 
 from ganscale.config import Config
 from ganscale.generation.latents import StepRandomness
-from ganscale.training.adversarial_step import Share, discriminator_phase, generator_phase
-from ganscale.training.build import build_rules, build_state
+from ganscale.training.build import build_state
+from ganscale.training.methods.gan import Gan
 from ganscale.training.players import Player
 from ganscale.training.precision import Precision
+from ganscale.training.share import Moment, Share
 from ganscale.world import World
 from tests.support.ranks import run_ranks
 from tests.support.small_models import SMALL_MODELS
@@ -70,12 +71,13 @@ def _gradients(world: World) -> dict[str, tuple[bytes, bytes]]:
     for name, sections in CASES.items():
         config = Config(training={"batch_size": BATCH_SIZE}, **sections)
         precision = Precision.resolve("fp32", torch.device("cpu"))
-        state = build_state(config, precision, world)
+        gan = build_state(config, precision, world).method
+        assert isinstance(gan, Gan)
         torch.manual_seed(8)  # not 7, where rounding moves a ReLU of sngan over its kink
-        for player in (state.generator, state.discriminator):
+        for player in gan.players.values():
             for parameter in player.module.parameters():  # zeros of an initialisation hide much
                 parameter.data.add_(0.1 * torch.randn(parameter.shape))
-        state.feedback.anchors.copy_(torch.tensor([0.3, -0.2]))
+        gan.opponent.feedback.anchors.copy_(torch.tensor([0.3, -0.2]))
         share = Share(
             real_images=images[slots],
             labels=labels[slots] if config.model.num_classes else None,
@@ -83,10 +85,10 @@ def _gradients(world: World) -> dict[str, tuple[bytes, bytes]]:
             z_dim=config.model.z_dim,
             weight=world.world_size / BATCH_SIZE,
         )
-        rules = build_rules(config, state, precision)
-        discriminator_phase(state.generator, state.discriminator, rules, share)
-        generator_phase(state.generator, state.discriminator, rules, share)
-        found[name] = (_gradient(state.discriminator), _gradient(state.generator))
+        rules = gan.opponent.rules(Moment())
+        gan.discriminator_phase(share, rules)
+        gan.generator_phase(share, rules)
+        found[name] = (_gradient(gan.opponent.player), _gradient(gan.generator))
     return found
 
 

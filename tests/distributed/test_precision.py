@@ -47,7 +47,7 @@ def _overflow_on_one_rank(world: World, config: Config) -> dict[str, list[float]
     state, size = trainer.state, config.training.batch_size
     seen: dict[str, list[float]] = {"D": [], "G": [], "weight": []}
     for step in range(3):
-        weight = next(state.discriminator.module.parameters())
+        weight = next(state.method.players["D"].module.parameters())
         hook = None
         if step == 1 and world.rank == 1:
             hook = weight.register_hook(lambda grad: torch.full_like(grad, torch.inf))
@@ -55,8 +55,8 @@ def _overflow_on_one_rank(world: World, config: Config) -> dict[str, list[float]
         trainer.step(trainer.reader.read(state.nimg, size))
         if hook is not None:
             hook.remove()
-        seen["D"] += [state.discriminator.scaler.scale, int(state.discriminator.num_skips)]
-        seen["G"] += [state.generator.scaler.scale, int(state.generator.num_skips)]
+        for letter, player in state.method.players.items():
+            seen[letter] += [player.scaler.scale, int(player.num_skips)]
         seen["weight"].append(float((weight.detach() - before).abs().max()))
     trainer.close()
     return seen

@@ -12,9 +12,9 @@ from ganscale.config import Config
 from ganscale.errors import TrainingFault
 from ganscale.run_directory import RunDirectory
 from ganscale.training import loop
-from ganscale.training.adversarial_step import Share
 from ganscale.training.build import load_shards
 from ganscale.training.saving import non_finite
+from ganscale.training.share import Share
 from ganscale.world import World
 from tests.conftest import MakeConfig
 from tests.support.ranks import run_ranks
@@ -48,7 +48,7 @@ def _train_poisoned(world: World, config: Config, times: int) -> tuple[str, int,
         ending = str(fault)
     finally:
         trainer.close()
-    lr = trainer.state.generator.optimizer.param_groups[0]["lr"]
+    lr = trainer.state.method.players["G"].optimizer.param_groups[0]["lr"]
     return ending, trainer.saving.attempt.salt, lr
 
 

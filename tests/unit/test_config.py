@@ -10,6 +10,13 @@ from pydantic import BaseModel, ValidationError
 
 from ganscale.cli.training import PRESETS
 from ganscale.config import Config, Schedule, field_names, load_config, preset_names
+from ganscale.config.methods import (
+    BiganMethod,
+    EncoderMethod,
+    GanMethod,
+    VaeGanMethod,
+    VaeMethod,
+)
 from ganscale.config.models import (
     BigganModel,
     DcganModel,
@@ -30,17 +37,20 @@ def refusal(*overrides: str, source: str | Path = "quickstart") -> str:
     return message
 
 
-MODELS = (DcganModel, SnganModel, BigganModel, R3ganModel, Stylegan2Model)
+CHOICES: dict[str, tuple[type[BaseModel], ...]] = {
+    "model": (DcganModel, SnganModel, BigganModel, R3ganModel, Stylegan2Model),
+    "method": (GanMethod, VaeMethod, VaeGanMethod, EncoderMethod, BiganMethod),
+}
 
 
 def leaf_descriptions(model: type[BaseModel], prefix: str = "") -> dict[str, str | None]:
-    """Of every field by its dotted name; architectures share the descriptions of like fields."""
+    """Of every field by its dotted name; the choices share the descriptions of like fields."""
     found: dict[str, str | None] = {}
     for name, field in model.model_fields.items():
         kind = field.annotation
-        if prefix == "" and name == "model":
-            for architecture in MODELS:
-                fields = leaf_descriptions(architecture, "model.")
+        if prefix == "" and name in CHOICES:
+            for choice in CHOICES[name]:
+                fields = leaf_descriptions(choice, f"{name}.")
                 found |= {key: text or found.get(key) for key, text in fields.items()}
         elif isinstance(kind, type) and issubclass(kind, BaseModel) and kind is not Schedule:
             found |= leaf_descriptions(kind, f"{prefix}{name}.")
@@ -306,8 +316,10 @@ def test_every_field_has_a_sentence(name: str, description: str | None) -> None:
 
 def test_every_field_can_be_set_by_its_name() -> None:
     settable = set()
-    for model in MODELS:
-        config = Config(model=model())
+    configs = [Config(model=model()) for model in CHOICES["model"]]
+    methods = ({"name": "vae"}, {"name": "vae-gan"}, {"name": "encoder", "generator": "a.pt"})
+    configs += [load_config("quickstart").with_changes({"method": method}) for method in methods]
+    for config in configs:
         for name in field_names():
             section, _, field = name.rpartition(".")
             owner = getattr(config, section) if section else config

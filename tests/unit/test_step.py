@@ -11,18 +11,15 @@ from torch import nn
 
 from ganscale.config import AugmentConfig, Config, OptimizerConfig, Schedule
 from ganscale.generation.latents import StepRandomness
-from ganscale.training.adversarial_step import (
-    PhaseResult,
-    Share,
-    discriminator_phase,
-    generator_phase,
-)
-from ganscale.training.build import build_rules, build_state, load_shards, penalty_weights
+from ganscale.training.adversarial_step import PhaseResult
+from ganscale.training.build import build_state, load_shards
 from ganscale.training.feedback import Feedback
 from ganscale.training.loop import Trainer
+from ganscale.training.methods.gan import Gan
+from ganscale.training.opponent import penalty_weights
 from ganscale.training.players import Player
 from ganscale.training.precision import Precision
-from ganscale.training.state import TrainingState
+from ganscale.training.share import Moment, Share
 from ganscale.world import World, process_group
 from tests.conftest import MakeConfig
 from tests.support.small_models import SMALL_MODELS
@@ -43,17 +40,18 @@ def configured(model: str = "r3gan", **sections: Any) -> Config:
     return Config(model=SMALL_MODELS[model], training=training, **sections)
 
 
-def game(config: Config, weights: int = 3) -> tuple[TrainingState, Share]:
+def game(config: Config, weights: int = 3, precision: Precision = FP32) -> tuple[Gan, Share]:
     """Players without zeros of an initialisation, and a batch of eight."""
-    state = build_state(config, FP32, World())
+    gan = build_state(config, precision, World()).method
+    assert isinstance(gan, Gan)
     torch.manual_seed(weights)
-    for player in (state.generator, state.discriminator):
+    for player in gan.players.values():
         for parameter in player.module.parameters():
             parameter.data.add_(0.1 * torch.randn(parameter.shape))
     images = torch.rand(BATCH_SIZE, 3, 16, 16) * 2 - 1
     labels = torch.arange(BATCH_SIZE) if config.model.num_classes else None
     random = StepRandomness(0, 0, BATCH_SIZE, torch.arange(BATCH_SIZE), CPU)
-    return state, Share(images, labels, random, config.model.z_dim, 1 / BATCH_SIZE)
+    return gan, Share(images, labels, random, config.model.z_dim, 1 / BATCH_SIZE)
 
 
 def gradients(player: Player) -> list[torch.Tensor]:
@@ -91,10 +89,9 @@ def test_a_penalty_adds_its_weighted_gradient() -> None:
     found = []
     for weight in (0.0, 1.0, 3.0):
         config = configured(penalty={"r1": weight})
-        state, share = game(config)
-        rules = build_rules(config, state, FP32)
-        discriminator_phase(state.generator, state.discriminator, rules, share)
-        found.append(torch.cat([g.flatten() for g in gradients(state.discriminator)]))
+        gan, share = game(config)
+        gan.discriminator_phase(share, gan.opponent.rules(Moment()))
+        found.append(torch.cat([g.flatten() for g in gradients(gan.opponent.player)]))
     without, once, thrice = found
     assert (once - without).norm() > 1e-3
     torch.testing.assert_close(thrice - without, 3 * (once - without), rtol=1e-3, atol=1e-5)
@@ -108,14 +105,13 @@ def test_a_penalty_in_fp16_is_that_in_fp32_at_any_loss_scale(model: str, penalty
         precision = Precision.resolve("fp16" if scale else "fp32", CPU)
         config = configured(model, penalty={penalty: 1.0})
         # With weights 3 rounding moves a kink of DCGAN's: worth 1.1e-2 of DRAGAN's in eight images.
-        state, share = game(config, weights=100)
+        gan, share = game(config, 100, precision)
         if scale is not None:
             scaler = precision.scaler()
             scaler.load_state_dict({**scaler.state_dict(), "scale": scale})
-            state.discriminator.scaler = scaler
+            gan.opponent.player.scaler = scaler
             assert scaler.scale == scale
-        rules = build_rules(config, state, precision)
-        phase = discriminator_phase(state.generator, state.discriminator, rules, share)
+        phase = gan.discriminator_phase(share, gan.opponent.rules(Moment()))
         values[scale] = phase.penalties[penalty].item()
     exact = values.pop(None)
     assert exact > 1e-6
@@ -124,27 +120,26 @@ def test_a_penalty_in_fp16_is_that_in_fp32_at_any_loss_scale(model: str, penalty
 
 def test_top_k_learns_from_the_best_half_alone() -> None:
     config = configured(objective={"top_k": 0.5})
-    state, share = game(config)
-    rules = build_rules(config, state, FP32)
-    generator_phase(state.generator, state.discriminator, rules, share)
-    found = gradients(state.generator)
+    gan, share = game(config)
+    gan.generator_phase(share, gan.opponent.rules(Moment()))
+    found = gradients(gan.generator)
 
-    state.generator.optimizer.zero_grad()
+    gan.generator.optimizer.zero_grad()
     z = share.random.normal("G z", share.z_dim)
-    images = state.generator.module(z, share.labels)
-    logits = state.discriminator.module(images, share.labels)
+    images = gan.generator.module(z, share.labels)
+    logits = gan.opponent.player.module(images, share.labels)
     best = logits.sort().values[BATCH_SIZE // 2 :]
     nn.functional.softplus(-best).mean().backward()
-    for mine, expected in zip(found, gradients(state.generator), strict=True):
+    for mine, expected in zip(found, gradients(gan.generator), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_the_generators_phase_leaves_the_discriminators_gradients_alone() -> None:
     config = configured(objective={"name": "relativistic"})
-    state, share = game(config)
-    generator_phase(state.generator, state.discriminator, build_rules(config, state, FP32), share)
-    assert gradients(state.discriminator) == []
-    assert all(p.requires_grad for p in state.discriminator.module.parameters())
+    gan, share = game(config)
+    gan.generator_phase(share, gan.opponent.rules(Moment()))
+    assert gradients(gan.opponent.player) == []
+    assert all(p.requires_grad for p in gan.opponent.player.module.parameters())
 
 
 def seen(real: float, fake: float, sign: float) -> PhaseResult:
@@ -231,9 +226,9 @@ def test_the_generator_learns_at_every_so_manieth_step(make_config: MakeConfig) 
     trainer = Trainer(config, World(), load_shards(config))
     moved = []
     for _ in range(6):
-        before = next(trainer.state.generator.module.parameters()).detach().clone()
+        before = next(trainer.state.method.players["G"].module.parameters()).detach().clone()
         trainer.step(trainer.reader.read(trainer.state.nimg, config.training.batch_size))
-        after = next(trainer.state.generator.module.parameters())
+        after = next(trainer.state.method.players["G"].module.parameters())
         moved.append(not torch.equal(before, after))
     trainer.close()
     assert moved == [False, False, True, False, False, True]
@@ -249,11 +244,10 @@ def test_compiled_players_lose_alike(make_config: MakeConfig, model: str) -> Non
             training={"compile": compiled},
             penalty={"r1": 0.1, "form": "finite_difference"},
         )
-        state, share = game(config)
-        rules = build_rules(config, state, FP32)
-        d = discriminator_phase(state.generator, state.discriminator, rules, share)
-        g = generator_phase(state.generator, state.discriminator, rules, share)
-        losses.append(torch.stack([d.loss, g.loss, *d.penalties.values()]))
+        gan, share = game(config)
+        d = gan.discriminator_phase(share, gan.opponent.rules(Moment()))
+        g = gan.generator_phase(share, gan.opponent.rules(Moment()))
+        losses.append(torch.stack([d.loss, g, *d.penalties.values()]))
         if compiled:
-            assert state.discriminator.module._compiled_call_impl is not None
+            assert gan.opponent.player.module._compiled_call_impl is not None
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-6)

@@ -240,7 +240,7 @@ def make_run(make_config: MakeConfig) -> MakeRun:
             for parameter in (*generator.parameters(), *discriminator.parameters()):
                 nn.init.constant_(parameter, nimg / 100)
             state = {
-                "G_ema": {"": generator.state_dict()},
+                "averages": {"": {"generator": generator.state_dict()}},
                 "D": {"model": discriminator.state_dict()},
             }
             meta = {"config": config.model_dump(mode="json")}

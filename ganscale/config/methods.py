@@ -1,0 +1,72 @@
+"""The training methods and their options: what learns, and from what."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from ganscale.config.section import Section
+
+__all__ = [
+    "BiganMethod",
+    "EncoderMethod",
+    "GanMethod",
+    "MethodConfig",
+    "VaeGanMethod",
+    "VaeMethod",
+]
+
+
+class GanMethod(Section):
+    """Goodfellow et al. 2014: a generator against a discriminator."""
+
+    name: Literal["gan"] = "gan"
+    """Training method."""
+
+
+class VaeMethod(Section):
+    """Kingma and Welling 2014: an encoder and the generator maximise a bound on the likelihood."""
+
+    name: Literal["vae"] = "vae"
+    beta: float = Field(1.0, ge=0)
+    """Weight of the divergence of the posterior from the prior; 1 is the bound itself."""
+
+
+class VaeGanMethod(Section):
+    """Larsen et al. 2016: likeness is measured in the features of a discriminator."""
+
+    name: Literal["vae-gan"] = "vae-gan"
+    beta: float = Field(1.0, ge=0)
+    adversarial: float = Field(0.1, ge=0)
+    """Weight of fooling the discriminator, beside a likelihood in nats per dimension."""
+
+
+class EncoderMethod(Section):
+    """Zhu et al. 2020: an encoder into the latents of a generator that is trained already."""
+
+    name: Literal["encoder"] = "encoder"
+    generator: str = Field(min_length=1)
+    """Snapshot, or folder of a run, whose generator it is."""
+    adversarial: float = Field(0.1, ge=0)
+
+
+class BiganMethod(Section):
+    """Donahue et al. 2017, Dumoulin et al. 2017: a discriminator of pairs of image and latent."""
+
+    name: Literal["bigan"] = "bigan"
+
+
+def _name(value: Any) -> Any:
+    return value.get("name", "gan") if isinstance(value, dict) else getattr(value, "name", value)
+
+
+MethodConfig = Annotated[
+    Annotated[GanMethod, Tag("gan")]
+    | Annotated[VaeMethod, Tag("vae")]
+    | Annotated[VaeGanMethod, Tag("vae-gan")]
+    | Annotated[EncoderMethod, Tag("encoder")]
+    | Annotated[BiganMethod, Tag("bigan")],
+    Discriminator(_name),
+]
+"""One of the methods, chosen by its `name`."""
