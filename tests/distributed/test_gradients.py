@@ -1,4 +1,4 @@
-"""Both players' gradients are those of one process on the whole batch, whatever the loss."""
+"""All players' gradients are those of one process on the whole batch, whatever the loss."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from ganscale.config import Config
 from ganscale.generation.latents import StepRandomness
-from ganscale.training.build import build_state
-from ganscale.training.methods.gan import Gan
-from ganscale.training.players import Player
+from ganscale.models import build_discriminator, build_encoder, build_generator
+from ganscale.training.methods import METHODS, Method
+from ganscale.training.opponent import Opponent
 from ganscale.training.precision import Precision
 from ganscale.training.share import Moment, Share
 from ganscale.world import World
@@ -21,6 +22,7 @@ from tests.support.ranks import run_ranks
 from tests.support.small_models import SMALL_MODELS
 
 BATCH_SIZE = 10
+STILL = {"optimizer": {"eps": 1e6}}  # updates too small to matter to who learns next
 PENALTIES: dict[str, dict[str, Any]] = {
     "no penalty": {},
     "R1": {"r1": 0.7},
@@ -41,6 +43,12 @@ OTHERS: dict[str, dict[str, Any]] = {
         "penalty": {"dragan": 1.0, "consistency": 1.0, "lecam": 0.1, "orthogonal": 0.01}
     },
 }
+OTHER_METHODS: dict[str, dict[str, Any]] = {
+    "vae": {"beta": 0.7},
+    "vae-gan": {"beta": 0.7, "adversarial": 0.3},
+    "encoder": {"generator": "built here", "adversarial": 0.3},
+    "bigan": {},
+}
 CASES: dict[str, dict[str, Any]] = {
     **{
         f"{model}, {name}": {"model": SMALL_MODELS[model], "penalty": penalty}
@@ -52,32 +60,58 @@ CASES: dict[str, dict[str, Any]] = {
         for model in ("dcgan", "stylegan2-classes")
         for name, sections in OTHERS.items()
     },
+    **{
+        f"{model}, {name}": {"model": SMALL_MODELS[model], "method": {"name": name, **options}}
+        for model in ("dcgan", "stylegan2-classes")
+        for name, options in OTHER_METHODS.items()
+        if not (name == "bigan" and SMALL_MODELS[model].get("num_classes"))
+    },
+    "dcgan, vae-gan, relativistic average, augmented, R1": {
+        "model": SMALL_MODELS["dcgan"],
+        "method": {"name": "vae-gan"},
+        "objective": {"name": "relativistic_average"},
+        "augment": {"name": "r3gan", "p": 0.7},
+        "penalty": {"r1": 0.7},
+    },
+    "dcgan, bigan, relativistic average": {
+        "model": SMALL_MODELS["dcgan"],
+        "method": {"name": "bigan"},
+        "objective": {"name": "relativistic_average"},
+    },
 }
 
 
-def _gradient(player: Player) -> bytes:
-    parts = [p.grad for p in player.module.parameters()]
-    assert all(part is not None for part in parts)
-    return torch.cat([part.flatten() for part in parts if part is not None]).numpy().tobytes()
+def _networks(config: Config) -> dict[str, nn.Module]:
+    torch.manual_seed(config.seed)
+    spec = config.model.model_dump()
+    kind = METHODS[config.method.name]
+    if config.method.name != "encoder":
+        return kind.networks(config)
+    return {
+        "generator": build_generator(spec),
+        "encoder": build_encoder(spec),
+        "discriminator": build_discriminator(spec),
+    }
 
 
-def _gradients(world: World) -> dict[str, tuple[bytes, bytes]]:
-    """(D's, G's) gradient in every case, on a rank that has every W-th sample."""
+def _gradients(world: World) -> dict[str, dict[str, bytes]]:
+    """Each player's gradient in one step of every case, on a rank that has every W-th sample."""
     found = {}
     generator = torch.Generator().manual_seed(5)
     images = torch.rand(BATCH_SIZE, 3, 16, 16, generator=generator) * 2 - 1
     labels = torch.arange(BATCH_SIZE) * 7 % 10
     slots = torch.arange(world.rank, BATCH_SIZE, world.world_size)
     for name, sections in CASES.items():
-        config = Config(training={"batch_size": BATCH_SIZE}, **sections)
+        config = Config(training={"batch_size": BATCH_SIZE}, **sections, **STILL)
         precision = Precision.resolve("fp32", torch.device("cpu"))
-        gan = build_state(config, precision, world).method
-        assert isinstance(gan, Gan)
+        method = METHODS[config.method.name](config, _networks(config), precision, world)
         torch.manual_seed(8)  # not 7, where rounding moves a ReLU of sngan over its kink
-        for player in gan.players.values():
+        for player in method.players.values():
             for parameter in player.module.parameters():  # zeros of an initialisation hide much
                 parameter.data.add_(0.1 * torch.randn(parameter.shape))
-        gan.opponent.feedback.anchors.copy_(torch.tensor([0.3, -0.2]))
+        opponent = getattr(method, "opponent", None)
+        if isinstance(opponent, Opponent):
+            opponent.feedback.anchors.copy_(torch.tensor([0.3, -0.2]))
         share = Share(
             real_images=images[slots],
             labels=labels[slots] if config.model.num_classes else None,
@@ -85,15 +119,32 @@ def _gradients(world: World) -> dict[str, tuple[bytes, bytes]]:
             z_dim=config.model.z_dim,
             weight=world.world_size / BATCH_SIZE,
         )
-        rules = gan.opponent.rules(Moment())
-        gan.discriminator_phase(share, rules)
-        gan.generator_phase(share, rules)
-        found[name] = (_gradient(gan.opponent.player), _gradient(gan.generator))
+        found[name] = _gradients_of_step(method, share)
     return found
 
 
+def _gradients_of_step(method: Method, share: Share) -> dict[str, bytes]:
+    """By the players' letters."""
+    found: dict[str, bytes] = {}
+    for letter, player in method.players.items():
+        player.optimizer.register_step_pre_hook(functools.partial(_record, found, letter))
+    method.step(share, Moment(), lambda phase: None)
+    assert found.keys() == method.players.keys()
+    return found
+
+
+def _record(
+    found: dict[str, bytes], letter: str, optimizer: torch.optim.Optimizer, *_: object
+) -> None:
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    parts = [p.grad for p in weights if p.requires_grad]
+    assert all(part is not None for part in parts)
+    gradient = torch.cat([part.flatten() for part in parts if part is not None])
+    found[letter] = gradient.numpy().tobytes()
+
+
 @functools.cache
-def _of_world(world_size: int) -> list[dict[str, tuple[bytes, bytes]]]:
+def _of_world(world_size: int) -> list[dict[str, dict[str, bytes]]]:
     return run_ranks(world_size, _gradients)
 
 
@@ -104,8 +155,8 @@ def test_gradients_are_those_of_one_process(case: str, world_size: int) -> None:
     rtol = 1e-4 if "finite differences" in case else 1e-5
     (alone,) = _of_world(1)
     for rank in _of_world(world_size):
-        for found, expected in zip(rank[case], alone[case], strict=True):
+        for player, expected in alone[case].items():
             wanted = np.frombuffer(expected, dtype=np.float32).astype(np.float64)
-            difference = np.frombuffer(found, dtype=np.float32) - wanted
+            difference = np.frombuffer(rank[case][player], dtype=np.float32) - wanted
             assert np.linalg.norm(wanted) > 1e-3
             assert np.linalg.norm(difference) <= rtol * np.linalg.norm(wanted)
