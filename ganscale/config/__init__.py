@@ -6,7 +6,13 @@ unknown field is refused with the nearest valid name. Durations are in thousands
 """
 
 from ganscale.config.loading import load_config, parse_overrides, preset_names
-from ganscale.config.methods import EncoderMethod, MethodConfig, VaeGanMethod, VaeMethod
+from ganscale.config.methods import (
+    EncoderMethod,
+    MethodConfig,
+    SemiSupervisedMethod,
+    VaeGanMethod,
+    VaeMethod,
+)
 from ganscale.config.models import ModelConfig
 from ganscale.config.run import Config, field_names
 from ganscale.config.schedule import Schedule
@@ -43,6 +49,7 @@ __all__ = [
     "PenaltyConfig",
     "SamplesConfig",
     "Schedule",
+    "SemiSupervisedMethod",
     "TrackingConfig",
     "TrainingConfig",
     "VaeGanMethod",

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ganscale.config.methods import SemiSupervisedMethod
+from ganscale.config.schedule import Schedule
+
 if TYPE_CHECKING:
     from ganscale.config.run import Config
 
@@ -46,6 +49,11 @@ def _lengths(config: Config) -> Iterator[str]:
 
 def _models(config: Config) -> Iterator[str]:
     model = config.model
+    if model.name == "dcgan" and model.num_classes and config.method.name != "semi-supervised":
+        yield (
+            f"model.num_classes={model.num_classes} asks for labels, which dcgan does not take: "
+            "set model.num_classes=0, or model.name=sngan"
+        )
     doublings = model.resolution.bit_length() - 3
     if model.name == "biggan" and model.z_dim % (doublings + 1):
         yield (
@@ -62,6 +70,8 @@ def _models(config: Config) -> Iterator[str]:
 
 def _methods(config: Config) -> Iterator[str]:
     name = config.method.name
+    if name == "semi-supervised":
+        yield from _semi_supervised(config)
     if name == "vae":
         yield from (
             f"method.name=vae has no discriminator: leave {field}" for field in _judged(config)
@@ -75,6 +85,27 @@ def _methods(config: Config) -> Iterator[str]:
         )
     if name in ("vae-gan", "encoder") and config.training.compile:
         yield f"training.compile hides the features that method.name={name} needs: set it to false"
+
+
+def _semi_supervised(config: Config) -> Iterator[str]:
+    assert isinstance(config.method, SemiSupervisedMethod)
+    labels, num_classes = config.method.labels, config.model.num_classes
+    if num_classes < 2:
+        yield "method.name=semi-supervised needs classes: set model.num_classes=10 for CIFAR-10"
+    elif labels % num_classes:
+        yield (
+            f"method.labels={labels} cannot be as many of each of the {num_classes} classes: "
+            f"choose a multiple of {num_classes}"
+        )
+    if config.model.name == "biggan":
+        yield (
+            "method.name=semi-supervised keeps labels from the generator, which biggan cannot do "
+            "without: set model.name=sngan"
+        )
+    if config.objective.top_k != Schedule.constant(1.0):
+        yield (
+            "method.name=semi-supervised has no logits to choose the best by: leave objective.top_k"
+        )
 
 
 def _judged(config: Config) -> Iterator[str]:

@@ -13,6 +13,7 @@ __all__ = [
     "EncoderMethod",
     "GanMethod",
     "MethodConfig",
+    "SemiSupervisedMethod",
     "VaeGanMethod",
     "VaeMethod",
 ]
@@ -51,6 +52,14 @@ class EncoderMethod(Section):
     adversarial: float = Field(0.1, ge=0)
 
 
+class SemiSupervisedMethod(Section):
+    """Salimans et al. 2016: the discriminator learns the classes from a few labels besides."""
+
+    name: Literal["semi-supervised"] = "semi-supervised"
+    labels: int = Field(4000, ge=1)
+    """Images whose labels are used, as many of each class; the seed chooses them."""
+
+
 class BiganMethod(Section):
     """Donahue et al. 2017, Dumoulin et al. 2017: a discriminator of pairs of image and latent."""
 
@@ -66,7 +75,8 @@ MethodConfig = Annotated[
     | Annotated[VaeMethod, Tag("vae")]
     | Annotated[VaeGanMethod, Tag("vae-gan")]
     | Annotated[EncoderMethod, Tag("encoder")]
-    | Annotated[BiganMethod, Tag("bigan")],
+    | Annotated[BiganMethod, Tag("bigan")]
+    | Annotated[SemiSupervisedMethod, Tag("semi-supervised")],
     Discriminator(_name),
 ]
 """One of the methods, chosen by its `name`."""

@@ -24,7 +24,7 @@ class _ModelSection(Section):
     img_channels: Literal[1, 3, 4] = 3
     """Channels of the images: gray, RGB or RGBA."""
     num_classes: int = Field(0, ge=0)
-    """Classes whose labels both players are given; 0 trains without labels."""
+    """Classes whose labels the players are given; 0 trains without labels."""
 
     @model_validator(mode="after")
     def _power_of_two(self) -> Self:
@@ -38,7 +38,6 @@ class DcganModel(_ModelSection):
 
     name: Literal["dcgan"] = "dcgan"
     """Architecture."""
-    num_classes: Literal[0] = 0
     z_dim: int = Field(100, ge=1)
     """Size of the latent."""
     base_channels: int = Field(64, ge=1)

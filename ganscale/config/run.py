@@ -80,6 +80,12 @@ class Config(Section):
         return str(Path(location).expanduser().absolute() / self.name)
 
     @property
+    def generator_spec(self) -> dict[str, Any]:
+        """The `model` section as generators and their snapshots know it."""
+        spec = self.model.model_dump()
+        return spec | {"num_classes": 0} if self.method.name == "semi-supervised" else spec
+
+    @property
     def total_nimg(self) -> int:
         """Length of the run in real images, a whole number of batches."""
         steps = -(-round(1000 * self.training.total_kimg) // self.training.batch_size)

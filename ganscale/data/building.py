@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import zipfile
@@ -39,6 +40,7 @@ from ganscale.errors import ConfigError, DataError
 __all__ = ["build_shards", "check_free", "index_shards"]
 
 _MAX_DEFAULT_STREAMS = 64
+_GOLDEN = 0.6180339887498949
 _MAKE_ALIKE = "To make them alike: ganscale shards build --resolution N --img-channels C"
 
 
@@ -371,8 +373,17 @@ def _fingerprint(recipe: _Recipe, source: Source, dealt: Sequence[int], num_shar
 
 
 def _spread(count: int, limit: int | None) -> list[int]:
+    """One image of each of `limit` equal parts, at places in them that differ.
+
+    So a source whose classes follow each other gives all of them, and one whose classes take turns
+    as well.
+    """
     if limit is None or limit >= count:
         return list(range(count))
     if limit < 1:
         raise ConfigError(f"--limit must be at least 1, got {limit}")
-    return [i * count // limit for i in range(limit)]
+    bounds = [part * count // limit for part in range(limit + 1)]
+    return [
+        start + int(part * _GOLDEN % 1 * (end - start))
+        for part, (start, end) in enumerate(itertools.pairwise(bounds))
+    ]

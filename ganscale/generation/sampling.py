@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,15 @@ from torch import Tensor, nn
 import ganscale
 from ganscale.errors import CheckpointError
 from ganscale.generation.latents import seeded_labels, seeded_latents
-from ganscale.models import build_encoder, build_generator
+from ganscale.models import build_classifier, build_encoder, build_generator
+from ganscale.models.classifying import ClassifyingDiscriminator
 from ganscale.run_directory import RunDirectory
 
 __all__ = [
+    "OTHERS",
     "SampleableGenerator",
     "diversity",
+    "load_classifier",
     "load_encoder",
     "load_generator",
     "save_grid",
@@ -36,8 +39,10 @@ __all__ = [
     "to_uint8",
 ]
 
+OTHERS = ("encoder", "classifier")
+"""What a snapshot may hold beside the generator."""
+
 _METADATA_KEY = "ganscale"
-_ENCODER = "encoder/"
 # Every forward has this many rows, so that an image does not depend on what is drawn beside it:
 # kernels choose their arithmetic by the batch size.
 _ROWS = 16
@@ -113,13 +118,17 @@ def save_snapshot(
     *,
     spec: dict[str, Any],
     nimg: int,
-    encoder: nn.Module | None = None,
+    others: Mapping[str, nn.Module] | None = None,
 ) -> None:
-    """Write a generator, its description and its encoder to `path`, complete or not at all."""
+    """Write a generator, its description and other networks to `path`, complete or not at all.
+
+    Others are those of `OTHERS`, by name.
+    """
     info = {"model": spec, "nimg": nimg, "version": ganscale.__version__}
     state = dict(model.state_dict())
-    if encoder is not None:
-        state |= {_ENCODER + name: tensor for name, tensor in encoder.state_dict().items()}
+    for kind, network in (others or {}).items():
+        assert kind in OTHERS
+        state |= {f"{kind}/{name}": tensor for name, tensor in network.state_dict().items()}
     weights = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -136,7 +145,7 @@ def load_generator(path: str | Path, *, device: str = "cpu") -> SampleableGenera
     """
     with _opened(path) as (info, weights):
         model = build_generator(info["model"])
-        model.load_state_dict({k: t for k, t in weights.items() if not k.startswith(_ENCODER)})
+        model.load_state_dict({name: t for name, t in weights.items() if "/" not in name})
         return SampleableGenerator(model.to(device), spec=info["model"], info=info)
 
 
@@ -147,12 +156,32 @@ def load_encoder(path: str | Path, *, device: str = "cpu") -> nn.Module | None:
     (N, z_dim). Raises `CheckpointError` when there is no snapshot or it cannot be read.
     """
     with _opened(path) as (info, weights):
-        state = {k.removeprefix(_ENCODER): t for k, t in weights.items() if k.startswith(_ENCODER)}
+        state = _of("encoder", weights)
         if not state:
             return None
         model = build_encoder(info["model"])
         model.load_state_dict(state)
         return model.to(device).eval().requires_grad_(False)
+
+
+def load_classifier(path: str | Path, *, device: str = "cpu") -> ClassifyingDiscriminator | None:
+    """The classifier of a snapshot, in evaluation mode; None if it has none.
+
+    With `classes=True` it takes images (N, C, H, W) in [-1, 1] to logits (N, classes). Raises
+    `CheckpointError` when there is no snapshot or it cannot be read.
+    """
+    with _opened(path) as (info, weights):
+        state = _of("classifier", weights)
+        if not state:
+            return None
+        model = build_classifier(info["model"] | {"num_classes": len(state["head.weight"])})
+        model.load_state_dict(state)
+        return model.to(device).eval().requires_grad_(False)
+
+
+def _of(kind: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = f"{kind}/"
+    return {k.removeprefix(prefix): t for k, t in weights.items() if k.startswith(prefix)}
 
 
 @contextmanager

@@ -10,11 +10,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from ganscale.models.biggan import BigganDiscriminator, BigganGenerator
+from ganscale.models.classifying import ClassifyingDiscriminator
 from ganscale.models.dcgan import DcganDiscriminator, DcganGenerator
 from ganscale.models.encoder import Encoder
 from ganscale.models.joint import JointDiscriminator
@@ -25,11 +26,15 @@ from ganscale.models.stylegan2 import Stylegan2Discriminator, Stylegan2Generator
 __all__ = [
     "MODELS",
     "Architecture",
+    "build_classifier",
     "build_discriminator",
     "build_encoder",
     "build_generator",
     "build_joint_discriminator",
 ]
+
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -64,11 +69,16 @@ def build_encoder(spec: dict[str, Any]) -> nn.Module:
     return _build(Encoder, spec)
 
 
+def build_classifier(spec: dict[str, Any]) -> ClassifyingDiscriminator:
+    """A discriminator that tells the `num_classes` classes of `spec` apart."""
+    return _build(ClassifyingDiscriminator, spec)
+
+
 def build_joint_discriminator(spec: dict[str, Any]) -> nn.Module:
     """A discriminator of pairs of the images and latents of the generator that `spec` describes."""
     return _build(JointDiscriminator, spec)
 
 
-def _build(player: Callable[..., nn.Module], spec: dict[str, Any]) -> nn.Module:
+def _build(player: Callable[..., Network], spec: dict[str, Any]) -> Network:
     """Each player takes those options of its architecture that its constructor names."""
     return player(**{name: spec[name] for name in inspect.signature(player).parameters})

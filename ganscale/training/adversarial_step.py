@@ -33,6 +33,7 @@ __all__ = [
     "PhaseResult",
     "Rules",
     "Shown",
+    "augmented",
     "discriminator_phase",
     "fooling_loss",
     "frozen",
@@ -85,9 +86,18 @@ class PhaseResult:
 
 
 def discriminator_phase(
-    discriminator: Player, rules: Rules, share: Share, real: Shown, fake: Shown
+    discriminator: Player,
+    rules: Rules,
+    share: Share,
+    real: Shown,
+    fake: Shown,
+    *,
+    also: Tensor | float = 0.0,
 ) -> PhaseResult:
-    """Gradients of the discriminator on real images and as many fakes, which are constants."""
+    """Gradients of the discriminator on real images and as many fakes, which are constants.
+
+    `also` is what else it minimises, weighted like a share's loss.
+    """
     wanted = [PENALTIES[name] for name in rules.penalties]
     real_images = real.images.detach().requires_grad_(any(p.real_gradient for p in wanted))
     fake_images = fake.images.detach().float()
@@ -112,7 +122,7 @@ def discriminator_phase(
         )
         penalties = {name: PENALTIES[name].value(played).sum() for name in rules.penalties}
     objective = loss.sum() * share.weight
-    total = objective
+    total = objective + also
     for name, value in penalties.items():
         total = total + rules.penalties[name] * share.weight * value
     discriminator.backward(total + orthogonal(discriminator, rules))
@@ -162,15 +172,20 @@ def orthogonal(player: Player, rules: Rules) -> Tensor | float:
     return rules.orthogonal * orthogonal_penalty(dict(player.module.named_parameters()))
 
 
+def augmented(rules: Rules, share: Share, purpose: str, images: Tensor) -> Tensor:
+    """Images as the discriminator sees them in this step; random numbers are by purpose."""
+    if rules.augmentation is None:
+        return images
+    return _augment(rules.augmentation, rules.augment_p, share, purpose, images)
+
+
 def _judge(
     discriminator: nn.Module, rules: Rules, share: Share, purpose: str, beside: Tensor | None
 ) -> Judge:
     """The discriminator behind the augmentation, with what is shown beside the images."""
 
     def judge(images: Tensor) -> Tensor:
-        if rules.augmentation is not None:
-            images = _augment(rules.augmentation, rules.augment_p, share, purpose, images)
-        logits: Tensor = discriminator(images, beside)
+        logits: Tensor = discriminator(augmented(rules, share, purpose, images), beside)
         return logits
 
     if rules.gradient_normalisation:

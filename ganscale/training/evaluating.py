@@ -73,7 +73,7 @@ class Evaluator:
 
         began = time.perf_counter()
         settings = self.config.evaluation
-        generator = SampleableGenerator(model, spec=self.config.model.model_dump(), info={})
+        generator = SampleableGenerator(model, spec=self.config.generator_spec, info={})
         samples = GeneratedImages(generator, settings.num_images, 0, self.config.name, str(nimg))
         found: Evaluation | None = None
         problem = ""

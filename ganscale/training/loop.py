@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import distributed as dist
 
-from ganscale.config import Config
+from ganscale.config import Config, SemiSupervisedMethod
 from ganscale.data.reader import Batch
 from ganscale.data.shards import ShardSet
 from ganscale.errors import TrainingFault
@@ -34,10 +34,11 @@ from ganscale.training.build import (
 from ganscale.training.distribute import gather_objects, sum_over_ranks
 from ganscale.training.evaluating import Evaluator
 from ganscale.training.guard import Alarm, Guard
+from ganscale.training.labelled import LabelledPool
 from ganscale.training.outputs import Outputs
 from ganscale.training.precision import Precision
 from ganscale.training.saving import Saving, non_finite
-from ganscale.training.share import Moment, Share
+from ganscale.training.share import Moment, Share, network_input
 from ganscale.training.stopping import Agreement, Ending, StopRequest, Wishes
 from ganscale.training.watchdog import Watchdog
 from ganscale.world import World
@@ -82,6 +83,15 @@ class Trainer:
         self.saving = Saving(config, world)
         self.outputs = Outputs(config, world)
         self.reader = build_reader(config, shard_set, world, gather_objects)
+        self._labelled: LabelledPool | None = None
+        if isinstance(config.method, SemiSupervisedMethod):
+            self._labelled = LabelledPool(
+                shard_set,
+                self.reader.images,
+                config.method.labels,
+                seed=config.seed,
+                device=world.torch_device,
+            )
         self.watchdog = Watchdog(
             world,
             self.outputs.run_dir.stacks,
@@ -194,16 +204,18 @@ class Trainer:
 
     def _share(self, batch: Batch) -> Share:
         device, size = self.world.torch_device, self.config.training.batch_size
-        images = batch.images.to(device, non_blocking=True).float() / 127.5 - 1
+        images = network_input(batch.images.to(device, non_blocking=True))
         labels = batch.labels.to(device, non_blocking=True)
         salt, seed = self.saving.attempt.salt, self.config.seed
         seed = seed_for(seed, "rollback", salt) if salt else seed
+        random = StepRandomness(seed, self.state.nimg, size, batch.slots, device)
         return Share(
-            real_images=images.contiguous(memory_format=torch.channels_last),
-            labels=labels if self.config.model.num_classes else None,
-            random=StepRandomness(seed, self.state.nimg, size, batch.slots, device),
+            real_images=images,
+            labels=labels if self.config.generator_spec["num_classes"] else None,
+            random=random,
             z_dim=self.config.model.z_dim,
             weight=self.world.world_size / size,
+            labelled=None if self._labelled is None else self._labelled.draw(random),
         )
 
     def _average(self) -> None:

@@ -73,10 +73,17 @@ class Opponent:
         return discriminator_phase(self.player, rules, share, real, fake)
 
     def learn(
-        self, share: Share, moment: Moment, rules: Rules, real: Shown, fake: Shown
+        self,
+        share: Share,
+        moment: Moment,
+        rules: Rules,
+        real: Shown,
+        fake: Shown,
+        *,
+        also: Tensor | float = 0.0,
     ) -> dict[str, Tensor]:
-        """One update on real images and as many fakes; returns the statistics."""
-        seen = self.phase(share, rules, real, fake)
+        """One update on real images and as many fakes, and on `also`; returns the statistics."""
+        seen = discriminator_phase(self.player, rules, share, real, fake, also=also)
         norm = self.player.step(moment.nimg, moment.lr_factor)
         if self.config.augment.target is not None or self.config.penalty.lecam:
             self.feedback.update(seen, step=moment.step, batch_size=moment.batch_size)

@@ -12,6 +12,7 @@ from typing import Any
 from ganscale.checkpoint import Attempt
 from ganscale.config import Config
 from ganscale.generation.sampling import (
+    OTHERS,
     SampleableGenerator,
     diversity,
     save_grid,
@@ -85,9 +86,7 @@ class Outputs:
 
     def draw_samples(self, state: TrainingState) -> float | None:
         """Draw the grid; returns the diversity of its images, if there are two."""
-        generator = SampleableGenerator(
-            state.generator, spec=self.config.model.model_dump(), info={}
-        )
+        generator = SampleableGenerator(state.generator, spec=self.config.generator_spec, info={})
         path = self.run_dir.sample_grid(state.nimg)
         images = generator.sample(self.config.samples.num_images, seed=0)
         save_grid(images, path)
@@ -110,10 +109,10 @@ class Outputs:
                 other.unlink()
 
     def _save_snapshot(self, state: TrainingState, average: str, path: Path) -> None:
-        spec, networks = self.config.model.model_dump(), state.networks(average)
-        save_snapshot(
-            path, networks["generator"], spec=spec, nimg=state.nimg, encoder=networks.get("encoder")
-        )
+        networks = state.networks(average)
+        others = {name: networks[name] for name in OTHERS if name in networks}
+        spec = self.config.generator_spec
+        save_snapshot(path, networks["generator"], spec=spec, nimg=state.nimg, others=others)
 
     def _open_sinks(self, wandb_mode: str) -> None:
         tracking = self.config.tracking

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ganscale.generation.latents import StepRandomness
 
-__all__ = ["Moment", "Share"]
+__all__ = ["Labelled", "Moment", "Share", "network_input"]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images whose labels are learnt from where most have none; as many as the share has."""
+
+    images: Tensor
+    """(n, C, H, W) in [-1, 1]"""
+    labels: Tensor
+    """int64 (n,)"""
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,8 @@ class Share:
     z_dim: int
     weight: float
     """W / B."""
+    labelled: Labelled | None = None
+    """For methods that learn from some labels only."""
 
 
 @dataclass(frozen=True)
@@ -48,3 +61,8 @@ class Moment:
     def nimg_after(self) -> int:
         """The position after the step."""
         return self.nimg + self.batch_size
+
+
+def network_input(pixels: Tensor) -> Tensor:
+    """uint8 (n, C, H, W) to [-1, 1], with the channels last in memory."""
+    return (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)

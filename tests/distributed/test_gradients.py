@@ -16,7 +16,7 @@ from ganscale.models import build_discriminator, build_encoder, build_generator
 from ganscale.training.methods import METHODS, Method
 from ganscale.training.opponent import Opponent
 from ganscale.training.precision import Precision
-from ganscale.training.share import Moment, Share
+from ganscale.training.share import Labelled, Moment, Share
 from ganscale.world import World
 from tests.support.ranks import run_ranks
 from tests.support.small_models import SMALL_MODELS
@@ -49,6 +49,10 @@ OTHER_METHODS: dict[str, dict[str, Any]] = {
     "encoder": {"generator": "built here", "adversarial": 0.3},
     "bigan": {},
 }
+SEMI_SUPERVISED: dict[str, Any] = {
+    "model": {**SMALL_MODELS["dcgan"], "num_classes": 10},
+    "method": {"name": "semi-supervised", "labels": 20},
+}
 CASES: dict[str, dict[str, Any]] = {
     **{
         f"{model}, {name}": {"model": SMALL_MODELS[model], "penalty": penalty}
@@ -70,6 +74,12 @@ CASES: dict[str, dict[str, Any]] = {
         "model": SMALL_MODELS["dcgan"],
         "method": {"name": "vae-gan"},
         "objective": {"name": "relativistic_average"},
+        "augment": {"name": "r3gan", "p": 0.7},
+        "penalty": {"r1": 0.7},
+    },
+    "dcgan, semi-supervised": SEMI_SUPERVISED,
+    "dcgan, semi-supervised, augmented, R1": {
+        **SEMI_SUPERVISED,
         "augment": {"name": "r3gan", "p": 0.7},
         "penalty": {"r1": 0.7},
     },
@@ -114,10 +124,11 @@ def _gradients(world: World) -> dict[str, dict[str, bytes]]:
             opponent.feedback.anchors.copy_(torch.tensor([0.3, -0.2]))
         share = Share(
             real_images=images[slots],
-            labels=labels[slots] if config.model.num_classes else None,
+            labels=labels[slots] if config.generator_spec["num_classes"] else None,
             random=StepRandomness(3, 640, BATCH_SIZE, slots, torch.device("cpu")),
             z_dim=config.model.z_dim,
             weight=world.world_size / BATCH_SIZE,
+            labelled=Labelled(images.flip(0)[slots], labels[slots]),
         )
         found[name] = _gradients_of_step(method, share)
     return found

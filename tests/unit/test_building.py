@@ -489,3 +489,13 @@ def test_an_empty_folder_is_a_place_for_a_set(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     build_shards(PROCEDURAL, tmp_path / "set", num_shards=1, limit=2)
     assert set(hashes(tmp_path / "set")) == {INDEX_NAME, "samples.npy", "shard-00000.tar"}
+
+
+@pytest.mark.parametrize("limit", [100, 500, 501])
+def test_a_part_of_a_set_whose_classes_take_turns_has_all_of_them(
+    tmp_path: Path, limit: int
+) -> None:
+    shard_set = build_shards(SourceSpec("procedural"), tmp_path / "set", num_shards=2, limit=limit)
+    counts = np.bincount(shard_set.samples["label"], minlength=10)
+    assert counts.sum() == limit
+    assert counts.min() > limit / 20

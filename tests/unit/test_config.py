@@ -14,6 +14,7 @@ from ganscale.config.methods import (
     BiganMethod,
     EncoderMethod,
     GanMethod,
+    SemiSupervisedMethod,
     VaeGanMethod,
     VaeMethod,
 )
@@ -39,7 +40,14 @@ def refusal(*overrides: str, source: str | Path = "quickstart") -> str:
 
 CHOICES: dict[str, tuple[type[BaseModel], ...]] = {
     "model": (DcganModel, SnganModel, BigganModel, R3ganModel, Stylegan2Model),
-    "method": (GanMethod, VaeMethod, VaeGanMethod, EncoderMethod, BiganMethod),
+    "method": (
+        GanMethod,
+        VaeMethod,
+        VaeGanMethod,
+        EncoderMethod,
+        BiganMethod,
+        SemiSupervisedMethod,
+    ),
 }
 
 
@@ -319,6 +327,8 @@ def test_every_field_can_be_set_by_its_name() -> None:
     configs = [Config(model=model()) for model in CHOICES["model"]]
     methods = ({"name": "vae"}, {"name": "vae-gan"}, {"name": "encoder", "generator": "a.pt"})
     configs += [load_config("quickstart").with_changes({"method": method}) for method in methods]
+    semi_supervised = {"method": {"name": "semi-supervised"}, "model.num_classes": 10}
+    configs += [Config().with_changes(semi_supervised)]
     for config in configs:
         for name in field_names():
             section, _, field = name.rpartition(".")

@@ -6,6 +6,7 @@ from ganscale.training.methods.bigan import Bigan
 from ganscale.training.methods.encoder import InDomainEncoder
 from ganscale.training.methods.gan import Gan
 from ganscale.training.methods.method import AVERAGED, Method, MethodClass
+from ganscale.training.methods.semi_supervised import SemiSupervised
 from ganscale.training.methods.vae import Vae
 from ganscale.training.methods.vae_gan import VaeGan
 
@@ -15,6 +16,7 @@ METHODS: dict[str, MethodClass] = {
     "bigan": Bigan,
     "encoder": InDomainEncoder,
     "gan": Gan,
+    "semi-supervised": SemiSupervised,
     "vae": Vae,
     "vae-gan": VaeGan,
 }

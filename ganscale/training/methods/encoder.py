@@ -62,7 +62,7 @@ class InDomainEncoder:
     @staticmethod
     def networks(config: Config) -> dict[str, nn.Module]:
         assert isinstance(config.method, EncoderMethod)
-        spec = config.model.model_dump()
+        spec = config.generator_spec
         trained = load_generator(config.method.generator)
         theirs = trained.info["model"]
         if theirs != spec:

@@ -35,7 +35,7 @@ class Gan:
 
     @staticmethod
     def networks(config: Config) -> dict[str, nn.Module]:
-        spec = config.model.model_dump()
+        spec = config.generator_spec
         return {"generator": build_generator(spec), "discriminator": build_discriminator(spec)}
 
     def step(self, share: Share, moment: Moment, mark: Mark) -> dict[str, Tensor]:

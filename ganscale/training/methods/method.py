@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ganscale.config import Config
+from ganscale.generation.sampling import OTHERS
 from ganscale.training.players import Player
 from ganscale.training.precision import Precision
 from ganscale.training.share import Moment, Share
@@ -19,7 +20,7 @@ from ganscale.world import World
 
 __all__ = ["AVERAGED", "Mark", "Method", "MethodClass"]
 
-AVERAGED = ("generator", "encoder")
+AVERAGED = ("generator", *OTHERS)
 """Networks that are averaged and, with that, part of snapshots."""
 
 Mark = Callable[[str], None]

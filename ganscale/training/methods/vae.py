@@ -38,7 +38,7 @@ class Vae:
 
     @staticmethod
     def networks(config: Config) -> dict[str, nn.Module]:
-        spec = config.model.model_dump()
+        spec = config.generator_spec
         return {"generator": build_generator(spec), "encoder": build_encoder(spec)}
 
     def step(self, share: Share, moment: Moment, mark: Mark) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ class VaeGan:
 
     @staticmethod
     def networks(config: Config) -> dict[str, nn.Module]:
-        spec = config.model.model_dump()
+        spec = config.generator_spec
         return {
             "generator": build_generator(spec),
             "encoder": build_encoder(spec),

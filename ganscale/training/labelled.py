@@ -1,0 +1,66 @@
+"""The images whose labels may be used, where most have none; steps draw from them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ganscale.data.reader import ImageReader
+from ganscale.data.shards import ShardSet
+from ganscale.errors import ConfigError
+from ganscale.generation.latents import StepRandomness, seed_for
+from ganscale.training.share import Labelled, network_input
+
+__all__ = ["LabelledPool", "labelled_samples"]
+
+
+class LabelledPool:
+    """Some labelled images, all of them on the device: 12 MB for 4,000 of CIFAR-10.
+
+    Raises `ConfigError` if a class has too few, the reader's `DataError` if one is damaged.
+    """
+
+    def __init__(
+        self,
+        shard_set: ShardSet,
+        images: ImageReader,
+        num_labels: int,
+        *,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        samples = labelled_samples(shard_set, num_labels, seed=seed)
+        found = images.read(samples)
+        if found.damaged:
+            raise found.damaged[0]
+        self._pixels = found.pixels.to(device)
+        labels = shard_set.samples["label"][samples].astype(np.int64)
+        self._labels = torch.from_numpy(labels).to(device)
+
+    def draw(self, random: StepRandomness) -> Labelled:
+        """One image for each place of the global batch, with replacement; a rank gets its own."""
+        places = random.uniform("labelled", 1)[:, 0] * len(self._labels)
+        chosen = places.long().clamp(max=len(self._labels) - 1)  # a product may be rounded up
+        return Labelled(network_input(self._pixels[chosen]), self._labels[chosen])
+
+
+def labelled_samples(shard_set: ShardSet, num_labels: int, *, seed: int) -> NDArray[np.int64]:
+    """Samples of a set, as many of each class, chosen by the seed; sorted (num_labels,).
+
+    Raises `ConfigError` if a class has too few.
+    """
+    labels = shard_set.samples["label"]
+    num_classes = len(shard_set.classes)
+    wanted = num_labels // num_classes
+    random = np.random.default_rng(seed_for(seed, "labelled samples"))
+    chosen = []
+    for number, name in enumerate(shard_set.classes):
+        members = np.flatnonzero(labels == number)
+        if len(members) < wanted:
+            raise ConfigError(
+                f"method.labels={num_labels} needs {wanted} images of each class, "
+                f"{shard_set.location} has {len(members)} of {name}"
+            )
+        chosen.append(random.choice(members, wanted, replace=False))
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
