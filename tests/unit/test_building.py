@@ -319,11 +319,12 @@ def test_a_set_appears_with_its_index_or_not_at_all(tmp_path: Path) -> None:
                 limit=200,
                 progress=lambda _: seen.append(set(os.listdir(out)) if out.exists() else set()),
             )
-            time.sleep(0.05)
+            complete, deadline = set(os.listdir(out)), time.monotonic() + 30
+            while complete not in seen and time.monotonic() < deadline:
+                time.sleep(0.01)
         finally:
             done.set()
         watcher.result()
-    complete = set(os.listdir(out))
     assert INDEX_NAME in complete
     assert all(names in (set(), complete) for names in seen)
     assert set() in seen
