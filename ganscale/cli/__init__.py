@@ -22,6 +22,7 @@ from ganscale.cli import (  # noqa: F401
     explore,
     images,
     rate,
+    recognise,
     shards,
     training,
 )

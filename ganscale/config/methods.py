@@ -58,6 +58,8 @@ class SemiSupervisedMethod(Section):
     name: Literal["semi-supervised"] = "semi-supervised"
     labels: int = Field(4000, ge=1)
     """Images whose labels are used, as many of each class; the seed chooses them."""
+    adversarial: float = Field(1.0, ge=0)
+    """Weight of the game beside the cross-entropy; 0 learns from the labels alone."""
 
 
 class BiganMethod(Section):

@@ -80,6 +80,8 @@ class Contestant:
     judge: Judge
     identity: str
     """Of the weights: a digest of the checkpoint."""
+    spec: dict[str, Any]
+    """The `model` section that both were built from."""
 
 
 def load_contestants(texts: Sequence[str], *, device: str = "cpu") -> list[Contestant]:
@@ -168,6 +170,7 @@ def _contestant(run: str, files: SavedFiles, device: str) -> Contestant:
         generator=SampleableGenerator(generator.to(device), spec=spec, info={"nimg": nimg}),
         judge=Judge(discriminator, num_classes=spec["num_classes"]),
         identity=files.meta["tensors_sha256"],
+        spec=spec,
     )
 
 

@@ -93,10 +93,12 @@ def discriminator_phase(
     fake: Shown,
     *,
     also: Tensor | float = 0.0,
+    game_weight: float = 1.0,
 ) -> PhaseResult:
     """Gradients of the discriminator on real images and as many fakes, which are constants.
 
-    `also` is what else it minimises, weighted like a share's loss.
+    `also` is what else it minimises, weighted like a share's loss, beside `game_weight` times the
+    game with its penalties.
     """
     wanted = [PENALTIES[name] for name in rules.penalties]
     real_images = real.images.detach().requires_grad_(any(p.real_gradient for p in wanted))
@@ -122,10 +124,10 @@ def discriminator_phase(
         )
         penalties = {name: PENALTIES[name].value(played).sum() for name in rules.penalties}
     objective = loss.sum() * share.weight
-    total = objective + also
+    total = objective
     for name, value in penalties.items():
         total = total + rules.penalties[name] * share.weight * value
-    discriminator.backward(total + orthogonal(discriminator, rules))
+    discriminator.backward(game_weight * total + also + orthogonal(discriminator, rules))
     return PhaseResult(
         loss=objective.detach(),
         fake_logits=_weighted(fake_logits, share.weight),

@@ -81,9 +81,12 @@ class Opponent:
         fake: Shown,
         *,
         also: Tensor | float = 0.0,
+        game_weight: float = 1.0,
     ) -> dict[str, Tensor]:
         """One update on real images and as many fakes, and on `also`; returns the statistics."""
-        seen = discriminator_phase(self.player, rules, share, real, fake, also=also)
+        seen = discriminator_phase(
+            self.player, rules, share, real, fake, also=also, game_weight=game_weight
+        )
         norm = self.player.step(moment.nimg, moment.lr_factor)
         if self.config.augment.target is not None or self.config.penalty.lecam:
             self.feedback.update(seen, step=moment.step, batch_size=moment.batch_size)

@@ -79,7 +79,7 @@ class Paints(nn.Module):
 def contestant(name: str, value: float, judge: nn.Module, num_classes: int = 0) -> Contestant:
     spec = {"z_dim": 2, "num_classes": num_classes}
     generator = SampleableGenerator(Paints(value), spec=spec, info={})
-    return Contestant(name, 1000, generator, Judge(judge, num_classes), name)
+    return Contestant(name, 1000, generator, Judge(judge, num_classes), name, {})
 
 
 def test_who_sees_everything_beats_who_is_blind() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ganscale.augment.pipeline import AUGMENTATIONS, Augmentation
-from ganscale.config import Config
+from ganscale.config import Config, SemiSupervisedMethod
 from ganscale.models import build_classifier, build_generator
 from ganscale.models.classifying import ClassifyingDiscriminator
 from ganscale.training.adversarial_step import Rules, Shown, augmented, frozen, orthogonal
@@ -33,18 +33,25 @@ _FLIP_AND_SHIFT = Augmentation(AUGMENTATIONS["flip_translate"])
 
 
 class SemiSupervised:
-    """An unconditional generator against a classifier."""
+    """An unconditional generator against a classifier.
+
+    Without the game, at weight 0, the classifier learns from the labels alone: what the game is
+    worth is seen beside it, with all else equal.
+    """
 
     def __init__(
         self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
     ) -> None:
+        assert isinstance(config.method, SemiSupervisedMethod)
+        self.adversarial = config.method.adversarial
         self.precision = precision
         self.world_size = world.world_size
         self.generator = Player(networks["generator"], config.optimizer, precision, world)
         self.opponent = Opponent(config, networks["classifier"], precision, world)
         self.players = {"G": self.generator, "D": self.opponent.player}
-        mine = ("cross_entropy", "accuracy", "loss_G", "grad_norm_G")
-        self.statistics = (*self.opponent.statistics, *mine)
+        learning = ("cross_entropy", "accuracy", "grad_norm_D")
+        game = (*self.opponent.statistics, "loss_G", "grad_norm_G") if self.adversarial else ()
+        self.statistics = tuple(dict.fromkeys((*game, *learning)))
 
     @staticmethod
     def networks(config: Config) -> dict[str, nn.Module]:
@@ -54,14 +61,25 @@ class SemiSupervised:
         }
 
     def step(self, share: Share, moment: Moment, mark: Mark) -> dict[str, Tensor]:
-        rules = self.opponent.rules(moment)
-        real = Shown(share.real_images)
         mark("discriminator")
+        loss, accuracy = self.supervised(share)
+        seen = {"cross_entropy": loss.detach(), "accuracy": accuracy}
+        if not self.adversarial:
+            self.opponent.player.backward(loss)
+            norm = self.opponent.player.step(moment.nimg, moment.lr_factor)
+            return seen | {"grad_norm_D": norm}
+        rules = self.opponent.rules(moment)
         with self.precision.autocast(), torch.no_grad():
             fake = Shown(self.generator.module(share.random.normal("D z", share.z_dim)))
-        loss, accuracy = self.supervised(share)
-        seen = self.opponent.learn(share, moment, rules, real, fake, also=loss)
-        seen |= {"cross_entropy": loss.detach(), "accuracy": accuracy}
+        seen |= self.opponent.learn(
+            share,
+            moment,
+            rules,
+            Shown(share.real_images),
+            fake,
+            also=loss,
+            game_weight=self.adversarial,
+        )
         if moment.generator_learns:
             mark("generator")
             seen["loss_G"] = self.generator_phase(share, rules)

@@ -1,0 +1,230 @@
+"""Verbs that ask what a GAN is worth to recognition."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ganscale.cli.app import app, stderr_console
+from ganscale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ganscale.evaluation.images import ImageSet
+    from ganscale.metrics.intervals import Estimate
+
+__all__: list[str] = []
+
+recognise = typer.Typer(
+    help="What a GAN is worth to a classifier: features, labels, images.", no_args_is_help=True
+)
+app.add_typer(recognise, name="recognise")
+
+_Train = Annotated[
+    str | None, typer.Option(help="Labelled images; default: what the run trains on.")
+]
+_Test = Annotated[str, typer.Option(help="Labelled images that nothing was trained on.")]
+_Seeds = Annotated[int, typer.Option(min=1, help="Repeats, for the intervals.")]
+_Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+_Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")]
+
+
+@recognise.command(
+    epilog="Example: ganscale recognise probe runs/dcgan-cifar10 --test data/cifar10-test"
+)
+def probe(
+    run: Annotated[str, typer.Argument(help="Folder of a run, or RUN@KIMG.")],
+    test: _Test,
+    train: _Train = None,
+    num: Annotated[int, typer.Option(min=10, help="Labelled images to train on.")] = 10_000,
+    seeds: _Seeds = 3,
+    device: _Device = "cpu",
+    json_file: _Json = None,
+) -> None:
+    """Linear classifier on the discriminator's features, on an untrained one's, and on pixels."""
+    import torch
+
+    from ganscale.evaluation.contestants import load_contestants
+    from ganscale.evaluation.probe import pooled_activations, scaled_pixels
+    from ganscale.evaluation.probe import probe as measure
+    from ganscale.models import build_discriminator
+    from ganscale.tracking.console import counting
+
+    (contestant,) = load_contestants([run], device=device)
+    spec = contestant.spec
+    of_train, of_test = _opened(train or _trained_on(run), "train"), _opened(test, "test")
+    trained = pooled_activations(contestant.judge.model, num_classes=spec["num_classes"])
+
+    def untrained(seed: int) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = build_discriminator(spec).to(device).eval()
+        return pooled_activations(network, num_classes=spec["num_classes"])
+
+    kinds = {
+        f"discriminator of {contestant.name}": lambda _: trained,
+        "the same, untrained": untrained,
+        "pixels": lambda _: scaled_pixels,
+    }
+    total = len(kinds) * seeds * (min(num, len(of_train)) + len(of_test))
+    with counting("describing images", total, stderr_console()) as progress:
+        found = [
+            measure(
+                name,
+                describe_of,
+                of_train,
+                of_test,
+                num_train=num,
+                seeds=range(seeds),
+                device=device,
+                progress=progress,
+            )
+            for name, describe_of in kinds.items()
+        ]
+    typer.echo(f"train  {min(num, len(of_train))} of {of_train.description}, {seeds} seeds")
+    typer.echo(f"test   {of_test.description}\n")
+    typer.echo(f"{'features':44} {'number':>7}  accuracy")
+    for result in found:
+        typer.echo(f"{result.features:44} {result.num_features:7d}  {_per_cent(result.accuracy)}")
+    _write(json_file, {"results": [result.to_json() for result in found]})
+
+
+@recognise.command(
+    epilog="Example: ganscale recognise augment runs/biggan-cifar10 --test data/cifar10-test "
+    "--real 500,5000"
+)
+def augment(
+    run: Annotated[Path, typer.Argument(help="Snapshot or run of a generator with classes.")],
+    test: _Test,
+    train: _Train = None,
+    real: Annotated[str, typer.Option(help="Numbers of real images to train on.")] = "500,5000",
+    generated: Annotated[int, typer.Option(min=1, help="Images to add.")] = 10_000,
+    passes: Annotated[int, typer.Option(min=1, help="Images passed in each training.")] = 250_000,
+    seeds: _Seeds = 3,
+    device: _Device = "cpu",
+    json_file: _Json = None,
+) -> None:
+    """Train a classifier on few real images, and on those and generated ones."""
+    from dataclasses import replace
+
+    import torch
+
+    from ganscale.evaluation.accuracy_score import SHORT_SCORE
+    from ganscale.evaluation.images import GeneratedImages
+    from ganscale.evaluation.recognition import augment_with_samples
+    from ganscale.tracking.console import counting
+
+    try:
+        numbers = [int(part) for part in real.split(",")]
+    except ValueError:
+        raise ConfigError(f"--real {real}: expected numbers such as 500,5000") from None
+    samples = GeneratedImages.of_snapshot(run, generated, device=device)
+    if samples.labels is None:
+        raise ConfigError(
+            f"{run} makes images without labels: train with model.num_classes > 0 "
+            "(biggan-cifar10, r3gan-cifar10)"
+        )
+    of_train, of_test = _opened(train or _trained_on(str(run)), "train"), _opened(test, "test")
+    recipe = replace(SHORT_SCORE, num_passes=passes)
+    total = 2 * passes * seeds * len(numbers)
+    with counting("training classifiers", total, stderr_console()) as progress:
+        found = [
+            augment_with_samples(
+                of_train,
+                samples,
+                of_test,
+                number,
+                recipe=recipe,
+                seeds=range(seeds),
+                device=torch.device(device),
+                progress=progress,
+            )
+            for number in numbers
+        ]
+    typer.echo(f"{samples.description}; {passes} images passed in each training, {seeds} seeds")
+    typer.echo(f"test   {of_test.description}\n")
+    typer.echo(f"{'real images':>11}  {'real alone':26} {'with generated':26} gain")
+    for row in found:
+        columns = f"{_per_cent(row.real):26} {_per_cent(row.both):26} {_per_cent(row.gain)}"
+        typer.echo(f"{row.num_real:11d}  {columns}")
+    _write(json_file, {"results": [row.to_json() for row in found]})
+
+
+@recognise.command(
+    "semi-supervised",
+    epilog="Example: ganscale train --config semi-supervised-cifar10 name=game-0;  "
+    "ganscale train --config semi-supervised-cifar10 name=alone-0 method.adversarial=0;  "
+    "ganscale recognise semi-supervised runs/game-0 runs/alone-0 --test data/cifar10-test",
+)
+def semi_supervised(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, of any seeds.")],
+    test: _Test,
+    device: _Device = "cpu",
+    json_file: _Json = None,
+) -> None:
+    """Test the classifiers of semi-supervised runs, with the game and from labels alone.
+
+    Runs that differ by their seed only are repeats of each other.
+    """
+    from ganscale.evaluation.recognition import classifier_of_run, snapshot_accuracy
+    from ganscale.metrics.intervals import of_repeats
+    from ganscale.tracking.console import counting
+
+    of_test = _opened(test, "test")
+    by_kind: dict[str, dict[str, float]] = defaultdict(dict)
+    with counting("testing classifiers", len(runs), stderr_console()) as progress:
+        for run in runs:
+            classifier = classifier_of_run(run, device=device)
+            accuracy = snapshot_accuracy(classifier, of_test, device=device)
+            by_kind[_kind_of(run)][str(run)] = accuracy
+            progress(1)
+    typer.echo(f"test   {of_test.description}\n")
+    typer.echo(f"{'runs':52} {'seeds':>5}  accuracy")
+    rows = {kind: of_repeats(list(found.values())) for kind, found in by_kind.items()}
+    for kind, estimate in rows.items():
+        typer.echo(f"{kind:52} {len(by_kind[kind]):5d}  {_per_cent(estimate)}")
+    _write(json_file, {"runs": by_kind, "accuracy": {k: vars(e) for k, e in rows.items()}})
+
+
+def _kind_of(run: Path) -> str:
+    from ganscale.config import SemiSupervisedMethod, load_config
+    from ganscale.run_directory import RunDirectory
+
+    config = load_config(RunDirectory(run).config)
+    assert isinstance(config.method, SemiSupervisedMethod)
+    length = f"{config.training.total_kimg:g} kimg"
+    if not config.method.adversarial:
+        return f"{config.method.labels} labels alone, {length}"
+    weight = config.method.adversarial
+    beside = "the game" if weight == 1 else f"{weight:g} times the game"
+    return f"{config.method.labels} labels and {beside}, {length}"
+
+
+def _opened(place: str, split: Any) -> ImageSet:
+    from ganscale.evaluation.features import FeatureCache
+    from ganscale.evaluation.images import open_images
+
+    return open_images(place, split=split, scratch=FeatureCache().folder.parent)
+
+
+def _trained_on(run: str) -> str:
+    from ganscale.evaluation.runs import default_reference
+
+    path, at, kimg = run.rpartition("@")
+    return default_reference(path if at and kimg.replace(".", "").isdigit() else run)
+
+
+def _per_cent(estimate: Estimate) -> str:
+    text = f"{100 * estimate.value:.2f} %"
+    if estimate.low is None or estimate.high is None:
+        return text
+    return f"{text} ({100 * estimate.low:.2f} to {100 * estimate.high:.2f})"
+
+
+def _write(path: Path | None, values: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values, indent=2) + "\n")

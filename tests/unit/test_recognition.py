@@ -1,0 +1,211 @@
+"""The probe against a closed form and sets of known accuracy; sets of images joined and chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from torch import Tensor, nn
+
+from ganscale.errors import ConfigError, DataError
+from ganscale.evaluation.classifier import ClassifierRecipe
+from ganscale.evaluation.probe import (
+    fit_logistic,
+    pooled_activations,
+    probe,
+    scaled_pixels,
+)
+from ganscale.evaluation.recognition import (
+    Joined,
+    augment_with_samples,
+    classifier_of_run,
+    same_of_each_class,
+    snapshot_accuracy,
+)
+from ganscale.generation.sampling import save_snapshot
+from ganscale.models import build_classifier, build_discriminator, build_generator
+from tests.support.small_models import SMALL_MODELS
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Images in memory."""
+
+    pixels: Tensor
+    labels: NDArray[np.int64] | None
+    description: str = "held images"
+    digest: str = "held"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.pixels.shape[1:]
+        return channels, height, width
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def read(self, indices: NDArray[np.int64]) -> Tensor:
+        return self.pixels[torch.from_numpy(indices)]
+
+
+def bright_and_dark(num_images: int, seed: int, *, size: int = 16) -> Held:
+    """Two classes that the mean brightness tells apart."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 2, num_images)
+    noise = random.integers(0, 100, (num_images, 3, size, size))
+    pixels = torch.from_numpy((noise + 120 * labels[:, None, None, None]).astype(np.uint8))
+    return Held(pixels, labels)
+
+
+def test_logistic_regression_is_that_of_scipy() -> None:
+    random = np.random.default_rng(0)
+    features = random.normal(2, 3, (60, 4))
+    labels = random.integers(0, 3, 60)
+    found = fit_logistic(torch.from_numpy(features), torch.from_numpy(labels), 3, strength=0.05)
+    inputs = (features - features.mean(0)) / features.std(0)
+
+    def loss(flat: NDArray[np.float64]) -> float:
+        weight, bias = flat[:12].reshape(4, 3), flat[12:]
+        logits = inputs @ weight + bias
+        chosen = logits[np.arange(60), labels]
+        log_sum = np.log(np.exp(logits).sum(1))
+        return float((log_sum - chosen).mean() + 0.025 * (weight**2).sum())
+
+    expected = minimize(loss, np.zeros(15), method="BFGS", options={"gtol": 1e-9}).x
+    assert found.weight.numpy() == pytest.approx(expected[:12].reshape(4, 3), abs=1e-4)
+    logits = torch.from_numpy(inputs @ expected[:12].reshape(4, 3) + expected[12:])
+    mine = found.logits(torch.from_numpy(features)).log_softmax(1)
+    torch.testing.assert_close(mine, logits.log_softmax(1), rtol=0, atol=1e-3)
+
+
+def test_a_feature_that_never_changes_does_no_harm() -> None:
+    features = torch.cat([torch.randn(30, 2), torch.ones(30, 1)], dim=1)
+    found = fit_logistic(features, torch.arange(30) % 2, 2, strength=0.1)
+    assert torch.isfinite(found.logits(features)).all()
+
+
+def test_activations_are_the_largest_of_each_part_of_the_maps() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False), nn.ReLU(), nn.Conv2d(2, 1, 8))
+    images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+
+    class Judge(nn.Module):
+        def forward(self, images: Tensor, labels: Tensor | None) -> Tensor:
+            logits: Tensor = network(images)
+            return logits
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+    found = pooled_activations(Judge())(images)
+    assert found.shape == (5, 2 * 16)  # the last map is 1x1
+    first = network[0](images.float() / 127.5 - 1)
+    expected = first.reshape(5, 2, 4, 2, 4, 2).amax((3, 5)).flatten(1)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("model", SMALL_MODELS)
+def test_every_discriminator_has_features_that_do_not_depend_on_labels(model: str) -> None:
+    spec = {"img_channels": 3, "num_classes": 0, "blocks_per_stage": 1, "mapping_layers": 2}
+    spec |= {"residual": False, **SMALL_MODELS[model]}
+    torch.manual_seed(0)
+    network = build_discriminator(spec).eval()
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    found = pooled_activations(network, num_classes=int(spec["num_classes"]))(images)
+    assert found.shape[0] == 4
+    assert torch.isfinite(found).all()
+    assert found.std(0).max() > 0
+
+
+def test_a_probe_finds_what_is_there_and_nothing_where_nothing_is() -> None:
+    train, test = bright_and_dark(200, 0), bright_and_dark(400, 1)
+    passed: list[int] = []
+    found = probe(
+        "pixels", lambda _: scaled_pixels, train, test, num_train=150, progress=passed.append
+    )
+    assert found.accuracy.value == 1.0
+    assert found.num_features == 768
+    assert sum(passed) == 3 * 550
+    shuffled = np.random.default_rng(2).permutation(test.labels if test.labels is not None else 0)
+    chance = probe(
+        "pixels", lambda _: scaled_pixels, train, Held(test.pixels, shuffled), num_train=150
+    )
+    assert abs(chance.accuracy.value - 0.5) < 0.1
+
+
+def test_a_probe_needs_labels_images_and_one_shape() -> None:
+    train = bright_and_dark(20, 0)
+    with pytest.raises(ConfigError, match="have none"):
+        probe("p", lambda _: scaled_pixels, Held(train.pixels, None), train, num_train=20)
+    with pytest.raises(DataError, match="too few"):
+        probe("p", lambda _: scaled_pixels, train, train, num_train=5)
+    with pytest.raises(DataError, match="have shape"):
+        probe("p", lambda _: scaled_pixels, train, bright_and_dark(20, 0, size=8), num_train=20)
+
+
+def test_joined_sets_keep_images_and_labels_together() -> None:
+    first, second = bright_and_dark(5, 0), bright_and_dark(7, 1)
+    joined = Joined(first, second)
+    numbers = np.array([11, 0, 6, 4, 5])
+    whole = torch.cat([first.pixels, second.pixels])
+    assert torch.equal(joined.read(numbers), whole[torch.from_numpy(numbers)])
+    assert torch.equal(joined.read(np.array([1, 2])), first.pixels[1:3])
+    assert first.labels is not None
+    assert second.labels is not None
+    assert joined.labels is not None
+    assert joined.labels.tolist() == [*first.labels, *second.labels]
+    assert Joined(first, Held(second.pixels, None)).labels is None
+
+
+def test_images_are_chosen_evenly_over_the_classes() -> None:
+    images = bright_and_dark(100, 0)
+    chosen = same_of_each_class(images, 21, seed=3)
+    assert chosen.labels is not None
+    assert np.bincount(chosen.labels).tolist() == [11, 10]
+    assert len(set(chosen.indices.tolist())) == 21
+    with pytest.raises(DataError, match="of class 0, not 500"):
+        same_of_each_class(images, 1000, seed=3)
+
+
+def test_more_images_of_the_same_kind_help() -> None:
+    """Of four images brightness is all that differs; two hundred stand for generated ones."""
+
+    def noisy(num_images: int, seed: int) -> Held:
+        random = np.random.default_rng(seed)
+        labels = random.integers(0, 2, num_images)
+        brightness = random.normal(128, 40, (num_images, 1, 1, 1))
+        pixels = brightness + random.normal(0, 30, (num_images, 3, 8, 8))
+        pixels[:, :, :, :4] += 12 * (2 * labels - 1)[:, None, None, None]
+        return Held(torch.from_numpy(np.clip(pixels, 0, 255).astype(np.uint8)), labels)
+
+    recipe = ClassifierRecipe(num_passes=3000, crop_and_flip=False, width=8)
+    found = augment_with_samples(
+        noisy(50, 0), noisy(200, 1), noisy(300, 2), 4, recipe=recipe, seeds=(0, 1)
+    )
+    assert found.num_real == 4
+    assert found.num_generated == 200
+    assert found.gain.value == pytest.approx(found.both.value - found.real.value)
+    assert found.gain.value > 0
+
+
+def test_the_classifier_of_a_run_is_tested_as_it_is(tmp_path: Path) -> None:
+    spec = {**SMALL_MODELS["dcgan"], "img_channels": 3, "num_classes": 0}
+    torch.manual_seed(0)
+    classifier = build_classifier({**spec, "num_classes": 2})
+    generator = build_generator(spec)
+    path = tmp_path / "nimg-1.safetensors"
+    save_snapshot(path, generator, spec=spec, nimg=1, others={"classifier": classifier})
+    images = bright_and_dark(70, 0)
+    loaded = classifier_of_run(path)
+    found = snapshot_accuracy(loaded, images)
+    logits = classifier(images.pixels.float() / 127.5 - 1, classes=True)
+    assert images.labels is not None
+    assert found == (logits.argmax(1).numpy() == images.labels).mean()
+    save_snapshot(path, generator, spec=spec, nimg=1)
+    with pytest.raises(ConfigError, match="has no classifier"):
+        classifier_of_run(path)
