@@ -23,6 +23,7 @@ from ganscale.cli import (  # noqa: F401
     images,
     rate,
     recognise,
+    reconstruct,
     shards,
     training,
 )

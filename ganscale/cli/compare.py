@@ -1,4 +1,4 @@
-"""Verbs that compare runs: a tournament among them, and one recipe's seeds with each other."""
+"""Verbs that compare runs: side by side, in a tournament, and one recipe's seeds."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ from ganscale.cli.app import app, stderr_console
 from ganscale.errors import ConfigError, TrainingFault
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ganscale.config import Config
+    from ganscale.evaluation.comparison import Cost, Entry, Restored
+    from ganscale.metrics.intervals import Estimate
 
 __all__: list[str] = []
+
+_COLUMNS = 16
+"""Images that the picture of a task shows."""
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")]
 
@@ -151,3 +158,134 @@ def _write_json(path: Path | None, values: dict[str, Any]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+@app.command(
+    epilog="Example: ganscale compare runs/vae-cifar10 runs/dcgan-cifar10 runs/encoder-cifar10 "
+    "--images data/cifar10-test --out compared"
+)
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or snapshots in them.")],
+    images: Annotated[str, typer.Option(help="Images that no run was trained on.")],
+    out: Annotated[Path, typer.Option(help="Folder for a picture of each task, figures.json.")],
+    reference: Annotated[
+        str | None, typer.Option(help="What samples are compared with; default: training data.")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="As in reconstruct.")] = (
+        "identity,inpaint,superres,denoise"
+    ),
+    num: Annotated[int, typer.Option(min=2, help="Images to reconstruct.")] = 100,
+    num_samples: Annotated[int, typer.Option(min=2, help="Images to generate.")] = 10_000,
+    steps: Annotated[int, typer.Option(min=1, help="Of an inversion.")] = 100,
+    restarts: Annotated[int, typer.Option(min=1, help="Starts of an inversion.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Of images, noise and starts.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Put runs beside each other: what they cost, generate and bring back (VAE against GAN)."""
+    import json
+
+    from ganscale.evaluation import comparison as of
+    from ganscale.evaluation.features import FeatureCache
+    from ganscale.evaluation.images import Subset, open_images
+    from ganscale.evaluation.runs import default_reference
+    from ganscale.generation.degradations import degradation_named
+    from ganscale.generation.inversion import Search
+    from ganscale.metrics.extractors import EfficientNetLite0, open_extractor
+    from ganscale.tracking.console import parts
+    from ganscale.world import World, process_group
+
+    world = World.detect(device)
+    if world.world_size > 1:
+        raise ConfigError("compare measures time: one process does it, without torchrun")
+    search = Search(steps=steps, restarts=restarts, seed=seed)
+    entries = [of.enter(str(run), search, device=world.device) for run in runs]
+    scratch = FeatureCache().folder.parent
+    real = open_images(reference or default_reference(str(runs[0])), scratch=scratch)
+    subject = Subset.random(open_images(images, split="test", scratch=scratch), num, seed=seed)
+    wanted = [degradation_named(task, subject.shape, seed=seed) for task in _tasks(tasks)]
+    judges = of.Judges(open_extractor("auto"), EfficientNetLite0(), world)
+    judges.extractor.to(world.device)
+    judges.network.to(world.device)
+    with process_group(world), parts(stderr_console()) as started:
+        costs = [of.cost_of(entry) for entry in entries]
+        distances = [
+            of.quality(entry, real, judges, num_images=num_samples, started=started)
+            for entry in entries
+        ]
+        found = {
+            degradation.name: of.restored(
+                entries, subject, degradation, judges, seed=seed, started=started
+            )
+            for degradation in wanted
+        }
+    _print_costs(entries, costs, distances)
+    for task, (truth, ways) in found.items():
+        _print_task(task, ways)
+        _draw(truth, ways, out / f"{task.replace(' ', '-')}.png")
+    figures = {
+        "runs": [
+            {
+                "name": entry.name,
+                "snapshot": str(entry.snapshot),
+                "method": entry.method,
+                "nimg": entry.nimg,
+                "parameters": entry.num_parameters,
+                **vars(cost),
+                distance[0]: vars(distance[1]),
+            }
+            for entry, cost, distance in zip(entries, costs, distances, strict=True)
+        ],
+        "samples": num_samples,
+        "reference": real.description,
+        "images": subject.description,
+        "extractor_digest": judges.extractor.digest,
+        "search": vars(search),
+        "tasks": {task: [way.to_json() for way in ways] for task, (_, ways) in found.items()},
+    }
+    (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    typer.echo(f"wrote a picture of each task and figures.json to {out}")
+
+
+def _tasks(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ConfigError(f"--tasks {text}: expected at least one")
+    return names
+
+
+def _print_costs(
+    entries: list[Entry], costs: list[Cost], distances: list[tuple[str, Estimate]]
+) -> None:
+    measure = distances[0][0]
+    head = (
+        f"{'run':24} {'method':10} {'kimg':>7} {'hours':>6} {'img/s':>6} {'GiB':>5} {'M par.':>6}"
+    )
+    typer.echo(f"{head}   {measure}")
+    for entry, cost, (_, distance) in zip(entries, costs, distances, strict=True):
+        peak = "-" if cost.peak_memory_gib is None else f"{cost.peak_memory_gib:.1f}"
+        typer.echo(
+            f"{entry.name:24} {entry.method:10} {entry.nimg / 1000:7g} {cost.seconds / 3600:6.2f} "
+            f"{cost.images_per_second:6.0f} {peak:>5} {entry.num_parameters / 1e6:6.2f}   "
+            f"{distance}"
+        )
+
+
+def _print_task(task: str, ways: list[Restored]) -> None:
+    names = list(ways[0].figures)
+    typer.echo(
+        f"\n{task:34}" + "".join(f"{name.split('_')[0]:>12}" for name in names) + "     s/image"
+    )
+    for way in ways:
+        values = "".join(f"{way.figures[name].value:12.4g}" for name in names)
+        seconds = "-" if way.seconds_per_image is None else f"{way.seconds_per_image:.3g}"
+        typer.echo(f"{way.name:34}{values}{seconds:>12}")
+
+
+def _draw(truth: Tensor, ways: list[Restored], path: Path) -> None:
+    """A row for each way, in their order, and the truth below."""
+    import torch
+
+    from ganscale.generation.pictures import lay_out, write_picture
+
+    rows = [*(way.images for way in ways), truth]
+    write_picture(lay_out(torch.stack(rows)[:, :_COLUMNS], scale=2), path)

@@ -26,7 +26,15 @@ from ganscale.errors import DataError
 from ganscale.generation.latents import seeded_labels
 from ganscale.generation.sampling import SampleableGenerator, load_generator, snapshot_file
 
-__all__ = ["FileImages", "GeneratedImages", "ImageSet", "ImagesOfShards", "Subset", "open_images"]
+__all__ = [
+    "FileImages",
+    "GeneratedImages",
+    "ImageSet",
+    "ImagesOfShards",
+    "Indices",
+    "Subset",
+    "open_images",
+]
 
 Indices = NDArray[np.int64]
 

@@ -101,13 +101,26 @@ class EfficientNetLite0:
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
+        found: Tensor = self._net.extract_features(self._input(images)).mean((2, 3))
+        directions: Tensor = F.normalize(found, dim=1)
+        return directions * math.sqrt(self.num_features)
+
+    @torch.inference_mode()
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """Activations of uint8 (n, 3, H, W) at the end of each resolution, (n, c, h, w)."""
+        x = self._net._swish(self._net._bn0(self._net._conv_stem(self._input(images))))
+        found = []
+        for block in self._net._blocks:
+            before, x = x, block(x)
+            if x.shape[2:] != before.shape[2:]:
+                found.append(before)
+        return [*found, x]
+
+    def _input(self, images: Tensor) -> Tensor:
         size = (_EFFICIENTNET_SIZE, _EFFICIENTNET_SIZE)
         pixels = images.to(self._device).float()
         pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
-        normalised = ((pixels - 127) / 128).contiguous(memory_format=torch.channels_last)
-        found: Tensor = self._net.extract_features(normalised).mean((2, 3))
-        directions: Tensor = F.normalize(found, dim=1)
-        return directions * math.sqrt(self.num_features)
+        return ((pixels - 127) / 128).contiguous(memory_format=torch.channels_last)
 
     def logits(self, features: Tensor) -> Tensor | None:
         return None

@@ -1,0 +1,164 @@
+"""The verb that brings back what images have lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ganscale.cli.app import app, stderr_console
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ganscale.evaluation.images import ImageSet
+    from ganscale.evaluation.reconstruction import Reconstructed
+
+__all__: list[str] = []
+
+# Lists here, since reading the modules would load torch for `ganscale --help`.
+_TASKS = Literal["identity", "inpaint", "superres", "denoise", "deblur", "colourise"]
+_COLUMNS = 16
+"""Images that the grid shows."""
+
+
+@app.command(
+    epilog="Example: ganscale reconstruct runs/vae-cifar10 --images data/cifar10-test --num 64 "
+    "--task inpaint --mask half --out inpainted    "
+    "By latents: ganscale reconstruct runs/quickstart --images photos/ --by inversion --out found"
+)
+def reconstruct(
+    path: Annotated[Path, typer.Argument(help="Snapshot (.safetensors) or folder of a run.")],
+    images: Annotated[str, typer.Option(help="Folder, archive, shard set or cifar10.")],
+    out: Annotated[Path, typer.Option(help="Folder for images, grid.png and figures.json.")],
+    split: Annotated[Literal["train", "test"], typer.Option(help="Of a set with both.")] = "test",
+    task: Annotated[_TASKS, typer.Option(help="What the images have lost.")] = "identity",
+    mask: Annotated[
+        str, typer.Option(help="inpaint: half, centre, random, or a picture, white is missing.")
+    ] = "half",
+    scale: Annotated[int, typer.Option(min=2, help="superres: pixels a side of a block.")] = 4,
+    blur: Annotated[float, typer.Option(help="deblur: standard deviation in pixels.")] = 1.5,
+    noise: Annotated[
+        float | None,
+        typer.Option(min=0, help="Standard deviation, 0 to 255; denoise: 25, others: 0."),
+    ] = None,
+    num: Annotated[
+        int | None, typer.Option(min=1, help="Only so many of the images, at random.")
+    ] = None,
+    by: Annotated[
+        Literal["encoder", "inversion"] | None, typer.Option(help="Default: encoder if any.")
+    ] = None,
+    optimizer: Annotated[
+        Literal["adam", "lbfgs"], typer.Option(help="Of the latents, for inversion.")
+    ] = "lbfgs",
+    steps: Annotated[int, typer.Option(min=1, help="Of every start.")] = 100,
+    restarts: Annotated[int, typer.Option(min=1, help="Starts of an image; the best wins.")] = 4,
+    prior: Annotated[float, typer.Option(min=0, help="Weight of latents' improbability.")] = 0.0,
+    tuning_steps: Annotated[
+        int, typer.Option(min=0, help="Then tune a copy of the generator to each image.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of images, noise and starts.")] = 0,
+    extractor: Annotated[
+        Literal["auto", "inception-v3", "efficientnet-lite0", "dinov2", "clip"],
+        typer.Option(help="Of the feature distance; auto: Inception if its weights are there."),
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Reconstruct images, whole or degraded, from what a run has learnt."""
+    from ganscale.evaluation.features import FeatureCache
+    from ganscale.evaluation.images import Subset, open_images
+    from ganscale.evaluation.reconstruction import Reconstructor, likeness
+    from ganscale.evaluation.reconstruction import reconstruct as restore
+    from ganscale.generation.degradations import degradation_named
+    from ganscale.generation.inversion import Search
+    from ganscale.metrics.extractors import EfficientNetLite0, open_extractor
+    from ganscale.tracking.console import parts
+    from ganscale.world import World, process_group
+
+    world = World.detect(device)
+    search = Search(
+        optimizer=optimizer,
+        steps=steps,
+        restarts=restarts,
+        prior=prior,
+        tuning_steps=tuning_steps,
+        seed=seed,
+    )
+    reconstructor = Reconstructor.load(path, by=by, search=search, device=world.device)
+    subject: ImageSet = open_images(images, split=split, scratch=FeatureCache().folder.parent)
+    if num is not None:
+        subject = Subset.random(subject, num, seed=seed)
+    degradation = degradation_named(
+        task, subject.shape, mask=mask, scale=scale, blur=blur, noise=noise, seed=seed
+    )
+    console = stderr_console() if world.is_main else None
+    with process_group(world), parts(console) as started:
+        total = reconstructor.num_steps(len(subject))
+        progress = started(f"{degradation.name} by {reconstructor.by}", total)
+        found = restore(reconstructor, subject, degradation, world, seed=seed, progress=progress)
+        if found is None:
+            return
+        network, features = EfficientNetLite0(), open_extractor(extractor)
+        network.to(world.device)
+        features.to(world.device)
+        started("comparing", None)
+        figures = {
+            "trivial": likeness(found.trivial, found.truth, features, network),
+            "reconstruction": likeness(found.images, found.truth, features, network),
+        }
+    protocol = {
+        "task": degradation.name,
+        "noise": degradation.noise * 127.5,
+        "images": subject.description,
+        "images_digest": subject.digest,
+        "from": str(path),
+        "nimg": reconstructor.generator.info["nimg"],
+        "by": reconstructor.by,
+        "extractor": features.name,
+        "extractor_digest": features.digest,
+        "seed": seed,
+    } | ({"search": vars(search)} if reconstructor.by == "inversion" else {})
+    _write(found, figures, protocol, out)
+    _print(figures, protocol)
+    typer.echo(f"wrote {len(found.images)} images, grid.png and figures.json to {out}")
+
+
+def _write(
+    found: Reconstructed,
+    figures: dict[str, dict[str, Tensor]],
+    protocol: dict[str, object],
+    out: Path,
+) -> None:
+    import json
+    from dataclasses import asdict
+
+    import torch
+
+    from ganscale.generation.pictures import lay_out, write_picture
+    from ganscale.metrics.intervals import of_repeats
+
+    for number, image in enumerate(found.images):
+        write_picture(image, out / "images" / f"{number:06d}.png")
+    shown = torch.stack([found.inputs, found.images, found.truth])[:, :_COLUMNS]
+    write_picture(lay_out(shown, scale=2), out / "grid.png")
+    values = {
+        kind: {
+            name: {**asdict(of_repeats(each.tolist())), "of_each": each.tolist()}
+            for name, each in of.items()
+        }
+        for kind, of in figures.items()
+    }
+    text = json.dumps({"protocol": protocol, "figures": values}, indent=1)
+    (out / "figures.json").write_text(text + "\n")
+
+
+def _print(figures: dict[str, dict[str, Tensor]], protocol: dict[str, object]) -> None:
+    from ganscale.metrics.intervals import of_repeats
+
+    for name in ("task", "images", "from", "by"):
+        typer.echo(f"{name:8} {protocol[name]}")
+    typer.echo(f"\n{'':32} {'trivial':>24}   reconstruction")
+    for name, value in figures["reconstruction"].items():
+        before, after = of_repeats(figures["trivial"][name].tolist()), of_repeats(value.tolist())
+        typer.echo(f"{name:32} {before!s:>24}   {after}")

@@ -1,0 +1,252 @@
+"""Latents whose image is a given one, or what is known of one: a generator turned round.
+
+For an observation y = A x + noise, each image's latent minimises
+
+    mean((A G(z) - y)^2) + prior * mean(z^2)
+
+by gradient descent from several starts (Lipton and Tripathi 2017, arXiv 1702.04782; Bora et al.
+2017, arXiv 1703.03208): the latents of a fixed pool that come nearest, and the encoder's where
+there is one (Zhu et al. 2020, arXiv 2004.00049). The best of them wins. Then, if wished, a copy of
+the generator is tuned to each image (Roich et al. 2021, arXiv 2106.05744).
+
+Images are worked on in groups of one size, and no image's result depends on the others.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ganscale.generation.degradations import Degradation
+from ganscale.generation.latents import seed_for
+from ganscale.generation.minimisers import adam, lbfgs
+from ganscale.generation.sampling import SampleableGenerator
+
+__all__ = ["GROUP", "Inverted", "Search", "encoded", "invert"]
+
+GROUP = 16
+"""Images that are worked on at once."""
+_ROWS = 64
+"""Of the pool, in each forward."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """How hard is looked for the latent of an image."""
+
+    optimizer: Literal["adam", "lbfgs"] = "lbfgs"
+    steps: int = 100
+    """Of every start."""
+    restarts: int = 4
+    """Starts of each image, the encoder's among them."""
+    lr: float = 0.1
+    """Adam's rate at the beginning; a latent's elements are of size 1."""
+    pool: int = 512
+    """Latents that starts are chosen from."""
+    prior: float = 0.0
+    """Weight of the latent's own improbability."""
+    tuning_steps: int = 0
+    """Of Adam on a copy of the generator, for each image."""
+    tuning_lr: float = 3e-4
+    seed: int = 0
+    """Decides the pool."""
+
+    def num_steps(self, num_images: int) -> int:
+        """What the progress of `invert` adds up to."""
+        return -(-num_images // GROUP) * self.steps + num_images * self.tuning_steps
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """What was found for images, each as far as the generator can."""
+
+    latents: Tensor
+    """(n, z_dim)"""
+    labels: Tensor
+    """int64 (n,); zeros if the generator knows none."""
+    images: Tensor
+    """(n, C, H, W) in [-1, 1]."""
+    misfits: Tensor
+    """Mean squared difference from the observation, (n,)."""
+
+
+def invert(
+    generator: SampleableGenerator,
+    degradation: Degradation,
+    observed: Tensor,
+    search: Search,
+    *,
+    encoder: nn.Module | None = None,
+    labels: Tensor | None = None,
+    progress: Callable[[int], None] = lambda steps: None,
+) -> Inverted:
+    """Latents and images of what was observed of n images, on the generator's device.
+
+    Args:
+        generator: in evaluation mode.
+        degradation: what was done to the images.
+        observed: (n, ...), what `degradation.observe` gave.
+        search: how.
+        encoder: takes images in [-1, 1] to (mean, log-variance); the first start is its mean.
+        labels: int64 (n,) where they are known. Otherwise each start has one of its own.
+        progress: called with the number of steps done, in all `search.num_steps(n)`.
+    """
+    pool = _Pool.of(generator, degradation, search)
+    parts = []
+    for start in range(0, len(observed), GROUP):
+        part = observed[start : start + GROUP]
+        known = None if labels is None else labels[start : start + GROUP]
+        found = _invert_group(
+            generator,
+            degradation,
+            _filled(part),
+            search,
+            starts=pool,
+            encoder=encoder,
+            labels=None if known is None else _filled(known),
+            progress=progress,
+        )
+        count = len(part)
+        if search.tuning_steps:
+            found = _tuned(generator.model, degradation, part, found, search, progress)
+        parts.append([field[:count] for field in vars(found).values()])
+    return Inverted(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def encoded(
+    generator: SampleableGenerator,
+    encoder: nn.Module,
+    degradation: Degradation,
+    observed: Tensor,
+    *,
+    labels: Tensor | None = None,
+) -> Inverted:
+    """What the encoder makes of n images as they are seen (`fill`), as `invert` returns it."""
+    parts = []
+    for start in range(0, len(observed), GROUP):
+        part = observed[start : start + GROUP]
+        filled = _filled(part)
+        known = torch.zeros(GROUP, dtype=torch.int64, device=part.device)
+        if labels is not None:
+            known = _filled(labels[start : start + GROUP])
+        z, _ = encoder(degradation.fill(filled))
+        images = generator.model(z, known).float()
+        fields = (z, known, images, degradation.misfit(images, filled))
+        parts.append([field[: len(part)] for field in fields])
+    return Inverted(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Latents that are tried first, and what would be observed of their images."""
+
+    latents: Tensor
+    labels: Tensor
+    observed: Tensor
+    """(pool, ...)"""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, generator: SampleableGenerator, degradation: Degradation, search: Search) -> _Pool:
+        device = next(generator.model.parameters()).device
+        random = torch.Generator().manual_seed(seed_for(search.seed, "pool"))
+        size = -(-search.pool // _ROWS) * _ROWS
+        z = torch.randn(size, generator.z_dim, generator=random)
+        classes = max(generator.num_classes, 1)
+        labels = torch.randint(classes, (size,), generator=random)
+        z, labels = z.to(device), labels.to(device)
+        images = [generator.model(*part) for part in _split(z, labels)]
+        return cls(z, labels, degradation.operator(torch.cat(images).float()))
+
+    def nearest(self, observed: Tensor, labels: Tensor | None, k: int) -> Tensor:
+        """Rows of the k that come nearest to each of `observed`, best first, (n, k)."""
+        mode = "donot_use_mm_for_euclid_dist"
+        distances = torch.cdist(observed.flatten(1), self.observed.flatten(1), compute_mode=mode)
+        if labels is not None:
+            distances[labels[:, None] != self.labels] = torch.inf
+        return distances.topk(k, largest=False).indices
+
+
+def _invert_group(
+    generator: SampleableGenerator,
+    degradation: Degradation,
+    observed: Tensor,
+    search: Search,
+    *,
+    starts: _Pool,
+    encoder: nn.Module | None,
+    labels: Tensor | None,
+    progress: Callable[[int], None],
+) -> Inverted:
+    """For a whole group: the best of each image's starts."""
+    n, restarts = len(observed), search.restarts
+    rows = starts.nearest(observed, labels, restarts)
+    z = starts.latents[rows]
+    chosen = starts.labels[rows] if labels is None else labels[:, None].expand(-1, restarts)
+    if encoder is not None:
+        z[:, -1] = _encoded_start(encoder, degradation, observed)
+    wanted = observed.repeat_interleave(restarts, 0)
+    chosen = chosen.reshape(-1)
+
+    def loss_of(points: Tensor) -> Tensor:
+        misfits = degradation.misfit(generator.model(points, chosen).float(), wanted)
+        return misfits + search.prior * points.square().mean(1)
+
+    start = z.reshape(n * restarts, -1)
+    if search.optimizer == "adam":
+        found = adam(loss_of, start, steps=search.steps, lr=search.lr, progress=progress)
+    else:
+        found = lbfgs(loss_of, start, steps=search.steps, progress=progress)
+    best = found.losses.view(n, restarts).argmin(1) + restarts * torch.arange(n, device=z.device)
+    latents, classes = found.points[best], chosen[best]
+    with torch.no_grad():
+        images = generator.model(latents, classes).float()
+        return Inverted(latents, classes, images, degradation.misfit(images, observed))
+
+
+@torch.no_grad()
+def _encoded_start(encoder: nn.Module, degradation: Degradation, observed: Tensor) -> Tensor:
+    mean: Tensor = encoder(degradation.fill(observed))[0]
+    return mean
+
+
+def _tuned(
+    model: nn.Module,
+    degradation: Degradation,
+    observed: Tensor,
+    found: Inverted,
+    search: Search,
+    progress: Callable[[int], None],
+) -> Inverted:
+    """Images of a copy of the generator for each, tuned to what was observed; latents stay."""
+    images, misfits = found.images.clone(), found.misfits.clone()
+    for row in range(len(observed)):
+        own = copy.deepcopy(model).requires_grad_(True)
+        optimizer = torch.optim.Adam(own.parameters(), lr=search.tuning_lr)
+        place = slice(row, row + 1)
+        z, label, wanted = found.latents[place], found.labels[place], observed[place]
+        for _ in range(search.tuning_steps):
+            loss = degradation.misfit(own(z, label).float(), wanted).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            progress(1)
+        with torch.no_grad():
+            images[place] = own(z, label).float()
+            misfits[place] = degradation.misfit(images[place], wanted)
+    return Inverted(found.latents, found.labels, images, misfits)
+
+
+def _filled(rows: Tensor) -> Tensor:
+    """A whole group: the last row repeated."""
+    return torch.cat([rows, rows[-1:].expand(GROUP - len(rows), *rows.shape[1:])])
+
+
+def _split(z: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(z.split(_ROWS), labels.split(_ROWS), strict=True))

@@ -1,0 +1,177 @@
+"""Minimisation of many small independent problems at once: a row is a problem, (N, d).
+
+torch's L-BFGS takes all of its parameters as one problem, so that rows would share a line search,
+and what is found for one would depend on what stands beside it. Here every row has its own history
+and step length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["LossOf", "Minimum", "adam", "lbfgs"]
+
+LossOf = Callable[[Tensor], Tensor]
+"""Points (N, d) to losses (N,), each row of its own."""
+
+_HISTORY = 10
+_SUFFICIENT = 1e-4
+"""Part of the decrease that the slope promises which a step must give (Armijo)."""
+_MAX_HALVINGS = 20
+
+
+class Minimum(NamedTuple):
+    """The best point that was seen of each row."""
+
+    points: Tensor
+    """(N, d)"""
+    losses: Tensor
+    """(N,)"""
+
+
+class _Pair(NamedTuple):
+    """A step of L-BFGS: how points and gradients changed, (N, d), and 1 / (s y), (N, 1); 0 of a
+    row whose loss had no upward curvature there, which leaves the row out of the recursion."""
+
+    step: Tensor
+    change: Tensor
+    rho: Tensor
+
+
+def adam(
+    loss_of: LossOf,
+    start: Tensor,
+    *,
+    steps: int,
+    lr: float,
+    progress: Callable[[int], None] = lambda steps: None,
+) -> Minimum:
+    """Adam (Kingma and Ba 2015) whose rate falls to zero as a cosine does."""
+    points = start.clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([points], lr=lr)
+    best = Minimum(start.clone(), torch.full_like(start[:, 0], torch.inf))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
+        losses, points.grad = _valued(loss_of, points)
+        best = _better(best, points, losses)
+        optimizer.step()
+        progress(1)
+    with torch.no_grad():
+        return _better(best, points, loss_of(points))
+
+
+def lbfgs(
+    loss_of: LossOf,
+    start: Tensor,
+    *,
+    steps: int,
+    progress: Callable[[int], None] = lambda steps: None,
+) -> Minimum:
+    """L-BFGS (Nocedal 1980) of ten pairs; steps are halved until they decrease the loss enough.
+
+    Losses never rise. A row that no step improves starts again from its steepest descent, and is
+    done when that does not help either.
+    """
+    points = start.clone()
+    losses, slopes = _valued(loss_of, points)
+    pairs: deque[_Pair] = deque(maxlen=_HISTORY)
+    fresh = torch.ones_like(losses, dtype=torch.bool)  # rows without a history
+    done = torch.zeros_like(fresh)
+    for step in range(steps):
+        direction = -_inverse_hessian_times(slopes, pairs)
+        falls = (direction * slopes).sum(1, keepdim=True) < 0
+        direction = torch.where(falls, direction, -slopes)
+        scale = 1 / slopes.norm(dim=1).clamp(min=1)
+        direction = direction * torch.where(fresh, scale, torch.ones_like(scale))[:, None]
+        points, losses, slopes, pair = _searched(loss_of, points, losses, slopes, direction, ~done)
+        stuck = ~pair.step.any(1)
+        done |= stuck & fresh
+        fresh = stuck | (fresh & (pair.rho[:, 0] == 0))
+        pairs = deque((_forgotten(old, stuck) for old in pairs), maxlen=_HISTORY)
+        pairs.append(pair)
+        progress(1)
+        if done.all():
+            progress(steps - step - 1)
+            break
+    return Minimum(points, losses)
+
+
+def _searched(
+    loss_of: LossOf,
+    points: Tensor,
+    losses: Tensor,
+    slopes: Tensor,
+    direction: Tensor,
+    open_rows: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, _Pair]:
+    """Along the direction as far as each row's loss decreases enough; not at all if nowhere.
+
+    Rows that are not open stay where they are.
+    """
+    promised = (direction * slopes).sum(1)
+    length = torch.ones_like(losses)
+    new_points, new_losses, new_slopes = points, losses, slopes
+    open_rows = open_rows.clone()
+    for _ in range(_MAX_HALVINGS):
+        tried = points + length[:, None] * direction
+        tried_losses, tried_slopes = _valued(loss_of, tried)
+        enough = tried_losses <= losses + _SUFFICIENT * length * promised
+        taken = open_rows & enough & (tried_losses < losses)
+        new_points = torch.where(taken[:, None], tried, new_points)
+        new_losses = torch.where(taken, tried_losses, new_losses)
+        new_slopes = torch.where(taken[:, None], tried_slopes, new_slopes)
+        open_rows &= ~taken
+        if not open_rows.any():
+            break
+        length = torch.where(open_rows, length / 2, length)
+    step, change = new_points - points, new_slopes - slopes
+    curvature = (step * change).sum(1, keepdim=True)
+    upward = curvature > 1e-10 * change.square().sum(1, keepdim=True)
+    rho = torch.where(upward, 1 / curvature, torch.zeros_like(curvature))  # 0 where nothing moved
+    return new_points, new_losses, new_slopes, _Pair(step, change, rho)
+
+
+def _inverse_hessian_times(slopes: Tensor, pairs: deque[_Pair]) -> Tensor:
+    """The two-loop recursion (Nocedal and Wright 2006, algorithm 7.4), row by row."""
+    q = slopes
+    alphas = []
+    for pair in reversed(pairs):
+        alpha = pair.rho * (pair.step * q).sum(1, keepdim=True)
+        q = q - alpha * pair.change
+        alphas.append(alpha)
+    scale = torch.ones_like(slopes[:, :1])
+    for pair in pairs:  # the newest that a row has decides
+        inverse = pair.rho * pair.change.square().sum(1, keepdim=True)
+        scale = torch.where(pair.rho > 0, 1 / inverse, scale)
+    r = scale * q
+    for pair, alpha in zip(pairs, reversed(alphas), strict=True):
+        beta = pair.rho * (pair.change * r).sum(1, keepdim=True)
+        r = r + pair.step * (alpha - beta)
+    return r
+
+
+def _forgotten(pair: _Pair, rows: Tensor) -> _Pair:
+    return pair._replace(rho=pair.rho.masked_fill(rows[:, None], 0.0))
+
+
+def _valued(loss_of: LossOf, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses (N,) and gradients (N, d), both detached."""
+    with torch.enable_grad():
+        inputs = points.detach().requires_grad_(True)
+        losses = loss_of(inputs)
+        (slopes,) = torch.autograd.grad(losses.sum(), inputs)
+    return losses.detach(), slopes
+
+
+def _better(best: Minimum, points: Tensor, losses: Tensor) -> Minimum:
+    improved = losses < best.losses
+    return Minimum(
+        torch.where(improved[:, None], points.detach(), best.points),
+        torch.where(improved, losses, best.losses),
+    )

@@ -1,0 +1,259 @@
+"""`ganscale reconstruct` and `compare` on tiny runs: figures, pictures, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ganscale.cli import main
+from ganscale.data.shards import ShardSet
+from ganscale.errors import DataError
+from ganscale.evaluation.images import ImagesOfShards, open_images
+from ganscale.evaluation.reconstruction import Reconstructor, reconstruct
+from ganscale.generation.degradations import degradation_named
+from ganscale.generation.inversion import Search
+from ganscale.launch.local import train_in_process
+from ganscale.world import World
+from tests.conftest import MakeConfig
+from tests.support.ranks import run_ranks
+
+Run = Callable[..., tuple[int, str, str]]
+
+TASKS = ["identity", "inpaint", "superres", "denoise", "deblur", "colourise"]
+QUICK = ("--steps", 3, "--restarts", 2, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, procedural_shards: Path) -> dict[str, Path]:
+    """A GAN and a VAE of a few steps."""
+    from ganscale.config import Config
+
+    found = {}
+    for method in ("gan", "vae"):
+        config = Config().with_changes(
+            {
+                "name": method,
+                "storage": str(tmp_path_factory.mktemp("runs")),
+                "method": {"name": method},
+                "data.shards": str(procedural_shards),
+                "model": {"base_channels": 8, "z_dim": 16},
+                "training.batch_size": 16,
+                "training.total_kimg": 0.064,
+                "tracking.wandb": "disabled",
+                "tracking.log_every_kimg": 0.016,
+                "launch.backend": "inprocess",
+            }
+        )
+        train_in_process(config)
+        (config.run_dir / "config.yaml").write_text(config.to_yaml())
+        found[method] = config.run_dir
+    return found
+
+
+@pytest.fixture
+def call(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Run:
+    """Runs the command; gives exit code, standard output and standard error."""
+    for name in ("RANK", "GANSCALE_INCEPTION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GANSCALE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main([*map(str, arguments)])
+        streams = capsys.readouterr()
+        assert isinstance(stop.value.code, int)
+        return stop.value.code, streams.out, streams.err
+
+    return run
+
+
+def pixels_of(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    height, width = pixels_of(path).shape[:2]
+    return width, height
+
+
+def folder_of(path: Path, num: int, *, size: int = 32, mode: str = "RGB") -> Path:
+    random = np.random.default_rng(0)
+    path.mkdir()
+    shape = (size, size, len(mode)) if len(mode) > 1 else (size, size)
+    for number in range(num):
+        pixels = random.integers(0, 256, shape, dtype=np.uint8)
+        Image.fromarray(pixels).save(path / f"{number:04d}.png")
+    return path
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_done_by_inversion_and_by_encoder(
+    call: Run, runs: dict[str, Path], procedural_shards: Path, tmp_path: Path, task: str
+) -> None:
+    for method, by in (("gan", "inversion"), ("vae", "encoder")):
+        out = tmp_path / method
+        where = ("--images", procedural_shards, "--num", 3, "--out", out)
+        code, text, err = call("reconstruct", runs[method], *where, "--task", task, *QUICK)
+        assert code == 0, err
+        assert f"by       {by}" in text
+        written = json.loads((out / "figures.json").read_text())
+        assert written["protocol"]["by"] == by
+        assert written["protocol"]["task"].split()[0] == task
+        for figures in written["figures"].values():
+            assert [name.split("_")[0] for name in figures] == [
+                "psnr",
+                "ssim",
+                "perceptual",
+                "feature",
+            ]
+            assert len(figures["psnr"]["of_each"]) == 3
+        assert sorted(path.name for path in (out / "images").iterdir()) == [
+            "000000.png",
+            "000001.png",
+            "000002.png",
+        ]
+        assert size_of(out / "grid.png") == (3 * 66 - 2, 3 * 66 - 2)
+
+
+def test_known_pixels_are_exact(call: Run, runs: dict[str, Path], tmp_path: Path) -> None:
+    images = folder_of(tmp_path / "images", 2)
+    out = tmp_path / "out"
+    options = ("--task", "inpaint", "--mask", "half", *QUICK)
+    code, _, err = call("reconstruct", runs["gan"], "--images", images, "--out", out, *options)
+    assert code == 0, err
+    for number in range(2):
+        truth = pixels_of(images / f"{number:04d}.png")
+        made = pixels_of(out / "images" / f"{number:06d}.png")
+        assert (made[:, :16] == truth[:, :16]).all()
+        assert (made[:, 16:] != truth[:, 16:]).any()
+
+
+def _unfit_images(tmp_path: Path) -> dict[str, tuple[Path, str]]:
+    corrupt = folder_of(tmp_path / "corrupt", 3)
+    (corrupt / "0001.png").write_bytes(b"no image")
+    (tmp_path / "empty").mkdir()
+    return {
+        "another size": (folder_of(tmp_path / "small", 2, size=16), "16x16 with 3 channels, the"),
+        "gray": (folder_of(tmp_path / "gray", 2, mode="L"), "32x32 with 1 channels, the"),
+        "RGBA": (folder_of(tmp_path / "rgba", 2, mode="RGBA"), "32x32 with 4 channels, the"),
+        "corrupt": (corrupt, "0001"),
+        "empty": (tmp_path / "empty", "empty"),
+        "missing": (tmp_path / "nowhere", "nowhere"),
+    }
+
+
+def test_images_that_do_not_fit_are_refused_in_a_line(
+    call: Run, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for kind, (images, reason) in _unfit_images(tmp_path).items():
+        code, _, err = call("reconstruct", runs["gan"], "--images", images, "--out", out, *QUICK)
+        assert code != 0, kind
+        line = err.splitlines()[-1]
+        assert line.startswith("ganscale: "), kind
+        assert reason in line, (kind, line)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--by", "encoder"), "has no encoder: reconstruct by inversion, or train one"),
+        (("--task", "superres", "--scale", 5), "blocks of 5 pixels do not divide"),
+        (("--task", "denoise", "--noise", 0), "denoising needs noise"),
+        (("--task", "identity", "--noise", 9), "the task with noise alone is denoise"),
+        (("--task", "inpaint", "--mask", "third"), "expected half, centre, random or a picture"),
+        (("--task", "deblur", "--blur", 20), "too wide"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_a_line(
+    call: Run, runs: dict[str, Path], tmp_path: Path, options: tuple[object, ...], reason: str
+) -> None:
+    images = folder_of(tmp_path / "images", 1)
+    place = ("--images", images, "--out", tmp_path / "out")
+    code, _, err = call("reconstruct", runs["gan"], *place, *QUICK, *options)
+    assert code == 2
+    assert reason in err.splitlines()[-1]
+
+
+def _reconstructed(world: World, run: Path, images: str) -> Any:
+    torch.set_num_threads(1)
+    search = Search(steps=2, restarts=2, pool=64)
+    way = Reconstructor.load(run, search=search)
+    subject = open_images(images, scratch=run)
+    degradation = degradation_named("denoise", subject.shape)
+    try:
+        found = reconstruct(way, subject, degradation, world)
+    except DataError as error:
+        return str(error)
+    return None if found is None else [t.numpy().tobytes() for t in vars(found).values()]
+
+
+def test_any_number_of_ranks_reconstructs_the_same(runs: dict[str, Path], tmp_path: Path) -> None:
+    images = folder_of(tmp_path / "images", 37)
+    (alone,) = run_ranks(1, _reconstructed, runs["gan"], str(images))
+    first, *others = run_ranks(3, _reconstructed, runs["gan"], str(images))
+    assert others == [None, None]
+    assert first == alone
+    (images / "0020.png").write_bytes(b"no image")
+    one, other = run_ranks(2, _reconstructed, runs["gan"], str(images))
+    assert "0020" in one
+    assert other == one
+
+
+def test_runs_are_compared(
+    call: Run, runs: dict[str, Path], procedural_shards: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "compared"
+    options = ("--images", procedural_shards, "--num", 3, "--num-samples", 1300, "--out", out)
+    tasks = ("--tasks", "identity,superres", *QUICK)
+    code, text, err = call("compare", runs["vae"], runs["gan"], *options, *tasks)
+    assert code == 0, err
+    lines = text.splitlines()
+    assert lines[1].split()[:3] == ["vae", "vae", "0.064"]
+    assert lines[2].split()[:3] == ["gan", "gan", "0.064"]
+    written = json.loads((out / "figures.json").read_text())
+    assert [run["name"] for run in written["runs"]] == ["vae", "gan"]
+    assert all(run["seconds"] > 0 for run in written["runs"])
+    assert all(run["fd_efficientnet_lite0"]["value"] > 0 for run in written["runs"])
+    for task in ("identity", "superres x4"):
+        assert [way["name"] for way in written["tasks"][task]] == [
+            "trivial",
+            "vae, encoder",
+            "vae, inversion",
+            "gan, inversion",
+        ]
+        assert size_of(out / f"{task.replace(' ', '-')}.png") == (3 * 66 - 2, 5 * 66 - 2)
+
+
+def test_a_comparison_needs_runs(call: Run, tmp_path: Path, procedural_shards: Path) -> None:
+    options = ("--images", procedural_shards, "--out", tmp_path / "out")
+    code, _, err = call("compare", tmp_path / "nothing", *options)
+    assert code == 1
+    assert "no snapshot at" in err.splitlines()[-1]
+
+
+def test_the_labels_of_a_set_are_given_to_a_generator_with_classes(
+    make_config: MakeConfig, procedural_shards: Path
+) -> None:
+    model = {"name": "biggan", "base_channels": 4, "z_dim": 12, "num_classes": 10}
+    config = make_config(model=model, training__total_kimg=0.016)
+    train_in_process(config)
+    way = Reconstructor.load(config.run_dir, search=Search(steps=2, restarts=2, pool=64))
+    images = ImagesOfShards(ShardSet.load(procedural_shards))
+    assert images.labels is not None
+    truth = images.read(np.arange(3)).float() / 127.5 - 1
+    labels = torch.from_numpy(images.labels[:3])
+    degradation = degradation_named("identity", images.shape)
+    assert torch.equal(way(degradation, truth, labels, lambda _: None).labels, labels)
