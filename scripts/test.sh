@@ -2,12 +2,18 @@
 # Everything that must hold: formatting, lint, types, tests. Sets itself up on a fresh clone.
 #   scripts/test.sh             all of it
 #   scripts/test.sh -k order    arguments go to pytest; with -n 0 one test at a time
-# Tests on real images use GANSCALE_CIFAR10, or ../shared/cifar10 when that is there.
+# Tests on real images use GANSCALE_CIFAR10, or ../shared/cifar10 when that is there; tests of k8s/ use
+# kubectl, and KubeRay's definitions in GANSCALE_KUBERAY_CRDS, or in ../shared/k8s-crds.
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 if [ -z "${GANSCALE_CIFAR10:-}" ] && [ -d ../shared/cifar10 ]; then
   export GANSCALE_CIFAR10="$PWD/../shared/cifar10"
 fi
+if [ -z "${GANSCALE_KUBERAY_CRDS:-}" ] && [ -d ../shared/k8s-crds ]; then
+  export GANSCALE_KUBERAY_CRDS="$PWD/../shared/k8s-crds"
+fi
+[ -n "${GANSCALE_KUBERAY_CRDS:-}" ] && command -v kubectl > /dev/null ||
+  echo "no kubectl, or no GANSCALE_KUBERAY_CRDS: k8s/ goes unchecked, or half of it" >&2
 export WANDB_MODE=offline RAY_AUTH_MODE=disabled
 
 # The rating page is tested in a browser; where none is and none can be had, those tests are skipped.
