@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -176,6 +177,9 @@ def compare(
     ),
     num: Annotated[int, typer.Option(min=2, help="Images to reconstruct.")] = 100,
     num_samples: Annotated[int, typer.Option(min=2, help="Images to generate.")] = 10_000,
+    metric: Annotated[
+        Literal["frechet", "kernel", "neighbourhood"], typer.Option(help="Of generated images.")
+    ] = "frechet",
     steps: Annotated[int, typer.Option(min=1, help="Of an inversion.")] = 100,
     restarts: Annotated[int, typer.Option(min=1, help="Starts of an inversion.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of images, noise and starts.")] = 0,
@@ -208,8 +212,8 @@ def compare(
     judges.network.to(world.device)
     with process_group(world), parts(stderr_console()) as started:
         costs = [of.cost_of(entry) for entry in entries]
-        distances = [
-            of.quality(entry, real, judges, num_images=num_samples, started=started)
+        qualities = [
+            of.quality(entry, real, judges, metric=metric, num_images=num_samples, started=started)
             for entry in entries
         ]
         found = {
@@ -218,7 +222,7 @@ def compare(
             )
             for degradation in wanted
         }
-    _print_costs(entries, costs, distances)
+    _print_costs(entries, costs, qualities)
     for task, (truth, ways) in found.items():
         _print_task(task, ways)
         _draw(truth, ways, out / f"{task.replace(' ', '-')}.png")
@@ -231,9 +235,9 @@ def compare(
                 "nimg": entry.nimg,
                 "parameters": entry.num_parameters,
                 **vars(cost),
-                distance[0]: vars(distance[1]),
+                **{name: vars(value) for name, value in found_of.items()},
             }
-            for entry, cost, distance in zip(entries, costs, distances, strict=True)
+            for entry, cost, found_of in zip(entries, costs, qualities, strict=True)
         ],
         "samples": num_samples,
         "reference": real.description,
@@ -254,19 +258,18 @@ def _tasks(text: str) -> list[str]:
 
 
 def _print_costs(
-    entries: list[Entry], costs: list[Cost], distances: list[tuple[str, Estimate]]
+    entries: list[Entry], costs: list[Cost], qualities: list[Mapping[str, Estimate]]
 ) -> None:
-    measure = distances[0][0]
     head = (
         f"{'run':24} {'method':10} {'kimg':>7} {'hours':>6} {'img/s':>6} {'GiB':>5} {'M par.':>6}"
     )
-    typer.echo(f"{head}   {measure}")
-    for entry, cost, (_, distance) in zip(entries, costs, distances, strict=True):
+    typer.echo(f"{head}   {', '.join(qualities[0])}")
+    for entry, cost, quality in zip(entries, costs, qualities, strict=True):
         peak = "-" if cost.peak_memory_gib is None else f"{cost.peak_memory_gib:.1f}"
         typer.echo(
             f"{entry.name:24} {entry.method:10} {entry.nimg / 1000:7g} {cost.seconds / 3600:6.2f} "
             f"{cost.images_per_second:6.0f} {peak:>5} {entry.num_parameters / 1e6:6.2f}   "
-            f"{distance}"
+            + ", ".join(map(str, quality.values()))
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ganscale.config import load_config
+from ganscale.config import MetricName, load_config
 from ganscale.errors import ConfigError
 from ganscale.evaluation.distribution import evaluate
 from ganscale.evaluation.features import FeatureCache
@@ -137,23 +137,29 @@ def cost_of(entry: Entry) -> Cost:
 
 
 def quality(
-    entry: Entry, reference: ImageSet, judges: Judges, *, num_images: int, started: Started
-) -> tuple[str, Estimate]:
-    """Name and value of the Frechet distance of samples, for seeds from 0, from the reference."""
+    entry: Entry,
+    reference: ImageSet,
+    judges: Judges,
+    *,
+    metric: MetricName,
+    num_images: int,
+    started: Started,
+) -> Mapping[str, Estimate]:
+    """What a metric says of `num_images` samples, for seeds from 0, beside the reference."""
     samples = GeneratedImages.of_snapshot(entry.snapshot, num_images, device=judges.world.device)
     found = evaluate(
         samples,
         reference,
         judges.extractor,
         judges.world,
-        metrics=["frechet"],
+        metrics=[metric],
         required=True,
         cache=FeatureCache(),
         started=started,
         device=judges.world.device,
     )
     assert found is not None
-    return next(iter(found.metrics.items()))
+    return found.metrics
 
 
 def restored(
