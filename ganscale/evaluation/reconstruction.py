@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from ganscale.data.values import PIXELS
 from ganscale.errors import ConfigError, DataError
 from ganscale.evaluation.images import ImageSet, Indices
 from ganscale.evaluation.nearest import features_of
@@ -51,9 +52,12 @@ class Reconstructor:
     ) -> Reconstructor:
         """Of a snapshot or a run; by its encoder if it has one and `by` does not say otherwise.
 
-        Raises `ConfigError` if an encoder is asked for where there is none.
+        Raises `ConfigError` if an encoder is asked for where there is none, or the generator makes
+        arrays of floats.
         """
         generator, encoder = load_generator(path, device=device), load_encoder(path, device=device)
+        if generator.values != PIXELS:
+            raise ConfigError(f"{path} makes arrays of floats: only images are reconstructed")
         if by == "encoder" and encoder is None:
             raise ConfigError(
                 f"{path} has no encoder: reconstruct by inversion, or train one for it "
@@ -169,15 +173,14 @@ def likeness(
     """How like the pairs of uint8 (n, C, H, W) are, each measure fp64 (n,), on the CPU.
 
     The perceptual distance is of `network`'s activations, the feature distance of the
-    `extractor`'s features. Equal images count as 100 dB.
+    `extractor`'s features; only gray and RGB images have them. Equal images count as 100 dB.
     """
-    features = [features_of(part, extractor) for part in (images, truth)]
-    return {
-        "psnr": psnr(images, truth).clamp(max=100.0),
-        "ssim": ssim(images, truth),
-        f"perceptual{network.suffix}": perceptual_distance(images, truth, network),
-        f"feature{extractor.suffix}": feature_distance(*features),
-    }
+    found = {"psnr": psnr(images, truth).clamp(max=100.0), "ssim": ssim(images, truth)}
+    if images.shape[1] in (1, 3):
+        features = [features_of(part, extractor) for part in (images, truth)]
+        found[f"perceptual{network.suffix}"] = perceptual_distance(images, truth, network)
+        found[f"feature{extractor.suffix}"] = feature_distance(*features)
+    return found
 
 
 def _check_shape(images: ImageSet, generator: SampleableGenerator) -> None:

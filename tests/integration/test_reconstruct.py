@@ -16,10 +16,11 @@ from ganscale.cli import main
 from ganscale.data.shards import ShardSet
 from ganscale.errors import DataError
 from ganscale.evaluation.images import ImagesOfShards, open_images
-from ganscale.evaluation.reconstruction import Reconstructor, reconstruct
+from ganscale.evaluation.reconstruction import Reconstructor, likeness, reconstruct
 from ganscale.generation.degradations import degradation_named
 from ganscale.generation.inversion import Search
 from ganscale.launch.local import train_in_process
+from ganscale.metrics.extractors import EfficientNetLite0
 from ganscale.world import World
 from tests.conftest import MakeConfig
 from tests.support.ranks import run_ranks
@@ -235,6 +236,15 @@ def test_runs_are_compared(
             "gan, inversion",
         ]
         assert size_of(out / f"{task.replace(' ', '-')}.png") == (3 * 66 - 2, 5 * 66 - 2)
+
+
+def test_only_images_that_networks_take_have_their_distances() -> None:
+    network = EfficientNetLite0()
+    images = torch.randint(0, 256, (2, 4, 32, 32), dtype=torch.uint8)
+    assert list(likeness(images, images, network, network)) == ["psnr", "ssim"]
+    gray = images[:, :1]
+    found = likeness(gray, gray, network, network)
+    assert [float(values[0]) for values in found.values()] == pytest.approx([100, 1, 0, 0])
 
 
 def test_a_comparison_needs_runs(call: Run, tmp_path: Path, procedural_shards: Path) -> None:
