@@ -18,6 +18,7 @@ from ganscale.cli import (  # noqa: F401
     bench,
     checkpoints,
     compare,
+    dashboard,
     evaluate,
     explore,
     images,

@@ -7,6 +7,7 @@ whether the workers are this process, Ray's on this machine, or on another one t
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,11 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
 from ganscale.run_directory import RunDirectory
+from ganscale.tracking.sinks import WRONG
 
 __all__ = ["RunFollower", "counting", "parts", "stderr_console"]
 
 _POLL_SECONDS = 0.3
-_WRONG = ("alarm", "checkpoint_failed", "fault", "group_lost", "stall")
 
 
 class RunFollower(AbstractContextManager["RunFollower"]):
@@ -77,8 +78,7 @@ class RunFollower(AbstractContextManager["RunFollower"]):
     def _show_event(self, event: dict[str, Any]) -> None:
         text = describe_event(event)
         if text is not None:
-            wrong = event["event"] in _WRONG
-            style = "yellow" if wrong else None
+            style = "yellow" if event["event"] in WRONG else None
             self._console.print(text, highlight=False, soft_wrap=True, style=style)
         busy = {"fault": "restarting", "waiting": "waiting for room", "regroup": "regrouping"}
         doing = busy.get(event["event"], "training")
@@ -114,7 +114,8 @@ def describe_event(event: dict[str, Any]) -> str | None:
         return f"at {kimg:g} kimg {message} ({event['kind']}: {event['action']})"
     if kind == "checkpoint_failed":
         return f"the checkpoint at {kimg:g} kimg could not be written: {message}"
-    return {"fault": f"fault: {message}", "group_lost": f"starting anew: {message}"}.get(kind)
+    texts = {"fault": f"fault: {message}", "group_lost": f"starting anew: {message}"}
+    return {**texts, "wandb": message}.get(kind)
 
 
 def describe_row(row: dict[str, Any], total_nimg: int) -> str:
@@ -122,13 +123,18 @@ def describe_row(row: dict[str, Any], total_nimg: int) -> str:
     speed = row["time/images_per_second"]
     left = timedelta(seconds=round((total_nimg - row["nimg"]) / speed)) if speed else "?"
     words = [f"{speed:6.0f} img/s", f"ETA {left}"]
-    for name in ("loss_D", "loss_G"):
-        value = row[f"train/{name}"]
-        words.append(f"{name} {'not finite' if value is None else f'{value:6.3f}'}")
-    scales = f"{row['train/loss_scale_D']:g}/{row['train/loss_scale_G']:g}"
-    words.append(f"scale {scales}")
-    skips = f"{row['train/skips_D']}/{row['train/skips_G']}"
-    return "  ".join([*words, f"skips {skips}"] if skips != "0/0" else words)
+    for name in (name for name in row if re.fullmatch(r"train/loss_[A-Z]", name)):
+        value = row[name]
+        shown = "not finite" if value is None else f"{value:6.3f}"
+        words.append(f"{name.removeprefix('train/')} {shown}")
+    words.append(f"scale {_each(row, 'train/loss_scale_')}")
+    skips = _each(row, "train/skips_")
+    return "  ".join([*words, f"skips {skips}"] if skips.strip("0/") else words)
+
+
+def _each(row: dict[str, Any], prefix: str) -> str:
+    """The values of all players."""
+    return "/".join(f"{row[name]:g}" for name in sorted(row) if name.startswith(prefix))
 
 
 @contextmanager

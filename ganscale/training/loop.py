@@ -11,9 +11,8 @@ import math
 import socket
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,6 +23,9 @@ from ganscale.data.reader import Batch
 from ganscale.data.shards import ShardSet
 from ganscale.errors import TrainingFault
 from ganscale.generation.latents import StepRandomness, seed_for
+from ganscale.tracking.sinks import Sink
+from ganscale.tracking.step_times import StepTimes
+from ganscale.tracking.workers import WorkerFigures, merged
 from ganscale.training.build import (
     build_reader,
     build_state,
@@ -48,19 +50,21 @@ __all__ = ["Trainer", "train"]
 _MAX_SKIPS_NAMED = 100
 
 
-def train(config: Config, world: World, stop: StopRequest | None = None) -> Ending:
+def train(
+    config: Config, world: World, stop: StopRequest | None = None, sinks: Sequence[Sink] = ()
+) -> Ending:
     """Train to `training.total_kimg`, going on from the newest checkpoint that verifies.
 
     Every rank calls this inside a process group. When any rank's `stop` is set, all finish the
-    step, checkpoint and return. Raises `ConfigError` or `DataError` before anything is written if
-    the configuration cannot be trained, `TrainingFault` when the guard ends the run, `Superseded`
-    when a newer attempt has taken over.
+    step, checkpoint and return. On rank 0 `sinks` hear what the run tells. Raises `ConfigError` or
+    `DataError` before anything is written if the configuration cannot be trained, `TrainingFault`
+    when the guard ends the run, `Superseded` when a newer attempt has taken over.
     """
     shard_set = load_shards(config)
     check_against_shards(config, shard_set)
     if world.device == "cpu":
         torch.set_num_threads(config.launch.threads_per_worker)
-    trainer = Trainer(config, world, shard_set, stop or StopRequest())
+    trainer = Trainer(config, world, shard_set, stop or StopRequest(), sinks)
     with warnings.catch_warnings():
         # Of gradients with a dimension of size 1, whose strides mean nothing.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
@@ -74,14 +78,20 @@ class Trainer:
     """One rank of a run."""
 
     def __init__(
-        self, config: Config, world: World, shard_set: ShardSet, stop: StopRequest | None = None
+        self,
+        config: Config,
+        world: World,
+        shard_set: ShardSet,
+        stop: StopRequest | None = None,
+        sinks: Sequence[Sink] = (),
     ) -> None:
         self.config = config
         self.world = world
         self.stop = stop or StopRequest()
         self.precision = Precision.resolve(config.training.precision, world.torch_device)
         self.saving = Saving(config, world)
-        self.outputs = Outputs(config, world)
+        self.outputs = Outputs(config, world, sinks)
+        self._worker = WorkerFigures(world.torch_device)
         self.reader = build_reader(config, shard_set, world, gather_objects)
         self._labelled: LabelledPool | None = None
         if isinstance(config.method, SemiSupervisedMethod):
@@ -122,20 +132,21 @@ class Trainer:
         In a game the discriminator has `training.discriminator_steps` for one of the others.
         """
         state, training = self.state, self.config.training
+        self._times.enter("prepare")
         self._skipped += [str(error) for error in batch.skipped]
         generator_learns = (state.step + 1) % training.discriminator_steps == 0
         moment = Moment(
             state.nimg, state.step, training.batch_size, self._lr_factor, generator_learns
         )
-        seen = state.method.step(
-            self._share(batch), moment, partial(self.watchdog.mark, state.step)
-        )
+        seen = state.method.step(self._share(batch), moment, self._mark)
+        self._times.enter("average")
         state.means.add({f"train/{name}": value for name, value in seen.items()})
         state.nimg += training.batch_size
         state.step += 1
         if generator_learns:
             self._average()
         state.means.num_steps += 1
+        self._times.num_steps += 1
 
     def close(self) -> None:
         """Close files and W&B; a checkpoint that is being written may become whole."""
@@ -147,14 +158,14 @@ class Trainer:
         while True:
             wishes = self._agreement.result()
             done = self.state.nimg >= self.config.total_nimg
-            self.watchdog.mark(self.state.step, "write")
+            self._mark("write")
             alarm = self._write_what_is_due(wishes, done=done)
             if alarm is not None:
                 return alarm
             if done or wishes.stop:
                 return self._end("" if done else wishes.stop)
             self._agreement.propose(Wishes(self.stop.reason, checkpoint=self.saving.is_due()))
-            self.watchdog.mark(self.state.step, "data")
+            self._mark("data")
             self.step(next(batches))
 
     def _begin(self, reason: Literal["resume", "rollback"], up_to: int | None = None) -> None:
@@ -177,6 +188,12 @@ class Trainer:
         self._lr_factor = self.config.guard.rollback_lr_factor**self.saving.attempt.salt
         self.outputs.open(self.saving.attempt, self.state, self.precision.name)
         self._clock = time.perf_counter()
+        self._times = StepTimes(self.world.torch_device)
+
+    def _mark(self, phase: str) -> None:
+        """The next part of a step begins."""
+        self.watchdog.mark(self.state.step, phase)
+        self._times.enter("data_wait" if phase == "data" else phase.replace(" ", "_"))
 
     def _state_dict(self) -> dict[str, Any]:
         """Everything to go on from, with what each rank has not logged yet."""
@@ -263,7 +280,7 @@ class Trainer:
         return nimg // every > (nimg - self.config.training.batch_size) // every
 
     def _log_row(self) -> dict[str, float]:
-        state, steps = self.state, self.state.means.num_steps
+        state, steps = self.state, self._times.num_steps
         means = state.means.averages(sum_over_ranks, self.world.world_size)
         seconds = time.perf_counter() - self._clock
         self._clock = time.perf_counter()
@@ -272,6 +289,7 @@ class Trainer:
             row[f"train/loss_scale_{letter}"] = player.scaler.scale
             row[f"train/skips_{letter}"] = int(player.num_skips)
         row |= {f"train/{name}": value for name, value in state.method.figures(state.nimg).items()}
+        row |= merged(gather_objects(self._worker.measure(self._times.means())))
         row["time/images_per_second"] = steps * self.config.training.batch_size / seconds
         if self.config.data.on_error == "skip":
             row["data/num_skipped"] = self._report_skipped()
@@ -292,9 +310,9 @@ class Trainer:
         if policy == "rollback" and salt >= guard.max_rollbacks:
             policy = "stop"
         for alarm in alarms:
-            self.outputs.alert(
+            self.outputs.event(
                 "alarm",
-                alarm.message,
+                message=alarm.message,
                 kind=alarm.kind,
                 nimg=self.state.nimg,
                 step=self.state.step,
@@ -347,14 +365,14 @@ class Trainer:
         """Measure the averaged generator; the figures go into the next row."""
         assert self.evaluator is not None
         began = time.perf_counter()
-        self.watchdog.mark(self.state.step, "evaluation")
+        self._mark("evaluation")
         measured = self.evaluator.measure(
             self.state.generator, self.state.nimg, alive=self.watchdog.alive
         )
-        self.watchdog.mark(self.state.step, "write")
+        self._mark("write")
         self._unlogged |= measured.row
         if measured.problem:
-            self.outputs.alert("evaluation_failed", measured.problem, nimg=self.state.nimg)
+            self.outputs.event("evaluation_failed", message=measured.problem, nimg=self.state.nimg)
         else:
             self.outputs.event("evaluation", nimg=self.state.nimg, skipped=measured.skipped)
         if measured.frechet is not None:
@@ -376,8 +394,8 @@ class Trainer:
                 path = self.saving.where(outcome.name)
                 self.outputs.event("checkpoint", nimg=outcome.nimg, path=path, **seconds)
             else:
-                self.outputs.alert(
-                    "checkpoint_failed", outcome.problem, nimg=outcome.nimg, **seconds
+                self.outputs.event(
+                    "checkpoint_failed", message=outcome.problem, nimg=outcome.nimg, **seconds
                 )
 
     def _end(self, reason: Any) -> Ending:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from ganscale.generation.sampling import (
     save_snapshot,
 )
 from ganscale.run_directory import RunDirectory
+from ganscale.tracking.history import History, read_lines
+from ganscale.tracking.logs import log_event, log_row
 from ganscale.tracking.sinks import EventLog, JsonlSink, NullSink, Sink, Sinks
 from ganscale.tracking.wandb_sink import WandbSink, resolve_mode
 from ganscale.training.state import TrainingState
@@ -28,14 +30,16 @@ __all__ = ["Outputs"]
 
 
 class Outputs:
-    """The files of a run and its W&B run; on other ranks than 0 nothing is written.
+    """The files of a run, its W&B run and other `sinks`; ranks other than 0 write nothing.
 
     Rows and events carry the number of the attempt that wrote them.
     """
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: Config, world: World, sinks: Sequence[Sink] = ()) -> None:
         self.config = config
         self.world = world
+        self._also = sinks
+        self._step = 0
         self.run_dir = RunDirectory(config.run_dir)
         self.attempt = 0
         self._sink: Sink = NullSink()
@@ -66,23 +70,24 @@ class Outputs:
     def close(self) -> None:
         """Close files and W&B."""
         self._sink.close()
-        if self._events is not None:
-            self._events.close()
+        with self._lock:
+            if self._events is not None:
+                self._events.close()
+                self._events = None
 
     def row(self, values: Mapping[str, float]) -> None:
         """Log a row of metrics; it has `step` and `nimg`."""
+        self._step = int(values["step"])
+        if self.world.is_main:
+            log_row(values, self.config.name, self.world.rank)
         self._sink.log({**values, "attempt": self.attempt, "time/unix": time.time()})
 
     def event(self, event: str, **fields: Any) -> None:
         """Note that something happened; may be called from any thread."""
+        log_event({"step": self._step, **fields, "event": event}, self.config.name, self.world.rank)
         with self._lock:
             if self._events is not None:
-                self._events.write(event, attempt=self.attempt, **fields)
-
-    def alert(self, event: str, message: str, **fields: Any) -> None:
-        """Note that something is wrong, and tell W&B, whose users may be mailed."""
-        self.event(event, message=message, **fields)
-        self._sink.alert(event, message)
+                self._sink.event(self._events.write(event, attempt=self.attempt, **fields))
 
     def draw_samples(self, state: TrainingState) -> float | None:
         """Draw the grid; returns the diversity of its images, if there are two."""
@@ -96,7 +101,9 @@ class Outputs:
     def save_snapshots(self, state: TrainingState) -> None:
         """Write the networks of each average."""
         for average in state.emas:
-            self._save_snapshot(state, average, self.run_dir.snapshot(state.nimg, average))
+            path = self.run_dir.snapshot(state.nimg, average)
+            self._save_snapshot(state, average, path)
+            self._sink.log_snapshot(path, average=average, nimg=state.nimg)
 
     def save_best(self, state: TrainingState) -> None:
         """Write the averaged networks in place of the best ones so far."""
@@ -104,6 +111,7 @@ class Outputs:
             return
         path = self.run_dir.snapshot(state.nimg, "best")
         self._save_snapshot(state, "", path)
+        self._sink.log_snapshot(path, average="best", nimg=state.nimg)
         for other in path.parent.glob("*.safetensors"):
             if other != path:
                 other.unlink()
@@ -117,11 +125,18 @@ class Outputs:
     def _open_sinks(self, wandb_mode: str) -> None:
         tracking = self.config.tracking
         self.run_dir.root.mkdir(parents=True, exist_ok=True)
+        history = History.read(self.run_dir)
         self._events = EventLog(self.run_dir.events)
-        sinks: list[Sink] = [JsonlSink(self.run_dir.metrics)]
+        sinks: list[Sink] = [JsonlSink(self.run_dir.metrics), *self._also]
         if wandb_mode != "disabled":
-            config = self.config.model_dump()
             sinks.append(
-                WandbSink(self.run_dir, project=tracking.project, mode=wandb_mode, config=config)
+                WandbSink(
+                    self.run_dir,
+                    project=tracking.project,
+                    mode=wandb_mode,
+                    config=self.config.model_dump(),
+                    tell=lambda message: self.event("wandb", message=message),
+                )
             )
         self._sink = Sinks(*sinks)
+        self._sink.begin(history.rows, read_lines(self.run_dir.events))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from rich.console import Console
 
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.console import RunFollower
-from ganscale.tracking.sinks import EventLog, JsonlSink, NullSink, Sinks
+from ganscale.tracking.logs import log_event, log_row, to_stderr
+from ganscale.tracking.sinks import EventLog, FaultCounts, JsonlSink, NullSink, Sinks
 
 
 def lines(path: Path) -> list[str]:
@@ -88,14 +91,20 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
+    def begin(self, rows: Any, events: Any) -> None:
+        self.calls.append((rows, events))
+
     def log(self, row: Any) -> None:
         self.calls.append(dict(row))
 
     def log_picture(self, name: str, path: Path, *, nimg: int, step: int) -> None:
         self.calls.append((name, path, nimg, step))
 
-    def alert(self, title: str, text: str) -> None:
-        self.calls.append((title, text))
+    def log_snapshot(self, path: Path, *, average: str, nimg: int) -> None:
+        self.calls.append((path, average, nimg))
+
+    def event(self, event: Any) -> None:
+        self.calls.append(event)
 
     def close(self) -> None:
         self.calls.append("close")
@@ -104,13 +113,56 @@ class Recorder:
 def test_several_sinks_get_the_same() -> None:
     first, second = Recorder(), Recorder()
     sinks = Sinks(first, NullSink(), second)
+    alarm = {"event": "alarm", "message": "the loss of D is nan"}
+    sinks.begin([{"step": 0}], [alarm])
     sinks.log({"step": 1})
     sinks.log_picture("samples", Path("a.png"), nimg=64, step=1)
-    sinks.alert("alarm", "the loss of D is nan")
+    sinks.log_snapshot(Path("a.safetensors"), average="best", nimg=64)
+    sinks.event(alarm)
     sinks.close()
-    picture, alert = ("samples", Path("a.png"), 64, 1), ("alarm", "the loss of D is nan")
-    assert first.calls == [{"step": 1}, picture, alert, "close"]
+    assert first.calls == [
+        ([{"step": 0}], [alarm]),
+        {"step": 1},
+        ("samples", Path("a.png"), 64, 1),
+        (Path("a.safetensors"), "best", 64),
+        alarm,
+        "close",
+    ]
     assert second.calls == first.calls
+
+
+def test_faults_are_counted_and_other_events_are_not() -> None:
+    counts = FaultCounts()
+    assert [counts.add({"event": kind}) for kind in ("alarm", "checkpoint", "alarm", "skip")] == [
+        True,
+        False,
+        True,
+        True,
+    ]
+    assert [counts[kind] for kind in ("alarm", "checkpoint", "skip", "stall")] == [2, 0, 1, 0]
+
+
+def test_a_worker_logs_one_line_with_run_rank_and_step(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("ganscale")
+    before = (logger.handlers, logger.level, logger.propagate)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    to_stderr("faces", 3)
+    try:
+        log_event({"event": "stall", "step": 41, "ranks": [2]}, "faces", 3)
+        log_event({"event": "checkpoint", "step": 42, "nimg": 64}, "faces", 3)
+        log_row({"step": 43, "nimg": 128, "train/loss_D": 0.25}, "faces", 3)
+        warnings.showwarning("odd", UserWarning, "file.py", 1)
+    finally:
+        logger.handlers, logger.level, logger.propagate = before
+    lines = [line.split(" ", 2)[2] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        'WARNING run=faces rank=3 step=41 stall: {"ranks": [2]}',
+        'INFO run=faces rank=3 step=42 checkpoint: {"nimg": 64}',
+        "INFO run=faces rank=3 step=43 nimg=128 train/loss_D=0.25",
+        "WARNING run=faces rank=3 step=- UserWarning: odd",
+    ]
 
 
 def test_the_follower_shows_rows_that_come_after_half_a_line(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""The verb that makes a W&B dashboard."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ganscale.cli.app import app, stderr_console
+
+__all__: list[str] = []
+
+
+@app.command("dashboard", epilog="Example: ganscale dashboard --project ganscale --group sweep-1")
+def dashboard(
+    project: Annotated[str, typer.Option(help="W&B project.")] = "ganscale",
+    entity: Annotated[
+        str | None, typer.Option(help="User or team; WANDB_ENTITY, else the key's.")
+    ] = None,
+    group: Annotated[str | None, typer.Option(help="Only runs of this group, as one.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the definition here and ask no server.")
+    ] = None,
+) -> None:
+    """Make a project's W&B workspace and report; without a key, print their definition."""
+    import json
+
+    from ganscale.errors import GanscaleError
+    from ganscale.tracking import dashboard as dashboards
+    from ganscale.tracking.wandb_sink import resolve_mode
+
+    entity = entity or os.environ.get("WANDB_ENTITY")
+    if out is not None or resolve_mode("auto") != "online":
+        text = json.dumps(dashboards.definition(entity or "", project, group), indent=1)
+        if out is None:
+            stderr_console().print("no W&B key here: this is what would be stored", style="yellow")
+            typer.echo(text)
+        else:
+            out.write_text(text + "\n")
+            typer.echo(f"wrote {out}")
+        return
+    try:
+        for made in dashboards.saved(entity, project, group):
+            typer.echo(made)
+    except GanscaleError:
+        raise
+    except Exception as error:  # wandb raises what it likes
+        brief = " ".join(str(error).split())[:300]
+        raise GanscaleError(
+            f"W&B did not take the dashboard ({type(error).__name__}: {brief}); "
+            "--out FILE writes its definition"
+        ) from error

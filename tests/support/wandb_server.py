@@ -1,0 +1,124 @@
+"""What a W&B run needs of its server, as far as rows go, and what may go wrong there.
+
+Answers wandb's client (0.31) in the way that the real one does where a run is begun, streams rows
+and ends; what was streamed is kept. At any moment it can begin to hang, to refuse or to fail.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Literal
+
+__all__ = ["KEY", "WandbServer", "wandb_server"]
+
+KEY = "local" + 35 * "0"
+"""Has the form of an API key."""
+
+WandbFault = Literal["hang", "refuse", "500"]
+
+_PROJECT = {"id": "p", "name": "tests", "entity": {"id": "e", "name": "tester"}}
+_BUCKET = {"id": "r", "name": "run", "displayName": "run", "project": _PROJECT, "config": "{}"}
+_VIEWER = {
+    "id": "u",
+    "entity": "tester",
+    "username": "tester",
+    "email": "tester@localhost",
+    "flags": "{}",
+    "teams": {"edges": []},
+}
+_ANSWERS: dict[str, Any] = {
+    "RunResumeStatus": {"model": {**_PROJECT, "bucket": None}},
+    "UpsertBucket": {"upsertBucket": {"bucket": _BUCKET, "inserted": True}},
+    "CreateRunFiles": {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": []}},
+    "Viewer": {"viewer": _VIEWER},
+    "NotifyScriptableRunAlert": {"notifyScriptableRunAlert": {"success": True}},
+}
+
+
+@dataclass
+class WandbServer:
+    """What was asked, and how it answers."""
+
+    url: str = ""
+    fault: WandbFault | None = None
+    asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    """GraphQL operations with their variables."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """History, in the order in which it came."""
+    closed: threading.Event = field(default_factory=threading.Event)
+
+    def settings(self) -> dict[str, str]:
+        """The environment in which wandb logs here."""
+        return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "WANDB_MODE": "online"}
+
+
+@contextmanager
+def wandb_server() -> Iterator[WandbServer]:
+    """A server on a free port of this machine."""
+    state = WandbServer()
+
+    class Handler(_Handler):
+        server_state = state
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.block_on_close = False
+    state.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield state
+    finally:
+        state.closed.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server_state: WandbServer
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        state = self.server_state
+        if state.fault == "hang":
+            state.closed.wait(300)
+        if state.fault in ("hang", "refuse"):
+            self.close_connection = True
+            return
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if state.fault == "500":
+            self._answer(500, {})
+        elif self.path == "/graphql":
+            self._answer(200, {"data": self._graphql(json.loads(body))})
+        else:
+            if self.path.endswith("/file_stream"):
+                self._take_rows(json.loads(body))
+            self._answer(200, {})
+
+    do_GET = do_PUT = do_POST
+
+    def _graphql(self, request: dict[str, Any]) -> Any:
+        name = request.get("operationName", "")
+        self.server_state.asked.append((name, request.get("variables") or {}))
+        return _ANSWERS.get(name, {})
+
+    def _take_rows(self, request: dict[str, Any]) -> None:
+        history = request.get("files", {}).get("wandb-history.jsonl", {"content": []})
+        self.server_state.rows += [json.loads(line) for line in history["content"]]
+
+    def _answer(self, code: int, content: Any) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Silence."""
