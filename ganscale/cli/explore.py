@@ -211,7 +211,8 @@ def _explorer(path: Path, truncation_psi: float | None, device: str) -> Explorer
     from ganscale.generation.exploring import Explorer
     from ganscale.generation.sampling import load_generator
 
-    return Explorer(load_generator(path, device=device), truncation_psi=truncation_psi)
+    generator = load_generator(path, device=device)
+    return Explorer(generator, pictures=True, truncation_psi=truncation_psi)
 
 
 def _numbers(option: str, text: str) -> list[int]:

@@ -18,9 +18,9 @@ def sample(
     path: Annotated[Path, typer.Argument(help="Snapshot (.safetensors) or folder of a run.")],
     num: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first; then +1.")] = 0,
-    out: Annotated[Path, typer.Option(help="A .png grid, or a folder of PNGs.")] = Path(
-        "samples.png"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="A .png grid, all in one .npy, or a folder of single ones.")
+    ] = Path("samples.png"),
     label: Annotated[
         int | None, typer.Option(min=0, help="Class of all images; else the seed decides it.")
     ] = None,
@@ -30,8 +30,12 @@ def sample(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
-    """Draw images from a snapshot; a seed's image is always the same."""
+    """Draw images from a snapshot; a seed's image is always the same.
+
+    Arrays of floats are drawn in colours in a .png; .npy files hold them in their own units.
+    """
     from ganscale.generation.exploring import Explorer
+    from ganscale.generation.pictures import as_pictures, write_array, write_picture
     from ganscale.generation.sampling import load_generator, save_grid
 
     generator = load_generator(path, device=device)
@@ -41,8 +45,14 @@ def sample(
     explorer = Explorer(generator, truncation_psi=truncation_psi)
     images = explorer.sample_seeds(list(range(seed, seed + num)), label=label)
     if out.suffix == ".png":
-        save_grid(images, out)
+        save_grid(as_pictures(images, generator.values), out)
+    elif out.suffix == ".npy":
+        write_array(images, out)
     else:
         for offset, image in enumerate(images):
-            save_grid(image[None], out / f"seed-{seed + offset:08d}.png", padding=0)
+            name = f"seed-{seed + offset:08d}"
+            if generator.values.dtype == "uint8":
+                write_picture(image, out / f"{name}.png")
+            else:
+                write_array(image, out / f"{name}.npy")
     typer.echo(f"wrote {num} images to {out}")

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
+_ValueRange = Annotated[
+    tuple[float, float] | None,
+    typer.Option(help="Arrays of floats: what is -1 and 1 to the networks; default: the extremes."),
+]
+
 shards_app = typer.Typer(help="Build and check shard sets.", no_args_is_help=True)
 app.add_typer(shards_app, name="shards")
 
@@ -27,7 +32,10 @@ app.add_typer(shards_app, name="shards")
 def shards_build(
     out: Annotated[Path, typer.Option(help="New folder for the set.")],
     source: Annotated[
-        str, typer.Option(help="auto, cifar10, procedural, or a path to images or tars.")
+        str,
+        typer.Option(
+            help="auto, cifar10, procedural, spectrograms, or a path to images, arrays or tars."
+        ),
     ] = "auto",
     split: Annotated[Literal["train", "test"], typer.Option(help="Which part.")] = "train",
     num_shards: Annotated[int, typer.Option(min=1, help="Tars.")] = 64,
@@ -41,6 +49,7 @@ def shards_build(
     img_channels: Annotated[
         Literal["1", "3", "4"] | None, typer.Option(help="Convert to gray, RGB or RGBA.")
     ] = None,
+    value_range: _ValueRange = None,
 ) -> None:
     """Write images as WebDataset shards with an index; the same input gives the same bytes."""
     from ganscale.data.building import build_shards, check_free
@@ -62,6 +71,7 @@ def shards_build(
             limit=limit,
             resolution=resolution,
             img_channels=None if img_channels is None else int(img_channels),
+            value_range=value_range,
             progress=progress,
         )
     _print_shards(shard_set)
@@ -74,13 +84,16 @@ def shards_index(
     num_streams: Annotated[
         int | None, typer.Option(min=1, help="Bound on workers; default: shards, at most 64.")
     ] = None,
+    value_range: _ValueRange = None,
 ) -> None:
     """Index WebDataset tars where they are, so that they can be trained on as they are."""
     from ganscale.data.building import index_shards
     from ganscale.tracking.console import counting
 
     with counting(f"indexing {root}", None, stderr_console()) as progress:
-        shard_set = index_shards(root, split=split, num_streams=num_streams, progress=progress)
+        shard_set = index_shards(
+            root, split=split, num_streams=num_streams, value_range=value_range, progress=progress
+        )
     _print_shards(shard_set)
 
 
@@ -109,12 +122,17 @@ def shards_info(root: Annotated[str, typer.Argument(help="Folder or URL of the s
 
 
 def _print_shards(shard_set: ShardSet) -> None:
+    from ganscale.data.values import PIXELS
+
     channels, height, width = shard_set.image_shape
+    values = shard_set.values
     typer.echo(f"location   {shard_set.location}")
     typer.echo(f"source     {shard_set.source}, {shard_set.split}")
-    typer.echo(f"samples    {shard_set.num_samples}, {channels}x{height}x{width} uint8")
+    typer.echo(f"samples    {shard_set.num_samples}, {channels}x{height}x{width} {values.dtype}")
     typer.echo(f"shards     {len(shard_set.shards)}, {shard_set.num_bytes / 2**20:.1f} MiB")
     typer.echo(f"streams    {shard_set.num_streams}")
     typer.echo(f"classes    {len(shard_set.classes)}: {', '.join(shard_set.classes[:20])}")
+    if shard_set.values != PIXELS:
+        typer.echo(f"range      {values.low:g} to {values.high:g} (-1 and 1 to the networks)")
     typer.echo(f"pixel mean {', '.join(f'{v:.3f}' for v in shard_set.pixel_mean)}")
     typer.echo(f"pixel std  {', '.join(f'{v:.3f}' for v in shard_set.pixel_std)}")

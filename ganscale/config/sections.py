@@ -46,7 +46,7 @@ class DataConfig(Section):
     shards: str | None = None
     """Path or URL (s3://, http://) of a shard set; null builds one from `source` first."""
     source: str = "auto"
-    """auto, cifar10, procedural, or a path to images; used only to build missing shards."""
+    """auto, cifar10, procedural, spectrograms, or a path; used only to build missing shards."""
     shuffle_window: int = Field(1024, ge=1)
     """Samples of one stream that are shuffled together."""
     cache: Literal["auto", "none", "ram", "device"] = "auto"

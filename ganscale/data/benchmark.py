@@ -21,12 +21,13 @@ import torch
 import webdataset as wds
 
 from ganscale.data.decoded_cache import DecodedImages, DevicePixels, HostPixels
+from ganscale.data.encodings import NPY
 from ganscale.data.order import Order
 from ganscale.data.reader import BatchReader, ImageReader, ReadAhead, ShardImages
 from ganscale.data.shard_cache import CachedStore
 from ganscale.data.shards import ShardSet
 from ganscale.data.storage import LocalStore, RemoteStore
-from ganscale.data.tars import IMAGE_SUFFIXES
+from ganscale.data.tars import ARRAY_SUFFIX, IMAGE_SUFFIXES
 
 __all__ = ["BATCH_SIZE", "Measurement", "bench_data"]
 
@@ -58,7 +59,7 @@ def bench_data(
     lies in a local directory. `started` is told the name of each.
     """
     rows: list[Measurement] = []
-    pixel_bytes = math.prod(shard_set.image_shape)
+    pixel_bytes = math.prod(shard_set.image_shape) * shard_set.values.numpy_dtype.itemsize
     for name, batches in _contestants(shard_set, torch.device(device)):
         started(name)
         speed = _images_per_second(batches, seconds)
@@ -70,10 +71,12 @@ def bench_data(
 def _contestants(shard_set: ShardSet, device: torch.device) -> Iterator[tuple[str, Iterator[int]]]:
     """Names, and endless iterators over the sizes of the batches that were read."""
     if isinstance(shard_set.store, LocalStore):
-        yield "webdataset, PIL", _plain_webdataset(shard_set)
-        with tempfile.TemporaryDirectory(prefix="ganscale-") as folder:
-            _unpack(shard_set, Path(folder))
-            yield "torchvision ImageFolder, DataLoader", _image_folder(Path(folder))
+        is_array = shard_set.encoding == NPY
+        yield f"webdataset, {'numpy' if is_array else 'PIL'}", _plain_webdataset(shard_set)
+        if not is_array:
+            with tempfile.TemporaryDirectory(prefix="ganscale-") as folder:
+                _unpack(shard_set, Path(folder))
+                yield "torchvision ImageFolder, DataLoader", _image_folder(Path(folder))
     stream = ShardImages(shard_set)
     for threads in (1, 2):
         name = f"ganscale, streaming, {threads} thread{'s' if threads > 1 else ''}"
@@ -84,10 +87,10 @@ def _contestants(shard_set: ShardSet, device: torch.device) -> Iterator[tuple[st
             store.prepare([shard.name for shard in shard_set.shards])
             cached = ShardImages(shard_set, store)
             yield "ganscale, shards in cache_dir, 2 threads", _ganscale(shard_set, cached, 2)
-    shape = (shard_set.num_samples, *shard_set.image_shape)
-    host = HostPixels(shape, rank=0, exchange=lambda value: [value])
+    shape, values = (shard_set.num_samples, *shard_set.image_shape), shard_set.values
+    host = HostPixels(shape, rank=0, exchange=lambda value: [value], dtype=values.numpy_dtype)
     yield "ganscale, cache ram", _ganscale(shard_set, _filled(stream, host))
-    on_device = DevicePixels(shape, device)
+    on_device = DevicePixels(shape, device, values.torch_dtype)
     yield f"ganscale, cache device ({device})", _ganscale(shard_set, _filled(stream, on_device))
 
 
@@ -118,7 +121,7 @@ def _filled(reader: ImageReader, pixels: HostPixels | DevicePixels) -> DecodedIm
 
 def _plain_webdataset(shard_set: ShardSet) -> Iterator[int]:
     urls = [f"{shard_set.location}/{shard.name}" for shard in shard_set.shards]
-    images = ";".join(IMAGE_SUFFIXES)
+    images = ";".join((*IMAGE_SUFFIXES, ARRAY_SUFFIX))
     while True:
         samples: Iterable[Any] = (
             wds.WebDataset(urls, shardshuffle=False, empty_check=False)

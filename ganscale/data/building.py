@@ -8,17 +8,19 @@ with those it has, and the folder gets its name when the set is complete.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import itertools
 import json
+import operator
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -29,12 +31,14 @@ import webdataset as wds
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from ganscale.data.images import normalised_png
+from ganscale.data.encodings import ENCODINGS, NPY, PNG, Encoding
 from ganscale.data.order import keyed_permutation
 from ganscale.data.shards import SAMPLE_DTYPE, Progress, Samples, Shard, ShardSet
 from ganscale.data.sources import Source, SourceSpec, open_source
 from ganscale.data.storage import LocalStore
+from ganscale.data.sums import Sums
 from ganscale.data.tars import BLOCK_BYTES, scan_tar
+from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import ConfigError, DataError
 
 __all__ = ["build_shards", "check_free", "index_shards"]
@@ -53,6 +57,7 @@ def build_shards(
     limit: int | None = None,
     resolution: int | None = None,
     img_channels: int | None = None,
+    value_range: tuple[float, float] | None = None,
     progress: Progress = lambda num_samples: None,
 ) -> ShardSet:
     """Write a source as a shard set, several shards at a time; go on with an interrupted build.
@@ -67,6 +72,8 @@ def build_shards(
         resolution: resize the shorter side to this with anti-aliasing and cut out the centre; None
             takes only images of one size, square and a power of two.
         img_channels: 1, 3 or 4 converts; None takes only images that agree.
+        value_range: of arrays of floats, which values become -1 and 1 to the networks; None takes
+            the set's least and greatest. The shards have all values as they are.
         progress: told how many more samples are written.
 
     Raises:
@@ -79,13 +86,15 @@ def build_shards(
     if not 1 <= num_shards <= len(ids):
         raise ConfigError(f"--num-shards must be in 1..{len(ids)} (the images), got {num_shards}")
     _streams(num_streams, num_shards)
+    _check_range(value_range, source.encoding)
     dealt = [ids[i] for i in keyed_permutation(len(ids), "shards")]
     recipe = _Recipe(spec, resolution, img_channels)
     out.parent.mkdir(parents=True, exist_ok=True)
     with _partial_folder(out, _fingerprint(recipe, source, dealt, num_shards)) as folder:
         jobs = [(recipe, folder, n, tuple(dealt[n::num_shards])) for n in range(num_shards)]
         built = _in_processes(_build_shard, jobs, progress)
-        shard_set = _summarise(spec.kind, spec.split, source.classes, folder, built, num_streams)
+        origin = _Origin(spec.kind, spec.split, source.classes, value_range)
+        shard_set = _summarise(origin, folder, built, num_streams)
         shard_set.save(folder)
         for record in folder.glob(".*"):
             record.unlink()
@@ -100,12 +109,13 @@ def index_shards(
     *,
     split: str = "train",
     num_streams: int | None = None,
+    value_range: tuple[float, float] | None = None,
     progress: Progress = lambda num_samples: None,
 ) -> ShardSet:
     """Index the WebDataset tars of a folder where they are, in the order of their names.
 
-    Every image is decoded once. Raises `DataError` naming tar and key for whatever could not be
-    trained on; the tars themselves are never changed.
+    Every image is decoded once. `value_range` is that of `build_shards`. Raises `DataError` naming
+    tar and key for whatever could not be trained on; the tars themselves are never changed.
     """
     folder = Path(folder).expanduser().absolute()
     paths = sorted(folder.glob("*.tar"))
@@ -114,7 +124,8 @@ def index_shards(
     built = _in_processes(_read_shard, [(path,) for path in paths], progress)
     num_classes = 1 + max(int(shard.samples["label"].max()) for shard in built)
     classes = [str(label) for label in range(num_classes)]
-    shard_set = _summarise("webdataset", split, classes, folder, built, num_streams)
+    origin = _Origin("webdataset", split, classes, value_range)
+    shard_set = _summarise(origin, folder, built, num_streams)
     shard_set.save(folder)
     return ShardSet.load(folder)
 
@@ -129,14 +140,24 @@ def check_free(out: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """From a source's image to the PNG in the shard."""
+    """From a source's image to what lies in the shard."""
 
     spec: SourceSpec
     resolution: int | None
     img_channels: int | None
 
-    def png(self, data: bytes) -> tuple[bytes, NDArray[np.uint8]]:
-        return normalised_png(data, resolution=self.resolution, img_channels=self.img_channels)
+    def normalised(self, data: bytes, encoding: Encoding) -> tuple[bytes, NDArray[Any]]:
+        return encoding.normalised(data, resolution=self.resolution, img_channels=self.img_channels)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What a set's index says that its shards do not."""
+
+    kind: str
+    split: str
+    classes: Sequence[str]
+    value_range: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -144,8 +165,8 @@ class _BuiltShard:
     shard: Shard
     samples: Samples
     image_shape: tuple[int, int, int]
-    histogram: NDArray[np.int64]
-    """(C, 256) how often each value occurs."""
+    encoding: Encoding
+    sums: Sums
     example: str
     """Names an image of the shard, for errors."""
 
@@ -154,12 +175,13 @@ class _BuiltShard:
             {
                 "shard": asdict(self.shard),
                 "image_shape": self.image_shape,
+                "dtype": self.encoding.dtype.name,
                 "example": self.example,
             }
         )
         temporary = path.with_name(f"{path.name}.tmp")
         with temporary.open("wb") as file:
-            np.savez(file, samples=self.samples, histogram=self.histogram, text=text)
+            np.savez(file, samples=self.samples, text=text, **vars(self.sums))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -173,45 +195,48 @@ class _BuiltShard:
                 shard=Shard(**text["shard"]),
                 samples=arrays["samples"],
                 image_shape=(channels, height, width),
-                histogram=arrays["histogram"],
+                encoding=ENCODINGS[text["dtype"]],
+                sums=Sums(**{field.name: arrays[field.name] for field in fields(Sums)}),
                 example=text["example"],
             )
 
 
 class _Summary:
-    """Shape and histogram of the images that were looked at."""
+    """Form, shape and sums of the images that were looked at."""
 
     def __init__(self) -> None:
         self.shape: tuple[int, int, int] | None = None
-        self.histogram = np.zeros((0, 256), dtype=np.int64)
+        self.encoding = PNG
+        self.sums: Sums | None = None
         self.example = ""
 
-    def add(self, pixels: NDArray[np.uint8], image: str) -> None:
-        channels, height, width = shape = pixels.shape
+    def add(self, values: NDArray[Any], encoding: Encoding, image: str) -> None:
+        channels, height, width = shape = values.shape
         if self.shape is None:
             if height != width or height & (height - 1):
                 raise DataError(
                     f"is {width}x{height}; expected square images, a power of two. "
                     "To resize and crop: ganscale shards build --resolution 32"
                 )
-            self.shape = (channels, height, width)
+            self.shape, self.encoding = (channels, height, width), encoding
             self.example = image
-            self.histogram = np.zeros((channels, 256), dtype=np.int64)
+        if encoding != self.encoding:
+            raise DataError(f"is an {encoding.noun}, {self.example} an {self.encoding.noun}")
         if shape != self.shape:
             raise DataError(
                 f"has (channels, height, width) {shape}, others have {self.shape}, such as "
                 f"{self.example}. {_MAKE_ALIKE}"
             )
-        for channel, plane in zip(self.histogram, pixels, strict=True):
-            channel += np.bincount(plane.ravel(), minlength=256)
+        sums = Sums.of(values)
+        self.sums = sums if self.sums is None else self.sums + sums
 
     def shard(self, path: Path, samples: Samples) -> _BuiltShard:
-        if self.shape is None:
+        if self.shape is None or self.sums is None:
             raise DataError(f"{path} holds no samples")
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         shard = Shard(path.name, path.stat().st_size, sha256, len(samples))
-        return _BuiltShard(shard, samples, self.shape, self.histogram, self.example)
+        return _BuiltShard(shard, samples, self.shape, self.encoding, self.sums, self.example)
 
 
 def _build_shard(recipe: _Recipe, folder: Path, number: int, ids: tuple[int, ...]) -> _BuiltShard:
@@ -229,10 +254,10 @@ def _build_shard(recipe: _Recipe, folder: Path, number: int, ids: tuple[int, ...
                 key, data, label = source.read(index)
                 name = f"{recipe.spec}: image {key}"
                 with _named(name):
-                    png, pixels = recipe.png(data)
-                    summary.add(pixels, name)
+                    data, values = recipe.normalised(data, source.encoding)
+                    summary.add(values, source.encoding, name)
                 label_member = {} if label < 0 else {"cls": str(label).encode()}
-                writer.write({"__key__": key, **label_member, "png": png})
+                writer.write({"__key__": key, **label_member, source.encoding.suffix: data})
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -247,9 +272,9 @@ def _read_shard(path: Path) -> _BuiltShard:
     with path.open("rb") as file:
         for sample in samples:
             file.seek(BLOCK_BYTES * sample.block)
-            name = f"{path}: sample {sample.key}"
+            name, encoding = f"{path}: sample {sample.key}", NPY if sample.is_array else PNG
             with _named(name):
-                summary.add(normalised_png(file.read(sample.num_bytes))[1], name)
+                summary.add(encoding.normalised(file.read(sample.num_bytes))[1], encoding, name)
     return summary.shard(path, np.array([s.row for s in samples], dtype=SAMPLE_DTYPE))
 
 
@@ -304,36 +329,56 @@ def _in_processes(
 
 
 def _summarise(
-    kind: str,
-    split: str,
-    classes: Sequence[str],
-    folder: Path,
-    built: list[_BuiltShard],
-    num_streams: int | None,
+    origin: _Origin, folder: Path, built: list[_BuiltShard], num_streams: int | None
 ) -> ShardSet:
     first = built[0]
     for other in built:
+        if other.encoding != first.encoding:
+            raise DataError(
+                f"{other.example} is an {other.encoding.noun}, {first.example} an "
+                f"{first.encoding.noun}: a set has one kind"
+            )
         if other.image_shape != first.image_shape:
             raise DataError(
                 f"{other.example} has (channels, height, width) {other.image_shape}, others have "
                 f"{first.image_shape}, such as {first.example}. {_MAKE_ALIKE}"
             )
-    histogram = np.sum([shard.histogram for shard in built], axis=0)
-    values = np.arange(256)
-    mean = histogram @ values / histogram.sum(axis=1)
-    square_mean = histogram @ values**2 / histogram.sum(axis=1)
+    sums = functools.reduce(operator.add, [shard.sums for shard in built])
     return ShardSet(
         store=LocalStore(folder),
-        source=kind,
-        split=split,
-        classes=tuple(classes),
+        source=origin.kind,
+        split=origin.split,
+        classes=tuple(origin.classes),
         image_shape=first.image_shape,
-        pixel_mean=tuple(mean.tolist()),
-        pixel_std=tuple(np.sqrt(square_mean - mean**2).tolist()),
+        pixel_mean=tuple(sums.mean.tolist()),
+        pixel_std=tuple(sums.std.tolist()),
         num_streams=_streams(num_streams, len(built)),
         shards=tuple(shard.shard for shard in built),
         samples=np.concatenate([shard.samples for shard in built]),
+        values=_values(first.encoding, sums, origin.value_range),
     )
+
+
+def _values(encoding: Encoding, sums: Sums, wanted: tuple[float, float] | None) -> ValueRange:
+    _check_range(wanted, encoding)
+    if encoding == PNG:
+        return PIXELS
+    low, high = wanted or (float(sums.low.min()), float(sums.high.max()))
+    try:
+        return ValueRange("float32", low, high)
+    except ValueError as error:
+        raise DataError(f"the arrays have {error}: nothing can be learnt from them") from None
+
+
+def _check_range(wanted: tuple[float, float] | None, encoding: Encoding) -> None:
+    if wanted is None:
+        return
+    if encoding == PNG:
+        raise ConfigError("--value-range is for arrays of floats; these are images of 0..255")
+    try:
+        ValueRange("float32", *wanted)
+    except ValueError as error:
+        raise ConfigError(f"--value-range needs the lesser value first, got {error}") from None
 
 
 def _streams(wanted: int | None, num_shards: int) -> int:

@@ -34,10 +34,11 @@ Exchange = Callable[[Any], list[Any]]
 _RAM_SHARE = 0.25
 _DEVICE_SHARE = 0.1
 _ZEROS = bytes(2**24)
+_UINT8 = np.dtype(np.uint8)
 
 
 class Pixels(Protocol):
-    """uint8 images by number, (N, C, H, W)."""
+    """Decoded images by number, (N, C, H, W)."""
 
     def put(self, ids: NDArray[np.int64], pixels: torch.Tensor) -> None:
         """Keep some images."""
@@ -83,14 +84,22 @@ class HostPixels:
         shape: (N, C, H, W).
         rank: of this process.
         exchange: between all ranks; every rank makes its `HostPixels` at the same time.
+        dtype: of the values.
 
     Raises `ConfigError` on every rank if a node has no room.
     """
 
-    def __init__(self, shape: tuple[int, int, int, int], *, rank: int, exchange: Exchange) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        *,
+        rank: int,
+        exchange: Exchange,
+        dtype: np.dtype[Any] = _UINT8,
+    ) -> None:
         self.shape = shape
-        memory = _shared_memory(math.prod(shape), rank, exchange)
-        self._rows = np.frombuffer(memory, dtype=np.uint8).reshape(shape[0], -1)
+        memory = _shared_memory(math.prod(shape) * dtype.itemsize, rank, exchange)
+        self._rows = np.frombuffer(memory, dtype=dtype).reshape(shape[0], -1)
 
     def put(self, ids: NDArray[np.int64], pixels: torch.Tensor) -> None:
         self._rows[ids] = pixels.numpy().reshape(len(ids), math.prod(self.shape[1:]))
@@ -105,8 +114,13 @@ class HostPixels:
 class DevicePixels:
     """Images in the memory of an accelerator, gathered there."""
 
-    def __init__(self, shape: tuple[int, int, int, int], device: torch.device) -> None:
-        self._pixels = torch.empty(shape, dtype=torch.uint8, device=device)
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        device: torch.device,
+        dtype: torch.dtype = torch.uint8,
+    ) -> None:
+        self._pixels = torch.empty(shape, dtype=dtype, device=device)
 
     def put(self, ids: NDArray[np.int64], pixels: torch.Tensor) -> None:
         device = self._pixels.device

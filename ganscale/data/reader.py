@@ -15,13 +15,12 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ganscale.data.images import decode
 from ganscale.data.order import Order, Slots
 from ganscale.data.shard_cache import CachedStore
 from ganscale.data.shards import ShardSet
@@ -45,10 +44,10 @@ class DamagedSample(DataError):
 
 @dataclass(frozen=True)
 class Images:
-    """Some samples' pixels, without the damaged ones."""
+    """Some samples' pixels, or values where the set has arrays, without the damaged ones."""
 
     pixels: torch.Tensor
-    """uint8, (n, C, H, W), on the reader's device"""
+    """(n, C, H, W) of the set's type (uint8, float32), on the reader's device"""
     sound: NDArray[np.bool_]
     """(asked,) which of the samples that were asked for these are."""
     damaged: tuple[DamagedSample, ...] = ()
@@ -75,7 +74,7 @@ class Batch:
     """A rank's part of one global batch."""
 
     images: torch.Tensor
-    """uint8, (n, C, H, W)"""
+    """(n, C, H, W) of the set's type (uint8, float32)"""
     labels: torch.Tensor
     """int64, (n,); -1 where the set has none"""
     slots: torch.Tensor
@@ -94,7 +93,8 @@ class ShardImages:
     def read(self, samples: NDArray[np.int64]) -> Images:
         crc32s = self.shard_set.samples["crc32"][samples].tolist()
         found = self._found(self.shard_set.spans(samples), crc32s)
-        pixels = np.empty((len(samples), *self.shard_set.image_shape), dtype=np.uint8)
+        shape = (len(samples), *self.shard_set.image_shape)
+        pixels = np.empty(shape, dtype=self.shard_set.values.numpy_dtype)
         sound = np.ones(len(samples), dtype=np.bool_)
         damaged = []
         for place, (data, crc32) in enumerate(zip(found, crc32s, strict=True)):
@@ -126,12 +126,12 @@ class ShardImages:
     def holds(self, samples: NDArray[np.int64]) -> bool:
         return False
 
-    def _decoded(self, data: bytes | MissingData, crc32: int) -> NDArray[np.uint8]:
+    def _decoded(self, data: bytes | MissingData, crc32: int) -> NDArray[Any]:
         if isinstance(data, MissingData):
             raise data
         if not _is(data, crc32):
             raise DataError("damaged, its CRC-32 differs from the index")
-        return decode(data, self.shard_set.image_shape)
+        return self.shard_set.encoding.decode(data, self.shard_set.image_shape)
 
 
 def _is(data: bytes | MissingData, crc32: int) -> bool:

@@ -3,7 +3,8 @@
 `index.json` says what the set is and is written last: a set without it is not finished.
 `samples.npy` beside it has 16 bytes for each sample: where in its tar the image's bytes lie, their
 CRC-32 (image decoders do not notice every flipped bit) and the label. Both can be read anywhere a
-store can be opened; the tars themselves are `key.cls` (label in ASCII) and `key.png`.
+store can be opened; the tars themselves are `key.cls` (label in ASCII) and `key.png`. In sets of
+arrays of floats it is `key.npy`, and the index says which values are -1 and 1 to the networks.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ganscale.data.encodings import ENCODINGS, Encoding
 from ganscale.data.storage import (
     LocalStore,
     MissingData,
@@ -30,6 +32,7 @@ from ganscale.data.storage import (
     open_store,
 )
 from ganscale.data.tars import BLOCK_BYTES, scan_tar
+from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import DataError
 
 __all__ = ["INDEX_NAME", "SAMPLE_DTYPE", "SAMPLES_NAME", "Shard", "ShardSet", "verify_shards"]
@@ -40,7 +43,7 @@ SAMPLE_DTYPE = np.dtype(
     [("block", "<u4"), ("num_bytes", "<u4"), ("crc32", "<u4"), ("label", "<i4")]
 )
 """An image's bytes start at 512 * block in its tar; label is -1 where there is none."""
-_FORMAT = 2
+_PIXELS_FORMAT, _ARRAYS_FORMAT = 2, 3
 
 Progress = Callable[[int], None]
 Samples = NDArray[np.void]
@@ -67,12 +70,14 @@ class ShardSet:
     image_shape: tuple[int, int, int]
     """(channels, height, width)"""
     pixel_mean: tuple[float, ...]
-    """Mean of each channel over the set, in 0..255."""
+    """Mean of each channel over the set, in the units of its values; of pixels, in 0..255."""
     pixel_std: tuple[float, ...]
     num_streams: int
     shards: tuple[Shard, ...]
     samples: Samples = field(repr=False)
     """(num_samples,) of SAMPLE_DTYPE, those of shard 0 first."""
+    values: ValueRange = PIXELS
+    """What is stored, and what it is to the networks."""
 
     @property
     def location(self) -> str:
@@ -88,6 +93,11 @@ class ShardSet:
     def num_bytes(self) -> int:
         """Bytes of all shards."""
         return sum(shard.num_bytes for shard in self.shards)
+
+    @property
+    def encoding(self) -> Encoding:
+        """The form that the images lie in."""
+        return ENCODINGS[self.values.dtype]
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
@@ -143,8 +153,9 @@ class ShardSet:
 
     @classmethod
     def _parse(cls, store: Store, data: dict[str, Any]) -> ShardSet:
-        if data["format"] != _FORMAT:
-            raise ValueError(f"format {data['format']}, expected {_FORMAT}")
+        found, values = data["format"], ValueRange.parse(data.get("values"))
+        if found != _format(values):
+            raise ValueError(f"format {found}, expected {_format(values)}")
         shards = tuple(Shard(**entry) for entry in data["shards"])
         channels, height, width = data["image_shape"]
         raw = store.read(SAMPLES_NAME)
@@ -162,6 +173,7 @@ class ShardSet:
             num_streams=data["num_streams"],
             shards=shards,
             samples=samples,
+            values=values,
         )
         shard_set._check()
         return shard_set
@@ -225,12 +237,14 @@ def _check_folder(root: Path) -> None:
 
 
 def _to_json(shard_set: ShardSet) -> str:
+    values = shard_set.values.to_json()
     data = {
-        "format": _FORMAT,
+        "format": _format(shard_set.values),
         "source": shard_set.source,
         "split": shard_set.split,
         "classes": shard_set.classes,
         "image_shape": shard_set.image_shape,
+        **({} if values is None else {"values": values}),
         "pixel_mean": shard_set.pixel_mean,
         "pixel_std": shard_set.pixel_std,
         "num_streams": shard_set.num_streams,
@@ -238,6 +252,11 @@ def _to_json(shard_set: ShardSet) -> str:
         "shards": [asdict(shard) for shard in shard_set.shards],
     }
     return json.dumps(data, indent=1)
+
+
+def _format(values: ValueRange) -> int:
+    """Sets of pixels are what they were before there were others."""
+    return _PIXELS_FORMAT if values == PIXELS else _ARRAYS_FORMAT
 
 
 def _to_npy(samples: Samples) -> bytes:

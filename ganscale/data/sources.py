@@ -1,7 +1,7 @@
 """Where images come from before they are shards: CIFAR-10, folders, archives, tars, formulas.
 
-A source is a list of encoded images with keys, labels and class names. It is opened by a picklable
-`SourceSpec`, because the shards are built in several processes.
+A source is a list of encoded images with keys, labels and class names; or of arrays of floats in
+npy files. It is opened by a picklable `SourceSpec`, because shards are built in several processes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,18 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import Image
 
+from ganscale.data import spectrograms
+from ganscale.data.arrays import encode_npy
+from ganscale.data.encodings import NPY, PNG, Encoding
 from ganscale.data.procedural import CLASSES, SPLIT_SIZES, procedural_image
-from ganscale.data.tars import BLOCK_BYTES, IMAGE_SUFFIXES, check_end, scan_tar
+from ganscale.data.tars import (
+    ARRAY_SUFFIX,
+    BLOCK_BYTES,
+    IMAGE_SUFFIXES,
+    check_end,
+    scan_tar,
+    trained_on,
+)
 from ganscale.errors import ConfigError, DataError
 
 __all__ = ["CIFAR10_ENV", "Source", "SourceSpec", "open_source", "resolve_source"]
@@ -54,6 +64,11 @@ class Source(Protocol):
         """Equal for sources that hold the same images, as far as names and sizes tell."""
         ...
 
+    @property
+    def encoding(self) -> Encoding:
+        """Whether they are images or arrays of floats."""
+        ...
+
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[str, bytes, int]:
@@ -63,9 +78,9 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """Which source to open: `kind` and, except for the procedural set, where it lies."""
+    """Which source to open: `kind` and, except for the procedural sets, where it lies."""
 
-    kind: Literal["procedural", "cifar10_python", "class_folders", "webdataset"]
+    kind: Literal["procedural", "spectrograms", "cifar10_python", "class_folders", "webdataset"]
     path: str = ""
     split: Split = "train"
 
@@ -79,9 +94,9 @@ def resolve_source(
     """Find the images that `name` stands for.
 
     Args:
-        name: "cifar10", "procedural", "auto" or a path. CIFAR-10 is looked for in the folder or
-            archive named by GANSCALE_CIFAR10, else downloaded by torchvision; "auto" then falls
-            back to the procedural set.
+        name: "cifar10", "procedural", "spectrograms", "auto" or a path. CIFAR-10 is looked for in
+            the folder or archive named by GANSCALE_CIFAR10, else downloaded by torchvision; "auto"
+            then falls back to the procedural set.
         split: "train" or "test".
         download_dir: where torchvision puts a download, and archives are unpacked.
 
@@ -93,6 +108,8 @@ def resolve_source(
     """
     if name == "procedural":
         return SourceSpec("procedural", split=split), None
+    if name == "spectrograms":
+        return SourceSpec("spectrograms", split=split), None
     if name not in ("auto", "cifar10"):
         return _resolve_path(Path(name).expanduser().absolute(), split, download_dir), None
     location = os.environ.get(CIFAR10_ENV)
@@ -118,6 +135,8 @@ def open_source(spec: SourceSpec) -> Source:
     """Open what `resolve_source` found."""
     if spec.kind == "procedural":
         return _Procedural(spec.split)
+    if spec.kind == "spectrograms":
+        return _Spectrograms(spec.split)
     if spec.kind == "cifar10_python":
         return _Cifar10Python(spec.path, spec.split)
     path = Path(spec.path)
@@ -136,8 +155,9 @@ def _resolve_path(path: Path, split: Split, scratch: str | Path) -> SourceSpec:
     if path.name.endswith((".tar", ".tar.gz", ".tgz")):
         return _resolve_folder(_unpacked(path, Path(scratch)), split)
     raise ConfigError(
-        f"{path}: expected a folder or archive (.zip, .tar, .tar.gz) of images in class folders, a "
-        "folder of WebDataset tars, or CIFAR-10's cifar-10-batches-py or cifar-10-python.tar.gz"
+        f"{path}: expected a folder or archive (.zip, .tar, .tar.gz) of images, or of arrays as "
+        ".npy, in class folders, a folder of WebDataset tars, or CIFAR-10's cifar-10-batches-py or "
+        "cifar-10-python.tar.gz"
     )
 
 
@@ -222,6 +242,8 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 
 
 class _Procedural:
+    encoding = PNG
+
     def __init__(self, split: Split) -> None:
         self.classes = CLASSES
         self.split = split
@@ -235,8 +257,26 @@ class _Procedural:
         return f"{index:06d}", _encode_png(Image.fromarray(pixels)), label
 
 
+class _Spectrograms:
+    encoding = NPY
+
+    def __init__(self, split: Split) -> None:
+        self.classes = spectrograms.CLASSES
+        self.split = split
+        self.fingerprint = f"spectrograms {split}"
+
+    def __len__(self) -> int:
+        return spectrograms.SPLIT_SIZES[self.split]
+
+    def read(self, index: int) -> tuple[str, bytes, int]:
+        array, label = spectrograms.spectrogram(self.split, index)
+        return f"{index:06d}", encode_npy(array), label
+
+
 class _Cifar10Python:
     """The published pickles, read (and checked by md5) by torchvision."""
+
+    encoding = PNG
 
     def __init__(self, root: str, split: Split) -> None:
         from torchvision.datasets import CIFAR10
@@ -259,18 +299,23 @@ class _Cifar10Python:
 
 
 class _ImageTree:
-    """`class/name.png` files, or `name.png` without classes, in sorted order, as they are."""
+    """`class/name.png` files, or `name.png` without classes, in sorted order, as they are.
+
+    Where there are no images, `.npy` files take their place.
+    """
 
     def __init__(self, path: Path, members: dict[str, str]) -> None:
         """Args: path of the tree; members: each file's path in it and a mark of its content."""
-        images = [member for member in members if _is_image(member)]
+        shown = [member for member in members if not _is_hidden(member)]
+        images = [shown[place] for place in trained_on([_suffix(member) for member in shown])]
         classified = [member for member in images if member.count("/") == 1]
         self.members = sorted(classified or (m for m in images if "/" not in m))
         if not self.members:
             raise DataError(
                 f"{path}: no images found (class/name.png, or name.png without classes); "
-                f"looked for {', '.join(IMAGE_SUFFIXES)}"
+                f"looked for {', '.join(IMAGE_SUFFIXES)}, and {ARRAY_SUFFIX}"
             )
+        self.encoding = NPY if _suffix(self.members[0]) == ARRAY_SUFFIX else PNG
         self.path = path
         self.classes = sorted({m.split("/")[0] for m in classified})
         marks = [(member, members[member]) for member in self.members]
@@ -329,6 +374,9 @@ class _WebDataset:
             raise DataError(f"{path}: the tars hold no samples")
         num_classes = 1 + max(sample.label for _, sample in self._samples)
         self.classes = [str(label) for label in range(num_classes)]
+        if len({sample.is_array for _, sample in self._samples}) > 1:
+            raise DataError(f"{path}: some samples are images and some are arrays of floats")
+        self.encoding = NPY if self._samples[0][1].is_array else PNG
         rows = [(tar.name, sample.row) for tar, sample in self._samples]
         self.fingerprint = hashlib.sha256(repr(rows).encode()).hexdigest()
 
@@ -342,10 +390,12 @@ class _WebDataset:
             return f"{index:06d}", file.read(sample.num_bytes), sample.label
 
 
-def _is_image(member: str) -> bool:
-    suffix = member.lower().rpartition(".")[2]
-    hidden = any(part.startswith((".", "__MACOSX")) for part in member.split("/"))
-    return suffix in IMAGE_SUFFIXES and not hidden
+def _suffix(member: str) -> str:
+    return member.lower().rpartition(".")[2]
+
+
+def _is_hidden(member: str) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in member.split("/"))
 
 
 def _mark(file: Path) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
@@ -18,10 +18,19 @@ from typing import IO
 
 from ganscale.errors import DataError
 
-__all__ = ["BLOCK_BYTES", "IMAGE_SUFFIXES", "TarSample", "check_end", "scan_tar"]
+__all__ = [
+    "ARRAY_SUFFIX",
+    "BLOCK_BYTES",
+    "IMAGE_SUFFIXES",
+    "TarSample",
+    "check_end",
+    "scan_tar",
+    "trained_on",
+]
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp")
+ARRAY_SUFFIX = "npy"
 _END_BYTES = 2 * BLOCK_BYTES
 _CHUNK_BYTES = 2**20
 _MAX_LABEL = 2**31 - 1
@@ -29,7 +38,7 @@ _MAX_LABEL = 2**31 - 1
 
 @dataclass(frozen=True)
 class TarSample:
-    """The image of one sample and its label."""
+    """The image of one sample, or its array where it has no image, and its label."""
 
     key: str
     """Path of the members up to the first dot of the name, as webdataset has it."""
@@ -39,6 +48,8 @@ class TarSample:
     crc32: int
     label: int
     """From `key.cls`; -1 where the sample has none."""
+    is_array: bool = False
+    """Whether it is an array of floats (npy) instead."""
 
     @property
     def row(self) -> tuple[int, int, int, int]:
@@ -77,7 +88,7 @@ def scan_tar(path: Path) -> Iterator[TarSample]:
 
 def _sample(path: Path, file: IO[bytes], run: list[tarfile.TarInfo]) -> TarSample:
     by_suffix = {_suffix(member): member for member in run}
-    images = [member for member in run if _suffix(member) in IMAGE_SUFFIXES]
+    images = [run[place] for place in trained_on([_suffix(member) for member in run])]
     if len(images) != 1 or len(by_suffix) != len(run):
         names = ", ".join(member.name for member in run)
         raise DataError(
@@ -87,8 +98,19 @@ def _sample(path: Path, file: IO[bytes], run: list[tarfile.TarInfo]) -> TarSampl
     label = _label(path, by_suffix["cls"], file) if "cls" in by_suffix else -1
     data = _content(path, image, file)
     return TarSample(
-        _key(image), image.offset_data // BLOCK_BYTES, len(data), zlib.crc32(data), label
+        _key(image),
+        image.offset_data // BLOCK_BYTES,
+        len(data),
+        zlib.crc32(data),
+        label,
+        is_array=_suffix(image) == ARRAY_SUFFIX,
     )
+
+
+def trained_on(suffixes: Sequence[str]) -> list[int]:
+    """Which of some files are what is trained on: the images; arrays where there are no images."""
+    images = [place for place, suffix in enumerate(suffixes) if suffix in IMAGE_SUFFIXES]
+    return images or [place for place, suffix in enumerate(suffixes) if suffix == ARRAY_SUFFIX]
 
 
 def _label(path: Path, member: tarfile.TarInfo, file: IO[bytes]) -> int:

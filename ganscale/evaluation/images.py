@@ -17,11 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ganscale.data.encodings import PNG
 from ganscale.data.images import normalised_png
 from ganscale.data.reader import ShardImages
 from ganscale.data.shards import INDEX_NAME, ShardSet
 from ganscale.data.sources import Source, Split, open_source, resolve_source
 from ganscale.data.storage import is_url
+from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import DataError
 from ganscale.generation.latents import seeded_labels
 from ganscale.generation.sampling import SampleableGenerator, load_generator, snapshot_file
@@ -37,6 +39,11 @@ __all__ = [
 ]
 
 Indices = NDArray[np.int64]
+
+_ARRAYS = (
+    "has arrays of floats: features, distances and judgements are of 8-bit images. "
+    "ganscale sample writes such arrays and pictures of them"
+)
 
 
 class ImageSet(Protocol):
@@ -71,9 +78,15 @@ class ImageSet(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ImagesOfShards:
-    """All images of a shard set. A damaged one is a `DataError` that names it."""
+    """All images of a shard set. A damaged one is a `DataError` that names it.
+
+    Raises `DataError` if they are arrays of floats.
+    """
 
     shard_set: ShardSet
+
+    def __post_init__(self) -> None:
+        _check_pixels(self.shard_set.values, self.shard_set.location)
 
     @property
     def description(self) -> str:
@@ -115,12 +128,15 @@ class ImagesOfShards:
 class FileImages:
     """The images of a folder or archive, in sorted order; all must have the first one's shape.
 
-    Raises `DataError` that names the place when there is none, or the image that differs.
+    Raises `DataError` that names the place when there is none, or arrays of floats, or the image
+    that differs.
     """
 
     def __init__(self, source: Source, place: str) -> None:
         if not len(source):
             raise DataError(f"{place} holds no images")
+        if source.encoding != PNG:
+            raise DataError(f"{place} {_ARRAYS}")
         self._source = source
         self._place = place
         self.shape = self._pixels(0).shape
@@ -173,7 +189,8 @@ class FileImages:
 class GeneratedImages:
     """`num_images` of a generator, for the seeds `seed`, `seed` + 1, ..., drawn when they are read.
 
-    `name` says where the generator comes from, `identity` which weights it has (a digest).
+    `name` says where the generator comes from, `identity` which weights it has (a digest). Raises
+    `DataError` if it makes arrays of floats.
     """
 
     generator: SampleableGenerator
@@ -181,6 +198,9 @@ class GeneratedImages:
     seed: int
     name: str
     identity: str
+
+    def __post_init__(self) -> None:
+        _check_pixels(self.generator.values, self.name)
 
     @property
     def description(self) -> str:
@@ -279,6 +299,11 @@ def open_images(place: str, *, split: Split = "train", scratch: Path) -> ImageSe
         return ImagesOfShards(ShardSet.load(place))
     spec, _ = resolve_source(place, split, download_dir=scratch)
     return FileImages(open_source(spec), str(spec))
+
+
+def _check_pixels(values: ValueRange, place: str) -> None:
+    if values != PIXELS:
+        raise DataError(f"{place} {_ARRAYS}")
 
 
 def _size(shape: tuple[int, ...]) -> str:

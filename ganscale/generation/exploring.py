@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from ganscale.errors import ConfigError
 from ganscale.generation.latents import seeded_labels, seeded_latents
-from ganscale.generation.sampling import SampleableGenerator, to_uint8
+from ganscale.generation.pictures import as_pictures
+from ganscale.generation.sampling import SampleableGenerator
 from ganscale.generation.truncation import truncated_latents, truncated_styles
 
 __all__ = ["Explorer"]
@@ -31,6 +32,7 @@ class Explorer:
 
     Args:
         generator: what to draw from.
+        pictures: draw arrays of floats as people see them, uint8 in colours.
         truncation_psi: with a mapping network (StyleGAN2), 0 to 1: the share of w's distance to
             its mean that is kept. Without: the largest magnitude of a latent's element, above 0.
 
@@ -38,9 +40,14 @@ class Explorer:
     """
 
     def __init__(
-        self, generator: SampleableGenerator, *, truncation_psi: float | None = None
+        self,
+        generator: SampleableGenerator,
+        *,
+        pictures: bool = False,
+        truncation_psi: float | None = None,
     ) -> None:
         self.generator = generator
+        self.pictures = pictures
         self.model = generator.model
         self.num_classes = generator.num_classes
         self.mapping: nn.Module | None = getattr(generator.model, "mapping", None)
@@ -70,14 +77,14 @@ class Explorer:
         return F.one_hot(labels, self.num_classes).float()
 
     def sample_seeds(self, seeds: list[int], *, label: int | None = None) -> Tensor:
-        """One image for each seed, uint8 (n, C, H, W)."""
+        """One image for each seed, (n, C, H, W) of the generator's values."""
         return self.draw(self.latents(seeds), self.classes(seeds, label))
 
     def draw(self, z: Tensor, classes: Tensor | None = None) -> Tensor:
-        """Images of latents (n, z_dim) and class weights (n, num_classes): uint8 (n, C, H, W)."""
+        """Images (n, C, H, W) of latents (n, z_dim) and class weights (n, num_classes)."""
         if self.mapping is not None and self.truncation_psi is not None:
             return self.draw_styles(self.styles(z, classes))
-        return to_uint8(self._forward(self.model, z, classes)).cpu()
+        return self._stored(self._forward(self.model, z, classes))
 
     @torch.no_grad()
     def styles(self, z: Tensor, classes: Tensor | None = None) -> Tensor:
@@ -98,12 +105,17 @@ class Explorer:
                 stack.enter_context(_styled(self.model, _padded(part)))
                 z = torch.zeros(len(part), self.generator.z_dim)
                 images.append(self._forward(self.model, z, self.classes([0] * len(part))))
-        return to_uint8(torch.cat(images)).cpu()
+        return self._stored(torch.cat(images))
 
     @property
     def num_layers(self) -> int:
         """Styles that an image is made of: one for each convolution, and one for the last image."""
         return 1 + max(index for _, index in _affines(self.model))
+
+    def _stored(self, images: Tensor) -> Tensor:
+        values = self.generator.values
+        found = values.from_network(images).cpu()
+        return as_pictures(found, values) if self.pictures else found
 
     @torch.no_grad()
     def _forward(self, module: nn.Module, z: Tensor, classes: Tensor | None) -> Tensor:

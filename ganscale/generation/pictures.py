@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import ConfigError
 
-__all__ = ["ANIMATED", "lay_out", "write_animation", "write_picture"]
+__all__ = [
+    "ANIMATED",
+    "as_pictures",
+    "cubehelix",
+    "lay_out",
+    "write_animation",
+    "write_array",
+    "write_picture",
+]
 
 ANIMATED = {".gif": "GIF", ".webp": "WEBP", ".apng": "PNG"}
 _WHITE = 255
+_CUBEHELIX = ((-0.14861, 1.78277), (-0.29227, -0.90649), (1.97294, 0.0))
+"""Weights of cosine and sine in red, green and blue: turns about the diagonal of equal light."""
+
+
+def as_pictures(images: Tensor, values: ValueRange) -> Tensor:
+    """Images (n, C, H, W) as people see them, uint8; pixels are themselves.
+
+    Arrays of floats with one channel get the colours of `cubehelix`; three channels are taken for
+    RGB, four for RGBA. The least of the range is black, the greatest white.
+    """
+    if values.dtype == "uint8":
+        return images
+    shades = PIXELS.from_network(values.to_network(images))
+    if shades.shape[1] != 1:
+        return shades
+    colours = cubehelix(torch.arange(256) / 255).to(shades.device)
+    return colours[shades[:, 0].long()].movedim(-1, 1)
+
+
+def cubehelix(shares: Tensor) -> Tensor:
+    """Colours of (n,) numbers in [0, 1], uint8 (n, 3): black to white, evenly in perceived light.
+
+    Green (2011, arXiv 1108.5083), with the published defaults.
+    """
+    angle = 2 * math.pi * (0.5 / 3 + 1 - 1.5 * shares)
+    amplitude = shares * (1 - shares) / 2
+    waves = torch.stack([angle.cos(), angle.sin()], 1) @ shares.new_tensor(_CUBEHELIX).T
+    return PIXELS.from_network(2 * (shares[:, None] + amplitude[:, None] * waves) - 1)
 
 
 def lay_out(images: Tensor, *, scale: int = 1, padding: int = 2) -> Tensor:
@@ -36,6 +75,13 @@ def write_picture(image: Tensor, path: Path) -> None:
         raise ConfigError(f"--out {path}: expected a name that ends in .png")
     path.parent.mkdir(parents=True, exist_ok=True)
     _pillow(image).save(path, format="PNG")
+
+
+def write_array(values: Tensor, path: Path) -> None:
+    """Write values of any shape as an .npy file, for `numpy.load`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        np.save(file, values.numpy(), allow_pickle=False)
 
 
 def write_animation(frames: Tensor, path: Path, *, frame_ms: int = 60) -> None:

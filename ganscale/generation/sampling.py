@@ -1,7 +1,8 @@
 """Snapshots and what is drawn from them: `load_generator(path).sample(16, seed=0)`.
 
 A snapshot is one safetensors file: the averaged generator's weights, those of its encoder if it has
-one, and the model's description as JSON metadata. Loading executes no stored code.
+one, and as JSON metadata the model's description and, where images are arrays of floats, which
+values -1 and 1 stand for. Loading executes no stored code.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ganscale
+from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import CheckpointError
 from ganscale.generation.latents import seeded_labels, seeded_latents
 from ganscale.models import build_classifier, build_encoder, build_generator
@@ -49,22 +51,33 @@ _ROWS = 16
 
 
 class SampleableGenerator:
-    """A generator in evaluation mode and what is known about it."""
+    """A generator in evaluation mode and what is known about it.
 
-    def __init__(self, model: nn.Module, *, spec: dict[str, Any], info: dict[str, Any]) -> None:
+    Its images are those of the set it has learnt from: uint8 pixels, or float32 in the set's units.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        spec: dict[str, Any],
+        info: dict[str, Any],
+        values: ValueRange = PIXELS,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.values = values
         self.z_dim: int = spec["z_dim"]
         self.num_classes: int = spec["num_classes"]
         """0 for a generator that takes no labels."""
         self.info = info
-        """`model` (its description), `nimg` and `version`."""
+        """`model` (its description), `nimg`, `version`; `values` of arrays of floats."""
 
     def sample(self, num_images: int, *, seed: int = 0, label: int | None = None) -> Tensor:
-        """Images for the seeds seed, seed + 1, ...: uint8, (num_images, C, H, W), on the CPU."""
+        """Images for the seeds seed, seed + 1, ...: (num_images, C, H, W), on the CPU."""
         return self.sample_seeds(list(range(seed, seed + num_images)), label=label)
 
     def sample_seeds(self, seeds: list[int], *, label: int | None = None) -> Tensor:
-        """One image for each seed: uint8, (len(seeds), C, H, W); a seed's image is always itself.
+        """One image for each seed, (len(seeds), C, H, W); a seed's image is always itself.
 
         Where there are classes, a seed also decides its label, unless all are to have `label`.
         Raises `ValueError` without a seed, or for a label that the generator does not know.
@@ -91,24 +104,26 @@ class SampleableGenerator:
         z = torch.cat([z, torch.zeros(padding, self.z_dim)])
         labels = torch.cat([labels, torch.zeros(padding, dtype=torch.int64)])
         images: Tensor = self.model(z.to(device), labels.to(device))[: _ROWS - padding]
-        return to_uint8(images).cpu()
+        return self.values.from_network(images).cpu()
 
 
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [-1, 1] as uint8 in 0..255, rounded to nearest, what is outside clamped."""
-    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    return PIXELS.from_network(images)
 
 
-def diversity(images: Tensor) -> float:
+def diversity(images: Tensor, values: ValueRange = PIXELS) -> float:
     """How different images are: the mean over pairs of their root mean square distance.
 
     Args:
-        images: uint8, (N, C, H, W) with N > 1.
+        images: (N, C, H, W) with N > 1.
+        values: what they hold.
 
     Returns:
-        A number from 0, all alike, to 255. 64 real CIFAR-10 images have about 88 (82 to 93).
+        A number from 0, all alike, to 255, which is the whole range of values. 64 real CIFAR-10
+        images have about 88 (82 to 93).
     """
-    flat = images.flatten(1).double()
+    flat = images.flatten(1).double() * (255 / (values.high - values.low))
     return float(torch.pdist(flat).mean()) / math.sqrt(flat.shape[1])
 
 
@@ -119,12 +134,15 @@ def save_snapshot(
     spec: dict[str, Any],
     nimg: int,
     others: Mapping[str, nn.Module] | None = None,
+    values: ValueRange = PIXELS,
 ) -> None:
     """Write a generator, its description and other networks to `path`, complete or not at all.
 
-    Others are those of `OTHERS`, by name.
+    Others are those of `OTHERS`, by name; `values` is what the generator's images hold.
     """
     info = {"model": spec, "nimg": nimg, "version": ganscale.__version__}
+    if (described := values.to_json()) is not None:
+        info["values"] = described
     state = dict(model.state_dict())
     for kind, network in (others or {}).items():
         assert kind in OTHERS
@@ -146,7 +164,8 @@ def load_generator(path: str | Path, *, device: str = "cpu") -> SampleableGenera
     with _opened(path) as (info, weights):
         model = build_generator(info["model"])
         model.load_state_dict({name: t for name, t in weights.items() if "/" not in name})
-        return SampleableGenerator(model.to(device), spec=info["model"], info=info)
+        values = ValueRange.parse(info.get("values"))
+        return SampleableGenerator(model.to(device), spec=info["model"], info=info, values=values)
 
 
 def load_encoder(path: str | Path, *, device: str = "cpu") -> nn.Module | None:

@@ -49,6 +49,26 @@ def built_set(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> S
     return build_shards(spec, tmp_path_factory.mktemp("shards") / "set", num_shards=4)
 
 
+@pytest.fixture(scope="session")
+def array_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """41 arrays of float32, (16, 16) or (1, 16, 16), as .npy in the folders of two classes."""
+    folder = tmp_path_factory.mktemp("arrays")
+    random = np.random.default_rng(1)
+    for number in range(41):
+        path = folder / ("low" if number % 3 else "high") / f"{number:03d}.npy"
+        path.parent.mkdir(exist_ok=True)
+        shape = (16, 16) if number % 2 else (1, 16, 16)
+        np.save(path, random.normal(-40, 12, shape).astype(np.float32))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def array_set(array_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """The arrays as four shards; not to be changed."""
+    spec = SourceSpec("class_folders", str(array_folder))
+    return build_shards(spec, tmp_path_factory.mktemp("shards") / "arrays", num_shards=4)
+
+
 @pytest.fixture
 def own_set(built_set: ShardSet, tmp_path: Path) -> ShardSet:
     """A copy of the shard set that a test may damage."""

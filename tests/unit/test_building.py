@@ -91,11 +91,14 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
 
 
 @pytest.mark.usefixtures("in_threads")
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize(
+    ("folder", "num_images", "shards"),
+    [("image_folder", 37, 1), ("image_folder", 37, 2), ("array_folder", 41, 2)],
+)
 def test_an_interrupted_build_goes_on_with_the_shards_it_has(
-    image_folder: Path, tmp_path: Path, shards: int
+    request: pytest.FixtureRequest, tmp_path: Path, folder: str, num_images: int, shards: int
 ) -> None:
-    spec = SourceSpec("class_folders", str(image_folder))
+    spec = SourceSpec("class_folders", str(request.getfixturevalue(folder)))
     out = tmp_path / "set"
     interrupted_build(spec, out, shards, num_shards=4)
     assert not out.exists()
@@ -109,7 +112,7 @@ def test_an_interrupted_build_goes_on_with_the_shards_it_has(
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == {
         name: modified for name, (_, modified) in kept.items()
     }
-    assert sum(counts) == 37
+    assert sum(counts) == num_images
     fresh = build_shards(spec, tmp_path / "fresh", num_shards=4)
     assert hashes(out) == hashes(fresh.location)
     assert not partial(out).exists()

@@ -39,10 +39,13 @@ def reader_of(
 
 
 def cached(shard_set: ShardSet, kind: str) -> DecodedImages:
-    shape = (shard_set.num_samples, *shard_set.image_shape)
+    shape, values = (shard_set.num_samples, *shard_set.image_shape), shard_set.values
+    kept: HostPixels | DevicePixels
     if kind == "ram":
-        return DecodedImages(ShardImages(shard_set), HostPixels(shape, rank=0, exchange=alone))
-    return DecodedImages(ShardImages(shard_set), DevicePixels(shape, torch.device("cpu")))
+        kept = HostPixels(shape, rank=0, exchange=alone, dtype=values.numpy_dtype)
+    else:
+        kept = DevicePixels(shape, torch.device("cpu"), values.torch_dtype)
+    return DecodedImages(ShardImages(shard_set), kept)
 
 
 def assert_equal_sequences(
@@ -53,6 +56,7 @@ def assert_equal_sequences(
     )
     for _, (one, other) in zip(range(num_batches), pairs, strict=False):
         assert torch.equal(one.images, other.images)
+        assert one.images.dtype == other.images.dtype
         assert torch.equal(one.labels, other.labels)
         assert torch.equal(one.slots, other.slots)
         assert [str(e) for e in one.skipped] == [str(e) for e in other.skipped]
@@ -61,9 +65,11 @@ def assert_equal_sequences(
 @pytest.mark.parametrize("kind", ["ram", "device"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("position", [0, 31])
+@pytest.mark.parametrize("name", ["built_set", "array_set"])
 def test_batches_are_those_of_streaming_over_three_epochs(
-    built_set: ShardSet, kind: str, world_size: int, position: int
+    request: pytest.FixtureRequest, kind: str, world_size: int, position: int, name: str
 ) -> None:
+    built_set: ShardSet = request.getfixturevalue(name)
     for rank in range(world_size):
         streamed = reader_of(built_set, ShardImages(built_set), rank=rank, world_size=world_size)
         kept = reader_of(built_set, cached(built_set, kind), rank=rank, world_size=world_size)

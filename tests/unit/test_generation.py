@@ -10,9 +10,17 @@ from PIL import Image
 
 import ganscale
 from ganscale.config.models import DcganModel, SnganModel
+from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import CheckpointError
 from ganscale.generation.latents import StepRandomness, seeded_labels, seeded_latents
-from ganscale.generation.sampling import SampleableGenerator, save_grid, save_snapshot, to_uint8
+from ganscale.generation.pictures import as_pictures, cubehelix
+from ganscale.generation.sampling import (
+    SampleableGenerator,
+    diversity,
+    save_grid,
+    save_snapshot,
+    to_uint8,
+)
 from ganscale.models import build_discriminator, build_generator
 
 SPEC = DcganModel(z_dim=16, base_channels=8).model_dump()
@@ -101,6 +109,55 @@ def test_snapshot_round_trip_gives_the_same_images(tmp_path: Path) -> None:
     assert torch.equal(loaded.sample(5, seed=3), expected)
     assert torch.equal(ganscale.load_generator(tmp_path).sample(5, seed=3), expected)
     assert loaded.info["model"] == SPEC
+
+
+def test_a_snapshot_keeps_what_its_arrays_hold(tmp_path: Path) -> None:
+    """Samples come in the units of the set: half way between the ends is the network's 0."""
+    torch.manual_seed(0)
+    spec = {**SPEC, "img_channels": 1}
+    model, decibels = build_generator(spec), ValueRange("float32", -80.0, 0.0)
+    save_snapshot(tmp_path / "a.safetensors", model, spec=spec, nimg=1, values=decibels)
+    save_snapshot(tmp_path / "b.safetensors", model, spec=spec, nimg=1)
+    loaded = ganscale.load_generator(tmp_path / "a.safetensors")
+    assert loaded.values == decibels
+    assert loaded.info["values"] == {"dtype": "float32", "low": -80.0, "high": 0.0}
+    arrays = loaded.sample(3, seed=5)
+    assert arrays.dtype == torch.float32
+    with torch.no_grad():
+        images = model.eval()(seeded_latents([5, 6, 7], 16))
+    torch.testing.assert_close(arrays, 40 * images - 40)
+    pixels = ganscale.load_generator(tmp_path / "b.safetensors")
+    assert "values" not in pixels.info
+    assert pixels.sample(3).dtype == torch.uint8
+
+
+def test_arrays_are_as_different_as_the_pixels_they_would_be() -> None:
+    decibels = ValueRange("float32", -80.0, 0.0)
+    pixels = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
+    arrays = pixels.float() / 255 * 80 - 80
+    assert diversity(arrays, decibels) == pytest.approx(diversity(pixels), rel=1e-5)
+
+
+def test_colours_get_brighter_evenly() -> None:
+    """Perceived light, by the weights of NTSC as in the paper, is the number itself."""
+    shares = torch.linspace(0, 1, 256)
+    colours = cubehelix(shares)
+    assert colours[[0, -1]].tolist() == [[0, 0, 0], [255, 255, 255]]
+    assert len(colours.unique(dim=0)) > 250
+    light = colours.float() @ torch.tensor([0.30, 0.59, 0.11]) / 255
+    torch.testing.assert_close(light, shares, rtol=0, atol=0.004)
+
+
+def test_pictures_of_arrays_are_in_colours_and_clipped() -> None:
+    decibels = ValueRange("float32", -80.0, 0.0)
+    arrays = torch.tensor([-200.0, -80, -40, 0, 9]).reshape(1, 1, 1, 5)
+    picture = as_pictures(arrays, decibels)
+    expected = cubehelix(torch.tensor([0, 0, 128 / 255, 1, 1]))
+    assert torch.equal(picture[0, :, 0].T, expected)
+    three = as_pictures(arrays.expand(1, 3, 1, 5), decibels)
+    assert three[0, :, 0].tolist() == [[0, 0, 128, 255, 255]] * 3
+    gray = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    assert as_pictures(gray, PIXELS) is gray
 
 
 @pytest.mark.parametrize("content", [b"", b"not a snapshot", b"\x08" + bytes(100)])

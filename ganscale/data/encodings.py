@@ -1,0 +1,42 @@
+"""The two forms an image is stored in: 8-bit pixels as PNG, floats as npy. The index says which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ganscale.data.arrays import decode_npy, normalised_npy
+from ganscale.data.images import decode, normalised_png
+
+__all__ = ["ENCODINGS", "NPY", "PNG", "Encoding"]
+
+
+class _Normalise(Protocol):
+    def __call__(
+        self, data: bytes, *, resolution: int | None = None, img_channels: int | None = None
+    ) -> tuple[bytes, NDArray[Any]]: ...
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images become bytes and bytes images, (C, H, W); what cannot is a `DataError`."""
+
+    suffix: str
+    """Of the members in the shards that are written here."""
+    dtype: np.dtype[Any]
+    noun: str
+    """What one of them is called in messages."""
+    decode: Callable[[bytes, tuple[int, int, int]], NDArray[Any]] = field(repr=False)
+    """Strictly: an image of another shape than the expected one is refused."""
+    normalised: _Normalise = field(repr=False)
+    """An image of any kind in the form to train on, and its values."""
+
+
+PNG = Encoding("png", np.dtype(np.uint8), "image", decode, normalised_png)
+NPY = Encoding("npy", np.dtype(np.float32), "array of floats", decode_npy, normalised_npy)
+ENCODINGS = {encoding.dtype.name: encoding for encoding in (PNG, NPY)}
+"""By the name of the values' type."""
