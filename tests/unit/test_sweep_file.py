@@ -1,0 +1,194 @@
+"""A sweep's file: what is drawn, what is refused, what exploring does, and what a trial becomes."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ganscale.config import Config
+from ganscale.config.search_space import Domain, drawn, generator_for
+from ganscale.config.sweep import Sweep
+from ganscale.errors import ConfigError
+
+SPACE: dict[str, Any] = {"optimizer.lr": {"loguniform": [1e-4, 1e-2]}}
+PBT = {"name": "pbt", "interval_kimg": 16}
+
+
+def sweep(**changes: Any) -> Sweep:
+    """A valid sweep of four trials, with changes."""
+    values = {"name": "s", "search": SPACE, "mode": "max", "trials": 4, **changes}
+    return Sweep.of(values, Path("s.yaml"))
+
+
+def refusal(**changes: Any) -> str:
+    """The one line with which a sweep is refused."""
+    with pytest.raises(ConfigError) as error:
+        sweep(**changes)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def domain(**values: Any) -> Domain:
+    return Domain.model_validate(values)
+
+
+class Scripted(random.Random):
+    """Random numbers that are given."""
+
+    def __init__(self, *numbers: float) -> None:
+        super().__init__(0)
+        self.numbers = list(numbers)
+
+    def random(self) -> float:
+        return self.numbers.pop(0)
+
+
+def up(value: Any, space: Domain) -> Any:
+    return space.explored(value, (0.8, 1.25), 0.25, Scripted(0.9, 0.1))
+
+
+def down(value: Any, space: Domain) -> Any:
+    return space.explored(value, (0.8, 1.25), 0.25, Scripted(0.9, 0.9))
+
+
+def test_values_lie_where_they_should_and_are_spread() -> None:
+    space = {
+        "a": domain(uniform=[2, 4]),
+        "b": domain(loguniform=[1e-4, 1e-2]),
+        "c": domain(integers=[1, 3]),
+        "d": domain(choice=["x", "y"]),
+    }
+    trials = [drawn(space, 0, number) for number in range(2000)]
+    assert all(2 <= t["a"] <= 4 and 1e-4 <= t["b"] <= 1e-2 for t in trials)
+    assert {t["c"] for t in trials} == {1, 2, 3}
+    assert {t["d"] for t in trials} == {"x", "y"}
+    # Means of the uniform distributions, with standard errors 0.013 and 0.03.
+    assert sum(t["a"] for t in trials) / 2000 == pytest.approx(3, abs=0.06)
+    logs = [math.log(t["b"]) for t in trials]
+    assert sum(logs) / 2000 == pytest.approx(math.log(1e-3), abs=0.15)
+
+
+def test_a_value_depends_on_seed_trial_and_field_alone() -> None:
+    one = {"a": domain(uniform=[0, 1])}
+    two = {"b": domain(uniform=[0, 1]), **one}
+    assert [drawn(one, 3, n)["a"] for n in range(9)] == [drawn(two, 3, n)["a"] for n in range(9)]
+    assert drawn(one, 3, 0) != drawn(one, 4, 0)
+    assert drawn(two, 3, 0)["a"] != drawn(two, 3, 0)["b"]
+
+
+def test_grids_are_multiplied_and_repeated() -> None:
+    search = {"optimizer.beta1": {"grid": [0.0, 0.5]}, "seed": {"grid": [1, 2, 3]}}
+    points = [t.values for t in sweep(search=search, trials=None).trials()]
+    product = [{"optimizer.beta1": b, "seed": s} for b in (0.0, 0.5) for s in (1, 2, 3)]
+    assert points == product
+    assert [t.values for t in sweep(search=search, trials=12).trials()] == product * 2
+    assert "trials=7: expected a multiple of 6" in refusal(search=search, trials=7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"search": {"optimiser.lr": {"choice": [1]}}}, "did you mean 'optimizer.lr'?"),
+        ({"search": {"optimizer.rl": {"choice": [1]}}}, "did you mean 'optimizer.lr'?"),
+        ({"overrides": {"training.total": 3}}, "did you mean 'training.total_kimg'?"),
+        ({"serch": SPACE}, "did you mean 'search'?"),
+        ({"search": {"optimizer.lr": {"normal": [0, 1]}}}, "expected one of choice, grid"),
+        ({"search": {"optimizer.lr": {"uniform": [2, 1]}}}, "low < high, got [2, 1]"),
+        ({"search": {"optimizer.lr": {"loguniform": [0, 1]}}}, "numbers above 0, got 0"),
+        ({"search": {"optimizer.beta1": {"choice": [1.5]}}}, "optimizer.beta1=1.5"),
+        ({"search": {"storage": {"choice": ["a"]}}}, "storage cannot vary"),
+        ({"search": {"augment.name": {"choice": [1], "relative": True}}}, "is no number"),
+        ({"trials": None}, "trials: say how many"),
+        ({"mode": "best"}, "mode='best'"),
+        ({"metric": "frechet"}, "needs evaluations: set evaluation.every_kimg"),
+        ({"scheduler": {"name": "asha", "grace_kimg": 1}}, "grace_kimg=1 must be between 16"),
+        ({"scheduler": {"name": "pbt", "interval_kimg": 96}}, "must be between 16"),
+        ({"scheduler": PBT, "trials": 1}, "two trials at least"),
+        (
+            {"scheduler": PBT, "search": {"training.batch_size": {"choice": [32, 64]}}},
+            "training.batch_size cannot change within a run",
+        ),
+        ({"scheduler": PBT, "search": {"penalty.r1": {"choice": [0, 1]}}}, "may not become 0"),
+        # A value that no trial begins with, but that one could come to.
+        ({"scheduler": PBT, "search": {"optimizer.beta1": {"uniform": [0, 1]}}}, "beta1=1.0"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_starts(changes: dict[str, Any], told: str) -> None:
+    assert told in refusal(**changes)
+
+
+def test_exploring_multiplies_within_the_bounds() -> None:
+    rate = domain(loguniform=[1e-4, 1e-3])
+    assert up(4e-4, rate) == pytest.approx(5e-4)
+    assert down(4e-4, rate) == pytest.approx(3.2e-4)
+    assert down(up(4e-4, rate), rate) == pytest.approx(4e-4)  # the factors are reciprocal
+    assert up(9e-4, rate) == 1e-3
+    assert down(1.1e-4, rate) == 1e-4
+    assert rate.explored(4e-4, (0.8, 1.25), 0.25, Scripted(0.2, 0.5)) == pytest.approx(
+        math.sqrt(1e-4 * 1e-3), rel=1e-3
+    )
+
+
+def test_exploring_moves_whole_numbers_and_lists_by_a_step() -> None:
+    count = domain(integers=[1, 100])
+    assert (up(2, count), down(2, count)) == (3, 1)
+    assert (up(40, count), down(40, count)) == (50, 32)
+    assert (up(100, count), down(1, count)) == (100, 1)
+    listed = domain(choice=[0.1, 1.0, 10.0])
+    assert (up(1.0, listed), down(1.0, listed)) == (10.0, 0.1)
+    assert (up(10.0, listed), down(0.1, listed)) == (10.0, 0.1)
+
+
+@given(
+    value=st.floats(1e-4, 1e-2),
+    factors=st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)),
+    resample=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_explored_values_never_leave_the_space(
+    value: float, factors: tuple[float, float], resample: float, seed: int
+) -> None:
+    space = domain(loguniform=[1e-4, 1e-2])
+    assert 1e-4 <= space.explored(value, factors, resample, generator_for(seed)) <= 1e-2
+
+
+def test_a_relative_value_multiplies_a_schedule_at_every_position() -> None:
+    schedule = {"start": 4e-4, "end": 1e-4, "kimg": 50, "shape": "cosine"}
+    relative = sweep(
+        overrides={"optimizer.lr": schedule},
+        search={"optimizer.lr": {"uniform": [0.5, 2], "relative": True}},
+    )
+    base, tripled = relative.base, relative.config("t", {"optimizer.lr": 3})
+    for nimg in (0, 10_000, 25_000, 60_000):
+        assert tripled.optimizer.lr.at(nimg) == pytest.approx(3 * base.optimizer.lr.at(nimg))
+    replaced = sweep(overrides={"optimizer.lr": schedule}).config("t", {"optimizer.lr": 3e-4})
+    assert {replaced.optimizer.lr.at(nimg) for nimg in (0, 25_000, 60_000)} == {3e-4}
+
+
+def test_a_trial_is_a_run_in_the_folder_of_the_sweep(tmp_path: Path) -> None:
+    places = {"storage": str(tmp_path), "checkpoint.location": "s3://bucket/runs/"}
+    found = sweep(overrides=places)
+    trial = found.trials()[3]
+    config = found.config(trial.name, trial.values)
+    assert config.run_dir == tmp_path / "s" / "s-003"
+    assert config.checkpoints == "s3://bucket/runs/s/s-003"
+    assert config.optimizer.lr.start == trial.values["optimizer.lr"]
+    same = {"name": "quickstart", "storage": "runs", "optimizer.lr": 5e-4}
+    assert config.with_changes({**same, "checkpoint.location": None}) == Config.model_validate(
+        sweep().base.model_dump()
+    )
+
+
+def test_what_a_population_does_is_a_function_of_seed_position_and_trial() -> None:
+    population = sweep(scheduler=PBT)
+    before = {"optimizer.lr": 1e-3}
+    again = sweep(scheduler=PBT).explored(before, 16, 1)
+    assert population.explored(before, 16, 1) == again
+    others = [population.explored(before, kimg, n) for kimg in (16, 32, 48) for n in range(8)]
+    assert len({o["optimizer.lr"] for o in others}) > 3
