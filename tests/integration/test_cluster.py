@@ -175,7 +175,7 @@ def test_request_workers_leaves_its_request_with_ray_and_becomes_the_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import ray
-    from ray._raylet import GcsClient
+    from ray._private.worker import global_worker
     from ray.autoscaler.v2.sdk import get_cluster_resource_state
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
@@ -190,7 +190,7 @@ def test_request_workers_leaves_its_request_with_ray_and_becomes_the_command(
             env={**os.environ, "RAY_ADDRESS": address}, capture_output=True, text=True,
         )  # fmt: skip
         assert done.stdout.split() == ["launch.num_workers=[8,32]"], done.stderr
-        state = get_cluster_resource_state(GcsClient(address=address))
+        state = get_cluster_resource_state(global_worker.gcs_client)
         (constraint,) = state.cluster_resource_constraints
         (asked,) = constraint.resource_requests
         assert (dict(asked.request.resources_bundle), asked.count) == ({"CPU": 4.0, "GPU": 1.0}, 32)
