@@ -55,7 +55,7 @@ class Entry:
     snapshot: Path
     run_dir: RunDirectory
     method: str
-    ways: Mapping[str, Reconstructor]
+    ways: Mapping[By, Reconstructor]
     """By encoder, by inversion: those that the run has."""
 
     @property

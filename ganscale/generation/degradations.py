@@ -258,4 +258,5 @@ def _mask_in(path: str, height: int, width: int) -> Tensor:
     if picture.shape != (height, width):
         size = f"{picture.shape[1]}x{picture.shape[0]}"
         raise ConfigError(f"--mask {path} is {size}, the images are {width}x{height}")
-    return picture > 127
+    missing: Tensor = picture > 127
+    return missing

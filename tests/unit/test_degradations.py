@@ -36,14 +36,16 @@ def half(images: Array) -> Array:
 def blocks(scale: int) -> Callable[[Array], Array]:
     def means(images: Array) -> Array:
         n, c, h, w = images.shape
-        return images.reshape(n, c, h // scale, scale, w // scale, scale).mean((3, 5))
+        tiles: Array = images.reshape(n, c, h // scale, scale, w // scale, scale)
+        return np.asarray(tiles.mean((3, 5)))
 
     return means
 
 
 def gaussian(images: Array) -> Array:
     # scipy's "mirror" is torch's "reflect"; its kernel is cut at truncate * sigma.
-    return ndimage.gaussian_filter(images, (0, 0, 1.2, 1.2), mode="mirror", radius=4)
+    blurred: Array = ndimage.gaussian_filter(images, (0, 0, 1.2, 1.2), mode="mirror", radius=4)
+    return blurred
 
 
 def brightness(images: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -10,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from ganscale.generation.degradations import denoise, identity, inpaint, mask_named, superres
+from ganscale.generation.degradations import (
+    Degradation,
+    denoise,
+    identity,
+    inpaint,
+    mask_named,
+    superres,
+)
 from ganscale.generation.inversion import GROUP, Search, encoded, invert
 from ganscale.generation.sampling import SampleableGenerator
 
@@ -35,18 +43,22 @@ class Linear(nn.Module):
 class PseudoInverse(nn.Module):
     """The exact encoder of a linear generator."""
 
-    def __init__(self, generator: Linear) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.register_buffer("matrix", torch.linalg.pinv(generator.weight.detach()))
+        self.inverse = torch.linalg.pinv(weight)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        z = images.flatten(1) @ self.matrix.T
+        z = images.flatten(1) @ self.inverse.T
         return z, torch.zeros_like(z)
 
 
 def linear(num_classes: int = 0) -> SampleableGenerator:
     spec = {"z_dim": Z_DIM, "num_classes": num_classes}
     return SampleableGenerator(Linear(num_classes), spec=spec, info={})
+
+
+def weight_of(generator: SampleableGenerator) -> Tensor:
+    return generator.model.get_parameter("weight").detach()
 
 
 def any_images(num: int, seed: int = 1) -> Tensor:
@@ -57,13 +69,15 @@ def any_images(num: int, seed: int = 1) -> Tensor:
 @pytest.mark.parametrize(
     "degradation", [identity(), superres(2), inpaint(mask_named("half", 8, 8))]
 )
-def test_the_latents_are_those_of_least_squares(optimizer: str, degradation: object) -> None:
+def test_the_latents_are_those_of_least_squares(
+    optimizer: Literal["adam", "lbfgs"], degradation: Degradation
+) -> None:
     generator, images = linear(), any_images(3)
-    search = Search(optimizer=optimizer, steps=400, restarts=2, pool=64)  # type: ignore[arg-type]
-    found = invert(generator, degradation, degradation.operator(images), search)  # type: ignore[arg-type, attr-defined]
-    basis = generator.model.weight.T.view(Z_DIM, *SHAPE)
-    seen = degradation.operator(basis).flatten(1).T  # type: ignore[attr-defined]
-    wanted = degradation.operator(images).flatten(1).T  # type: ignore[attr-defined]
+    search = Search(optimizer=optimizer, steps=400, restarts=2, pool=64)
+    found = invert(generator, degradation, degradation.operator(images), search)
+    basis = weight_of(generator).T.view(Z_DIM, *SHAPE)
+    seen = degradation.operator(basis).flatten(1).T
+    wanted = degradation.operator(images).flatten(1).T
     z, *_ = np.linalg.lstsq(seen.numpy(), wanted.numpy(), rcond=None)
     assert_close(found.latents, torch.from_numpy(z.T), rtol=1e-2, atol=1e-2)
     errors = ((seen.numpy() @ z - wanted.numpy()) ** 2).mean(0)
@@ -74,7 +88,7 @@ def test_the_prior_gives_ridge_regression() -> None:
     generator, images = linear(), any_images(2)
     prior = 0.5
     found = invert(generator, denoise(0.1), images, Search(steps=50, prior=prior))
-    w = generator.model.weight.double().numpy()
+    w = weight_of(generator).double().numpy()
     # mean over 64 pixels of (W z - x)^2 + prior times the mean over z.
     normal = w.T @ w / 64 + prior * np.eye(Z_DIM) / Z_DIM
     wanted = np.linalg.solve(normal, w.T @ images.flatten(1).double().numpy().T / 64)
@@ -107,7 +121,7 @@ def test_classes_are_found_or_taken() -> None:
 
 def test_the_encoder_is_a_start() -> None:
     generator = linear()
-    encoder = PseudoInverse(generator.model)  # type: ignore[arg-type]
+    encoder = PseudoInverse(weight_of(generator))
     images = generator.model(3 * torch.ones(2, Z_DIM), torch.zeros(2, dtype=torch.int64))
     search = Search(steps=1, restarts=2, pool=64, optimizer="adam", lr=1e-6)
     without = invert(generator, identity(), images, search)
@@ -118,7 +132,7 @@ def test_the_encoder_is_a_start() -> None:
 
 def test_an_encoder_alone_decodes_the_trivial_reconstruction() -> None:
     generator = linear()
-    encoder = PseudoInverse(generator.model)  # type: ignore[arg-type]
+    encoder = PseudoInverse(weight_of(generator))
     images = any_images(GROUP + 2)
     degradation = superres(2)
     observed = degradation.operator(images)
