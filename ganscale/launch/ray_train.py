@@ -34,10 +34,13 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from ganscale.config import Config
 from ganscale.errors import GanscaleError
+from ganscale.launch.ray_metrics import RayMetrics
 from ganscale.launch.signals import stopping_on_signals
 from ganscale.launch.supervisor import Failure, Supervisor
 from ganscale.run_directory import RunDirectory
+from ganscale.tracking.logs import to_stderr
 from ganscale.tracking.sinks import EventLog
+from ganscale.tracking.wandb_sink import variables
 from ganscale.training.stopping import Ending, StopRequest
 from ganscale.world import World
 
@@ -155,7 +158,11 @@ class RayWorkers:
         shutil.rmtree(folder, ignore_errors=True)
         return TorchTrainer(
             _worker,
-            train_loop_config={"config": self.config.model_dump(), "token": token},
+            train_loop_config={
+                "config": self.config.model_dump(),
+                "token": token,
+                "wandb": variables(),
+            },
             torch_config=TorchConfig(
                 backend="cpu:gloo,cuda:nccl" if launch.use_gpu else "gloo",
                 timeout_s=int(launch.timeout_seconds),
@@ -188,6 +195,9 @@ def _worker(settings: dict[str, Any]) -> None:
     if _told(token, "error"):
         return  # Ray starts workers again after any error; this one would only come again
     world = World.detect("cuda" if config.launch.use_gpu else "cpu")
+    os.environ.update(settings["wandb"])
+    to_stderr(config.name, world.rank)
+    sinks = [RayMetrics(config.name, config.total_nimg)] if world.is_main else []
     if world.is_main:
         _tell(token, "in_place", "yes")
     stop = StopRequest()
@@ -197,7 +207,7 @@ def _worker(settings: dict[str, Any]) -> None:
     )
     listener.start()
     try:
-        ending = train(config, world, stop)
+        ending = train(config, world, stop, sinks)
     except GanscaleError as error:
         _tell(token, "error", f"rank {world.rank}: {error}")
         raise

@@ -19,7 +19,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import psutil
 
@@ -127,7 +127,7 @@ class _Holder:
                 self._run.finish(exit_code=1)
         os._exit(1)
 
-    def _init(self, mode: str) -> Any:
+    def _init(self, mode: Literal["online", "offline"]) -> Any:
         seconds = self._settings["seconds"]
         run = self._wandb.init(
             **self._settings["init"],

@@ -257,11 +257,13 @@ class _Helper:
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
-        is_closed = False
+        is_closed, told = False, set[str]()
         for line in self._process.stdout:
             said = json.loads(line)
             is_closed = is_closed or said.get("closed", False)
-            if message := said.get("message") or said.get("problem"):
+            message = said.get("message") or said.get("problem")
+            if message and message not in told:  # a server that is away is told of once
+                told.add(message)
                 self._tell(message)
         if not is_closed and not self._is_gone:
             code = self._process.wait()

@@ -1,0 +1,226 @@
+"""Dashboards ask for what runs export and log: a run under Ray says what that is."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ganscale.cli import main
+from ganscale.config import Config
+from ganscale.launch.ray_metrics import prometheus_names
+from ganscale.run_directory import RunDirectory
+from ganscale.tracking.dashboard import SECTIONS, Curve, Pictures, Table, definition, workspace
+from ganscale.tracking.sinks import FAULTS
+from tests.support.ranks import free_port
+from tests.support.runs import read_rows
+
+GRAFANA = Path(__file__).parents[2] / "cluster" / "grafana" / "ganscale.json"
+CURVES = [panel for section in SECTIONS for panel in section.panels if isinstance(panel, Curve)]
+
+# Logged by other methods, on GPUs, or where something is evaluated.
+ELSEWHERE = {
+    "train/loss_E",
+    "train/r1_penalty",
+    "metrics/fid",
+    "metrics/kid",
+    "metrics/precision",
+    "metrics/recall",
+    "workers/0/gpu_memory_gib",
+}
+NOT_ON_A_CPU = {"ray_ganscale_worker_gpu_memory_gib"}
+
+
+@pytest.fixture(scope="module")
+def exporting_node() -> Iterator[tuple[str, int]]:
+    """A Ray cluster of one node: its address, and the port where Prometheus would ask."""
+    port, metrics_port = free_port(), free_port()
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    command += [f"--port={port}", f"--metrics-export-port={metrics_port}", "--num-cpus=1"]
+    with tempfile.TemporaryDirectory(prefix="gs", ignore_cleanup_errors=True) as folder:
+        node = subprocess.Popen(
+            [*command, "--include-dashboard=false", "--disable-usage-stats"],
+            env={**os.environ, "RAY_TMPDIR": folder, "RAY_metrics_report_interval_ms": "1000"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert node.stdout is not None
+        assert any("Ray runtime started" in line for line in node.stdout)
+        yield f"127.0.0.1:{port}", metrics_port
+        for process in psutil.Process(node.pid).children(recursive=True):
+            process.kill()
+        node.kill()
+        node.communicate()
+
+
+def scraped(port: int) -> dict[str, list[dict[str, str]]]:
+    """The labels of each series that the node exports, by the metric's name."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            text = answer.read().decode()
+    except OSError:
+        return {}
+    found: dict[str, list[dict[str, str]]] = {}
+    for name, labels in re.findall(r"^(\w+)\{(.*)\} \S+$", text, re.MULTILINE):
+        found.setdefault(name, []).append(dict(re.findall(r'(\w+)="([^"]*)"', labels)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(
+    exporting_node: tuple[str, int], procedural_shards: Path, tmp_path_factory: Any
+) -> tuple[Config, dict[str, list[dict[str, str]]]]:
+    """A run under Ray, and what its node exported while it trained."""
+    address, port = exporting_node
+    storage = tmp_path_factory.mktemp("runs")
+    config = Config().with_changes(
+        {
+            "name": "tiny",
+            "storage": str(storage),
+            "data.shards": str(procedural_shards),
+            "model": {"base_channels": 8, "z_dim": 16},
+            "training.batch_size": 16,
+            "training.total_kimg": 100,
+            "augment": {"name": "ada", "p": 0.5},
+            "samples.num_images": 4,
+            "tracking.wandb": "disabled",
+            "tracking.log_every_kimg": 0.064,
+            "checkpoint.every_kimg": 0.64,
+            "launch.ray_address": address,
+        }
+    )
+    file = storage / "config.yaml"
+    file.write_text(config.to_yaml())
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "ganscale", "train", "--config", str(file)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wanted, found, deadline = prometheus_names() - NOT_ON_A_CPU, scraped(port), time.time() + 180
+    while not wanted <= set(found):
+        assert driver.poll() is None, driver.communicate()[1]
+        assert time.time() < deadline, f"not exported: {sorted(wanted - set(found))}"
+        time.sleep(0.5)
+        found = scraped(port)
+    driver.terminate()
+    driver.communicate(timeout=120)
+    return config, found
+
+
+@pytest.fixture(scope="module")
+def logged(run: tuple[Config, Any]) -> set[str]:
+    """Columns of the run's rows, and those that its W&B run would have besides."""
+    rows = read_rows(RunDirectory(run[0].run_dir).metrics)
+    return {*(name for row in rows for name in row), *(f"faults/{fault}" for fault in FAULTS)}
+
+
+def expressions() -> list[str]:
+    dashboard = json.loads(GRAFANA.read_text())
+    queries = [t["expr"] for panel in dashboard["panels"] for t in panel.get("targets", [])]
+    queries += [note["expr"] for note in dashboard["annotations"]["list"]]
+    queries += [v["definition"] for v in dashboard["templating"]["list"] if v["type"] == "query"]
+    assert len(queries) > 20
+    return queries
+
+
+def test_grafana_asks_for_what_the_node_exported_and_leaves_nothing_out(run: Any) -> None:
+    _, found = run
+    asked = {name for expr in expressions() for name in re.findall(r"\bray_ganscale_\w+", expr)}
+    assert asked <= set(found) | NOT_ON_A_CPU
+    exported = {name for name in found if name.startswith("ray_ganscale_")}
+    assert asked >= exported
+    assert asked == prometheus_names()
+
+
+def test_grafana_groups_by_labels_that_the_series_have(run: Any) -> None:
+    _, found = run
+    for expression in expressions():
+        for labels, name in re.findall(r"by \(([\w, ]+)\) \((ray_ganscale_\w+)", expression):
+            for series in found.get(name, []):
+                assert set(labels.split(", ")) <= set(series), expression
+    assert all(series["run"] == "tiny" for series in found["ray_ganscale_step"])
+
+
+def test_every_curve_of_the_workspace_shows_something_that_is_logged(logged: set[str]) -> None:
+    for curve in CURVES:
+        assert set(curve.names) <= logged | ELSEWHERE, curve.title
+        names = [n for n in logged | ELSEWHERE if re.fullmatch(curve.regex or "", n)]
+        assert curve.names or names, curve.title
+
+
+def test_every_figure_that_is_logged_has_a_curve(logged: set[str]) -> None:
+    names = {name for curve in CURVES for name in curve.names}
+    regexes = [curve.regex for curve in CURVES if curve.regex]
+    left_out = {n for n in logged - names if not any(re.fullmatch(r, n) for r in regexes)}
+    assert left_out == {"step", "nimg", "attempt", "time/unix"}
+
+
+def test_the_definition_has_every_panel_and_no_server_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    found = definition("team", "faces", "sweep-1")
+    bank = found["workspace"]["section"]["panelBankConfig"]["sections"]
+    assert [section["name"] for section in bank] == [section.name for section in SECTIONS]
+    panels = [panel for section in bank for panel in section["panels"]]
+    titles = {panel["config"].get("chartTitle") for panel in panels}
+    assert {curve.title for curve in CURVES} <= titles
+    grids = [b for b in found["report"]["blocks"] if b["type"] == "panel-grid"]
+    assert len(grids) == len(SECTIONS)
+    for section in SECTIONS:
+        for panel in section.panels:
+            if isinstance(panel, Pictures | Table):
+                assert f'"{panel.name}"' in json.dumps(bank)
+                assert f'"{panel.name}"' in json.dumps(grids)
+    for place in (found["workspace"]["section"]["runSets"], grids[0]["metadata"]["runSets"]):
+        assert '"sweep-1"' in json.dumps(place)
+
+
+def test_the_workspace_is_read_back_as_it_was_made() -> None:
+    made = workspace("team", "faces", None)
+    again = type(made)._from_model(made._to_model())
+    assert [s.name for s in again.sections] == [s.name for s in made.sections]
+    panels = [panel for section in again.sections for panel in section.panels]
+    assert [type(p) for p in panels] == [type(p) for s in made.sections for p in s.panels]
+    regexes = [panel.metric_regex for panel in panels if getattr(panel, "metric_regex", None)]
+    assert regexes == [curve.regex for curve in CURVES if curve.regex]
+
+
+def test_without_a_key_the_command_prints_the_definition(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(SystemExit) as stop:
+        main(["dashboard", "--project", "faces"])
+    assert stop.value.code == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"workspace", "report"}
+    with pytest.raises(SystemExit) as stop:
+        main(["dashboard", "--out", str(tmp_path / "dashboard.json")])
+    assert stop.value.code == 0
+    assert set(json.loads((tmp_path / "dashboard.json").read_text())) == {"workspace", "report"}
+
+
+def test_a_server_that_cannot_be_asked_is_an_error_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "local" + 35 * "0")
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(SystemExit) as stop:
+        main(["dashboard", "--entity", "team"])
+    assert stop.value.code == 1
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("ganscale: ")]
+    assert "--out FILE writes its definition" in line
