@@ -25,6 +25,14 @@ def procedural_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def spectrogram_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """350 spectrograms, float32 of 32x32, in 7 shards."""
+    root = tmp_path_factory.mktemp("shards") / "spectrograms"
+    build_shards(SourceSpec("spectrograms"), root, num_shards=7, limit=350, resolution=32)
+    return root
+
+
+@pytest.fixture(scope="session")
 def cifar10_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """2,000 real CIFAR-10 images in 16 shards, where GANSCALE_CIFAR10 says they are."""
     if not os.environ.get(CIFAR10_ENV):

@@ -363,7 +363,7 @@ def _values(encoding: Encoding, sums: Sums, wanted: tuple[float, float] | None) 
     _check_range(wanted, encoding)
     if encoding == PNG:
         return PIXELS
-    low, high = wanted or (float(sums.low.min()), float(sums.high.max()))
+    low, high = wanted or (float(sums.low.min()) + 0.0, float(sums.high.max()) + 0.0)  # no -0.0
     try:
         return ValueRange("float32", low, high)
     except ValueError as error:

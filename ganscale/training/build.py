@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ganscale.config import Config
+from ganscale.config import Config, EncoderMethod
 from ganscale.data.decoded_cache import (
     DecodedImages,
     DevicePixels,
@@ -21,9 +21,11 @@ from ganscale.data.reader import BatchReader, ImageReader, ReadAhead, ShardImage
 from ganscale.data.shard_cache import CachedStore
 from ganscale.data.shards import ShardSet
 from ganscale.data.storage import RemoteStore, RetryPolicy, Store
+from ganscale.data.values import PIXELS
 from ganscale.ema import Ema
 from ganscale.errors import ConfigError
 from ganscale.generation.latents import seed_for
+from ganscale.generation.sampling import load_generator
 from ganscale.training.methods import AVERAGED, METHODS
 from ganscale.training.precision import Precision
 from ganscale.training.state import TrainingState
@@ -34,6 +36,7 @@ __all__ = [
     "build_reader",
     "build_state",
     "check_against_shards",
+    "check_generator",
     "ema_names",
     "load_shards",
 ]
@@ -90,11 +93,15 @@ def build_reader(
     fetches = isinstance(store, CachedStore)
     images: ImageReader = ShardImages(shard_set, store)
     shape = (shard_set.num_samples, *shard_set.image_shape)
-    cache = choose_cache(data.cache, math.prod(shape), world.torch_device, exchange)
+    values = shard_set.values
+    num_bytes = math.prod(shape) * values.numpy_dtype.itemsize
+    cache = choose_cache(data.cache, num_bytes, world.torch_device, exchange)
     if cache == "ram":
-        images = DecodedImages(images, HostPixels(shape, rank=world.rank, exchange=exchange))
+        kept = HostPixels(shape, rank=world.rank, exchange=exchange, dtype=values.numpy_dtype)
+        images = DecodedImages(images, kept)
     elif cache == "device":
-        images = DecodedImages(images, DevicePixels(shape, world.torch_device))
+        on_device = DevicePixels(shape, world.torch_device, values.torch_dtype)
+        images = DecodedImages(images, on_device)
     return BatchReader(
         shard_set,
         build_order(config, shard_set),
@@ -120,14 +127,32 @@ def _local_or_cached(config: Config, shard_set: ShardSet) -> Store:
     return CachedStore(store, shard_set.shards, Path(data.cache_dir), limit)
 
 
+def check_generator(config: Config, shard_set: ShardSet) -> None:
+    """Raise `ConfigError` if an encoder's generator means something else by -1 and 1."""
+    if not isinstance(config.method, EncoderMethod):
+        return
+    theirs = load_generator(config.method.generator).values
+    if theirs != shard_set.values:
+        raise ConfigError(
+            f"the generator in {config.method.generator} makes {theirs}, {shard_set.location} has "
+            f"{shard_set.values}: build the set with the same --value-range"
+        )
+
+
 def check_against_shards(config: Config, shard_set: ShardSet) -> None:
-    """Raise `ConfigError` if the model and the images, or the workers and the streams, disagree."""
+    """Raise `ConfigError` if the set is not for the model, the evaluation or so many workers."""
     expected = (config.model.img_channels, config.model.resolution, config.model.resolution)
     if shard_set.image_shape != expected:
         channels, height, _ = shard_set.image_shape
         raise ConfigError(
             f"the images in {shard_set.location} have shape {shard_set.image_shape}, the model "
             f"makes {expected}: set model.img_channels={channels} model.resolution={height}"
+        )
+    if config.evaluation.every_kimg and shard_set.values != PIXELS:
+        raise ConfigError(
+            f"evaluation.every_kimg={config.evaluation.every_kimg:g}, but {shard_set.location} "
+            "has arrays of floats, and only images have the features that evaluations compare: "
+            "set evaluation.every_kimg=0"
         )
     num_classes = len(shard_set.classes)
     if config.model.num_classes not in (0, num_classes):

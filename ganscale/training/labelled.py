@@ -35,6 +35,7 @@ class LabelledPool:
         if found.damaged:
             raise found.damaged[0]
         self._pixels = found.pixels.to(device)
+        self._values = shard_set.values
         labels = shard_set.samples["label"][samples].astype(np.int64)
         self._labels = torch.from_numpy(labels).to(device)
 
@@ -42,7 +43,8 @@ class LabelledPool:
         """One image for each place of the global batch, with replacement; a rank gets its own."""
         places = random.uniform("labelled", 1)[:, 0] * len(self._labels)
         chosen = places.long().clamp(max=len(self._labels) - 1)  # a product may be rounded up
-        return Labelled(network_input(self._pixels[chosen]), self._labels[chosen])
+        images = network_input(self._pixels[chosen], self._values)
+        return Labelled(images, self._labels[chosen])
 
 
 def labelled_samples(shard_set: ShardSet, num_labels: int, *, seed: int) -> NDArray[np.int64]:

@@ -30,6 +30,7 @@ from ganscale.training.build import (
     build_reader,
     build_state,
     check_against_shards,
+    check_generator,
     ema_names,
     load_shards,
 )
@@ -62,6 +63,7 @@ def train(
     """
     shard_set = load_shards(config)
     check_against_shards(config, shard_set)
+    check_generator(config, shard_set)
     if world.device == "cpu":
         torch.set_num_threads(config.launch.threads_per_worker)
     trainer = Trainer(config, world, shard_set, stop or StopRequest(), sinks)
@@ -90,7 +92,8 @@ class Trainer:
         self.stop = stop or StopRequest()
         self.precision = Precision.resolve(config.training.precision, world.torch_device)
         self.saving = Saving(config, world)
-        self.outputs = Outputs(config, world, sinks)
+        self.values = shard_set.values
+        self.outputs = Outputs(config, world, sinks, self.values)
         self._worker = WorkerFigures(world.torch_device)
         self.reader = build_reader(config, shard_set, world, gather_objects)
         self._labelled: LabelledPool | None = None
@@ -221,7 +224,8 @@ class Trainer:
 
     def _share(self, batch: Batch) -> Share:
         device, size = self.world.torch_device, self.config.training.batch_size
-        images = network_input(batch.images.to(device, non_blocking=True))
+        stored = batch.images.to(device, non_blocking=True)
+        images = network_input(stored, self.values)
         labels = batch.labels.to(device, non_blocking=True)
         salt, seed = self.saving.attempt.salt, self.config.seed
         seed = seed_for(seed, "rollback", salt) if salt else seed

@@ -11,6 +11,8 @@ from typing import Any
 
 from ganscale.checkpoint import Attempt
 from ganscale.config import Config
+from ganscale.data.values import PIXELS, ValueRange
+from ganscale.generation.pictures import as_pictures
 from ganscale.generation.sampling import (
     OTHERS,
     SampleableGenerator,
@@ -35,8 +37,15 @@ class Outputs:
     Rows and events carry the number of the attempt that wrote them.
     """
 
-    def __init__(self, config: Config, world: World, sinks: Sequence[Sink] = ()) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        sinks: Sequence[Sink] = (),
+        values: ValueRange = PIXELS,
+    ) -> None:
         self.config = config
+        self.values = values
         self.world = world
         self._also = sinks
         self._step = 0
@@ -91,12 +100,13 @@ class Outputs:
 
     def draw_samples(self, state: TrainingState) -> float | None:
         """Draw the grid; returns the diversity of its images, if there are two."""
-        generator = SampleableGenerator(state.generator, spec=self.config.generator_spec, info={})
+        spec = self.config.generator_spec
+        generator = SampleableGenerator(state.generator, spec=spec, info={}, values=self.values)
         path = self.run_dir.sample_grid(state.nimg)
         images = generator.sample(self.config.samples.num_images, seed=0)
-        save_grid(images, path)
+        save_grid(as_pictures(images, self.values), path)
         self._sink.log_picture("samples", path, nimg=state.nimg, step=state.step)
-        return diversity(images) if len(images) > 1 else None
+        return diversity(images, self.values) if len(images) > 1 else None
 
     def save_snapshots(self, state: TrainingState) -> None:
         """Write the networks of each average."""
@@ -120,7 +130,14 @@ class Outputs:
         networks = state.networks(average)
         others = {name: networks[name] for name in OTHERS if name in networks}
         spec = self.config.generator_spec
-        save_snapshot(path, networks["generator"], spec=spec, nimg=state.nimg, others=others)
+        save_snapshot(
+            path,
+            networks["generator"],
+            spec=spec,
+            nimg=state.nimg,
+            others=others,
+            values=self.values,
+        )
 
     def _open_sinks(self, wandb_mode: str) -> None:
         tracking = self.config.tracking

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ganscale.data.values import PIXELS, ValueRange
 from ganscale.generation.latents import StepRandomness
 
 __all__ = ["Labelled", "Moment", "Share", "network_input"]
@@ -63,6 +64,6 @@ class Moment:
         return self.nimg + self.batch_size
 
 
-def network_input(pixels: Tensor) -> Tensor:
-    """uint8 (n, C, H, W) to [-1, 1], with the channels last in memory."""
-    return (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+def network_input(pixels: Tensor, values: ValueRange = PIXELS) -> Tensor:
+    """Stored (n, C, H, W) to [-1, 1], with the channels last in memory."""
+    return values.to_network(pixels).contiguous(memory_format=torch.channels_last)

@@ -30,11 +30,23 @@ def trained(config: Config, world_size: int, **changes: Any) -> Config:
     return named
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+ARRAYS: dict[str, Any] = {"model.img_channels": 1, "training.total_kimg": 0.72}
+
+
+@pytest.mark.parametrize(
+    ("shards", "changes", "world_size"),
+    [("procedural_shards", {}, 1), ("procedural_shards", {}, 2), ("spectrogram_shards", ARRAYS, 2)],
+)
 def test_final_weights_are_equal_bit_for_bit_whatever_the_cache(
-    make_config: MakeConfig, world_size: int
+    request: pytest.FixtureRequest,
+    make_config: MakeConfig,
+    shards: str,
+    changes: dict[str, Any],
+    world_size: int,
 ) -> None:
-    config = make_config(training__total_kimg=1.04)  # two epochs and a bit
+    place = str(request.getfixturevalue(shards))
+    config = make_config(data__shards=place, training__total_kimg=1.04)  # two epochs and a bit
+    config = config.with_changes(changes)
     ends = {
         cache: final_digest(
             trained(config, world_size, name=f"{cache}-{world_size}", **{"data.cache": cache})
