@@ -43,7 +43,7 @@ from ganscale.training.precision import Precision
 from ganscale.training.saving import Saving, non_finite
 from ganscale.training.share import Moment, Share, network_input
 from ganscale.training.stopping import Agreement, Ending, StopRequest, Wishes
-from ganscale.training.watchdog import Watchdog
+from ganscale.training.watchdog import Phase, Watchdog
 from ganscale.world import World
 
 __all__ = ["Trainer", "train"]
@@ -193,7 +193,7 @@ class Trainer:
         self._clock = time.perf_counter()
         self._times = StepTimes(self.world.torch_device)
 
-    def _mark(self, phase: str) -> None:
+    def _mark(self, phase: Phase) -> None:
         """The next part of a step begins."""
         self.watchdog.mark(self.state.step, phase)
         self._times.enter("data_wait" if phase == "data" else phase.replace(" ", "_"))

@@ -17,16 +17,28 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from ganscale.world import World
 
-__all__ = ["PHASES", "Beat", "Watchdog", "laggards"]
+__all__ = ["PHASES", "Beat", "Phase", "Watchdog", "laggards"]
 
-PHASES = ("start", "evaluation", "write", "data", "discriminator", "generator")
-"""What a rank does in a step, in this order."""
+Phase = Literal[
+    "start",
+    "evaluation",
+    "write",
+    "data",
+    "discriminator",
+    "autoencoder",
+    "encoder",
+    "generator",
+    "generator and encoder",
+]
+"""What a rank does in a step, in this order; a method has some of the last five."""
+
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 _SILENT_BEATS = 5
 """A rank whose beat has not changed in as many of ours has fallen silent."""
@@ -39,7 +51,7 @@ class Beat:
     rank: int
     number: int
     step: int
-    phase: str
+    phase: Phase
     host: str
 
     @property
@@ -85,7 +97,7 @@ class Watchdog:
         self._report = report
         self._host = host
         self._interval = min(1.0, stall_seconds / 20)
-        self._at = (0, "start", time.monotonic())
+        self._at: tuple[int, Phase, float] = (0, "start", time.monotonic())
         self._began = time.monotonic()
         self._stop = threading.Event()
         self._answered = time.monotonic()
@@ -108,7 +120,7 @@ class Watchdog:
         self._threads[1].join()
         self._threads[0].join(2 * self._interval)
 
-    def mark(self, step: int, phase: str) -> None:
+    def mark(self, step: int, phase: Phase) -> None:
         """The training thread enters a phase; a new step starts the clock again."""
         if step != self._at[0]:
             self.alive()

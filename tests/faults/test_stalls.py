@@ -17,14 +17,14 @@ from ganscale.training import loop
 from ganscale.training.build import load_shards
 from ganscale.training.guard import Alarm
 from ganscale.training.stopping import Ending
-from ganscale.training.watchdog import Beat, laggards
+from ganscale.training.watchdog import Beat, Phase, laggards
 from ganscale.world import World
 from tests.conftest import MakeConfig
 from tests.support.ranks import run_ranks
 from tests.support.runs import read_rows, start_ranks, wait_for_rows
 
 
-def beat(rank: int, step: int, phase: str) -> Beat:
+def beat(rank: int, step: int, phase: Phase) -> Beat:
     return Beat(rank, number=1, step=step, phase=phase, host="here")
 
 
@@ -33,6 +33,8 @@ def test_who_is_behind_or_silent_is_waited_for() -> None:
     assert laggards(beats, silent=set()) == [1]
     assert laggards(beats, silent={2}) == [2]
     assert laggards([*beats, beat(3, 6, "generator")], silent=set()) == [3]
+    encoding = [beat(0, 7, "discriminator"), beat(1, 7, "autoencoder")]
+    assert laggards(encoding, silent=set()) == [0]
     same = [beat(0, 7, "discriminator"), beat(1, 7, "discriminator")]
     assert laggards(same, silent=set()) == [0, 1]
 

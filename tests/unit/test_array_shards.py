@@ -200,7 +200,8 @@ def write_tar(path: Path, *samples: dict[str, bytes]) -> None:
 
 def test_tars_of_arrays_are_indexed_where_they_are(tmp_path: Path) -> None:
     """As they are: here float64 (H, W), and float16 (1, H, W) by columns."""
-    arrays = [noise((16, 16), 0), np.asfortranarray(noise(seed=1).astype(np.float16))]
+    arrays: list[np.ndarray[Any, Any]] = [noise((16, 16), 0)]
+    arrays.append(np.asfortranarray(noise(seed=1).astype(np.float16)))
     for name, array in zip("ab", arrays, strict=True):
         write_tar(tmp_path / "tars" / f"{name}.tar", {"npy": saved(array), "cls": b"2"})
     index_shards(tmp_path / "tars", value_range=(-90, 0))
@@ -295,7 +296,8 @@ def test_spectrograms_are_functions_of_split_and_index() -> None:
     first, label = spectrogram("train", 6)
     assert np.array_equal(spectrogram("train", 6)[0], first)
     assert not np.array_equal(spectrogram("test", 6)[0], first)
-    assert (first.dtype, first.shape, CLASSES[label]) == (np.float32, (1, 64, 64), "vowel")
+    assert first.dtype == np.float32
+    assert (first.shape, CLASSES[label]) == ((1, 64, 64), "vowel")
     many = np.stack([spectrogram("train", index)[0] for index in range(40)])
     assert len(np.unique(many.reshape(40, -1), axis=0)) == 40
     assert many.min() >= -80

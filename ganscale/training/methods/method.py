@@ -16,6 +16,7 @@ from ganscale.generation.sampling import OTHERS
 from ganscale.training.players import Player
 from ganscale.training.precision import Precision
 from ganscale.training.share import Moment, Share
+from ganscale.training.watchdog import Phase
 from ganscale.world import World
 
 __all__ = ["AVERAGED", "Mark", "Method", "MethodClass"]
@@ -23,7 +24,7 @@ __all__ = ["AVERAGED", "Mark", "Method", "MethodClass"]
 AVERAGED = ("generator", *OTHERS)
 """Networks that are averaged and, with that, part of snapshots."""
 
-Mark = Callable[[str], None]
+Mark = Callable[[Phase], None]
 """Tells the watchdog which phase a step is in."""
 
 
