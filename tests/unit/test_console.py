@@ -6,7 +6,7 @@ import pytest
 
 from ganscale.tracking.console import describe_row
 
-PLAYERS = {
+PLAYERS: dict[str, tuple[dict[str, float | None], str, str]] = {
     "gan": ({"D": 0.5, "G": 2.25}, "loss_D  0.500  loss_G  2.250", "1/1"),
     "vae": ({"G": 0.125}, "loss_G  0.125", "1"),
     "encoder": ({"D": None, "E": 1.0}, "loss_D not finite  loss_E  1.000", "1/1"),
