@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["RunDirectory"]
+__all__ = ["RunDirectory", "add_missing_lines"]
 
 
 @dataclass(frozen=True)
@@ -63,3 +63,15 @@ class RunDirectory:
     def sample_grid(self, nimg: int) -> Path:
         """The picture drawn after `nimg` real images."""
         return self.root / "samples" / f"kimg-{nimg / 1000:09.3f}.png"
+
+
+def add_missing_lines(path: Path, lines: bytes) -> None:
+    """Append to a file of lines those that it does not have; half a line at its end is ended."""
+    there = path.read_bytes() if path.is_file() else b""
+    known = set(there.splitlines())
+    missing = [line for line in lines.splitlines() if line and line not in known]
+    if missing:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        start = b"" if there.endswith(b"\n") or not there else b"\n"
+        with path.open("ab") as file:
+            file.write(start + b"".join(line + b"\n" for line in missing))

@@ -144,17 +144,13 @@ class CheckpointStore:
 
     def read(self, name: CheckpointName) -> SavedFiles:
         """The files of a checkpoint. Raises `CheckpointError` if it does not verify."""
-        manifest = self._manifest(name)
-        data = {}
-        for file in _FILES:
-            data[file] = b"".join(self._chunks(name, file))
-            digest = hashlib.sha256(data[file]).hexdigest()
-            _compare(file, len(data[file]), digest, manifest["files"][file])
-        try:
-            meta = json.loads(data[_META])
-        except ValueError as error:
-            raise CheckpointError(f"{_META} is unreadable ({type(error).__name__})") from None
-        return SavedFiles(name, data[_TREE], data[_TENSORS], meta, data[_HISTORY])
+        data = self._read(name, _FILES)
+        return SavedFiles(name, data[_TREE], data[_TENSORS], _meta(data), data[_HISTORY])
+
+    def describe(self, name: CheckpointName) -> tuple[dict[str, Any], bytes]:
+        """The `meta` and `history` of `read`, without the state that goes with them."""
+        data = self._read(name, (_META, _HISTORY))
+        return _meta(data), data[_HISTORY]
 
     def newest(
         self, *, up_to: int | None = None, accept: Callable[[Any], str | None] = lambda _: None
@@ -358,6 +354,16 @@ class CheckpointStore:
         except IsADirectoryError:
             raise CheckpointError(f"{file} is a directory") from None
 
+    def _read(self, name: CheckpointName, files: Sequence[str]) -> dict[str, bytes]:
+        """Some of a checkpoint's files, verified."""
+        manifest = self._manifest(name)
+        data = {}
+        for file in files:
+            data[file] = b"".join(self._chunks(name, file))
+            digest = hashlib.sha256(data[file]).hexdigest()
+            _compare(file, len(data[file]), digest, manifest["files"][file])
+        return data
+
     def _manifest(self, name: CheckpointName) -> dict[str, Any]:
         data = b"".join(self._chunks(name, _MANIFEST))
         try:
@@ -387,6 +393,14 @@ def saved_state(nimg: int, state: Any, meta: Mapping[str, Any], **more: Any) -> 
     """A state as it is written, from nested containers of tensors on the CPU."""
     tree, tensors = flatten(state)
     return SavedState(nimg, tree, tensors, meta, **more)
+
+
+def _meta(data: Mapping[str, bytes]) -> dict[str, Any]:
+    try:
+        meta: dict[str, Any] = json.loads(data[_META])
+    except ValueError as error:
+        raise CheckpointError(f"{_META} is unreadable ({type(error).__name__})") from None
+    return meta
 
 
 def _claim(number: int) -> str:

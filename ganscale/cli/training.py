@@ -40,7 +40,7 @@ def train(
 
 @app.command(epilog="Example: ganscale resume runs/quickstart training.total_kimg=500")
 def resume(
-    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    run: Annotated[str, typer.Argument(help="Folder of the run, or URL of its checkpoints.")],
     overrides: Overrides = None,
 ) -> None:
     """Go on with a run from its newest checkpoint that verifies, at any number of workers."""
@@ -62,20 +62,21 @@ def doctor(
 
 
 def _run(config: Config) -> None:
+    from ganscale.checkpoint import CheckpointStore
     from ganscale.launch.signals import EXIT_CODES
     from ganscale.launch.start import start
     from ganscale.run_directory import RunDirectory
 
     ending = start(config, stderr_console())
-    run_dir = RunDirectory(config.run_dir)
+    run_dir, store = RunDirectory(config.run_dir), CheckpointStore(config.checkpoints)
     typer.echo(f"run        {run_dir.root}")
     for name, folder in (
         ("samples", run_dir.sample_grid(0).parent),
         ("snapshots", run_dir.snapshots),
-        ("checkpoint", Path(config.checkpoints)),
     ):
         newest = max((p for p in folder.glob("[!.]*-*")), default=None)
         typer.echo(f"{name:10} {newest}")
+    typer.echo(f"checkpoint {next((store.where(name) for name in store.lineage()), None)}")
     if ending.reason:
         typer.echo(
             f"stopped at {ending.nimg / 1000:g} of {config.total_nimg / 1000:g} kimg; "

@@ -18,7 +18,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -34,7 +33,9 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from ganscale.config import Config
 from ganscale.errors import GanscaleError
+from ganscale.launch.home import copied_home, home_of, marked
 from ganscale.launch.ray_metrics import RayMetrics
+from ganscale.launch.secrets import for_workers
 from ganscale.launch.signals import stopping_on_signals
 from ganscale.launch.supervisor import Failure, Supervisor
 from ganscale.run_directory import RunDirectory
@@ -46,18 +47,18 @@ from ganscale.world import World
 
 __all__ = ["train_on_ray"]
 
-# Read by Ray when it starts: workers stay where paths are valid, a fault is noticed in a second, a
-# worker that does not answer is given up in time, a group that does not fit is not waited for.
+# Read by Ray Train: workers stay where paths are valid, a fault is noticed in a second, a worker
+# that does not answer is given up in time, a group that does not fit is not waited for.
 _RAY_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "30",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
-    "RAY_worker_niceness": "0",
-    "RAY_AUTH_MODE": "disabled",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+# Read by a cluster that is started here; one that is joined has its own.
+_OWN_CLUSTER = {"RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled"}
 _POLL_SECONDS = 0.3
 
 
@@ -71,17 +72,22 @@ def train_on_ray(config: Config, supervisor: Supervisor) -> Ending:
     stop = StopRequest()
     # In this order: Ray replaces the handlers of signals when it starts.
     with (
-        _cluster(config.launch.ray_address),
+        _cluster(config.launch.ray_address) as is_joined,
         stopping_on_signals(stop, config.launch.grace_seconds),
     ):
-        return supervisor.run(RayWorkers(config), stop)
+        home = home_of(config.run_dir, for_workers()) if is_joined else None
+        return supervisor.run(RayWorkers(config, home), stop)
 
 
 class RayWorkers:
-    """Groups of workers on a Ray cluster, one after the other."""
+    """Groups of workers on a Ray cluster, one after the other.
 
-    def __init__(self, config: Config) -> None:
+    `home` is how workers on other hosts reach this one; None if there are none.
+    """
+
+    def __init__(self, config: Config, home: Any = None) -> None:
         self.config = config
+        self._home = home
         self._token = ""
         """Of the group that is starting or trains."""
 
@@ -108,6 +114,15 @@ class RayWorkers:
         """
         token = self._token = secrets.token_hex(8)
         trainer = self._trainer(num_workers, token)
+        with marked(self.config.run_dir, token):
+            ended = self._fit(trainer, token, stop)
+        self._token = ""
+        if isinstance(ended, Ending):
+            return ended
+        raise self._explained(ended) from ended
+
+    def _fit(self, trainer: TorchTrainer, token: str, stop: StopRequest) -> Ending | BaseException:
+        """How the group ended; meanwhile pass on `stop`, and note what the controller tells."""
         outcome: list[Ending | BaseException] = []
 
         def fit() -> None:
@@ -122,17 +137,26 @@ class RayWorkers:
         # Not in the main thread, where Ray would replace our signal handlers by its own.
         thread = threading.Thread(target=fit, name="fit", daemon=True)
         thread.start()
-        told = ""
+        passed_on, num_faults = "", 0
         while thread.is_alive():
             thread.join(_POLL_SECONDS)
-            if stop.reason != told:
-                told = stop.reason
-                _tell(token, "stop", told)
-        self._token = ""
-        (ended,) = outcome
-        if isinstance(ended, Ending):
-            return ended
-        raise self._explained(ended) from ended
+            if stop.reason != passed_on:
+                passed_on = stop.reason
+                _tell(token, "stop", passed_on)
+            num_faults = self._note_faults(token, num_faults)
+        return outcome[0]
+
+    def _note_faults(self, token: str, num_noted: int) -> int:
+        """Write down the faults that the controller has told of; returns how many there are."""
+        faults: list[str] = []
+        with suppress(RayError):  # whoever waits for the group hears that the head is gone
+            faults = json.loads(_told(token, "faults") or "[]")
+        if new := faults[num_noted:]:
+            log = EventLog(RunDirectory(self.config.run_dir).events)
+            for fault in new:
+                log.write("fault", message=fault)
+            log.close()
+        return max(num_noted, len(faults))
 
     def _explained(self, error: BaseException) -> BaseException:
         """The error that ends the run, or a `Failure` after which another group may go on."""
@@ -154,13 +178,15 @@ class RayWorkers:
 
     def _trainer(self, num_workers: int, token: str) -> TorchTrainer:
         launch, folder = self.config.launch, self.config.run_dir / "ray"
-        # What Ray keeps of a group is of no use to the next, and unreadable after some faults.
+        # What Ray keeps of a group is of no use to the next, and unreadable after some faults. The
+        # controller keeps it on its own host, so a group has a folder that none had before.
         shutil.rmtree(folder, ignore_errors=True)
         return TorchTrainer(
             _worker,
             train_loop_config={
                 "config": self.config.model_dump(),
                 "token": token,
+                "home": self._home,
                 "wandb": variables(),
             },
             torch_config=TorchConfig(
@@ -177,13 +203,13 @@ class RayWorkers:
             ),
             run_config=RunConfig(
                 name=self.config.name,
-                storage_path=str(folder),
+                storage_path=str(folder / token),
                 failure_config=FailureConfig(
                     max_failures=self._num_restarts_by_ray(),
                     controller_failure_limit=0,
                     max_preemption_failures=0,
                 ),
-                callbacks=[_Faults(self.config.run_dir, token)],
+                callbacks=[_Faults(token)],
             ),
         )
 
@@ -192,6 +218,9 @@ def _worker(settings: dict[str, Any]) -> None:
     from ganscale.training.loop import train
 
     config, token = Config.model_validate(settings["config"]), settings["token"]
+    home = settings["home"]
+    if home is not None:
+        os.environ.update(ray.get(home.secrets.remote()))
     if _told(token, "error"):
         return  # Ray starts workers again after any error; this one would only come again
     world = World.detect("cuda" if config.launch.use_gpu else "cpu")
@@ -207,7 +236,8 @@ def _worker(settings: dict[str, Any]) -> None:
     )
     listener.start()
     try:
-        ending = train(config, world, stop, sinks)
+        with copied_home(home, config.run_dir, token, world):
+            ending = train(config, world, stop, sinks)
     except GanscaleError as error:
         _tell(token, "error", f"rank {world.rank}: {error}")
         raise
@@ -253,40 +283,38 @@ def _told(token: str, what: str) -> Any:
 
 
 @contextmanager
-def _cluster(address: str | None) -> Iterator[None]:
+def _cluster(address: str | None) -> Iterator[bool]:
+    """For the time of the block; yields whether it was there before and may have other hosts."""
     address = address or os.environ.get("RAY_ADDRESS")
     if ray.is_initialized():
-        yield
+        yield True
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    for name, value in _RAY_ENVIRONMENT.items():
+    for name, value in {**_RAY_ENVIRONMENT, **({} if address else _OWN_CLUSTER)}.items():
         os.environ.setdefault(name, value)
     if address:
         ray.init(address=address, **options)
     else:  # without "local" Ray would join what was started here last, even if that is long gone
         ray.init(address="local", include_dashboard=False, **options)
     try:
-        yield
+        yield bool(address)
     finally:
         ray.shutdown()
 
 
 class _Faults(UserCallback):  # type: ignore[misc]
-    """Tells of faults, from Ray's controller, which outlives the workers: in the run's events, and
-    to the driver, that the group has lost its places until it has started again.
+    """Tells the driver of faults, from Ray's controller, which outlives the workers and may be on
+    any host: what happened, and that the group has lost its places until it has started again.
     """
 
-    def __init__(self, run_dir: Path, token: str) -> None:
-        self._events = RunDirectory(run_dir).events
+    def __init__(self, token: str) -> None:
         self._token = token
+        self._faults: list[str] = []
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        # An error here would end the run; the controller may be where there is no such folder.
-        with suppress(OSError):
-            log = EventLog(self._events)
-            log.write("fault", message=_first_cause(worker_exceptions))
-            log.close()
-        with suppress(RayError):
+        self._faults.append(_first_cause(worker_exceptions))
+        with suppress(RayError):  # an error here would end the run
+            _tell(self._token, "faults", json.dumps(self._faults))
             _tell(self._token, "in_place", "")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,13 @@ from rich.console import Console
 
 from ganscale.checkpoint import CheckpointStore
 from ganscale.config import Config, load_config
+from ganscale.config.run import merged, validated
 from ganscale.data.building import build_shards
 from ganscale.data.sources import open_source, resolve_source
 from ganscale.data.storage import is_url
 from ganscale.errors import CheckpointError, ConfigError
+from ganscale.launch.documents import Copy, recall, store_copy
+from ganscale.launch.secrets import receive
 from ganscale.launch.supervisor import Supervisor
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.console import RunFollower, counting
@@ -22,6 +27,9 @@ from ganscale.training.build import check_against_shards, load_shards
 from ganscale.training.stopping import Ending
 
 __all__ = ["prepare_shards", "resume_config", "start"]
+
+_RAY_PACKAGES = "/runtime_resources/working_dir_files/"
+"""In the path of a job's working directory, which is a package that Ray has unpacked."""
 
 # What may differ between the parts of one run; all else would make it another run.
 _MAY_CHANGE = (
@@ -47,13 +55,20 @@ def start(config: Config, console: Console) -> Ending:
 
     SIGTERM and Ctrl-C end it early, with a checkpoint.
     """
-    run_dir = RunDirectory(config.run_dir)
-    config = prepare_shards(config, console)
+    receive()
+    config = prepare_shards(_kept(config, console), console)
     check_against_shards(config, load_shards(config))
+    run_dir = RunDirectory(config.run_dir)
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    if is_main:
+        recall(config, CheckpointStore(config.checkpoints))
     _check_same_run(config, run_dir)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_main:
         _save_config(config, run_dir)
-    with RunFollower(run_dir, config.total_nimg, console):
+    with (
+        _copied(config, console, is_main=is_main),
+        RunFollower(run_dir, config.total_nimg, console),
+    ):
         if config.launch.backend == "inprocess":
             from ganscale.launch.local import train_in_process
 
@@ -61,6 +76,40 @@ def start(config: Config, console: Console) -> Ending:
         from ganscale.launch.ray_train import train_on_ray
 
         return train_on_ray(config, _supervisor(config, run_dir))
+
+
+@contextmanager
+def _copied(config: Config, console: Console, *, is_main: bool) -> Iterator[None]:
+    """Keep a copy of the run's documents where its checkpoints are, if that is an object store."""
+    target = store_copy(config) if is_main else None
+    if target is None:
+        yield
+        return
+    copy = Copy(config.run_dir, target, lines_seconds=60.0, files_seconds=60.0)
+    with copy:
+        yield
+    if copy.problem:
+        text = f"the copy of {config.run_dir} beside the checkpoints is not complete: "
+        console.print(f"[yellow]{text}{copy.problem}[/yellow]", highlight=False, soft_wrap=True)
+
+
+def _kept(config: Config, console: Console) -> Config:
+    """With absolute paths of what is written, as workers may have another working directory.
+
+    That of a job is deleted by Ray, so there relative paths lead to the home folder, on each host.
+    """
+    is_job = _RAY_PACKAGES in Path.cwd().as_posix()
+    changes = {}
+    for name, place in (
+        ("storage", config.storage),
+        ("checkpoint.location", config.checkpoint.location),
+    ):
+        if place is None or is_url(place) or place.startswith(("/", "~")):
+            continue
+        changes[name] = f"~/{place}" if is_job else str(Path(place).absolute())
+        if is_job:
+            console.print(f"{name} is {changes[name]}, as Ray deletes the folder of a job")
+    return config.with_changes(changes)
 
 
 def _supervisor(config: Config, run_dir: RunDirectory) -> Supervisor:
@@ -95,23 +144,40 @@ def prepare_shards(config: Config, console: Console) -> Config:
     return config.with_changes({"data.shards": str(path)})
 
 
-def resume_config(folder: Path, overrides: dict[str, object]) -> Config:
-    """The configuration of the run in `folder`, wherever it was moved, with changes.
+def resume_config(run: str, overrides: dict[str, object]) -> Config:
+    """The configuration of the run whose folder, or whose checkpoints' URL, `run` is, with changes.
 
-    Raises `CheckpointError` if it is no run, or has no checkpoint that verifies.
+    The folder may have been moved; the URL is that of a run that this host has not seen. Raises
+    `CheckpointError` if it is no run, or has no checkpoint that verifies.
     """
-    run_dir = RunDirectory(folder.expanduser().absolute())
-    if not run_dir.config.is_file():
-        raise CheckpointError(f"{folder} is not a run: it has no {run_dir.config.name}")
-    place = {"storage": str(run_dir.root.parent), "name": run_dir.name}
-    config = load_config(run_dir.config).with_changes({**place, **overrides})
+    if is_url(run):
+        location, _, name = run.rstrip("/").rpartition("/")
+        store = CheckpointStore(run)
+        values = _newest_config(store) or {}
+        place = {"checkpoint.location": location, "name": name}
+    else:
+        run_dir = RunDirectory(Path(run).expanduser().absolute())
+        if not run_dir.config.is_file():
+            raise CheckpointError(f"{run} is not a run: it has no {run_dir.config.name}")
+        place = {"storage": str(run_dir.root.parent), "name": run_dir.name}
+        values = load_config(run_dir.config).model_dump()
+    config = validated(merged(values, {**place, **overrides}))
     store = CheckpointStore(config.checkpoints)
     if all(store.verify(name) is not None for name in store.lineage()):
         raise CheckpointError(
             f"{store.location} has no checkpoint that verifies. See: ganscale checkpoint "
-            f"list {folder}; to start anew, use ganscale train with another name"
+            f"list {run}; to start anew, use ganscale train with another name"
         )
     return config
+
+
+def _newest_config(store: CheckpointStore) -> dict[str, Any] | None:
+    """That of the newest checkpoint whose documents verify."""
+    for name in store.lineage():
+        with suppress(CheckpointError):
+            config: dict[str, Any] = store.describe(name)[0]["config"]
+            return config
+    return None
 
 
 def _shards_name(source: str, kind: str) -> str:

@@ -31,7 +31,7 @@ from ganscale.checkpoint import (
 from ganscale.config import Config
 from ganscale.data.storage import RetryPolicy
 from ganscale.errors import CheckpointError, GanscaleError
-from ganscale.run_directory import RunDirectory
+from ganscale.run_directory import RunDirectory, add_missing_lines
 from ganscale.training.distribute import broadcast_bytes
 from ganscale.world import World
 
@@ -179,12 +179,11 @@ class Saving:
         return RetryPolicy(deadline_seconds=self.config.data.store_deadline_seconds)
 
     def _restore_history(self, files: SavedFiles) -> None:
-        """On a machine that has not seen the run: its rows and its W&B run."""
-        if not self.run_dir.metrics.is_file():
-            self.run_dir.root.mkdir(parents=True, exist_ok=True)
-            self.run_dir.metrics.write_bytes(files.history)
-            if files.meta["wandb_run_id"]:
-                self.run_dir.wandb_run_id.write_text(files.meta["wandb_run_id"])
+        """On a machine that has not seen the run, or not all of it: its rows and its W&B run."""
+        self.run_dir.root.mkdir(parents=True, exist_ok=True)
+        add_missing_lines(self.run_dir.metrics, files.history)
+        if files.meta["wandb_run_id"] and not self.run_dir.wandb_run_id.is_file():
+            self.run_dir.wandb_run_id.write_text(files.meta["wandb_run_id"])
 
 
 def non_finite(state: Any) -> str | None:

@@ -1,0 +1,143 @@
+"""The driver's host, as workers on other hosts reach it: an actor there, found by its handle.
+
+It hands out the secrets that the driver was given, from its memory, and takes up what rank 0 writes
+into the run's folder where the driver does not see that folder. Whether it does is tried out: the
+driver leaves a file there, and rank 0 looks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ganscale.launch.documents import LINES, Copy
+from ganscale.run_directory import RunDirectory
+from ganscale.world import World
+
+__all__ = ["Home", "copied_home", "home_of", "marked"]
+
+_AT_ONCE = ("config.yaml", "wandb_run_id", *LINES)
+_LINES_SECONDS, _FILES_SECONDS = 1.0, 10.0
+
+
+class Home:
+    """The driver's side; runs in a process of its own on the driver's host."""
+
+    def __init__(self, root: str) -> None:
+        self._root = Path(root)
+        self._secrets: dict[str, str] = {}
+
+    def keep(self, secrets: dict[str, str]) -> None:
+        """Remember secrets, in memory only."""
+        self._secrets = secrets
+
+    def secrets(self) -> dict[str, str]:
+        """What `keep` was given."""
+        return self._secrets
+
+    def documents(self) -> dict[str, bytes]:
+        """What a host that has not seen the run begins with."""
+        files = ((name, self._root / name) for name in _AT_ONCE)
+        return {name: path.read_bytes() for name, path in files if path.is_file()}
+
+    def append(self, name: str, lines: bytes) -> None:
+        """Take complete lines."""
+        with (self._root / name).open("ab") as file:
+            file.write(lines)
+
+    def put(self, name: str, piece: bytes, *, start: bool, end: bool) -> None:
+        """Take a piece of a file, which appears when it is whole."""
+        path = self._root / name
+        temporary = path.with_name(f".{path.name}.tmp")
+        if start:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb" if start else "ab") as file:
+            file.write(piece)
+        if end:
+            temporary.replace(path)
+
+
+def home_of(run_dir: Path, secrets: dict[str, str]) -> Any:
+    """Start a `Home` on this host, which ends with this driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Home).options(num_cpus=0, scheduling_strategy=here)
+    home = actor.remote(str(run_dir))
+    if secrets:  # as the argument of a method, they go to the actor's process and nowhere else
+        ray.get(home.keep.remote(secrets))
+    return home
+
+
+@contextmanager
+def marked(run_dir: Path, token: str) -> Iterator[None]:
+    """Leave a mark in the run's folder for the time of the block."""
+    mark = _mark(run_dir, token)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    try:
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def copied_home(
+    home: Any, run_dir: Path, token: str, world: World
+) -> AbstractContextManager[object]:
+    """Send what this worker writes to the driver's host, unless that sees it anyway.
+
+    Rank 0 begins with the documents as the driver has them; the others send stacks of hangs only.
+    """
+    if home is None or _mark(run_dir, token).is_file():
+        return nullcontext()
+    if world.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        documents = ray.get(home.documents.remote())
+        for name in _AT_ONCE:  # one that is here and not there is left from another run
+            (run_dir / name).unlink(missing_ok=True)
+            if name in documents:
+                (run_dir / name).write_bytes(documents[name])
+    return Copy(
+        run_dir,
+        _HomeCopy(home, run_dir),
+        lines_seconds=_LINES_SECONDS,
+        files_seconds=_FILES_SECONDS,
+        only=() if world.is_main else (RunDirectory(run_dir).stacks.name,),
+    )
+
+
+class _HomeCopy:
+    """The copy on the driver's host."""
+
+    def __init__(self, home: Any, root: Path) -> None:
+        self._home = home
+        self._root = root
+
+    def known(self) -> set[str]:
+        """What lay here before the group began: the driver has it, or it is not the run's."""
+        return {path.relative_to(self._root).as_posix() for path in self._root.rglob("*")}
+
+    def grow(self, name: str, path: Path, start: int, end: int) -> None:
+        """Only what is new."""
+        with path.open("rb") as file:
+            file.seek(start)
+            ray.get(self._home.append.remote(name, file.read(end - start)))
+
+    def put(self, name: str, pieces: Iterable[bytes]) -> None:
+        """Piece by piece; a file without a byte is one empty piece."""
+        pieces, start = iter(pieces), True
+        piece = next(pieces, b"")
+        while True:
+            following = next(pieces, None)
+            call = self._home.put.remote(name, piece, start=start, end=following is None)
+            ray.get(call)
+            if following is None:
+                return
+            piece, start = following, False
+
+
+def _mark(run_dir: Path, token: str) -> Path:
+    return run_dir / f".home-{token}"

@@ -1,0 +1,307 @@
+"""Copies of a run's documents: what grows, what is whole, what is left out, and what comes back."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from rich.console import Console
+
+from ganscale.checkpoint import CheckpointStore
+from ganscale.checkpoint.store import saved_state
+from ganscale.config import Config, load_config
+from ganscale.errors import CheckpointError, ConfigError
+from ganscale.launch import home, start
+from ganscale.launch.documents import Copy, recall, store_copy
+from ganscale.launch.home import Home, marked
+from ganscale.run_directory import RunDirectory, add_missing_lines
+from ganscale.world import World
+
+SETTLED = time.time() - 60
+
+
+class FakeTarget:
+    """Keeps the copy in memory; fails as often as it is told to."""
+
+    def __init__(self, *known: str) -> None:
+        self.files: dict[str, bytes] = {}
+        self.failures = 0
+        self.grown: list[str] = []
+        self._known = set(known)
+
+    def known(self) -> set[str]:
+        return self._known
+
+    def grow(self, name: str, path: Path, start: int, end: int) -> None:
+        self._fail()
+        self.grown.append(name)
+        self.files[name] = self.files.get(name, b"") + path.read_bytes()[start:end]
+
+    def put(self, name: str, pieces: Iterable[bytes]) -> None:
+        self._fail()
+        self.files[name] = b"".join(pieces)
+
+    def _fail(self) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise OSError("the store\nis away")
+
+
+def write(path: Path, data: bytes, *, at: float = SETTLED) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    os.utime(path, (at, at))
+
+
+def until(what: Any) -> None:
+    deadline = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.01)
+
+
+def copying(root: Path, target: FakeTarget, **options: Any) -> Copy:
+    return Copy(root, target, lines_seconds=0.01, files_seconds=0.02, **options)
+
+
+def test_lines_are_copied_as_they_come_and_half_a_line_is_not(tmp_path: Path) -> None:
+    target = FakeTarget()
+    metrics = tmp_path / "metrics.jsonl"
+    with copying(tmp_path, target):
+        write(metrics, b'{"nimg": 1}\n{"nim')
+        until(lambda: target.files.get("metrics.jsonl") == b'{"nimg": 1}\n')
+        with metrics.open("ab") as file:
+            file.write(b'g": 2}\n{"half')
+    assert target.files["metrics.jsonl"] == b'{"nimg": 1}\n{"nimg": 2}\n'
+
+
+def test_files_are_copied_when_they_have_settled_and_all_of_them_at_the_end(tmp_path: Path) -> None:
+    target = FakeTarget()
+    write(tmp_path / "samples/kimg-1.png", b"one")
+    write(tmp_path / "wandb/offline-run/run.wandb", b"grows", at=time.time() + 3600)
+    with copying(tmp_path, target):
+        until(lambda: "samples/kimg-1.png" in target.files)
+        write(tmp_path / "samples/kimg-1.png", b"another", at=SETTLED + 1)
+        until(lambda: target.files["samples/kimg-1.png"] == b"another")
+        assert "wandb/offline-run/run.wandb" not in target.files
+    assert target.files["wandb/offline-run/run.wandb"] == b"grows"
+
+
+def test_checkpoints_hidden_files_links_and_what_is_known_are_left_out(tmp_path: Path) -> None:
+    target = FakeTarget("snapshots/old.safetensors")
+    for name in (
+        "checkpoints/nimg-000000000000-a0001/state.safetensors",
+        "ray/token/x.json",
+        ".home-1234",
+        "samples/.kimg-2.png.tmp",
+        "snapshots/old.safetensors",
+        "snapshots/new.safetensors",
+    ):
+        write(tmp_path / name, b"x")
+    (tmp_path / "latest").symlink_to("snapshots/new.safetensors")
+    with copying(tmp_path, target):
+        pass
+    assert list(target.files) == ["snapshots/new.safetensors"]
+
+
+def test_workers_that_are_not_rank_0_send_stacks_only(tmp_path: Path) -> None:
+    target = FakeTarget()
+    write(tmp_path / "stacks/rank-1.txt", b"where it hangs")
+    write(tmp_path / "metrics.jsonl", b"{}\n")
+    write(tmp_path / "samples/kimg-1.png", b"of another run")
+    with copying(tmp_path, target, only=("stacks",)):
+        pass
+    assert target.files == {"stacks/rank-1.txt": b"where it hangs"}
+
+
+def test_what_fails_is_copied_later_and_each_line_once(tmp_path: Path) -> None:
+    target = FakeTarget()
+    target.failures = 3
+    write(tmp_path / "events.jsonl", b"1\n2\n")
+    with copying(tmp_path, target) as copy:
+        until(lambda: target.files)
+    assert target.files == {"events.jsonl": b"1\n2\n"}
+    assert copy.problem == ""
+
+
+def test_a_store_that_stays_away_ends_nothing_and_is_told_of(tmp_path: Path) -> None:
+    target = FakeTarget()
+    target.failures = 1_000_000
+    write(tmp_path / "events.jsonl", b"1\n")
+    with copying(tmp_path, target) as copy:
+        pass
+    assert copy.problem == "OSError: the store is away"
+
+
+def test_missing_lines_are_added_after_half_a_line_and_only_once(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    add_missing_lines(path, b"1\n2\n")
+    with path.open("ab") as file:
+        file.write(b"hal")
+    for _ in range(2):
+        add_missing_lines(path, b"2\n3\n\n1\n")
+    assert path.read_bytes() == b"1\n2\nhal\n3\n"
+
+
+@pytest.fixture
+def location() -> str:
+    """A place in an object store of this process."""
+    return f"memory://{uuid.uuid4().hex}"
+
+
+def config_at(location: str | None, storage: Path, **changes: Any) -> Config:
+    base = {"name": "mine", "storage": str(storage), "checkpoint.location": location}
+    return Config().with_changes({**base, **changes})
+
+
+def save(config: Config, nimg: int, history: bytes) -> None:
+    store = CheckpointStore(config.checkpoints)
+    attempt, _ = store.claim(lambda: store.newest())
+    meta = {"config": config.model_dump(mode="json"), "wandb_run_id": "abcd"}
+    state = {"weights": torch.arange(4.0)}
+    store.write(attempt, saved_state(nimg, state, meta, history=history))
+
+
+def test_a_host_that_has_not_seen_a_run_begins_with_its_documents(
+    tmp_path: Path, location: str
+) -> None:
+    there = config_at(location, tmp_path / "there", seed=7)
+    old = RunDirectory(there.run_dir)
+    save(there, 100, b'{"nimg": 50}\n{"nimg": 100}\n')
+    write(old.events, b'{"event": "start"}\n')
+    target = store_copy(there)
+    assert target is not None
+    with Copy(there.run_dir, target, lines_seconds=9, files_seconds=9):
+        write(old.snapshot(100), b"weights")
+    listed = fsspec.filesystem("memory").find(f"{location}/documents/mine")
+    assert [path.partition("/mine/")[2] for path in listed] == [
+        "events.jsonl",
+        "snapshots/nimg-000000000100.safetensors",
+    ]
+
+    here = config_at(location, tmp_path / "here", seed=7)
+    new = RunDirectory(here.run_dir)
+    recall(here, CheckpointStore(here.checkpoints))
+    assert new.metrics.read_bytes() == b'{"nimg": 50}\n{"nimg": 100}\n'
+    assert new.events.read_bytes() == b'{"event": "start"}\n'
+    assert new.wandb_run_id.read_text() == "abcd"
+    assert load_config(new.config).seed == 7
+    with pytest.raises(ConfigError, match="seed: 7 -> 8"):
+        start._check_same_run(config_at(location, tmp_path / "here", seed=8), new)
+
+
+def test_a_new_run_takes_nothing_from_an_old_one_without_checkpoints(
+    tmp_path: Path, location: str
+) -> None:
+    config = config_at(location, tmp_path)
+    target = store_copy(config)
+    assert target is not None
+    target.put("events.jsonl", [b'{"event": "of an old run"}\n'])
+    recall(config, CheckpointStore(config.checkpoints))
+    assert not config.run_dir.exists()
+    assert store_copy(config_at(None, tmp_path)) is None
+
+
+def test_a_run_is_gone_on_with_by_the_url_of_its_checkpoints(tmp_path: Path, location: str) -> None:
+    save(config_at(location, tmp_path / "there", seed=7), 100, b"")
+    found = start.resume_config(
+        f"{location}/mine/", {"storage": str(tmp_path / "here"), "training.total_kimg": 500}
+    )
+    assert (found.seed, found.name, found.training.total_kimg) == (7, "mine", 500)
+    assert found.checkpoints == f"{location}/mine"
+    assert found.run_dir == tmp_path / "here" / "mine"
+    with pytest.raises(CheckpointError, match="other has no checkpoint that verifies"):
+        start.resume_config(f"{location}/other", {})
+
+
+def test_relative_paths_of_a_job_lead_to_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(record=True)
+    config = Config().with_changes({"checkpoint.location": "saved"})
+    monkeypatch.chdir(tmp_path)
+    kept = start._kept(config, console)
+    assert (kept.storage, kept.checkpoint.location) == (f"{tmp_path}/runs", f"{tmp_path}/saved")
+    assert console.export_text() == ""
+
+    package = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_12"
+    package.mkdir(parents=True)
+    monkeypatch.chdir(package)
+    kept = start._kept(config, console)
+    assert (kept.storage, kept.checkpoint.location) == ("~/runs", "~/saved")
+    assert "storage is ~/runs, as Ray deletes the folder of a job" in console.export_text()
+    absolute = Config().with_changes({"storage": "/runs", "checkpoint.location": "s3://b/runs"})
+    assert start._kept(absolute, console) == absolute
+
+
+class Call:
+    """A method of an actor, called at once; `ray.get` passes on what it gave."""
+
+    def __init__(self, method: Any) -> None:
+        self.remote = method
+
+
+@pytest.fixture
+def other_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The driver's folder, reached through its actor."""
+    monkeypatch.setattr("ray.get", lambda value: value)
+    (tmp_path / "driver").mkdir()
+    real = Home(str(tmp_path / "driver"))
+
+    class Handle:
+        def __getattr__(self, name: str) -> Call:
+            return Call(getattr(real, name))
+
+    return Handle()
+
+
+def test_what_rank_0_writes_on_another_host_appears_in_the_driver_s_folder(
+    tmp_path: Path, other_host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(home, "_LINES_SECONDS", 0.01)
+    driver, worker = tmp_path / "driver", tmp_path / "worker"
+    write(driver / "config.yaml", b"seed: 7\n")
+    write(driver / "events.jsonl", b'{"event": "waiting"}\n')
+    # Of another run that had the same name.
+    for name in ("metrics.jsonl", "events.jsonl", "wandb_run_id", "snapshots/a.safetensors"):
+        write(worker / name, b"stale\n")
+    with home.copied_home(other_host, worker, "token", World(0, 0, 2)):
+        assert (worker / "config.yaml").read_bytes() == b"seed: 7\n"
+        assert not (worker / "metrics.jsonl").exists()
+        assert not (worker / "wandb_run_id").exists()
+        with (worker / "events.jsonl").open("ab") as file:
+            file.write(b'{"event": "start"}\n')
+        with (driver / "events.jsonl").open("ab") as file:
+            file.write(b'{"event": "fault"}\n')
+        add_missing_lines(worker / "metrics.jsonl", b"1\n2\n")
+        until(lambda: (driver / "metrics.jsonl").is_file())
+        write(worker / "snapshots/b.safetensors", b"w" * (3 * 2**24 + 5))
+        write(worker / "samples/empty.png", b"")
+    assert (driver / "metrics.jsonl").read_bytes() == b"1\n2\n"
+    lines = (driver / "events.jsonl").read_text().splitlines()
+    assert sorted(lines) == [f'{{"event": "{name}"}}' for name in ("fault", "start", "waiting")]
+    assert (driver / "snapshots/b.safetensors").read_bytes() == b"w" * (3 * 2**24 + 5)
+    assert (driver / "samples/empty.png").read_bytes() == b""
+    assert not (driver / "snapshots/a.safetensors").exists()
+    assert not list(driver.rglob(".*"))
+
+
+def test_nothing_is_copied_where_the_driver_sees_the_folder(
+    tmp_path: Path, other_host: Any
+) -> None:
+    driver = tmp_path / "driver"
+    with marked(driver, "token"):
+        with home.copied_home(other_host, driver, "token", World(0, 0, 2)) as copy:
+            assert copy is None
+        with home.copied_home(other_host, driver, "another", World(1, 0, 2)) as copy:
+            assert isinstance(copy, Copy)
+        with home.copied_home(None, driver, "another", World(0, 0, 2)) as copy:
+            assert copy is None
+    assert list(driver.iterdir()) == []
