@@ -22,6 +22,7 @@ from ganscale.cli import (  # noqa: F401
     evaluate,
     explore,
     images,
+    jobs,
     rate,
     recognise,
     reconstruct,

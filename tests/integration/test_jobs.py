@@ -1,0 +1,174 @@
+"""Jobs on a real Ray head that asks for a token: stopped, gone on with, and secrets not shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from ganscale.config import Config
+from ganscale.run_directory import RunDirectory
+from tests.conftest import MakeConfig
+from tests.support.cluster import JobsHead
+from tests.support.runs import final_digest, read_rows, start_ranks, wait_all
+
+TOKEN = "a-token-of-the-cluster"
+PLANTED = {
+    "AWS_ACCESS_KEY_ID": "planted-key-91f3",
+    "AWS_SECRET_ACCESS_KEY": "planted-secret-5d20",
+    "WANDB_API_KEY": "0123456789planted77aa0123456789planted77",
+}
+SETTINGS = {
+    "training__total_kimg": 3.2,
+    "checkpoint__every_kimg": 0.32,
+    "launch__num_workers": 2,
+    "tracking__wandb": "offline",
+    "checkpoint__location": "s3://runs/of-mine",
+}
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """An endpoint with a bucket; this process may use it, what it starts has no credentials."""
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    url = f"http://{host}:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", url)
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="runs")
+        client.close()
+        yield url
+    moto.stop()
+
+
+@pytest.fixture(scope="module")
+def head(s3: str) -> Iterator[JobsHead]:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(prefix="gs", ignore_cleanup_errors=True) as folder,
+    ):
+        for name in (*PLANTED, "AWS_ENDPOINT_URL", "WANDB_MODE"):
+            patch.delenv(name, raising=False)
+        head = JobsHead(Path(folder), TOKEN, 2, AWS_ENDPOINT_URL=s3, **PLANTED)
+        patch.undo()
+        with head:
+            yield head
+
+
+def _write(config: Config) -> str:
+    file = config.run_dir.parent / "job.yaml"
+    file.write_text(config.to_yaml())
+    return str(file)
+
+
+def _wait(what: Callable[[], object], follower: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not what():
+        assert follower.poll() is None, follower.communicate()[0]
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.1)
+
+
+def _files_with(text: str, *roots: Path) -> list[Path]:
+    """Files whose bytes hold the text, anywhere below the folders."""
+    paths = (path for root in roots for path in root.rglob("*"))
+    files = (path for path in paths if path.is_file() and not path.is_symlink())
+    return [path for path in files if text.encode() in path.read_bytes()]
+
+
+def test_a_stopped_job_goes_on_to_the_bits_of_an_undisturbed_run_and_shows_no_secret(
+    make_config: MakeConfig, head: JobsHead, s3: str
+) -> None:
+    config = make_config(name="mine", launch__backend="ray", **SETTINGS)
+    run_dir = RunDirectory(config.run_dir)
+    file = _write(config)
+    secret = [word for name in PLANTED for word in ("--secret", name)]
+    submit = ["submit", "--config", file, "--env", "AWS_ENDPOINT_URL", *secret]
+
+    follower = head.start(*submit)
+    _wait(lambda: len(read_rows(run_dir.metrics)) > 5, follower)
+    stopped = head.call("job", "stop", "mine")
+    assert stopped.returncode == 0, stopped.stderr
+    assert "STOPPED" in stopped.stdout
+    output, _ = follower.communicate(timeout=120)
+    assert follower.returncode == 143, output
+    (stop,) = [row for row in read_rows(run_dir.events) if row["event"] == "stop"]
+    assert f"stopped at {stop['nimg'] / 1000:g} of 3.2 kimg" in stopped.stdout
+    assert final_digest(config)[0] == stop["nimg"] < config.total_nimg
+
+    assert head.call(*submit, "--no-wait").stdout.startswith("job mine-2 at")
+    again = head.call(*submit)
+    assert again.returncode == 2
+    assert "mine is on this cluster already, as job mine-2 (" in again.stderr
+    expected = make_config(name="torchrun", **{**SETTINGS, "checkpoint__location": None})
+    wait_all(start_ranks(expected, 2), timeout=280)
+    rest = head.call("job", "logs", "mine", "--follow")
+    assert rest.returncode == 0, rest.stdout
+    assert f"resume at {stop['nimg'] / 1000:g} kimg: 2 worker(s)" in rest.stdout
+    assert final_digest(config) == final_digest(expected)
+
+    # What the driver's folder shows lies beside the checkpoints as well.
+    names = {path.name for path in (config.run_dir / "snapshots").iterdir()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", s3)
+        client = boto3.client("s3")
+        listing = client.list_objects_v2(Bucket="runs", Prefix="of-mine/documents/mine/")
+        client.close()
+    copied = {item["Key"].removeprefix("of-mine/documents/mine/") for item in listing["Contents"]}
+    assert {f"snapshots/{name}" for name in names} <= copied
+    assert {"config.yaml", "metrics.jsonl", "events.jsonl", "wandb_run_id"} <= copied
+
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with urlopen(Request(f"{head.url}/api/jobs/", headers=headers), timeout=30) as answer:
+        shown = answer.read().decode()
+    assert json.loads(shown)[0]["runtime_env"]["env_vars"]["AWS_ENDPOINT_URL"] == s3
+    logs = [head.call("job", "logs", name).stdout for name in ("mine-1", "mine-2")]
+    status = head.call("job", "status", "mine").stdout
+    for value in PLANTED.values():
+        assert value not in "".join([shown, output, rest.stdout, status, *logs])
+        assert _files_with(value, head.folder, config.run_dir.parent) == []
+    # The search finds what is there.
+    assert _files_with("resume at", head.folder)
+    assert _files_with(s3, head.folder)
+    assert [path for path in config.run_dir.rglob("*.wandb") if path.stat().st_size > 1000]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RAY_AUTH_MODE": "disabled"}, "wants a token: set RAY_AUTH_MODE=token"),
+        ({"RAY_AUTH_TOKEN": "another"}, "does not accept this token"),
+    ],
+)
+def test_without_the_token_nothing_is_done(
+    head: JobsHead, variables: dict[str, Any], message: str
+) -> None:
+    refused = head.call("job", "list", **variables)
+    assert refused.returncode == 1
+    assert message in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
+def test_a_job_that_fails_gives_its_exit_code(make_config: MakeConfig, head: JobsHead) -> None:
+    """Shards that are nowhere: told by the driver, before any worker starts."""
+    config = make_config(name="lost", launch__backend="ray", data__shards="/nowhere/shards")
+    failed = head.call("submit", "--config", _write(config))
+    assert failed.returncode == 1
+    assert "/nowhere/shards" in failed.stdout
+    assert "job lost-1 FAILED" in failed.stderr
+    assert not os.path.exists(config.run_dir)
