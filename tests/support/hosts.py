@@ -12,11 +12,19 @@ from typing import Self
 
 import psutil
 
-__all__ = ["RAY_ADDRESS", "Host", "Network"]
+__all__ = ["DASHBOARD", "DISK", "RAY_ADDRESS", "Host", "Network"]
 
 PORT = 6379
 RAY_ADDRESS = f"10.77.0.1:{PORT}"
 """Of the cluster, from any of the hosts."""
+DASHBOARD = "http://10.77.0.1:8265"
+"""Of the cluster, from any of the hosts, if it is to take jobs."""
+DISK = "/tmp/ganscale-disk"
+"""On each host, a folder of its own; from outside it is `host.disk`."""
+_AGENT_PORTS = (  # given, since Ray's daemon waits 15 s for those that its agents choose, then dies
+    "--dashboard-agent-listen-port=52365 --dashboard-agent-grpc-port=52366 "
+    "--metrics-export-port=52367 --runtime-env-agent-port=52368"
+)
 
 HEALTH_CHECKS = {  # of Ray's head: a host that is silent for 5 to 8 s is given up
     "RAY_health_check_period_ms": "1000",
@@ -26,7 +34,7 @@ HEALTH_CHECKS = {  # of Ray's head: a host that is silent for 5 to 8 s is given 
 
 
 class Host:
-    """A host with its own network, processes, name and /tmp/ray; all of it ends with the block.
+    """A host with its own network, processes, name, disk and /tmp/ray; all ends with the block.
 
     Its first process waits for the end of its input, which comes even when this script is killed;
     the kernel then ends the others and takes away the interfaces.
@@ -37,12 +45,14 @@ class Host:
         self.address = f"10.77.0.{number}"
         self.port = f"port{number}"
         self.folder = folder / name
+        self.disk = self.folder / "disk"
 
     def __enter__(self) -> Self:
-        ray = self.folder / "ray"
-        ray.mkdir(parents=True)
-        Path("/tmp/ray").mkdir(exist_ok=True)
-        setup = f"set -e; hostname {self.name}; mount --bind {ray} /tmp/ray; ip link set lo up"
+        setup = f"set -e; hostname {self.name}; ip link set lo up"
+        for own, path in ((self.folder / "ray", "/tmp/ray"), (self.disk, DISK)):
+            own.mkdir(parents=True)
+            Path(path).mkdir(exist_ok=True)
+            setup += f"; mount --bind {own} {path}"
         namespaces = ["--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child"]
         self._process = subprocess.Popen(
             ["unshare", *namespaces, "--mount-proc", "bash", "-c", f"{setup}; echo up; read"],
@@ -95,9 +105,13 @@ class Host:
 
 
 class Network:
-    """Hosts on a switch, with a Ray cluster on them while the block runs."""
+    """Hosts on a switch, with a Ray cluster on them while the block runs.
 
-    def __init__(self, folder: Path, *, spare: bool) -> None:
+    It takes jobs from those who have `token`, if that is given.
+    """
+
+    def __init__(self, folder: Path, *, spare: bool, token: str = "") -> None:
+        self._token = token
         self.switch = Host("switch", 9, folder)
         names = ["head", "left", "right", *(["spare"] if spare else [])]
         self.head, *self.nodes = [Host(name, i, folder) for i, name in enumerate(names, 1)]
@@ -117,6 +131,17 @@ class Network:
         """Pull the host's cable out of the switch (`down`), or put it back (`up`)."""
         self.switch.run(f"ip link set {host.port} {state}")
 
+    def attach(self, address: str) -> None:
+        """Connect this process, which must have a network of its own, to the switch."""
+        pair = f"ip link add eth0 netns {os.getpid()} type veth peer name port0"
+        for command in (
+            [*pair.split(), "netns", str(self.switch.pid)],
+            f"ip addr add {address}/24 dev eth0".split(),
+            ["ip", "link", "set", "eth0", "up"],
+        ):
+            subprocess.run(command, check=True)
+        self.switch.run("ip link set port0 master br0 up")
+
     def _connect(self) -> None:
         self._stack.enter_context(self.switch)
         self.switch.run("ip link add br0 type bridge")
@@ -130,8 +155,10 @@ class Network:
             host.run("ip link set eth0 up")
 
     def _start_ray(self) -> None:
-        common = "--object-store-memory=100000000 --block"
-        head = f"--head --port={PORT} --num-cpus=0 --include-dashboard=false"
+        common = f"--object-store-memory=100000000 --block {_AGENT_PORTS}"
+        dashboard = "true --dashboard-host=0.0.0.0" if self._token else "false"
+        head = f"--head --port={PORT} --num-cpus=0 --include-dashboard={dashboard}"
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token} if self._token else {}
         node = f"--address={RAY_ADDRESS} --num-cpus=1"
         for host in (self.head, *self.nodes):
             options = head if host is self.head else node
@@ -141,7 +168,7 @@ class Network:
             )
             # As a service manager does: Ray's daemons end when the head has given them up.
             again = f"while :; do {command}; sleep 1; done"
-            host.start(["bash", "-c", again], "ray.log", **HEALTH_CHECKS)
+            host.start(["bash", "-c", again], "ray.log", **HEALTH_CHECKS, **token)
             deadline = time.monotonic() + 120
             log = host.folder / "ray.log"
             while "runtime started" not in log.read_text(errors="replace"):
