@@ -63,13 +63,15 @@ class Logged:
     @property
     def steps_on_disk(self) -> list[int]:
         files = self.run_dir.root.glob("wandb/*run-*/*.wandb")
-        return _metric_steps(max(files, key=lambda file: file.stat().st_mtime))
+        # A start that failed leaves a file as well, which may be closed later.
+        return max((_metric_steps(file) for file in files), key=len)
 
 
 @pytest.fixture
 def online(tmp_path: Path, patience: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Begins a run on a server of its own; its argument is what goes wrong from the start."""
     runs: list[Logged] = []
+    others = set(psutil.Process().children(recursive=True))  # of tests before, in one process
     with ExitStack() as stack:
 
         def begin(name: str, fault: WandbFault | None = None) -> Logged:
@@ -87,7 +89,7 @@ def online(tmp_path: Path, patience: None, monkeypatch: pytest.MonkeyPatch) -> I
         for run in runs:
             if not run.is_closed:
                 run.close()
-    assert not psutil.Process().children(recursive=True)
+    assert set(psutil.Process().children(recursive=True)) <= others
 
 
 def _until_begun(runs: list[Logged]) -> None:
@@ -214,6 +216,15 @@ def _metric_steps(file: Path) -> list[int]:
     return steps
 
 
+def _until_written(run_dir: RunDirectory) -> Path:
+    """The file of the run's helper process, which may still be starting."""
+    deadline = time.monotonic() + 60
+    while not (files := sorted(run_dir.root.glob("wandb/offline-run-*/*.wandb"))):
+        assert time.monotonic() < deadline, "no file was begun"
+        time.sleep(0.1)
+    return files[0]
+
+
 def _until_whole(file: Path) -> None:
     """Wait for the helper process of a run that was killed, which writes what it was given."""
     deadline = time.monotonic() + 60
@@ -235,7 +246,7 @@ def test_kill_loses_at_most_one_row_and_resume_keeps_the_run_id(make_config: Mak
     rank.communicate()
     logged = [row["step"] for row in read_rows(run_dir.metrics)]
     assert logged == list(range(4, 4 * len(logged) + 1, 4))
-    (first,) = sorted(run_dir.root.glob("wandb/offline-run-*/*.wandb"))
+    first = _until_written(run_dir)
     _until_whole(first)
     kept = _metric_steps(first)
     assert len(kept) >= len(logged) - 1

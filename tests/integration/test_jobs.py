@@ -91,6 +91,7 @@ def _files_with(text: str, *roots: Path) -> list[Path]:
     return [path for path in files if text.encode() in path.read_bytes()]
 
 
+@pytest.mark.timeout(900)  # a head, three jobs and their workers start one after the other
 def test_a_stopped_job_goes_on_to_the_bits_of_an_undisturbed_run_and_shows_no_secret(
     make_config: MakeConfig, head: JobsHead, s3: str
 ) -> None:
@@ -105,7 +106,7 @@ def test_a_stopped_job_goes_on_to_the_bits_of_an_undisturbed_run_and_shows_no_se
     stopped = head.call("job", "stop", "mine")
     assert stopped.returncode == 0, stopped.stderr
     assert "STOPPED" in stopped.stdout
-    output, _ = follower.communicate(timeout=120)
+    output, _ = follower.communicate(timeout=300)
     assert follower.returncode == 143, output
     (stop,) = [row for row in read_rows(run_dir.events) if row["event"] == "stop"]
     assert f"stopped at {stop['nimg'] / 1000:g} of 3.2 kimg" in stopped.stdout
