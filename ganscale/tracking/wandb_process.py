@@ -210,7 +210,8 @@ class _Holder:
         return False
 
     def _tell(self, **what: Any) -> None:
-        self._answers.write(json.dumps(what) + "\n")
+        with suppress(OSError):  # nobody hears it any more; what was sent before is still logged
+            self._answers.write(json.dumps(what) + "\n")
 
 
 def _kill_service() -> None:
