@@ -112,6 +112,9 @@ class _Holder:
         else:
             if self.mode == "online" and self._gave_up():
                 self._tell(problem=self._not_uploaded("(it failed)"))
+        if self.mode == "offline":  # nothing to ask the network; the file's end is still written
+            with suppress(Exception):
+                self._wandb.teardown()
         self._tell(closed=True)
         _kill_service()
         os._exit(0)  # wandb's own hooks would wait once more
@@ -125,6 +128,7 @@ class _Holder:
         if self.mode == "offline":
             with suppress(Exception):
                 self._run.finish(exit_code=1)
+                self._wandb.teardown()
         os._exit(1)
 
     def _init(self, mode: Literal["online", "offline"]) -> Any:
