@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ganscale.config import Config
 from ganscale.errors import ConfigError
 from ganscale.launch.signals import stopping_on_signals
+from ganscale.tracking.sinks import Sink
 from ganscale.training.loop import train
 from ganscale.training.stopping import Ending, StopRequest
 from ganscale.world import World, process_group
 
-__all__ = ["train_in_process"]
+__all__ = ["train_here", "train_in_process"]
 
 
 def train_in_process(config: Config) -> Ending:
@@ -25,8 +28,13 @@ def train_in_process(config: Config) -> Ending:
             f"torchrun --nproc-per-node {config.launch.num_workers} -m ganscale train ..."
         )
     stop = StopRequest()
-    with (
-        process_group(world, timeout_seconds=config.launch.timeout_seconds),
-        stopping_on_signals(stop, config.launch.grace_seconds),
-    ):
-        return train(config, world, stop)
+    with stopping_on_signals(stop, config.launch.grace_seconds):
+        return train_here(config, world, stop)
+
+
+def train_here(
+    config: Config, world: World, stop: StopRequest, sinks: Sequence[Sink] = ()
+) -> Ending:
+    """Run the training loop in this thread, to its end or until `stop` is set."""
+    with process_group(world, timeout_seconds=config.launch.timeout_seconds):
+        return train(config, world, stop, sinks)

@@ -22,7 +22,7 @@ from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node, state
-from ray._raylet import PlacementGroupID
+from ray._raylet import ActorID, PlacementGroupID
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
@@ -45,7 +45,7 @@ from ganscale.tracking.wandb_sink import variables
 from ganscale.training.stopping import Ending, StopRequest
 from ganscale.world import World
 
-__all__ = ["train_on_ray"]
+__all__ = ["cluster", "tell", "told", "train_in_groups", "train_on_ray"]
 
 # Read by Ray Train: workers stay where paths are valid, a fault is noticed in a second, a worker
 # that does not answer is given up in time, a group that does not fit is not waited for.
@@ -72,11 +72,18 @@ def train_on_ray(config: Config, supervisor: Supervisor) -> Ending:
     stop = StopRequest()
     # In this order: Ray replaces the handlers of signals when it starts.
     with (
-        _cluster(config.launch.ray_address) as is_joined,
+        cluster(config.launch.ray_address) as is_joined,
         stopping_on_signals(stop, config.launch.grace_seconds),
     ):
-        home = home_of(config.run_dir, for_workers()) if is_joined else None
-        return supervisor.run(RayWorkers(config, home), stop)
+        return train_in_groups(config, supervisor, stop, is_joined=is_joined)
+
+
+def train_in_groups(
+    config: Config, supervisor: Supervisor, stop: StopRequest, *, is_joined: bool
+) -> Ending:
+    """Run the training loop in workers of the Ray that this process is connected to."""
+    home = home_of(config.run_dir, for_workers()) if is_joined else None
+    return supervisor.run(RayWorkers(config, home), stop)
 
 
 class RayWorkers:
@@ -93,11 +100,11 @@ class RayWorkers:
 
     def room(self) -> int:
         """How many more workers fit on the cluster now; none while a group takes its places."""
-        if self._token and not _told(self._token, "in_place"):
+        if self._token and not told(self._token, "in_place"):
             return 0
-        _release_what_the_dead_hold()
         launch = self.config.launch
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        _release_what_the_dead_hold()  # after a call that has connected to the head's tables
         count = 0
         for node, free in available_resources_per_node().items():
             if node in alive:
@@ -128,9 +135,9 @@ class RayWorkers:
         def fit() -> None:
             try:
                 trainer.fit()
-                if error := _told(token, "error"):
+                if error := told(token, "error"):
                     raise GanscaleError(f"training failed on {error}")
-                outcome.append(Ending(**json.loads(_told(token, "ending"))))
+                outcome.append(Ending(**json.loads(told(token, "ending"))))
             except BaseException as error:
                 outcome.append(error)
 
@@ -142,7 +149,7 @@ class RayWorkers:
             thread.join(_POLL_SECONDS)
             if stop.reason != passed_on:
                 passed_on = stop.reason
-                _tell(token, "stop", passed_on)
+                tell(token, "stop", passed_on)
             num_faults = self._note_faults(token, num_faults)
         return outcome[0]
 
@@ -150,7 +157,7 @@ class RayWorkers:
         """Write down the faults that the controller has told of; returns how many there are."""
         faults: list[str] = []
         with suppress(RayError):  # whoever waits for the group hears that the head is gone
-            faults = json.loads(_told(token, "faults") or "[]")
+            faults = json.loads(told(token, "faults") or "[]")
         if new := faults[num_noted:]:
             log = EventLog(RunDirectory(self.config.run_dir).events)
             for fault in new:
@@ -221,14 +228,14 @@ def _worker(settings: dict[str, Any]) -> None:
     home = settings["home"]
     if home is not None:
         os.environ.update(ray.get(home.secrets.remote()))
-    if _told(token, "error"):
+    if told(token, "error"):
         return  # Ray starts workers again after any error; this one would only come again
     world = World.detect("cuda" if config.launch.use_gpu else "cpu")
     os.environ.update(settings["wandb"])
     to_stderr(config.name, world.rank)
     sinks = [RayMetrics(config.name, config.total_nimg)] if world.is_main else []
     if world.is_main:
-        _tell(token, "in_place", "yes")
+        tell(token, "in_place", "yes")
     stop = StopRequest()
     done = threading.Event()
     listener = threading.Thread(
@@ -239,12 +246,12 @@ def _worker(settings: dict[str, Any]) -> None:
         with copied_home(home, config.run_dir, token, world):
             ending = train(config, world, stop, sinks)
     except GanscaleError as error:
-        _tell(token, "error", f"rank {world.rank}: {error}")
+        tell(token, "error", f"rank {world.rank}: {error}")
         raise
     finally:
         done.set()
     if world.is_main:
-        _tell(token, "ending", json.dumps(asdict(ending)))
+        tell(token, "ending", json.dumps(asdict(ending)))
 
 
 def _listen(token: str, world: World, stop: StopRequest, done: threading.Event) -> None:
@@ -253,7 +260,7 @@ def _listen(token: str, world: World, stop: StopRequest, done: threading.Event) 
 
     preemption = get_train_context().preemption_context
     while not done.wait(_POLL_SECONDS):
-        if world.is_main and (reason := _told(token, "stop")):
+        if world.is_main and (reason := told(token, "stop")):
             stop.reason = reason
         elif not stop.reason and preemption.preemption_info is not None:
             stop.reason = "regroup"
@@ -267,23 +274,25 @@ def _release_what_the_dead_hold() -> None:
     job = ray.get_runtime_context().get_job_id()
     for data in state._global_state_accessor.get_placement_group_table():
         group = PlacementGroupTableData.FromString(data)
-        ours = group.creator_job_id.hex() == job and group.creator_actor_dead
+        # Where no actor made it, as those of a sweep's trials, Ray calls the actor dead as well.
+        by_actor = group.creator_actor_id not in (b"", ActorID.nil().binary())
+        ours = group.creator_job_id.hex() == job and by_actor and group.creator_actor_dead
         if ours and group.state != PlacementGroupTableData.REMOVED:
             remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 
 
-def _tell(token: str, what: str, text: str) -> None:
+def tell(token: str, what: str, text: str) -> None:
     """Leave a message for the other side: the driver, or rank 0 of the group with this token."""
     _internal_kv_put(f"ganscale-{token}-{what}", text.encode(), overwrite=True)
 
 
-def _told(token: str, what: str) -> Any:
+def told(token: str, what: str) -> Any:
     """The message that the other side left; empty if there is none."""
     return (_internal_kv_get(f"ganscale-{token}-{what}") or b"").decode()
 
 
 @contextmanager
-def _cluster(address: str | None) -> Iterator[bool]:
+def cluster(address: str | None) -> Iterator[bool]:
     """For the time of the block; yields whether it was there before and may have other hosts."""
     address = address or os.environ.get("RAY_ADDRESS")
     if ray.is_initialized():
@@ -314,8 +323,8 @@ class _Faults(UserCallback):  # type: ignore[misc]
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         self._faults.append(_first_cause(worker_exceptions))
         with suppress(RayError):  # an error here would end the run
-            _tell(self._token, "faults", json.dumps(self._faults))
-            _tell(self._token, "in_place", "")
+            tell(self._token, "faults", json.dumps(self._faults))
+            tell(self._token, "in_place", "")
 
 
 def _first_cause(failures: Mapping[int, Exception]) -> str:

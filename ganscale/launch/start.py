@@ -26,7 +26,15 @@ from ganscale.tracking.sinks import EventLog
 from ganscale.training.build import check_against_shards, load_shards
 from ganscale.training.stopping import Ending
 
-__all__ = ["prepare_shards", "resume_config", "start"]
+__all__ = [
+    "prepare_shards",
+    "resume_config",
+    "save_config",
+    "settled",
+    "start",
+    "supervisor_of",
+    "taken_up",
+]
 
 _RAY_PACKAGES = "/runtime_resources/working_dir_files/"
 """In the path of a job's working directory, which is a package that Ray has unpacked."""
@@ -56,26 +64,40 @@ def start(config: Config, console: Console) -> Ending:
     SIGTERM and Ctrl-C end it early, with a checkpoint.
     """
     receive()
-    config = prepare_shards(_kept(config, console), console)
-    check_against_shards(config, load_shards(config))
+    config = settled(config, console)
     run_dir = RunDirectory(config.run_dir)
-    is_main = int(os.environ.get("RANK", "0")) == 0
-    if is_main:
-        recall(config, CheckpointStore(config.checkpoints))
-    _check_same_run(config, run_dir)
-    if is_main:
-        _save_config(config, run_dir)
-    with (
-        _copied(config, console, is_main=is_main),
-        RunFollower(run_dir, config.total_nimg, console),
-    ):
+    with taken_up(config, console), RunFollower(run_dir, config.total_nimg, console):
         if config.launch.backend == "inprocess":
             from ganscale.launch.local import train_in_process
 
             return train_in_process(config)
         from ganscale.launch.ray_train import train_on_ray
 
-        return train_on_ray(config, _supervisor(config, run_dir))
+        return train_on_ray(config, supervisor_of(config))
+
+
+def settled(config: Config, console: Console) -> Config:
+    """The configuration with absolute paths, its shards built and checked."""
+    config = prepare_shards(_kept(config, console), console)
+    check_against_shards(config, load_shards(config))
+    return config
+
+
+@contextmanager
+def taken_up(config: Config, console: Console) -> Iterator[None]:
+    """For the time of the block the run's folder is this run's, with its configuration in it.
+
+    Raises `ConfigError` if it holds a run with other settings.
+    """
+    run_dir = RunDirectory(config.run_dir)
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    if is_main:
+        recall(config, CheckpointStore(config.checkpoints))
+    _check_same_run(config, run_dir)
+    if is_main:
+        save_config(config, run_dir)
+    with _copied(config, console, is_main=is_main):
+        yield
 
 
 @contextmanager
@@ -112,8 +134,9 @@ def _kept(config: Config, console: Console) -> Config:
     return config.with_changes(changes)
 
 
-def _supervisor(config: Config, run_dir: RunDirectory) -> Supervisor:
-    store = CheckpointStore(config.checkpoints)
+def supervisor_of(config: Config) -> Supervisor:
+    """What keeps the run going, and writes down what happens to its groups."""
+    run_dir, store = RunDirectory(config.run_dir), CheckpointStore(config.checkpoints)
 
     def newest_nimg() -> int:
         return next((name.nimg for name in store.lineage()), -1)
@@ -211,7 +234,8 @@ def _settings(config: Config) -> dict[str, Any]:
     return settings
 
 
-def _save_config(config: Config, run_dir: RunDirectory) -> None:
+def save_config(config: Config, run_dir: RunDirectory) -> None:
+    """Put it into the run's folder, in place of what is there."""
     run_dir.root.mkdir(parents=True, exist_ok=True)
     temporary = run_dir.config.with_name(".config.yaml.tmp")
     temporary.write_text(config.to_yaml())
