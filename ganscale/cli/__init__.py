@@ -27,6 +27,7 @@ from ganscale.cli import (  # noqa: F401
     recognise,
     reconstruct,
     shards,
+    sweep,
     training,
 )
 from ganscale.cli.app import app
