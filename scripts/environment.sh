@@ -18,7 +18,8 @@ wanted="$(cat pyproject.toml constraints.txt | "$PYTHON" -c \
   'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')"
 if [ "$(cat .venv/.installed 2> /dev/null || true)" != "$wanted" ]; then
   echo "Installing into .venv (once; a few minutes) ..."
-  [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+  .venv/bin/python -m pip --version > /dev/null 2>&1 || "$PYTHON" -m venv --clear .venv ||
+    fail "$PYTHON -m venv does not work (on Debian and Ubuntu: apt install python3-venv)."
   .venv/bin/python -m pip install -qq --disable-pip-version-check \
     --constraint constraints.txt --editable ".[dev]"
   echo "$wanted" > .venv/.installed

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ganscale import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Overrides", "app", "stderr_console"]
+__all__ = ["JsonFile", "Overrides", "app", "stderr_console", "write_json"]
 
 app = typer.Typer(
     name="ganscale",
@@ -24,13 +28,31 @@ app = typer.Typer(
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.field=value ...", show_default=False)
 ]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ganscale {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show it, and exit."),
+    ] = False,
 ) -> None:
     """Options before the verb; `main` reads --debug itself."""
+
+
+def write_json(path: Path | None, values: Any) -> None:
+    """For `JsonFile`: in a folder that need not be there."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def stderr_console() -> Console:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ganscale.cli.app import app, stderr_console
+from ganscale.cli.app import JsonFile, app, stderr_console, write_json
 
 __all__: list[str] = []
 
@@ -27,10 +26,9 @@ def bench_data(
     root: Annotated[str, typer.Argument(help="Folder or URL of a shard set.")],
     seconds: Annotated[float, typer.Option(min=0.1, help="How long each is measured.")] = 5.0,
     device: Annotated[str, typer.Option(help="For the device cache: cpu, cuda.")] = "cpu",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Images per second of each way to read a set, beside webdataset and torchvision."""
-    import json
     from dataclasses import asdict
 
     import torch
@@ -52,5 +50,4 @@ def bench_data(
         typer.echo(
             f"{row.name:40} {row.images_per_second:12,.0f} {megabytes:9,.1f} {row.ratio:8.1f}"
         )
-    if json_file is not None:
-        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    write_json(json_file, [asdict(row) for row in rows])

@@ -19,7 +19,7 @@ checkpoint_app = typer.Typer(help="Look at a run's checkpoints.", no_args_is_hel
 app.add_typer(checkpoint_app, name="checkpoint")
 
 
-Run = Annotated[Path, typer.Argument(help="Folder of the run.")]
+Run = Annotated[str, typer.Argument(help="Folder of the run, or URL of its checkpoints.")]
 
 
 @checkpoint_app.command("list", epilog="Example: ganscale checkpoint list runs/quickstart")
@@ -61,14 +61,15 @@ def checkpoint_repair(run: Run) -> None:
         typer.echo(line)
 
 
-def _checkpoints(run: Path) -> CheckpointStore:
+def _checkpoints(run: str) -> CheckpointStore:
     from ganscale.checkpoint import CheckpointStore
     from ganscale.config import load_config
+    from ganscale.data.storage import is_url
     from ganscale.run_directory import RunDirectory
 
-    run_dir = RunDirectory(run.expanduser().absolute())
-    location = str(run_dir.root / "checkpoints")
-    if run_dir.config.is_file():
+    run_dir = RunDirectory(Path(run).expanduser().absolute())
+    location = run if is_url(run) else str(run_dir.root / "checkpoints")
+    if not is_url(run) and run_dir.config.is_file():
         place = {"storage": str(run_dir.root.parent), "name": run_dir.name}
         location = load_config(run_dir.config).with_changes(place).checkpoints
     store = CheckpointStore(location)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ganscale.cli.app import app, stderr_console
+from ganscale.cli.app import JsonFile, app, stderr_console, write_json
 from ganscale.errors import ConfigError, TrainingFault
 
 if TYPE_CHECKING:
@@ -23,8 +22,6 @@ __all__: list[str] = []
 
 _COLUMNS = 16
 """Images that the picture of a task shows."""
-
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")]
 
 
 @app.command(
@@ -51,7 +48,7 @@ def tournament(
     total = num_judged(len(contestants), num, images)
     with counting("judging images", total, stderr_console()) as progress:
         result = hold_tournament(contestants, images, num_images=num, seed=seed, progress=progress)
-    _write_json(json_file, result.to_json())
+    write_json(json_file, result.to_json())
     typer.echo("\n".join(result.scores.lines()))
 
 
@@ -90,7 +87,7 @@ def stability(
         overrides = [*(arguments or []), *([f"storage={storage}"] if storage else [])]
         runs = _train_seeds(config, overrides, seeds)
     report = summarise([summarise_run(run, metric) for run in runs], metric)
-    _write_json(json_file, report.to_json())
+    write_json(json_file, report.to_json())
     typer.echo("\n".join(report.lines()))
 
 
@@ -155,12 +152,6 @@ def _is_finished(config: Config) -> bool:
     return True
 
 
-def _write_json(path: Path | None, values: dict[str, Any]) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values, indent=2) + "\n")
-
-
 @app.command(
     epilog="Example: ganscale compare runs/vae-cifar10 runs/dcgan-cifar10 runs/encoder-cifar10 "
     "--images data/cifar10-test --out compared"
@@ -186,7 +177,6 @@ def compare(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Put runs beside each other: what they cost, generate and bring back (VAE against GAN)."""
-    import json
 
     from ganscale.evaluation import comparison as of
     from ganscale.evaluation.features import FeatureCache
@@ -246,7 +236,7 @@ def compare(
         "search": vars(search),
         "tasks": {task: [way.to_json() for way in ways] for task, (_, ways) in found.items()},
     }
-    (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_json(out / "figures.json", figures)
     typer.echo(f"wrote a picture of each task and figures.json to {out}")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ganscale.cli.app import app, stderr_console
+from ganscale.cli.app import app, stderr_console, write_json
 
 __all__: list[str] = []
 
@@ -33,17 +33,17 @@ def dashboard(
 
     entity = entity or os.environ.get("WANDB_ENTITY")
     if out is not None or resolve_mode("auto") != "online":
-        text = json.dumps(dashboards.definition(entity or "", project, group), indent=1)
+        made = dashboards.definition(entity or "", project, group)
         if out is None:
             stderr_console().print("no W&B key here: this is what would be stored", style="yellow")
-            typer.echo(text)
+            typer.echo(json.dumps(made, indent=2))
         else:
-            out.write_text(text + "\n")
+            write_json(out, made)
             typer.echo(f"wrote {out}")
         return
     try:
-        for made in dashboards.saved(entity, project, group):
-            typer.echo(made)
+        for place in dashboards.saved(entity, project, group):
+            typer.echo(place)
     except GanscaleError:
         raise
     except Exception as error:  # wandb raises what it likes

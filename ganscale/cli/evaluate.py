@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from ganscale.cli.app import app, stderr_console
+from ganscale.cli.app import JsonFile, app, stderr_console, write_json
 from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,10 +65,9 @@ def evaluate(
         str | None, typer.Option(help="Of weights that are not the published ones.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Compare generated images with real ones: distances, precision, recall, copies."""
-    import json
 
     from ganscale.evaluation.distribution import METRICS
     from ganscale.evaluation.distribution import evaluate as compare
@@ -117,10 +116,9 @@ def evaluate(
             found, judgements, samples, of_reference, of_test, device=world.device, started=started
         )
     _print(found)
-    if json_file is not None:
-        json_file.write_text(json.dumps(found.to_json(), indent=1))
     if run is not None:
         note_in_run(run, samples, found)
+    write_json(json_file, found.to_json())
 
 
 def _one_of(run: Path | None, snapshot: Path | None, images: str | None) -> str:

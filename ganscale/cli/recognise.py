@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ganscale.cli.app import app, stderr_console
+from ganscale.cli.app import JsonFile, app, stderr_console, write_json
 from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ _Train = Annotated[
 _Test = Annotated[str, typer.Option(help="Labelled images that nothing was trained on.")]
 _Seeds = Annotated[int, typer.Option(min=1, help="Repeats, for the intervals.")]
 _Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
-_Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")]
 
 
 @recognise.command(
@@ -42,7 +40,7 @@ def probe(
     num: Annotated[int, typer.Option(min=10, help="Labelled images to train on.")] = 10_000,
     seeds: _Seeds = 3,
     device: _Device = "cpu",
-    json_file: _Json = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Linear classifier on the discriminator's features, on an untrained one's, and on pixels."""
     import torch
@@ -89,7 +87,7 @@ def probe(
     typer.echo(f"{'features':44} {'number':>7}  accuracy")
     for result in found:
         typer.echo(f"{result.features:44} {result.num_features:7d}  {_per_cent(result.accuracy)}")
-    _write(json_file, {"results": [result.to_json() for result in found]})
+    write_json(json_file, {"results": [result.to_json() for result in found]})
 
 
 @recognise.command(
@@ -105,7 +103,7 @@ def augment(
     passes: Annotated[int, typer.Option(min=1, help="Images passed in each training.")] = 250_000,
     seeds: _Seeds = 3,
     device: _Device = "cpu",
-    json_file: _Json = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Train a classifier on few real images, and on those and generated ones."""
     from dataclasses import replace
@@ -150,7 +148,7 @@ def augment(
     for row in found:
         columns = f"{_per_cent(row.real):26} {_per_cent(row.both):26} {_per_cent(row.gain)}"
         typer.echo(f"{row.num_real:11d}  {columns}")
-    _write(json_file, {"results": [row.to_json() for row in found]})
+    write_json(json_file, {"results": [row.to_json() for row in found]})
 
 
 @recognise.command(
@@ -163,7 +161,7 @@ def semi_supervised(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, of any seeds.")],
     test: _Test,
     device: _Device = "cpu",
-    json_file: _Json = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Test the classifiers of semi-supervised runs, with the game and from labels alone.
 
@@ -186,7 +184,7 @@ def semi_supervised(
     rows = {kind: of_repeats(list(found.values())) for kind, found in by_kind.items()}
     for kind, estimate in rows.items():
         typer.echo(f"{kind:52} {len(by_kind[kind]):5d}  {_per_cent(estimate)}")
-    _write(json_file, {"runs": by_kind, "accuracy": {k: vars(e) for k, e in rows.items()}})
+    write_json(json_file, {"runs": by_kind, "accuracy": {k: vars(e) for k, e in rows.items()}})
 
 
 def _kind_of(run: Path) -> str:
@@ -222,9 +220,3 @@ def _per_cent(estimate: Estimate) -> str:
     if estimate.low is None or estimate.high is None:
         return text
     return f"{text} ({100 * estimate.low:.2f} to {100 * estimate.high:.2f})"
-
-
-def _write(path: Path | None, values: dict[str, Any]) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values, indent=2) + "\n")

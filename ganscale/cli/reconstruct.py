@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ganscale.cli.app import app, stderr_console
+from ganscale.cli.app import app, stderr_console, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,7 +130,6 @@ def _write(
     protocol: dict[str, object],
     out: Path,
 ) -> None:
-    import json
     from dataclasses import asdict
 
     import torch
@@ -149,8 +148,7 @@ def _write(
         }
         for kind, of in figures.items()
     }
-    text = json.dumps({"protocol": protocol, "figures": values}, indent=1)
-    (out / "figures.json").write_text(text + "\n")
+    write_json(out / "figures.json", {"protocol": protocol, "figures": values})
 
 
 def _print(figures: dict[str, dict[str, Tensor]], protocol: dict[str, object]) -> None:

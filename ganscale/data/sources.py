@@ -40,11 +40,13 @@ from ganscale.data.tars import (
 )
 from ganscale.errors import ConfigError, DataError
 
-__all__ = ["CIFAR10_ENV", "Source", "SourceSpec", "open_source", "resolve_source"]
+__all__ = ["CIFAR10_ENV", "NAMED_SOURCES", "Source", "SourceSpec", "open_source", "resolve_source"]
 
 Split = Literal["train", "test"]
 
 CIFAR10_ENV = "GANSCALE_CIFAR10"
+NAMED_SOURCES = ("auto", "cifar10", "procedural", "spectrograms")
+"""All else is a path."""
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip

@@ -34,7 +34,8 @@ __all__ = ["Cost", "Entry", "Judges", "Restored", "cost_of", "enter", "quality",
 
 Started = Callable[[str, int | None], Callable[[int], None]]
 
-_PEAKS = ("gpu/peak_memory_gib", "process/peak_memory_gib")
+_MEMORY = ("gpu/peak_memory_gib", "workers/0/memory_gib")
+"""On a GPU, and of the process where there is none: in order of preference."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,9 @@ def cost_of(entry: Entry) -> Cost:
         if speed:
             seconds += (nimg - before) / speed
             before = nimg
-    peaks = [row[name] for row in rows for name in _PEAKS if row.get(name) is not None]
-    return Cost(seconds, before / seconds if seconds else 0.0, max(peaks, default=None))
+    peaks = [max((row[name] for row in rows if name in row), default=None) for name in _MEMORY]
+    peak = next((peak for peak in peaks if peak is not None), None)
+    return Cost(seconds, before / seconds if seconds else 0.0, peak)
 
 
 def quality(

@@ -27,6 +27,7 @@ from ray.job_submission import JobSubmissionClient
 
 import ganscale
 from ganscale.config import Config
+from ganscale.data.sources import NAMED_SOURCES
 from ganscale.data.storage import is_url
 from ganscale.errors import ConfigError, GanscaleError
 from ganscale.launch.secrets import PLACE_VARIABLE, new_place, own, pack
@@ -63,6 +64,9 @@ class Submission:
             "data.shards": data.shards,
             "data.cache_dir": data.cache_dir,
             "checkpoint.location": checkpoint.location,
+            "evaluation.reference": self.config.evaluation.reference,
+            "method.generator": getattr(self.config.method, "generator", None),
+            "data.source": None if data.shards or data.source in NAMED_SOURCES else data.source,
         }
         for name, place in here.items():
             if place is not None and not is_url(place) and not place.startswith(("/", "~")):

@@ -33,6 +33,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from ganscale.config import Config
 from ganscale.errors import GanscaleError
+from ganscale.launch.autoscaling import Wish
 from ganscale.launch.home import copied_home, home_of, marked
 from ganscale.launch.ray_metrics import RayMetrics
 from ganscale.launch.secrets import for_workers
@@ -82,8 +83,11 @@ def train_in_groups(
     config: Config, supervisor: Supervisor, stop: StopRequest, *, is_joined: bool
 ) -> Ending:
     """Run the training loop in workers of the Ray that this process is connected to."""
-    home = home_of(config.run_dir, for_workers()) if is_joined else None
-    return supervisor.run(RayWorkers(config, home), stop)
+    workers = RayWorkers(config, home_of(config.run_dir, for_workers()) if is_joined else None)
+    try:
+        return supervisor.run(workers, stop)
+    finally:
+        workers.ask_for(0)
 
 
 class RayWorkers:
@@ -97,9 +101,22 @@ class RayWorkers:
         self._home = home
         self._token = ""
         """Of the group that is starting or trains."""
+        self._missing = config.launch.max_workers
+        self._wish = Wish(config.name, self._worker_takes)
+
+    @property
+    def _worker_takes(self) -> dict[str, float]:
+        launch = self.config.launch
+        return {"CPU": launch.cpus_per_worker, **({"GPU": 1.0} if launch.use_gpu else {})}
+
+    def ask_for(self, num_workers: int) -> None:
+        """More workers than there are, of the cluster's autoscaler if it has one."""
+        self._missing = num_workers
+        self._wish.ask(num_workers)
 
     def room(self) -> int:
         """How many more workers fit on the cluster now; none while a group takes its places."""
+        self._wish.ask(self._missing)
         if self._token and not told(self._token, "in_place"):
             return 0
         launch = self.config.launch
@@ -121,9 +138,10 @@ class RayWorkers:
         """
         token = self._token = secrets.token_hex(8)
         trainer = self._trainer(num_workers, token)
+        self.ask_for(self.config.launch.max_workers - num_workers)
         with marked(self.config.run_dir, token):
             ended = self._fit(trainer, token, stop)
-        self._token = ""
+        self._token, self._missing = "", self.config.launch.max_workers
         if isinstance(ended, Ending):
             return ended
         raise self._explained(ended) from ended
@@ -203,10 +221,7 @@ class RayWorkers:
             scaling_config=ScalingConfig(
                 num_workers=num_workers,
                 use_gpu=launch.use_gpu,
-                resources_per_worker={
-                    "CPU": launch.cpus_per_worker,
-                    **({"GPU": 1.0} if launch.use_gpu else {}),
-                },
+                resources_per_worker=self._worker_takes,
             ),
             run_config=RunConfig(
                 name=self.config.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +15,7 @@ from ganscale.checkpoint import CheckpointStore
 from ganscale.config import Config, load_config
 from ganscale.config.run import merged, validated
 from ganscale.data.building import build_shards
-from ganscale.data.sources import open_source, resolve_source
+from ganscale.data.sources import SourceSpec, open_source, resolve_source
 from ganscale.data.storage import is_url
 from ganscale.errors import CheckpointError, ConfigError
 from ganscale.launch.documents import Copy, recall, store_copy
@@ -38,6 +39,14 @@ __all__ = [
 
 _RAY_PACKAGES = "/runtime_resources/working_dir_files/"
 """In the path of a job's working directory, which is a package that Ray has unpacked."""
+
+_PATHS = (
+    "storage",
+    "checkpoint.location",
+    "data.cache_dir",
+    "evaluation.reference",
+    "method.generator",
+)
 
 # What may differ between the parts of one run; all else would make it another run.
 _MAY_CHANGE = (
@@ -116,17 +125,14 @@ def _copied(config: Config, console: Console, *, is_main: bool) -> Iterator[None
 
 
 def _kept(config: Config, console: Console) -> Config:
-    """With absolute paths of what is written, as workers may have another working directory.
+    """With absolute paths, as workers may have another working directory.
 
     That of a job is deleted by Ray, so there relative paths lead to the home folder, on each host.
     """
     is_job = _RAY_PACKAGES in Path.cwd().as_posix()
     changes = {}
-    for name, place in (
-        ("storage", config.storage),
-        ("checkpoint.location", config.checkpoint.location),
-    ):
-        if place is None or is_url(place) or place.startswith(("/", "~")):
+    for name, place in _settings(config).items():
+        if name not in _PATHS or place is None or is_url(place) or place.startswith(("/", "~")):
             continue
         changes[name] = f"~/{place}" if is_job else str(Path(place).absolute())
         if is_job:
@@ -160,7 +166,7 @@ def prepare_shards(config: Config, console: Console) -> Config:
     spec, notice = resolve_source(config.data.source, "train", download_dir=storage / "downloads")
     if notice:
         console.print(f"[yellow]{notice}[/yellow]", highlight=False, soft_wrap=True)
-    path = storage / "shards" / f"{_shards_name(config.data.source, spec.kind)}-train"
+    path = storage / "shards" / f"{_shards_name(config.data.source, spec)}-train"
     if not path.exists():
         with counting(f"building shards in {path}", len(open_source(spec)), console) as progress:
             build_shards(spec, path, progress=progress)
@@ -203,10 +209,14 @@ def _newest_config(store: CheckpointStore) -> dict[str, Any] | None:
     return None
 
 
-def _shards_name(source: str, kind: str) -> str:
-    if source not in ("auto", "cifar10", "procedural"):
-        return Path(source).stem
-    return "procedural" if kind == "procedural" else "cifar10"
+def _shards_name(source: str, spec: SourceSpec) -> str:
+    """One for each source: folders of the same last name are not the same images."""
+    if not spec.path:
+        return spec.kind
+    if source in ("auto", "cifar10"):
+        return "cifar10"
+    path = Path(source).expanduser().absolute()
+    return f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
 def _check_same_run(config: Config, run_dir: RunDirectory) -> None:

@@ -171,33 +171,6 @@ def test_stop_training_ends_the_run_of_its_container_at_a_checkpoint(
     assert newest.nimg > 0
 
 
-def test_request_workers_leaves_its_request_with_ray_and_becomes_the_command(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    import ray
-    from ray._private.worker import global_worker
-    from ray.autoscaler.v2.sdk import get_cluster_resource_state
-
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_enable_autoscaler_v2", "1")
-    context = ray.init(address="local", num_cpus=0, include_dashboard=False, log_to_driver=False)
-    try:
-        address = context.address_info["address"]
-        script = [sys.executable, str(CLUSTER / "image" / "request-workers")]
-        options = ["--num", "32", "--cpus", "4", "--gpus", "1"]
-        done = subprocess.run(
-            [*script, *options, "echo", "launch.num_workers=[8,32]"],
-            env={**os.environ, "RAY_ADDRESS": address}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.stdout.split() == ["launch.num_workers=[8,32]"], done.stderr
-        state = get_cluster_resource_state(global_worker.gcs_client)
-        (constraint,) = state.cluster_resource_constraints
-        (asked,) = constraint.resource_requests
-        assert (dict(asked.request.resources_bundle), asked.count) == ({"CPU": 4.0, "GPU": 1.0}, 32)
-    finally:
-        ray.shutdown()
-
-
 def test_the_batch_script_is_one_that_bash_reads() -> None:
     script = CLUSTER / "slurm" / "train.sbatch"
     subprocess.run(["bash", "-n", str(script)], check=True)

@@ -253,11 +253,7 @@ def test_pods_have_room_for_the_workers_of_the_run(built: dict[str, list[Json]])
             per_pod = min(per_pod, int(limits["nvidia.com/gpu"]))
         room = [per_pod * group[key] for key in ("minReplicas", "replicas", "maxReplicas")]
         assert room == [launch.min_workers, launch.min_workers, launch.max_workers], name
-        asked = entrypoint(document)
         if launch.min_workers < launch.max_workers:
-            stated = dict(zip(asked[1:6:2], map(float, asked[2:7:2]), strict=True))
-            wanted = {"--num": launch.max_workers, "--cpus": launch.cpus_per_worker, "--gpus": 1}
-            assert stated == wanted
             assert document["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] is True
 
 

@@ -118,7 +118,6 @@ def train(root: Path, storage: Path, shards: Path) -> None:
         "training.total_kimg=2 launch.num_workers=2",
         "python -m ganscale checkpoint verify /runs/image",
         "stop-training",
-        "request-workers --help",
     )
     script = f"""
         set -e
