@@ -71,6 +71,11 @@ class Changed:
         """Unchanged."""
         return self.whole.labels
 
+    @property
+    def num_classes(self) -> int:
+        """Unchanged."""
+        return self.whole.num_classes
+
     def __len__(self) -> int:
         return len(self.whole)
 

@@ -3,7 +3,7 @@
 # through Ray, draws samples, verifies the checkpoints and says where to look.
 #   GANSCALE_CIFAR10   local copy of CIFAR-10; else it is downloaded; without a network the
 #                      procedural CIFAR-shaped set is used, and a message says so
-#   scripts/quickstart.sh training.total_kimg=500     settings are passed on
+#   scripts/quickstart.sh training.total_kimg=500     settings are passed on (not name, not storage)
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 export WANDB_MODE="${WANDB_MODE:-offline}"
@@ -17,6 +17,6 @@ cat << END
 Done in $((SECONDS - started)) s. Look at:
   runs/quickstart/grid.png          64 fresh images of the trained generator
   runs/quickstart/samples/          the same latents while it learned
-  runs/quickstart/metrics.jsonl     the curves; W&B: wandb sync runs/quickstart/wandb/offline-run-*
+  runs/quickstart/metrics.jsonl     the curves; W&B: .venv/bin/wandb sync runs/quickstart/wandb/offline-run-*
 Go on:  .venv/bin/ganscale resume runs/quickstart training.total_kimg=500
 END

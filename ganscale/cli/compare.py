@@ -172,7 +172,7 @@ def compare(
         Literal["frechet", "kernel", "neighbourhood"], typer.Option(help="Of generated images.")
     ] = "frechet",
     steps: Annotated[int, typer.Option(min=1, help="Of an inversion.")] = 100,
-    restarts: Annotated[int, typer.Option(min=1, help="Starts of an inversion.")] = 4,
+    restarts: Annotated[int, typer.Option(min=1, max=512, help="Starts of an inversion.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of images, noise and starts.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:

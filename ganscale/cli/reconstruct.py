@@ -53,7 +53,9 @@ def reconstruct(
         Literal["adam", "lbfgs"], typer.Option(help="Of the latents, for inversion.")
     ] = "lbfgs",
     steps: Annotated[int, typer.Option(min=1, help="Of every start.")] = 100,
-    restarts: Annotated[int, typer.Option(min=1, help="Starts of an image; the best wins.")] = 4,
+    restarts: Annotated[
+        int, typer.Option(min=1, max=512, help="Starts of an image; the best wins.")
+    ] = 4,
     prior: Annotated[float, typer.Option(min=0, help="Weight of latents' improbability.")] = 0.0,
     tuning_steps: Annotated[
         int, typer.Option(min=0, help="Then tune a copy of the generator to each image.")

@@ -69,6 +69,11 @@ class ImageSet(Protocol):
         """(N,) classes from 0; None where images have none."""
         ...
 
+    @property
+    def num_classes(self) -> int:
+        """How many classes the set has, used or not; 0 where it has none."""
+        ...
+
     def __len__(self) -> int: ...
 
     def read(self, indices: Indices) -> Tensor:
@@ -109,6 +114,11 @@ class ImagesOfShards:
         """Those of the index."""
         labels = self.shard_set.samples["label"].astype(np.int64)
         return labels if len(labels) and labels.min() >= 0 else None
+
+    @property
+    def num_classes(self) -> int:
+        """That of the index."""
+        return len(self.shard_set.classes)
 
     def __len__(self) -> int:
         return self.shard_set.num_samples
@@ -162,6 +172,11 @@ class FileImages:
         if not self._source.classes:
             return None
         return np.array([self._source.read(i)[2] for i in range(len(self))], dtype=np.int64)
+
+    @property
+    def num_classes(self) -> int:
+        """Class folders."""
+        return len(self._source.classes)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -237,6 +252,11 @@ class GeneratedImages:
         seeds = list(range(self.seed, self.seed + self.num_images))
         return seeded_labels(seeds, self.generator.num_classes).numpy()
 
+    @property
+    def num_classes(self) -> int:
+        """The generator's."""
+        return self.generator.num_classes
+
     def __len__(self) -> int:
         return self.num_images
 
@@ -280,6 +300,11 @@ class Subset:
         """Those of the chosen."""
         labels = self.whole.labels
         return None if labels is None else labels[self.indices]
+
+    @property
+    def num_classes(self) -> int:
+        """That of the whole."""
+        return self.whole.num_classes
 
     def __len__(self) -> int:
         return len(self.indices)

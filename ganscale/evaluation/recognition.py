@@ -63,6 +63,11 @@ class Joined:
         first, second = self.first.labels, self.second.labels
         return None if first is None or second is None else np.concatenate([first, second])
 
+    @property
+    def num_classes(self) -> int:
+        """That of the larger."""
+        return max(self.first.num_classes, self.second.num_classes)
+
     def __len__(self) -> int:
         return len(self.first) + len(self.second)
 

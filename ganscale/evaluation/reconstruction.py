@@ -31,7 +31,7 @@ from ganscale.metrics.extractors import EfficientNetLite0, FeatureExtractor
 from ganscale.metrics.likeness import feature_distance, perceptual_distance, psnr, ssim
 from ganscale.world import World
 
-__all__ = ["By", "Reconstructed", "Reconstructor", "likeness", "reconstruct"]
+__all__ = ["By", "Reconstructed", "Reconstructor", "labels_for", "likeness", "reconstruct"]
 
 By = Literal["inversion", "encoder"]
 
@@ -144,6 +144,16 @@ def reconstruct(
     return Reconstructed(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
+def labels_for(generator: SampleableGenerator, images: ImageSet, rows: Indices) -> Tensor | None:
+    """Those of a set with as many classes as the generator; None leaves them to be searched.
+
+    The numbers of other sets, say of a folder with two classes, mean other things.
+    """
+    if not generator.num_classes or images.num_classes != generator.num_classes:
+        return None
+    return None if images.labels is None else torch.from_numpy(images.labels[rows])
+
+
 def _reconstruct_rows(
     reconstructor: Reconstructor,
     images: ImageSet,
@@ -158,9 +168,8 @@ def _reconstruct_rows(
     truth = images.read(rows)
     scaled = truth.to(device).float() / 127.5 - 1
     observed = degradation.observe(scaled, rows.tolist(), seed=seed)
-    labels = None
-    if generator.num_classes and images.labels is not None:
-        labels = torch.from_numpy(images.labels[rows]).to(device)
+    labels = labels_for(generator, images, rows)
+    labels = None if labels is None else labels.to(device)
     found = reconstructor(degradation, observed, labels, progress)
     made = degradation.completed(found.images, observed)
     inputs, trivial = degradation.fill(observed), degradation.baseline(observed)
@@ -191,5 +200,5 @@ def _check_shape(images: ImageSet, generator: SampleableGenerator) -> None:
         raise DataError(
             f"{images.description} are {width}x{height} with {channels} channels, the generator's "
             f"{wanted[2]}x{wanted[1]} with {wanted[0]}: ganscale shards build --resolution "
-            f"{wanted[1]} resizes a folder of images"
+            f"{wanted[1]} --img-channels {wanted[0]} makes a folder of images fit"
         )

@@ -156,6 +156,10 @@ class _RealAndFake:
     def labels(self) -> NDArray[np.int64]:
         return np.repeat([_REAL, _FAKE], [len(self.real), len(self.fake)])
 
+    @property
+    def num_classes(self) -> int:
+        return 2
+
     def __len__(self) -> int:
         return len(self.real) + len(self.fake)
 

@@ -206,5 +206,5 @@ def _library(name: str) -> Any:
         return import_module(f"wandb_workspaces.{name}")
     except ModuleNotFoundError as error:
         raise ConfigError(
-            "dashboards need wandb-workspaces: pip install 'ganscale[dashboards]'"
+            "dashboards need wandb-workspaces: pip install '.[dashboards]'"
         ) from error

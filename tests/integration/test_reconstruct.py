@@ -16,7 +16,7 @@ from ganscale.cli import main
 from ganscale.data.shards import ShardSet
 from ganscale.errors import DataError
 from ganscale.evaluation.images import ImagesOfShards, open_images
-from ganscale.evaluation.reconstruction import Reconstructor, likeness, reconstruct
+from ganscale.evaluation.reconstruction import Reconstructor, labels_for, likeness, reconstruct
 from ganscale.generation.degradations import degradation_named
 from ganscale.generation.inversion import Search
 from ganscale.launch.local import train_in_process
@@ -254,8 +254,8 @@ def test_a_comparison_needs_runs(call: Run, tmp_path: Path, procedural_shards: P
     assert "no snapshot at" in err.splitlines()[-1]
 
 
-def test_the_labels_of_a_set_are_given_to_a_generator_with_classes(
-    make_config: MakeConfig, procedural_shards: Path
+def test_the_labels_of_a_set_are_given_to_a_generator_with_its_classes(
+    make_config: MakeConfig, procedural_shards: Path, tmp_path: Path
 ) -> None:
     model = {"name": "biggan", "base_channels": 4, "z_dim": 12, "num_classes": 10}
     config = make_config(model=model, training__total_kimg=0.016)
@@ -264,6 +264,14 @@ def test_the_labels_of_a_set_are_given_to_a_generator_with_classes(
     images = ImagesOfShards(ShardSet.load(procedural_shards))
     assert images.labels is not None
     truth = images.read(np.arange(3)).float() / 127.5 - 1
-    labels = torch.from_numpy(images.labels[:3])
+    labels = labels_for(way.generator, images, np.arange(3))
+    assert labels is not None
+    assert labels.tolist() == images.labels[:3].tolist()
     degradation = degradation_named("identity", images.shape)
     assert torch.equal(way(degradation, truth, labels, lambda _: None).labels, labels)
+    for name in ("a", "b"):
+        (tmp_path / "two" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "two" / name / "1.png")
+    of_two = open_images(str(tmp_path / "two"), scratch=tmp_path)
+    assert of_two.labels is not None
+    assert labels_for(way.generator, of_two, np.arange(2)) is None

@@ -38,6 +38,7 @@ class Pixels:
     def __init__(self, pixels: Tensor, labels: NDArray[np.int64] | None) -> None:
         self._pixels = pixels
         self.labels = labels
+        self.num_classes = 0 if labels is None else int(labels.max()) + 1
         self.description = f"{len(pixels)} test images"
         self.digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
         self.shape = (pixels.shape[1], pixels.shape[2], pixels.shape[3])

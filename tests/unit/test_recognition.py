@@ -40,6 +40,7 @@ class Held:
     labels: NDArray[np.int64] | None
     description: str = "held images"
     digest: str = "held"
+    num_classes: int = 2
 
     @property
     def shape(self) -> tuple[int, int, int]:

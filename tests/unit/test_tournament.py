@@ -36,6 +36,7 @@ class Images:
     labels: NDArray[np.int64] | None = None
     description: str = "grays"
     digest: str = ""
+    num_classes: int = 0
     shape: tuple[int, int, int] = (1, 2, 2)
 
     def __len__(self) -> int:
