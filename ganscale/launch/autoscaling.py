@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import secrets
 import time
+from contextlib import suppress
 
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
     DefaultAutoscalingCoordinator,
 )
+from ray.exceptions import RayError
 
 __all__ = ["Wish"]
 
@@ -41,8 +43,9 @@ class Wish:
         """For so many, in place of what was asked for before; often, as a wish expires."""
         if num_workers == self._asked and time.monotonic() - self._when < _REFRESH_SECONDS:
             return
-        if num_workers:
-            self._coordinator.request_resources([self._worker] * num_workers, _EXPIRE_SECONDS)
-        elif self._asked:
-            self._coordinator.cancel_request()
+        with suppress(RayError):  # those who need the cluster hear that it is gone
+            if num_workers:
+                self._coordinator.request_resources([self._worker] * num_workers, _EXPIRE_SECONDS)
+            elif self._asked:
+                self._coordinator.cancel_request()
         self._asked, self._when = num_workers, time.monotonic()
