@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -93,7 +94,7 @@ class BackgroundWriter:
         self._host = HostCopy()
         self._thread: threading.Thread | None = None
         self._give_up = threading.Event()
-        self._outcomes: list[Outcome] = []
+        self._outcomes: deque[Outcome] = deque()
         self._error: BaseException | None = None
         self.last_problem = ""
         """Why the last checkpoint could not be written; empty if it was."""
@@ -120,7 +121,7 @@ class BackgroundWriter:
         """What became of checkpoints since the last call."""
         if self._error is not None:
             raise self._error
-        found, self._outcomes = self._outcomes, []
+        found = [self._outcomes.popleft() for _ in range(len(self._outcomes))]
         for outcome in found:
             if outcome.name is not None:
                 self._durable_at = self._clock()

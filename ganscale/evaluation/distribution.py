@@ -150,7 +150,7 @@ def evaluate(
             started(metric, None)
             try:
                 found |= _FIGURES[metric](comparison)
-            except (DataError, LinAlgError) as error:
+            except (DataError, LinAlgError, MemoryError, torch.OutOfMemoryError) as error:
                 if required:
                     raise DataError(f"{metric}: {error}") from None
                 skipped[metric] = str(error)

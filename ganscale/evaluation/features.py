@@ -80,7 +80,6 @@ def extract(
             if not len(where):
                 continue
             part = part[: len(where)]
-            check_features(part, images.description)
             moments = moments.merged(Moments.of(part))
             start, end = np.searchsorted(kept, [where[0], where[-1] + 1]).tolist()
             rows[start:end] = part[torch.from_numpy(kept[start:end] - where[0])]
@@ -177,7 +176,9 @@ def _features(images: ImageSet, extractor: FeatureExtractor, indices: NDArray[np
         group = as_rgb(images.read(indices[start : start + _ROWS]))
         filled = group.new_zeros(_ROWS, *group.shape[1:])
         filled[: len(group)] = group
-        found[start : start + len(group)] = extractor.features(filled)[: len(group)].cpu()
+        rows = extractor.features(filled)[: len(group)].cpu()
+        check_features(rows, images.description)
+        found[start : start + len(group)] = rows
     return found
 
 

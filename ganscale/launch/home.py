@@ -7,6 +7,7 @@ driver leaves a file there, and rank 0 looks for it.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -31,6 +32,7 @@ class Home:
     def __init__(self, root: str) -> None:
         self._root = Path(root)
         self._secrets: dict[str, str] = {}
+        self._taken: dict[tuple[str, str], int] = {}
 
     def keep(self, secrets: dict[str, str]) -> None:
         """Remember secrets, in memory only."""
@@ -45,10 +47,13 @@ class Home:
         files = ((name, self._root / name) for name in _AT_ONCE)
         return {name: path.read_bytes() for name, path in files if path.is_file()}
 
-    def append(self, name: str, lines: bytes) -> None:
-        """Take complete lines."""
+    def append(self, sender: str, name: str, start: int, lines: bytes) -> None:
+        """Take complete lines, which begin at `start` of the sender's file; those that came before,
+        and whose answer was lost, are not taken twice."""
+        known = max(0, self._taken.get((sender, name), 0) - start)
         with (self._root / name).open("ab") as file:
-            file.write(lines)
+            file.write(lines[known:])
+        self._taken[sender, name] = start + max(known, len(lines))
 
     def put(self, name: str, piece: bytes, *, start: bool, end: bool) -> None:
         """Take a piece of a file, which appears when it is whole."""
@@ -115,6 +120,7 @@ class _HomeCopy:
     def __init__(self, home: Any, root: Path) -> None:
         self._home = home
         self._root = root
+        self._sender = uuid.uuid4().hex
 
     def known(self) -> set[str]:
         """What lay here before the group began: the driver has it, or it is not the run's."""
@@ -124,7 +130,8 @@ class _HomeCopy:
         """Only what is new."""
         with path.open("rb") as file:
             file.seek(start)
-            ray.get(self._home.append.remote(name, file.read(end - start)))
+            lines = file.read(end - start)
+        ray.get(self._home.append.remote(self._sender, name, start, lines))
 
     def put(self, name: str, pieces: Iterable[bytes]) -> None:
         """Piece by piece; a file without a byte is one empty piece."""

@@ -31,6 +31,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, WorkerGroupError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from ganscale.checkpoint import Superseded
 from ganscale.config import Config
 from ganscale.errors import GanscaleError
 from ganscale.launch.autoscaling import Wish
@@ -115,8 +116,15 @@ class RayWorkers:
         self._wish.ask(num_workers)
 
     def room(self) -> int:
-        """How many more workers fit on the cluster now; none while a group takes its places."""
+        """How many more workers fit on the cluster now; none while a group takes its places, or
+        the cluster's head does not answer."""
         self._wish.ask(self._missing)
+        try:
+            return self._num_free()
+        except RayError:
+            return 0
+
+    def _num_free(self) -> int:
         if self._token and not told(self._token, "in_place"):
             return 0
         launch = self.config.launch
@@ -165,9 +173,10 @@ class RayWorkers:
         passed_on, num_faults = "", 0
         while thread.is_alive():
             thread.join(_POLL_SECONDS)
-            if stop.reason != passed_on:
-                passed_on = stop.reason
-                tell(token, "stop", passed_on)
+            if (reason := stop.reason) != passed_on:
+                with suppress(RayError):  # it is told again
+                    tell(token, "stop", reason)
+                    passed_on = reason
             num_faults = self._note_faults(token, num_faults)
         return outcome[0]
 
@@ -260,6 +269,8 @@ def _worker(settings: dict[str, Any]) -> None:
     try:
         with copied_home(home, config.run_dir, token, world):
             ending = train(config, world, stop, sinks)
+    except Superseded:
+        raise  # by the group that has taken over, which may have this token
     except GanscaleError as error:
         tell(token, "error", f"rank {world.rank}: {error}")
         raise
@@ -275,9 +286,10 @@ def _listen(token: str, world: World, stop: StopRequest, done: threading.Event) 
 
     preemption = get_train_context().preemption_context
     while not done.wait(_POLL_SECONDS):
-        if world.is_main and (reason := told(token, "stop")):
-            stop.reason = reason
-        elif not stop.reason and preemption.preemption_info is not None:
+        with suppress(RayError):  # the head may be away for a while
+            if world.is_main and (reason := told(token, "stop")):
+                stop.reason = reason
+        if not stop.reason and preemption.preemption_info is not None:
             stop.reason = "regroup"
 
 

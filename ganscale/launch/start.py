@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from ganscale.checkpoint import CheckpointStore
@@ -16,8 +17,8 @@ from ganscale.config import Config, load_config
 from ganscale.config.run import merged, validated
 from ganscale.data.building import build_shards
 from ganscale.data.sources import SourceSpec, open_source, resolve_source
-from ganscale.data.storage import is_url
-from ganscale.errors import CheckpointError, ConfigError
+from ganscale.data.storage import RetryPolicy, is_url
+from ganscale.errors import CheckpointError, ConfigError, GanscaleError
 from ganscale.launch.documents import Copy, recall, store_copy
 from ganscale.launch.secrets import receive
 from ganscale.launch.supervisor import Supervisor
@@ -25,6 +26,7 @@ from ganscale.run_directory import RunDirectory
 from ganscale.tracking.console import RunFollower, counting
 from ganscale.tracking.sinks import EventLog
 from ganscale.training.build import check_against_shards, load_shards
+from ganscale.training.saving import patiently
 from ganscale.training.stopping import Ending
 
 __all__ = [
@@ -144,33 +146,72 @@ def supervisor_of(config: Config) -> Supervisor:
     """What keeps the run going, and writes down what happens to its groups."""
     run_dir, store = RunDirectory(config.run_dir), CheckpointStore(config.checkpoints)
 
+    policy = RetryPolicy(deadline_seconds=config.data.store_deadline_seconds)
+    seen: list[int] = []
+
     def newest_nimg() -> int:
-        return next((name.nimg for name in store.lineage()), -1)
+        try:
+            seen.append(patiently(lambda: next((n.nimg for n in store.lineage()), -1), policy))
+        except GanscaleError:
+            if not seen:
+                raise
+        return seen[-1]  # a store that is away for long shows no progress
 
     def note(event: str, **fields: Any) -> None:
-        log = EventLog(run_dir.events)
-        log.write(event, **fields)
-        log.close()
+        with suppress(OSError):  # a full disk is no reason to end a run
+            log = EventLog(run_dir.events)
+            log.write(event, **fields)
+            log.close()
 
     return Supervisor(config, newest_nimg, note)
 
 
 def prepare_shards(config: Config, console: Console) -> Config:
-    """The configuration with `data.shards` set to an absolute path, built first if need be."""
+    """The configuration with `data.shards` set to an absolute path, built first if need be.
+
+    A run that has begun keeps the shards that it has, whatever its source would be today.
+    """
+    begun = _begun(config)
+    if config.data.shards is None and begun and begun.data.source == config.data.source:
+        config = config.with_changes({"data.shards": begun.data.shards})
     if config.data.shards is not None:
         if is_url(config.data.shards):
             return config
         path = Path(config.data.shards).expanduser().absolute()
         return config.with_changes({"data.shards": str(path)})
     storage = Path(config.storage).expanduser().absolute()
-    spec, notice = resolve_source(config.data.source, "train", download_dir=storage / "downloads")
+    with _alone_in(storage / "shards", console):
+        path = _shards_of(config.data.source, storage, console)
+    return config.with_changes({"data.shards": str(path)})
+
+
+def _shards_of(source: str, storage: Path, console: Console) -> Path:
+    """The shard set of a source, built if it is not there."""
+    spec, notice = resolve_source(source, "train", download_dir=storage / "downloads")
     if notice:
         console.print(f"[yellow]{notice}[/yellow]", highlight=False, soft_wrap=True)
-    path = storage / "shards" / f"{_shards_name(config.data.source, spec)}-train"
+    path = storage / "shards" / f"{_shards_name(source, spec)}-train"
     if not path.exists():
         with counting(f"building shards in {path}", len(open_source(spec)), console) as progress:
             build_shards(spec, path, progress=progress)
-    return config.with_changes({"data.shards": str(path)})
+    return path
+
+
+@contextmanager
+def _alone_in(folder: Path, console: Console) -> Iterator[None]:
+    """For the time of the block nobody else is in one of the same folder: torchrun's ranks come
+    all at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=1.0)
+    except Timeout:
+        console.print(f"waiting for another process that makes shards in {folder}", soft_wrap=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def resume_config(run: str, overrides: dict[str, object]) -> Config:
@@ -219,10 +260,19 @@ def _shards_name(source: str, spec: SourceSpec) -> str:
     return f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
-def _check_same_run(config: Config, run_dir: RunDirectory) -> None:
+def _begun(config: Config) -> Config | None:
+    """The configuration that the run had until now; None if it has no checkpoint yet."""
+    run_dir = RunDirectory(config.run_dir)
     if not run_dir.config.is_file() or not CheckpointStore(config.checkpoints).names():
+        return None
+    return load_config(run_dir.config)
+
+
+def _check_same_run(config: Config, run_dir: RunDirectory) -> None:
+    begun = _begun(config)
+    if begun is None:
         return
-    before, now = _settings(load_config(run_dir.config)), _settings(config)
+    before, now = _settings(begun), _settings(config)
     changed = [
         f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
         for name in {**before, **now}

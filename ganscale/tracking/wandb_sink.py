@@ -326,6 +326,9 @@ def _netrc_has_key() -> bool:
 
 
 def _run_id(path: Path) -> str:
-    if not path.is_file():
-        path.write_text(secrets.token_hex(4))
+    """The run's, made if there is none; a kill leaves it whole or not there."""
+    if not path.is_file() or not path.read_text():
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(secrets.token_hex(4))
+        temporary.replace(path)
     return path.read_text()

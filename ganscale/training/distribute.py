@@ -52,21 +52,27 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
         mean, var, count = _global_statistics(x.float())
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            momentum = 0.0 if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean, momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), momentum)
+        self._track(mean, var * (count / (count - 1)))
         scale = torch.rsqrt(var + self.eps)
         shift = -mean * scale
         if self.affine:
             scale, shift = scale * self.weight, shift * self.weight + self.bias
         normalised = torch.addcmul(shift.view(1, -1, 1, 1), x.float(), scale.view(1, -1, 1, 1))
         return normalised.to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor) -> None:
+        """Move the running estimates, unless fp16 has overflowed: the optimizer skips such a step,
+        but what is not finite would stay in an average for good."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        is_finite = (mean + var).isfinite().all()
+        momentum = 0.0 if self.momentum is None else self.momentum
+        for running, new in ((self.running_mean, mean), (self.running_var, var)):
+            running.copy_(torch.where(is_finite, running.lerp(new, momentum), running))
+        self.num_batches_tracked.add_(is_finite)
 
 
 class GlobalMinibatchStd(MinibatchStd):

@@ -21,7 +21,7 @@ from torch import distributed as dist
 from ganscale.config import Config, SemiSupervisedMethod
 from ganscale.data.reader import Batch
 from ganscale.data.shards import ShardSet
-from ganscale.errors import TrainingFault
+from ganscale.errors import ConfigError, TrainingFault
 from ganscale.generation.latents import StepRandomness, seed_for
 from ganscale.tracking.sinks import Sink
 from ganscale.tracking.step_times import StepTimes
@@ -92,6 +92,7 @@ class Trainer:
         self.stop = stop or StopRequest()
         self.precision = Precision.resolve(config.training.precision, world.torch_device)
         self.saving = Saving(config, world)
+        self.shard_set = shard_set
         self.values = shard_set.values
         self.outputs = Outputs(config, world, sinks, self.values)
         self._worker = WorkerFigures(world.torch_device)
@@ -207,11 +208,17 @@ class Trainer:
             "measured": dict(self._measured),
             "unlogged": dict(self._unlogged),
             "best": self._best,
+            "shards": self.shard_set.digest,
             "ranks": gather_objects(mine),
         }
 
     def _load_state_dict(self, saved: dict[str, Any]) -> None:
         world, ranks = self.world, saved["ranks"]
+        if saved["shards"] != self.shard_set.digest:
+            raise ConfigError(
+                f"{self.config.data.shards} is not the shard set that this run was trained on: "
+                "choose another name=..., or give it the shards that it had (data.shards)"
+            )
         self.state.load_state_dict(saved)
         self.guard.load_state_dict(saved["guard"])
         self._measured, self._unlogged = dict(saved["measured"]), dict(saved["unlogged"])

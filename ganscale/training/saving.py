@@ -35,7 +35,7 @@ from ganscale.run_directory import RunDirectory, add_missing_lines
 from ganscale.training.distribute import broadcast_bytes
 from ganscale.world import World
 
-__all__ = ["Saving", "non_finite"]
+__all__ = ["Saving", "non_finite", "patiently"]
 
 Result = TypeVar("Result")
 
@@ -72,7 +72,7 @@ class Saving:
         header: list[Any] = [None]
         if self.store is not None:
             store, token = self.store, secrets.token_hex(8)
-            self.attempt, files = _patiently(
+            self.attempt, files = patiently(
                 lambda: store.claim(
                     lambda: store.newest(up_to=up_to, accept=accept), reason=reason, token=token
                 ),
@@ -203,8 +203,8 @@ def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
         yield from chain.from_iterable(_tensors(v, f"{path}/{i}") for i, v in enumerate(value))
 
 
-def _patiently(action: Callable[[], Result], policy: RetryPolicy) -> Result:
-    """What `action` returns, asked again while the store fails."""
+def patiently(action: Callable[[], Result], policy: RetryPolicy) -> Result:
+    """What `action` returns, asked again while the store fails; at the end `GanscaleError`."""
     delays = policy.delays()
     while True:
         try:

@@ -4,8 +4,8 @@ In a collective everybody waits for the slowest, so all ranks look alike from ou
 tells the others through the group's store how far it is: the training thread writes its phase to a
 field, a second thread sends it on once a second, and listens to the others once its own step is
 slow. When a step takes too long, whoever is behind, or has fallen silent, is named in
-`events.jsonl`, and every rank that can writes the stacks of its threads to `stacks/`. Nothing is
-ended here: the group's time-out does that.
+`events.jsonl` (in the log, where that is rank 0, which writes the events), and every rank that can
+writes the stacks of its threads to `stacks/`. Nothing is ended here, but by the group's time-out.
 """
 
 from __future__ import annotations

@@ -130,3 +130,22 @@ def test_batch_norm_is_that_of_the_global_batch(counts: tuple[int, ...]) -> None
     for result in results:
         close(torch.tensor(result[3]), reference.running_mean)
         close(torch.tensor(result[4]), reference.running_var)
+
+
+def _after_an_overflow(world: World) -> list[list[float]]:
+    torch.manual_seed(world.rank)
+    module = GlobalBatchNorm2d(2)
+    module(torch.randn(4, 2, 3, 3))
+    before = [buffer.double().flatten().tolist() for buffer in module.buffers()]
+    overflowed = torch.randn(4, 2, 3, 3).half()
+    overflowed[0, 1] = float("inf") if world.rank else 0.0
+    assert not module(overflowed)[:, 1].isfinite().all()
+    return before + [buffer.double().flatten().tolist() for buffer in module.buffers()]
+
+
+def test_an_overflow_leaves_nothing_in_running_statistics() -> None:
+    """Of one rank, in one channel: the step is skipped on all, and so are its statistics."""
+    first, second = run_ranks(2, _after_an_overflow)
+    assert first == second
+    assert first[:3] == first[3:]
+    assert first[2] == [1.0]

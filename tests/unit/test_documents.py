@@ -305,3 +305,13 @@ def test_nothing_is_copied_where_the_driver_sees_the_folder(
         with home.copied_home(None, driver, "another", World(0, 0, 2)) as copy:
             assert copy is None
     assert list(driver.iterdir()) == []
+
+
+def test_lines_whose_answer_was_lost_are_not_taken_twice(tmp_path: Path) -> None:
+    driver = Home(str(tmp_path))
+    driver.append("a", "metrics.jsonl", 10, b"1\n2\n")
+    driver.append("a", "metrics.jsonl", 10, b"1\n2\n")
+    driver.append("a", "metrics.jsonl", 10, b"1\n2\n3\n")
+    driver.append("a", "metrics.jsonl", 16, b"4\n")
+    driver.append("b", "metrics.jsonl", 0, b"5\n")
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"1\n2\n3\n4\n5\n"

@@ -1,0 +1,106 @@
+"""What a start does before training: one set of shards for all ranks, and for all of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from ganscale.data.building import build_shards
+from ganscale.data.sources import SourceSpec
+from ganscale.errors import ConfigError, GanscaleError
+from ganscale.launch import start as module
+from ganscale.launch.start import prepare_shards, start, supervisor_of
+from tests.conftest import MakeConfig
+
+PREPARE = """
+import json, sys
+from rich.console import Console
+from ganscale.config import Config
+from ganscale.launch.start import prepare_shards
+config = Config().with_changes(json.loads(sys.argv[1]))
+print(prepare_shards(config, Console(stderr=True)).data.shards)
+"""
+
+
+def folder_of_images(root: Path, num_images: int = 100) -> Path:
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(num_images):
+        pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{number:03d}.png")
+    return root
+
+
+def test_ranks_that_come_all_at_once_build_one_set(tmp_path: Path) -> None:
+    source = folder_of_images(tmp_path / "images")
+    settings = {"storage": str(tmp_path / "runs"), "data.source": str(source)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", PREPARE, json.dumps(settings)],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "3"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    ended = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0, 0], ended
+    (place,) = {output.strip() for output, _ in ended}
+    assert (Path(place) / "index.json").is_file()
+
+
+def test_a_run_keeps_its_shards_whatever_its_source_would_be_today(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a download has failed on the first day and works on the second."""
+    config = make_config(data__source="auto")
+    start(config, Console(quiet=True))
+    monkeypatch.setattr(module, "resolve_source", lambda *_, **__: pytest.fail("asked again"))
+    again = config.with_changes({"data.shards": None})
+    assert prepare_shards(again, Console(quiet=True)).data.shards == config.data.shards
+    other = again.with_changes({"data.source": "cifar10"})
+    with pytest.raises(pytest.fail.Exception, match="asked again"):
+        prepare_shards(other, Console(quiet=True))
+
+
+def test_a_run_does_not_go_on_with_other_images(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config()
+    start(config, Console(quiet=True))
+    other = tmp_path / "other"
+    build_shards(SourceSpec("procedural"), other, num_shards=12, limit=501)
+    longer = config.with_changes({"training.total_kimg": 0.32, "data.shards": str(other)})
+    with pytest.raises(ConfigError, match="other is not the shard set that this run was trained"):
+        start(longer, Console(quiet=True))
+    moved = tmp_path / "moved"
+    build_shards(SourceSpec("procedural"), moved, num_shards=12, limit=500)
+    ending = start(longer.with_changes({"data.shards": str(moved)}), Console(quiet=True))
+    assert ending.nimg == 320
+
+
+def test_the_newest_position_outlasts_a_store_that_is_away(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(data__store_deadline_seconds=0.5)
+    answers: list[object] = [OSError("reset"), [], OSError("reset"), OSError("refused")]
+
+    def lineage(self: object) -> object:
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("ganscale.checkpoint.CheckpointStore.lineage", lineage)
+    newest_nimg = supervisor_of(config)._newest_nimg
+    assert newest_nimg() == -1
+    assert newest_nimg() == -1
+    with pytest.raises(GanscaleError, match="cannot be reached: refused"):
+        supervisor_of(config)._newest_nimg()
