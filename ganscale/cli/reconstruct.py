@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ganscale.cli.app import app, stderr_console, write_json
+from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,9 +30,15 @@ _COLUMNS = 16
     "By latents: ganscale reconstruct runs/quickstart --images photos/ --by inversion --out found"
 )
 def reconstruct(
-    path: Annotated[Path, typer.Argument(help="Snapshot (.safetensors) or folder of a run.")],
     images: Annotated[str, typer.Option(help="Folder, archive, shard set or cifar10.")],
     out: Annotated[Path, typer.Option(help="Folder for images, grid.png and figures.json.")],
+    run: Annotated[
+        Path | None,
+        typer.Argument(help="Snapshot (.safetensors) or folder of a run.", show_default=False),
+    ] = None,
+    run_option: Annotated[
+        Path | None, typer.Option("--run", help="The same, as an option.", show_default=False)
+    ] = None,
     split: Annotated[Literal["train", "test"], typer.Option(help="Of a set with both.")] = "test",
     task: Annotated[_TASKS, typer.Option(help="What the images have lost.")] = "identity",
     mask: Annotated[
@@ -78,6 +85,9 @@ def reconstruct(
     from ganscale.tracking.console import parts
     from ganscale.world import World, process_group
 
+    path = run or run_option
+    if path is None or (run and run_option):
+        raise ConfigError("which run? ganscale reconstruct RUN --images ... --out ...")
     world = World.detect(device)
     search = Search(
         optimizer=optimizer,

@@ -131,7 +131,8 @@ def test_known_pixels_are_exact(call: Run, runs: dict[str, Path], tmp_path: Path
     images = folder_of(tmp_path / "images", 2)
     out = tmp_path / "out"
     options = ("--task", "inpaint", "--mask", "half", *QUICK)
-    code, _, err = call("reconstruct", runs["gan"], "--images", images, "--out", out, *options)
+    place = ("--run", runs["gan"], "--images", images, "--out", out)
+    code, _, err = call("reconstruct", *place, *options)
     assert code == 0, err
     for number in range(2):
         truth = pixels_of(images / f"{number:04d}.png")
@@ -176,6 +177,7 @@ def test_images_that_do_not_fit_are_refused_in_a_line(
         (("--task", "identity", "--noise", 9), "the task with noise alone is denoise"),
         (("--task", "inpaint", "--mask", "third"), "expected half, centre, random or a picture"),
         (("--task", "deblur", "--blur", 20), "too wide"),
+        (("--run", "another"), "which run?"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_line(
