@@ -320,3 +320,89 @@ def test_the_standing_cluster_has_the_pods_of_the_job(built: dict[str, list[Json
     assert cluster.pop("gcsFaultToleranceOptions")["redisAddress"] == "ganscale-redis:6379"
     base = ray_document(build(ROOT / "base"))
     assert cluster == base["spec"]["rayClusterSpec"]
+
+
+def ray_containers(documents: list[Json]) -> Iterator[tuple[Json, Json]]:
+    """(pod template, Ray's container) of the head and of the workers."""
+    for place, template in pods(ray_document(documents)):
+        if place != "submitter":
+            yield template, template["spec"]["containers"][0]
+
+
+def test_a_volume_of_one_node_is_mounted_on_one_node(built: dict[str, list[Json]]) -> None:
+    """Else a worker's pod waits for ever on a cluster of several nodes."""
+    for name, documents in built.items():
+        claims = [d for d in documents if d["kind"] == "PersistentVolumeClaim"]
+        of_one_node = {
+            claim["metadata"]["name"]
+            for claim in claims
+            if claim["spec"]["accessModes"] == ["ReadWriteOnce"]
+        }
+        for place, template in pods(ray_document(documents)):
+            mounted = {
+                volume.get("persistentVolumeClaim", {}).get("claimName")
+                for volume in template["spec"]["volumes"]
+            }
+            if place in ("head", "submitter") or not mounted & of_one_node:
+                continue
+            affinity = template["spec"]["affinity"]["podAffinity"]
+            (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]
+            assert term["topologyKey"] == "kubernetes.io/hostname", name
+            assert term["labelSelector"]["matchLabels"]["ray.io/node-type"] == "head"
+    assert any(d["kind"] == "PersistentVolumeClaim" for d in built["cpu-test"])
+
+
+def test_a_run_in_a_bucket_needs_no_shared_folder(built: dict[str, list[Json]]) -> None:
+    for name in ("gpu", "gpu-elastic", "kueue"):
+        assert configuration(ray_document(built[name])).checkpoint.location == "s3://ganscale/runs"
+        assert not {"PersistentVolumeClaim", "StorageClass"} & {d["kind"] for d in built[name]}
+        for template, _ in ray_containers(built[name]):
+            (runs,) = (v for v in template["spec"]["volumes"] if v["name"] == "runs")
+            assert "emptyDir" in runs
+
+
+def test_kueue_finds_its_queue_on_the_job(built: dict[str, list[Json]]) -> None:
+    job = ray_document(built["kueue"])
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "ganscale"
+    assert job["spec"]["suspend"] is True
+    for name in ("gpu", "cpu-test"):
+        assert "suspend" not in ray_document(built[name])["spec"]
+
+
+def test_prometheus_reads_the_port_that_ray_serves_and_the_policy_opens(
+    built: dict[str, list[Json]],
+) -> None:
+    for documents in built.values():
+        (policy,) = (
+            d
+            for d in documents
+            if d["kind"] == "NetworkPolicy" and d["metadata"]["name"] == "ganscale"
+        )
+        opened = {
+            peer["podSelector"]["matchLabels"].get("app.kubernetes.io/name"): [
+                port["port"] for port in rule.get("ports", [])
+            ]
+            for rule in policy["spec"]["ingress"]
+            for peer in rule["from"]
+        }
+        assert opened == {None: [], "kuberay-operator": [8265], "prometheus": [8080]}
+        for template, container in ray_containers(documents):
+            annotations = template["metadata"]["annotations"]
+            assert annotations["prometheus.io/scrape"] == "true"
+            assert annotations["prometheus.io/path"] == "/metrics"
+            ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+            assert annotations["prometheus.io/port"] == str(ports["metrics"]) == "8080"
+
+
+def test_every_ray_container_is_probed_and_has_shared_memory(
+    built: dict[str, list[Json]],
+) -> None:
+    """The probe is of the node's agent, which answers without a token; NCCL needs /dev/shm."""
+    for documents in built.values():
+        for template, container in ray_containers(documents):
+            for probe in ("readinessProbe", "livenessProbe"):
+                assert container[probe]["httpGet"] == {"path": "/api/healthz", "port": 52365}
+            mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+            volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+            assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+            assert set(mounts) >= {"/tmp", "/dev/shm", "/runs"}
