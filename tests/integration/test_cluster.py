@@ -171,9 +171,17 @@ def test_stop_training_ends_the_run_of_its_container_at_a_checkpoint(
     assert newest.nimg > 0
 
 
-def test_the_batch_script_is_one_that_bash_reads() -> None:
-    script = CLUSTER / "slurm" / "train.sbatch"
-    subprocess.run(["bash", "-n", str(script)], check=True)
+@pytest.mark.skipif(
+    shutil.which("shellcheck") is None, reason="NOT CHECKED: scripts need shellcheck"
+)
+def test_scripts_are_as_shellcheck_wants_them() -> None:
+    scripts = [CLUSTER / "slurm" / "train.sbatch", *(CLUSTER.parent / "scripts").glob("*.sh")]
+    assert len(scripts) == 4
+    options = ["--shell", "bash", "--severity", "warning"]
+    subprocess.run(["shellcheck", *options, *map(str, scripts)], check=True)
+
+
+def test_settings_of_nccl_are_ones_that_bash_reads() -> None:
     settings = subprocess.run(
         ["bash", "-c", f"set -aeu; . {CLUSTER / 'nccl.env'}; env"],
         capture_output=True, text=True, check=True, env={"PATH": os.environ["PATH"]},
