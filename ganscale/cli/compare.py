@@ -177,7 +177,6 @@ def compare(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Put runs beside each other: what they cost, generate and bring back (VAE against GAN)."""
-
     from ganscale.evaluation import comparison as of
     from ganscale.evaluation.features import FeatureCache
     from ganscale.evaluation.images import Subset, open_images
@@ -217,18 +216,7 @@ def compare(
         _print_task(task, ways)
         _draw(truth, ways, out / f"{task.replace(' ', '-')}.png")
     figures = {
-        "runs": [
-            {
-                "name": entry.name,
-                "snapshot": str(entry.snapshot),
-                "method": entry.method,
-                "nimg": entry.nimg,
-                "parameters": entry.num_parameters,
-                **vars(cost),
-                **{name: vars(value) for name, value in found_of.items()},
-            }
-            for entry, cost, found_of in zip(entries, costs, qualities, strict=True)
-        ],
+        "runs": [of.Entry.to_json(*each) for each in zip(entries, costs, qualities, strict=True)],
         "samples": num_samples,
         "reference": real.description,
         "images": subject.description,

@@ -70,6 +70,18 @@ class Entry:
         networks = [self._any.generator.model, self._any.encoder]
         return sum(p.numel() for n in networks if n is not None for p in n.parameters())
 
+    def to_json(self, cost: Cost, found: Mapping[str, Estimate]) -> dict[str, Any]:
+        """As plain values, with what it cost and how good its samples are."""
+        return {
+            "name": self.name,
+            "snapshot": str(self.snapshot),
+            "method": self.method,
+            "nimg": self.nimg,
+            "parameters": self.num_parameters,
+            **asdict(cost),
+            **{name: asdict(value) for name, value in found.items()},
+        }
+
     @property
     def _any(self) -> Reconstructor:
         return next(iter(self.ways.values()))
@@ -107,7 +119,7 @@ class Restored:
 
 
 def enter(text: str, search: Search, *, device: str = "cpu") -> Entry:
-    """A run's folder, of which the newest snapshot is taken, or a snapshot in one.
+    """A run's folder, of which the newest snapshot is taken, or a snapshot in one, named RUN@KIMG.
 
     Raises `ConfigError` if it is no part of a run, `CheckpointError` if it has no snapshot.
     """
@@ -120,7 +132,9 @@ def enter(text: str, search: Search, *, device: str = "cpu") -> Entry:
     names: tuple[By, ...] = ("encoder", "inversion") if by_default.encoder else ("inversion",)
     ways = {by: Reconstructor(by_default.generator, by_default.encoder, by, search) for by in names}
     method = load_config(run_dir.config).method.name
-    return Entry(run_dir.name, snapshot, run_dir, method, ways)
+    kimg = by_default.generator.info["nimg"] / 1000
+    name = run_dir.name if Path(text).expanduser().is_dir() else f"{run_dir.name}@{kimg:g}"
+    return Entry(name, snapshot, run_dir, method, ways)
 
 
 def cost_of(entry: Entry) -> Cost:

@@ -221,13 +221,14 @@ def test_runs_are_compared(
     out = tmp_path / "compared"
     options = ("--images", procedural_shards, "--num", 3, "--num-samples", 60, "--out", out)
     tasks = ("--metric", "neighbourhood", "--tasks", "identity,superres", *QUICK)
-    code, text, err = call("compare", runs["vae"], runs["gan"], *options, *tasks)
+    (snapshot,) = (runs["gan"] / "snapshots").iterdir()
+    code, text, err = call("compare", runs["vae"], snapshot, *options, *tasks)
     assert code == 0, err
     lines = text.splitlines()
     assert lines[1].split()[:3] == ["vae", "vae", "0.064"]
-    assert lines[2].split()[:3] == ["gan", "gan", "0.064"]
+    assert lines[2].split()[:3] == ["gan@0.064", "gan", "0.064"]
     written = json.loads((out / "figures.json").read_text())
-    assert [run["name"] for run in written["runs"]] == ["vae", "gan"]
+    assert [run["name"] for run in written["runs"]] == ["vae", "gan@0.064"]
     assert all(run["seconds"] > 0 for run in written["runs"])
     assert all(run["coverage_efficientnet_lite0"]["value"] >= 0 for run in written["runs"])
     for task in ("identity", "superres x4"):
@@ -235,7 +236,7 @@ def test_runs_are_compared(
             "trivial",
             "vae, encoder",
             "vae, inversion",
-            "gan, inversion",
+            "gan@0.064, inversion",
         ]
         assert size_of(out / f"{task.replace(' ', '-')}.png") == (3 * 66 - 2, 5 * 66 - 2)
 
