@@ -63,7 +63,14 @@ def reconstruct(
     restarts: Annotated[
         int, typer.Option(min=1, max=512, help="Starts of an image; the best wins.")
     ] = 4,
-    prior: Annotated[float, typer.Option(min=0, help="Weight of latents' improbability.")] = 0.0,
+    prior: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Weight of latents' improbability; identity, denoise: 0, others: 0.01.",
+            show_default=False,
+        ),
+    ] = None,
     tuning_steps: Annotated[
         int, typer.Option(min=0, help="Then tune a copy of the generator to each image.")
     ] = 0,
@@ -119,7 +126,7 @@ def reconstruct(
             "trivial": likeness(found.trivial, found.truth, features, network),
             "reconstruction": likeness(found.images, found.truth, features, network),
         }
-    protocol = {
+    protocol: dict[str, object] = {
         "task": degradation.name,
         "noise": degradation.noise * 127.5,
         "images": subject.description,
@@ -130,7 +137,9 @@ def reconstruct(
         "extractor": features.name,
         "extractor_digest": features.digest,
         "seed": seed,
-    } | ({"search": vars(search)} if reconstructor.by == "inversion" else {})
+    }
+    if reconstructor.by == "inversion":
+        protocol["search"] = {**vars(search), "prior": search.prior_for(degradation)}
     _write(found, figures, protocol, out)
     _print(figures, protocol)
     typer.echo(f"wrote {len(found.images)} images, grid.png and figures.json to {out}")

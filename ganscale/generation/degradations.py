@@ -39,6 +39,9 @@ _LUMA = (0.299, 0.587, 0.114)
 """Of red, green and blue in brightness (ITU-R BT.601)."""
 _HALF_RANGE = 127.5
 """Steps of a pixel to 1 on the scale of [-1, 1]."""
+_PRIOR = 0.01
+"""Where what is seen leaves open which image it was: else improbable latents, which fit it a little
+better, bring nonsense into the rest. Chosen on training images (benchmarks/RECONSTRUCTION.md)."""
 _NOISE = 25.0
 """To be taken away, unless another is wished: of 0 to 255."""
 
@@ -59,6 +62,8 @@ class Degradation:
     """Pixels that need no reconstruction, bool (H, W)."""
     trivial: Callable[[Tensor], Tensor] | None = None
     """The trivial reconstruction, where it is not `fill`."""
+    prior: float = 0.0
+    """How much an inversion should weigh that a latent is improbable, unless told otherwise."""
 
     def baseline(self, observed: Tensor) -> Tensor:
         """The trivial reconstruction, (n, C, H, W)."""
@@ -115,7 +120,7 @@ def inpaint(missing: Tensor, *, noise: float = 0.0) -> Degradation:
         return images
 
     known = None if noise else seen
-    return Degradation("inpaint", operator, fill, noise=noise, known=known)
+    return Degradation("inpaint", operator, fill, noise=noise, known=known, prior=_PRIOR)
 
 
 def superres(scale: int, *, noise: float = 0.0) -> Degradation:
@@ -127,7 +132,7 @@ def superres(scale: int, *, noise: float = 0.0) -> Degradation:
     def fill(observed: Tensor) -> Tensor:
         return F.interpolate(observed, scale_factor=scale, mode="bicubic").clamp(-1, 1)
 
-    return Degradation(f"superres x{scale}", operator, fill, noise=noise)
+    return Degradation(f"superres x{scale}", operator, fill, noise=noise, prior=_PRIOR)
 
 
 def denoise(noise: float) -> Degradation:
@@ -160,7 +165,9 @@ def deblur(sigma: float, *, noise: float = 0.0) -> Degradation:
         rows = F.conv2d(padded, kernel[:, :, None, :], groups=channels)
         return F.conv2d(rows, kernel[:, :, :, None], groups=channels)
 
-    return Degradation("deblur", operator, lambda seen: seen.clamp(-1, 1), noise=noise)
+    return Degradation(
+        "deblur", operator, lambda seen: seen.clamp(-1, 1), noise=noise, prior=_PRIOR
+    )
 
 
 def colourise(*, noise: float = 0.0) -> Degradation:
@@ -177,7 +184,7 @@ def colourise(*, noise: float = 0.0) -> Degradation:
     def fill(observed: Tensor) -> Tensor:
         return observed.expand(-1, 3, -1, -1).clamp(-1, 1)
 
-    return Degradation("colourise", operator, fill, noise=noise)
+    return Degradation("colourise", operator, fill, noise=noise, prior=_PRIOR)
 
 
 def degradation_named(

@@ -48,13 +48,17 @@ class Search:
     """Adam's rate at the beginning; a latent's elements are of size 1."""
     pool: int = 512
     """Latents that starts are chosen from."""
-    prior: float = 0.0
-    """Weight of the latent's own improbability."""
+    prior: float | None = None
+    """Weight of the latent's own improbability; None is what the degradation calls for."""
     tuning_steps: int = 0
     """Of Adam on a copy of the generator, for each image."""
     tuning_lr: float = 3e-4
     seed: int = 0
     """Decides the pool."""
+
+    def prior_for(self, degradation: Degradation) -> float:
+        """The weight that is used."""
+        return degradation.prior if self.prior is None else self.prior
 
     def num_steps(self, num_images: int) -> int:
         """What the progress of `invert` adds up to."""
@@ -196,7 +200,7 @@ def _invert_group(
 
     def loss_of(points: Tensor) -> Tensor:
         misfits = degradation.misfit(generator.model(points, chosen).float(), wanted)
-        return misfits + search.prior * points.square().mean(1)
+        return misfits + search.prior_for(degradation) * points.square().mean(1)
 
     start = z.reshape(n * restarts, -1)
     if search.optimizer == "adam":

@@ -73,7 +73,7 @@ def test_the_latents_are_those_of_least_squares(
     optimizer: Literal["adam", "lbfgs"], degradation: Degradation
 ) -> None:
     generator, images = linear(), any_images(3)
-    search = Search(optimizer=optimizer, steps=400, restarts=2, pool=64)
+    search = Search(optimizer=optimizer, steps=400, restarts=2, pool=64, prior=0.0)
     found = invert(generator, degradation, degradation.operator(images), search)
     basis = weight_of(generator).T.view(Z_DIM, *SHAPE)
     seen = degradation.operator(basis).flatten(1).T
@@ -93,6 +93,18 @@ def test_the_prior_gives_ridge_regression() -> None:
     normal = w.T @ w / 64 + prior * np.eye(Z_DIM) / Z_DIM
     wanted = np.linalg.solve(normal, w.T @ images.flatten(1).double().numpy().T / 64)
     assert_close(found.latents, torch.from_numpy(wanted.T).float(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_latent_is_kept_probable_where_the_image_is_open() -> None:
+    generator, images = linear(), any_images(2)
+    half = inpaint(mask_named("half", 8, 8))
+    seen = half.observe(images, [0, 1])
+
+    def latents(prior: float | None) -> Tensor:
+        return invert(generator, half, seen, Search(steps=20, pool=64, prior=prior)).latents
+
+    assert torch.equal(latents(None), latents(0.01))
+    assert (latents(None).square().mean(1) < latents(0.0).square().mean(1)).all()
 
 
 def test_an_image_does_not_depend_on_the_others() -> None:
