@@ -173,7 +173,11 @@ def prepare_shards(config: Config, console: Console) -> Config:
     """
     begun = _begun(config)
     if config.data.shards is None and begun and begun.data.source == config.data.source:
-        config = config.with_changes({"data.shards": begun.data.shards})
+        known = begun.data.shards
+        if known and (
+            is_url(known) or Path(known).exists()
+        ):  # else they are made again, and compared
+            config = config.with_changes({"data.shards": known})
     if config.data.shards is not None:
         if is_url(config.data.shards):
             return config

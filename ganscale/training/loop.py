@@ -92,7 +92,7 @@ class Trainer:
         self.stop = stop or StopRequest()
         self.precision = Precision.resolve(config.training.precision, world.torch_device)
         self.saving = Saving(config, world)
-        self.shard_set = shard_set
+        self._shards_digest = shard_set.digest
         self.values = shard_set.values
         self.outputs = Outputs(config, world, sinks, self.values)
         self._worker = WorkerFigures(world.torch_device)
@@ -208,13 +208,13 @@ class Trainer:
             "measured": dict(self._measured),
             "unlogged": dict(self._unlogged),
             "best": self._best,
-            "shards": self.shard_set.digest,
+            "shards": self._shards_digest,
             "ranks": gather_objects(mine),
         }
 
     def _load_state_dict(self, saved: dict[str, Any]) -> None:
         world, ranks = self.world, saved["ranks"]
-        if saved["shards"] != self.shard_set.digest:
+        if saved["shards"] != self._shards_digest:
             raise ConfigError(
                 f"{self.config.data.shards} is not the shard set that this run was trained on: "
                 "choose another name=..., or give it the shards that it had (data.shards)"
