@@ -169,14 +169,13 @@ def supervisor_of(config: Config) -> Supervisor:
 def prepare_shards(config: Config, console: Console) -> Config:
     """The configuration with `data.shards` set to an absolute path, built first if need be.
 
-    A run that has begun keeps the shards that it has, whatever its source would be today.
+    A run that has begun keeps the shards that it has, whatever its source would be today; where
+    they are gone they are made again, and the digest in its checkpoints tells if they are the same.
     """
     begun = _begun(config)
     if config.data.shards is None and begun and begun.data.source == config.data.source:
         known = begun.data.shards
-        if known and (
-            is_url(known) or Path(known).exists()
-        ):  # else they are made again, and compared
+        if known and (is_url(known) or Path(known).exists()):
             config = config.with_changes({"data.shards": known})
     if config.data.shards is not None:
         if is_url(config.data.shards):
