@@ -6,17 +6,13 @@ from typing import Annotated
 
 import typer
 
-from ganscale.cli.app import JsonFile, app, stderr_console, write_json
+from ganscale.cli.app import JsonFile, Overrides, app, stderr_console, write_json
+from ganscale.errors import ConfigError
 
 __all__: list[str] = []
 
 bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
-
-
-@bench_app.callback()
-def _bench() -> None:
-    """Keeps `data` a verb of its own."""
 
 
 @bench_app.command(
@@ -51,3 +47,39 @@ def bench_data(
             f"{row.name:40} {row.images_per_second:12,.0f} {megabytes:9,.1f} {row.ratio:8.1f}"
         )
     write_json(json_file, [asdict(row) for row in rows])
+
+
+@bench_app.command(
+    "train",
+    epilog="Example: ganscale bench train --config stylegan2-ada-cifar10 launch.use_gpu=true "
+    "training.precision=fp16 data.shards=data/cifar10-train",
+)
+def bench_train(
+    overrides: Overrides = None,
+    config: Annotated[str, typer.Option(help="A preset or a .yaml file.")] = "quickstart",
+    seconds: Annotated[float, typer.Option(min=1, help="How long to train.")] = 30.0,
+    json_file: JsonFile = None,
+) -> None:
+    """Images per second of a configuration's training on one device, and where its time goes."""
+    from dataclasses import asdict
+
+    from ganscale.config import load_config
+    from ganscale.launch.start import prepare_shards
+    from ganscale.training.benchmark import bench_training
+    from ganscale.world import World
+
+    console = stderr_console()
+    settings = prepare_shards(load_config(config, overrides or []), console)
+    settings = settings.with_changes({"launch.num_workers": 1})
+    world = World.detect("cuda" if settings.launch.use_gpu else "cpu")
+    with console.status(f"training for {seconds:g} s"):
+        found = bench_training(settings, world, seconds=seconds)
+    if found is None:
+        raise ConfigError(f"--seconds {seconds:g} is too short for thirty steps of {config}")
+    typer.echo(f"{config}  {found.precision}  batch {found.batch_size}  {world.device}")
+    typer.echo(f"{'images/s':16} {found.images_per_second:10,.1f}")
+    for name, mean in found.parts.items():
+        typer.echo(f"{name:16} {1000 * mean:10.2f} ms a step")
+    if found.peak_memory_gib is not None:
+        typer.echo(f"{'peak memory':16} {found.peak_memory_gib:10.2f} GiB")
+    write_json(json_file, asdict(found))

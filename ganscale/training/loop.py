@@ -2,7 +2,7 @@
 
 What happens when is a function of the position alone, but for checkpoints and stops, which change
 nothing that is computed. So a run that was killed and resumed does what the uninterrupted one does,
-bit for bit at the same world size on the CPU.
+bit for bit at the same world size.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from ganscale.training.build import (
 from ganscale.training.distribute import gather_objects, sum_over_ranks
 from ganscale.training.evaluating import Evaluator
 from ganscale.training.guard import Alarm, Guard
+from ganscale.training.kernels import use_exact_kernels
 from ganscale.training.labelled import LabelledPool
 from ganscale.training.outputs import Outputs
 from ganscale.training.precision import Precision
@@ -66,6 +67,7 @@ def train(
     check_generator(config, shard_set)
     if world.device == "cpu":
         torch.set_num_threads(config.launch.threads_per_worker)
+    use_exact_kernels(world.torch_device)
     trainer = Trainer(config, world, shard_set, stop or StopRequest(), sinks)
     with warnings.catch_warnings():
         # Of gradients with a dimension of size 1, whose strides mean nothing.

@@ -14,7 +14,7 @@ from ganscale.config import Config
 from ganscale.data.shards import ShardSet
 from ganscale.run_directory import RunDirectory
 from ganscale.training.loop import train
-from ganscale.world import World
+from ganscale.world import World, process_group
 from tests.conftest import MakeConfig
 from tests.support.ranks import run_ranks
 from tests.support.runs import final_digest, read_rows
@@ -105,3 +105,17 @@ def test_damage_ends_the_run_by_default_naming_the_sample(
     config = make_config(data__shards=str(damaged_shards), training__total_kimg=0.496)
     with pytest.raises(RuntimeError, match=r"DamagedSample: .*shard-000\d\d.tar: sample \d+ at"):
         trained(config, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", ["ram", "device"])
+def test_a_run_on_cuda_is_the_same_bit_for_bit_whatever_the_cache(
+    make_config: MakeConfig, cache: str
+) -> None:
+    world, ends = World(device="cuda:0"), []
+    for kept in ("none", cache):
+        config = make_config(name=kept, data__cache=kept, training__total_kimg=1.04)
+        with process_group(world):
+            train(config, world)
+        ends.append(final_digest(config))
+    assert ends[0] == ends[1]

@@ -17,7 +17,7 @@ from ganscale.training.methods import METHODS, Method
 from ganscale.training.opponent import Opponent
 from ganscale.training.precision import Precision
 from ganscale.training.share import Labelled, Moment, Share
-from ganscale.world import World
+from ganscale.world import World, process_group
 from tests.support.ranks import run_ranks
 from tests.support.small_models import SMALL_MODELS
 
@@ -106,26 +106,26 @@ def _networks(config: Config) -> dict[str, nn.Module]:
 
 def _gradients(world: World) -> dict[str, dict[str, bytes]]:
     """Each player's gradient in one step of every case, on a rank that has every W-th sample."""
-    found = {}
+    found, device = {}, world.torch_device
     generator = torch.Generator().manual_seed(5)
-    images = torch.rand(BATCH_SIZE, 3, 16, 16, generator=generator) * 2 - 1
-    labels = torch.arange(BATCH_SIZE) * 7 % 10
+    images = (torch.rand(BATCH_SIZE, 3, 16, 16, generator=generator) * 2 - 1).to(device)
+    labels = (torch.arange(BATCH_SIZE) * 7 % 10).to(device)
     slots = torch.arange(world.rank, BATCH_SIZE, world.world_size)
     for name, sections in CASES.items():
         config = Config(training={"batch_size": BATCH_SIZE}, **sections, **STILL)
-        precision = Precision.resolve("fp32", torch.device("cpu"))
+        precision = Precision.resolve("fp32", device)
         method = METHODS[config.method.name](config, _networks(config), precision, world)
         torch.manual_seed(8)  # not 7, where rounding moves a ReLU of sngan over its kink
         for player in method.players.values():
             for parameter in player.module.parameters():  # zeros of an initialisation hide much
-                parameter.data.add_(0.1 * torch.randn(parameter.shape))
+                parameter.data.add_(0.1 * torch.randn(parameter.shape).to(device))
         opponent = getattr(method, "opponent", None)
         if isinstance(opponent, Opponent):
             opponent.feedback.anchors.copy_(torch.tensor([0.3, -0.2]))
         share = Share(
             real_images=images[slots],
             labels=labels[slots] if config.generator_spec["num_classes"] else None,
-            random=StepRandomness(3, 640, BATCH_SIZE, slots, torch.device("cpu")),
+            random=StepRandomness(3, 640, BATCH_SIZE, slots, device),
             z_dim=config.model.z_dim,
             weight=world.world_size / BATCH_SIZE,
             labelled=Labelled(images.flip(0)[slots], labels[slots]),
@@ -151,7 +151,7 @@ def _record(
     parts = [p.grad for p in weights if p.requires_grad]
     assert all(part is not None for part in parts)
     gradient = torch.cat([part.flatten() for part in parts if part is not None])
-    found[letter] = gradient.numpy().tobytes()
+    found[letter] = gradient.cpu().numpy().tobytes()
 
 
 @functools.cache
@@ -171,3 +171,20 @@ def test_gradients_are_those_of_one_process(case: str, world_size: int) -> None:
             difference = np.frombuffer(rank[case][player], dtype=np.float32) - wanted
             assert np.linalg.norm(wanted) > 1e-3
             assert np.linalg.norm(difference) <= rtol * np.linalg.norm(wanted)
+
+
+@functools.cache
+def _of_device(device: str) -> dict[str, dict[str, bytes]]:
+    world = World(device=device)
+    with process_group(world):
+        return _gradients(world)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_on_cuda_are_the_cpus(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", "ieee")
+    for player, expected in _of_device("cpu")[case].items():
+        wanted = np.frombuffer(expected, dtype=np.float32).astype(np.float64)
+        found = np.frombuffer(_of_device("cuda:0")[case][player], dtype=np.float32)
+        assert np.linalg.norm(found - wanted) <= 1e-3 * np.linalg.norm(wanted)

@@ -1,4 +1,4 @@
-"""fp16 with gradient scaling, on the CPU, where its logic can be tested without a GPU."""
+"""fp16 with gradient scaling; on the CPU its logic is tested without a GPU."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from ganscale.run_directory import RunDirectory
 from ganscale.training.loop import Trainer, train
 from ganscale.world import World, process_group
 from tests.conftest import MakeConfig
+from tests.support.devices import on_each_device
 from tests.support.ranks import run_ranks
 from tests.support.runs import read_rows
 
 
-def test_fp16_losses_follow_fp32(make_config: MakeConfig, cifar10_shards: Path) -> None:
+@on_each_device
+def test_fp16_losses_follow_fp32(
+    make_config: MakeConfig, cifar10_shards: Path, device: str
+) -> None:
+    world = World(device=device)
     curves = {}
     for precision in ("fp32", "fp16"):
         config = make_config(
@@ -29,8 +34,8 @@ def test_fp16_losses_follow_fp32(make_config: MakeConfig, cifar10_shards: Path) 
             model__base_channels=4,
             model__z_dim=8,
         )
-        with process_group(World()):
-            train(config, World())
+        with process_group(world):
+            train(config, world)
         rows = read_rows(RunDirectory(config.run_dir).metrics)
         assert len(rows) == 30
         assert rows[-1]["train/skips_D"] == rows[-1]["train/skips_G"] == 0

@@ -24,6 +24,7 @@ from ganscale.run_directory import RunDirectory
 from ganscale.training.loop import train
 from ganscale.world import World, process_group
 from tests.conftest import MakeConfig
+from tests.support.devices import on_each_device
 from tests.support.runs import final_digest, read_rows
 from tests.support.small_models import SMALL_MODELS
 
@@ -69,10 +70,12 @@ def shards_16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def group() -> Iterator[None]:
-    with process_group(World()):
-        yield
+@pytest.fixture
+def world(device: str) -> Iterator[World]:
+    """A world of one, in its group."""
+    alone = World(device=device)
+    with process_group(alone):
+        yield alone
 
 
 def combination(
@@ -110,10 +113,12 @@ def made_possible(objective: str, penalty: dict[str, Any]) -> dict[str, Any]:
     return {"optimizer.clip_weights": 0.05} if needs else {}
 
 
+@on_each_device
 @pytest.mark.parametrize(("model", "objective", "penalty", "augmentation", "option"), rows())
 def test_a_combination_trains_resumes_exactly_and_samples(
     make_config: MakeConfig,
     shards_16: Path,
+    world: World,
     model: str,
     objective: str,
     penalty: str,
@@ -127,9 +132,9 @@ def test_a_combination_trains_resumes_exactly_and_samples(
     )
     whole = combination(make_config, shards_16, model, *changes, training__total_kimg=0.048)
     first = whole.with_changes({"name": "parts", "training.total_kimg": 0.032})
-    train(whole, World())
-    train(first, World())
-    train(first.with_changes({"training.total_kimg": 0.048}), World())
+    train(whole, world)
+    train(first, world)
+    train(first.with_changes({"training.total_kimg": 0.048}), world)
     resumed = final_digest(first)
     assert resumed == final_digest(whole)
     assert resumed[0] == 48
@@ -157,9 +162,10 @@ def drawn(seed: int) -> tuple[str, tuple[dict[str, Any], ...]]:
 _MANY = [pytest.param(seed, marks=[pytest.mark.slow] * (seed >= 6)) for seed in range(50)]
 
 
+@on_each_device
 @pytest.mark.parametrize("seed", _MANY)
 def test_thirty_steps_of_a_random_combination_stay_finite_or_are_refused(
-    make_config: MakeConfig, shards_16: Path, seed: int
+    make_config: MakeConfig, shards_16: Path, world: World, seed: int
 ) -> None:
     model, changes = drawn(seed)
     steep = "wasserstein" in changes[0].values() and not model.startswith(("sngan", "biggan"))
@@ -169,7 +175,7 @@ def test_thirty_steps_of_a_random_combination_stay_finite_or_are_refused(
         return
     length = 0.03 * 16
     config = combination(make_config, shards_16, model, *changes, training__total_kimg=length)
-    train(config, World())
+    train(config, world)
     logged = read_rows(RunDirectory(config.run_dir).metrics)
     assert len(logged) == 30
     finite = [row for row in logged if None not in row.values()]  # null: a step that was skipped

@@ -21,6 +21,7 @@ from ganscale.objectives.penalties import (
     input_gradient,
     orthogonal_penalty,
 )
+from tests.support.devices import on_each_device
 
 SHAPE = (3, 2, 3, 3)
 STEP = 1e-5
@@ -290,7 +291,13 @@ def test_half_precision_images_slopes_are_widened_before_they_are_unscaled() -> 
 
 
 def half_precision_case(
-    name: str, *, half: bool, outer_scale: float = 1.0, inner_scale: float = 1.0, head: float = 1.0
+    name: str,
+    device: str,
+    *,
+    half: bool,
+    outer_scale: float = 1.0,
+    inner_scale: float = 1.0,
+    head: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """A penalty of R3GAN at 16x16, (n,), and its gradient in the weights, flat."""
     torch.manual_seed(0)
@@ -302,15 +309,15 @@ def half_precision_case(
             nn.init.normal_(weight, 0.0, 0.05)
 
     discriminator.head.linear.weight.data.mul_(head)  # type: ignore[union-attr, operator]
+    discriminator.to(device)
 
     def judge(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.float16, enabled=half):
+        with torch.autocast(torch.device(device).type, torch.float16, enabled=half):
             seen: Tensor = discriminator(x)
         return seen.float()
 
     entry = PENALTIES[name]
-    real = torch.rand(SHAPE[0], 3, 16, 16) * 2 - 1
-    fake = torch.rand(SHAPE[0], 3, 16, 16) * 2 - 1
+    real, fake = ((torch.rand(SHAPE[0], 3, 16, 16) * 2 - 1).to(device) for _ in range(2))
     real.requires_grad_(entry.real_gradient)
     fake.requires_grad_(entry.fake_gradient)
     played = Played(judge, judge, real, fake, judge(real), judge(fake), Single())
@@ -336,14 +343,17 @@ OVERFLOWS: dict[str, set[int]] = {"r1": set(), "r2": set(), "wgan_gp": {20}, "dr
 
 
 @pytest.mark.parametrize("name", OVERFLOWS)
-def test_a_half_precision_penalty_is_fp32s_at_every_loss_scale_in_range(name: str) -> None:
+@on_each_device
+def test_a_half_precision_penalty_is_fp32s_at_every_loss_scale_in_range(
+    name: str, device: str
+) -> None:
     torch.set_default_dtype(torch.float32)
-    value, gradient = half_precision_case(name, half=False)
+    value, gradient = half_precision_case(name, device, half=False)
     assert gradient.norm() > 0.01
     overflowed = set()
     for power in (8, 12, 16, 20):
         found, scaled = half_precision_case(
-            name, half=True, outer_scale=2.0**power, inner_scale=2.0**10
+            name, device, half=True, outer_scale=2.0**power, inner_scale=2.0**10
         )
         assert found.dtype == torch.float32
         assert not torch.equal(found, value)  # it was half precision
@@ -356,11 +366,12 @@ def test_a_half_precision_penalty_is_fp32s_at_every_loss_scale_in_range(name: st
 
 
 @pytest.mark.parametrize("name", ["r1", "r2"])
-def test_an_inner_scale_keeps_slopes_that_half_precision_would_lose(name: str) -> None:
+@on_each_device
+def test_an_inner_scale_keeps_slopes_that_half_precision_would_lose(name: str, device: str) -> None:
     """Slopes of 1e-6 a pixel are subnormal in fp16; those of 1e-3 lose nothing."""
     torch.set_default_dtype(torch.float32)
-    value, _ = half_precision_case(name, half=False, head=1e-4)
-    scaled, _ = half_precision_case(name, half=True, head=1e-4, inner_scale=2.0**10)
-    plain, _ = half_precision_case(name, half=True, head=1e-4)
+    value, _ = half_precision_case(name, device, half=False, head=1e-4)
+    scaled, _ = half_precision_case(name, device, half=True, head=1e-4, inner_scale=2.0**10)
+    plain, _ = half_precision_case(name, device, half=True, head=1e-4)
     torch.testing.assert_close(scaled, value, rtol=1e-2, atol=0)
     assert ((plain - value) / value).abs().max() > 2e-2

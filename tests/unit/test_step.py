@@ -22,6 +22,7 @@ from ganscale.training.precision import Precision
 from ganscale.training.share import Moment, Share
 from ganscale.world import World, process_group
 from tests.conftest import MakeConfig
+from tests.support.devices import on_each_device
 from tests.support.small_models import SMALL_MODELS
 
 CPU = torch.device("cpu")
@@ -40,17 +41,20 @@ def configured(model: str = "r3gan", **sections: Any) -> Config:
     return Config(model=SMALL_MODELS[model], training=training, **sections)
 
 
-def game(config: Config, weights: int = 3, precision: Precision = FP32) -> tuple[Gan, Share]:
+def game(
+    config: Config, weights: int = 3, precision: Precision = FP32, device: str = "cpu"
+) -> tuple[Gan, Share]:
     """Players without zeros of an initialisation, and a batch of eight."""
-    gan = build_state(config, precision, World()).method
+    gan = build_state(config, precision, World(device=device)).method
     assert isinstance(gan, Gan)
     torch.manual_seed(weights)
     for player in gan.players.values():
         for parameter in player.module.parameters():
-            parameter.data.add_(0.1 * torch.randn(parameter.shape))
-    images = torch.rand(BATCH_SIZE, 3, 16, 16) * 2 - 1
-    labels = torch.arange(BATCH_SIZE) if config.model.num_classes else None
-    random = StepRandomness(0, 0, BATCH_SIZE, torch.arange(BATCH_SIZE), CPU)
+            parameter.data.add_(0.1 * torch.randn(parameter.shape).to(device))
+    images = (torch.rand(BATCH_SIZE, 3, 16, 16) * 2 - 1).to(device)
+    labels = torch.arange(BATCH_SIZE, device=device) if config.model.num_classes else None
+    slots = torch.arange(BATCH_SIZE)
+    random = StepRandomness(0, 0, BATCH_SIZE, slots, torch.device(device))
     return gan, Share(images, labels, random, config.model.z_dim, 1 / BATCH_SIZE)
 
 
@@ -99,13 +103,16 @@ def test_a_penalty_adds_its_weighted_gradient() -> None:
 
 @pytest.mark.parametrize("model", ["dcgan", "r3gan", "sngan", "stylegan2"])
 @pytest.mark.parametrize("penalty", ["r1", "r2", "wgan_gp", "dragan"])
-def test_a_penalty_in_fp16_is_that_in_fp32_at_any_loss_scale(model: str, penalty: str) -> None:
+@on_each_device
+def test_a_penalty_in_fp16_is_that_in_fp32_at_any_loss_scale(
+    model: str, penalty: str, device: str
+) -> None:
     values = {}
     for scale in (None, 2.0**8, 2.0**14, 2.0**20):
-        precision = Precision.resolve("fp16" if scale else "fp32", CPU)
+        precision = Precision.resolve("fp16" if scale else "fp32", torch.device(device))
         config = configured(model, penalty={penalty: 1.0})
         # With weights 3 rounding moves a kink of DCGAN's: worth 1.1e-2 of DRAGAN's in eight images.
-        gan, share = game(config, 100, precision)
+        gan, share = game(config, 100, precision, device)
         if scale is not None:
             scaler = precision.scaler()
             scaler.load_state_dict({**scaler.state_dict(), "scale": scale})
@@ -236,7 +243,8 @@ def test_the_generator_learns_at_every_so_manieth_step(make_config: MakeConfig) 
 
 
 @pytest.mark.parametrize("model", ["dcgan", pytest.param("r3gan", marks=pytest.mark.slow)])
-def test_compiled_players_lose_alike(make_config: MakeConfig, model: str) -> None:
+@on_each_device
+def test_compiled_players_lose_alike(make_config: MakeConfig, model: str, device: str) -> None:
     losses = []
     for compiled in (False, True):
         config = configured(
@@ -244,7 +252,7 @@ def test_compiled_players_lose_alike(make_config: MakeConfig, model: str) -> Non
             training={"compile": compiled},
             penalty={"r1": 0.1, "form": "finite_difference"},
         )
-        gan, share = game(config)
+        gan, share = game(config, precision=FP32, device=device)
         d = gan.discriminator_phase(share, gan.opponent.rules(Moment()))
         g = gan.generator_phase(share, gan.opponent.rules(Moment()))
         losses.append(torch.stack([d.loss, g, *d.penalties.values()]))

@@ -1,0 +1,25 @@
+"""Which kernels compute: on CUDA the ones that give the same bits each time.
+
+A convolution's gradient there may be summed in whatever order its threads finish. Two runs of one
+configuration then differ after a few steps, and a run that was resumed from the one left alone.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+__all__ = ["use_exact_kernels"]
+
+# What cuBLAS asks of those who want its sums in one order; read when it first works.
+_CUBLAS_WORKSPACE = ":4096:8"
+
+
+def use_exact_kernels(device: torch.device) -> None:
+    """For the rest of this process; where an operation has no such kernel, torch says so."""
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _CUBLAS_WORKSPACE)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)

@@ -1,0 +1,12 @@
+"""Tests that hold on every device: on the CPU always, on CUDA where `-m gpu` asks for it."""
+
+from __future__ import annotations
+
+import pytest
+
+__all__ = ["on_each_device"]
+
+on_each_device = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
+)
+"""Gives a test `device`, as torch names it."""
