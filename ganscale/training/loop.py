@@ -21,7 +21,7 @@ from torch import distributed as dist
 from ganscale.config import Config, SemiSupervisedMethod
 from ganscale.data.reader import Batch
 from ganscale.data.shards import ShardSet
-from ganscale.errors import ConfigError, TrainingFault
+from ganscale.errors import CheckpointError, ConfigError, TrainingFault
 from ganscale.generation.latents import StepRandomness, seed_for
 from ganscale.tracking.sinks import Sink
 from ganscale.tracking.step_times import StepTimes
@@ -189,7 +189,13 @@ class Trainer:
         accept = non_finite if reason == "rollback" else lambda _: None
         saved = self.saving.begin(reason, up_to, accept)
         if saved is not None:
-            self._load_state_dict(saved)
+            try:
+                self._load_state_dict(saved)
+            except KeyError as error:
+                raise CheckpointError(
+                    f"the newest checkpoint of {self.outputs.run_dir.root} has no {error}: it is "
+                    "of another version of ganscale, which can go on with it"
+                ) from None
         self._began_at = self.state.nimg if saved is not None else -1
         self._lr_factor = self.config.guard.rollback_lr_factor**self.saving.attempt.salt
         self.outputs.open(self.saving.attempt, self.state, self.precision.name)

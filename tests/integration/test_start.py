@@ -15,9 +15,10 @@ from rich.console import Console
 
 from ganscale.data.building import build_shards
 from ganscale.data.sources import SourceSpec
-from ganscale.errors import ConfigError, GanscaleError
+from ganscale.errors import CheckpointError, ConfigError, GanscaleError
 from ganscale.launch import start as module
 from ganscale.launch.start import prepare_shards, start, supervisor_of
+from ganscale.training.loop import Trainer
 from tests.conftest import MakeConfig
 
 PREPARE = """
@@ -84,6 +85,22 @@ def test_a_run_does_not_go_on_with_other_images(make_config: MakeConfig, tmp_pat
     build_shards(SourceSpec("procedural"), moved, num_shards=12, limit=500)
     ending = start(longer.with_changes({"data.shards": str(moved)}), Console(quiet=True))
     assert ending.nimg == 320
+
+
+def test_a_run_of_another_version_is_told_apart_from_a_damaged_one(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, state_dict = make_config(), Trainer._state_dict
+
+    def without_digest(trainer: Trainer) -> dict[str, object]:
+        return {name: value for name, value in state_dict(trainer).items() if name != "shards"}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_state_dict", without_digest)
+        start(config, Console(quiet=True))
+    longer = config.with_changes({"training.total_kimg": 0.32})
+    with pytest.raises(CheckpointError, match=r"tiny has no 'shards': it is of another version"):
+        start(longer, Console(quiet=True))
 
 
 def test_the_newest_position_outlasts_a_store_that_is_away(
