@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -13,8 +13,12 @@ from ganscale.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ganscale.config import ExtractorName
     from ganscale.evaluation.images import ImageSet
-    from ganscale.evaluation.reconstruction import Reconstructed
+    from ganscale.evaluation.reconstruction import Reconstructed, Reconstructor
+    from ganscale.generation.degradations import Degradation
+    from ganscale.metrics.extractors import FeatureExtractor
+    from ganscale.world import World
 
 __all__: list[str] = []
 
@@ -84,13 +88,10 @@ def reconstruct(
     """Reconstruct images, whole or degraded, from what a run has learnt."""
     from ganscale.evaluation.features import FeatureCache
     from ganscale.evaluation.images import Subset, open_images
-    from ganscale.evaluation.reconstruction import Reconstructor, likeness
-    from ganscale.evaluation.reconstruction import reconstruct as restore
+    from ganscale.evaluation.reconstruction import Reconstructor
     from ganscale.generation.degradations import degradation_named
     from ganscale.generation.inversion import Search
-    from ganscale.metrics.extractors import EfficientNetLite0, open_extractor
-    from ganscale.tracking.console import parts
-    from ganscale.world import World, process_group
+    from ganscale.world import World
 
     path = run or run_option
     if path is None or (run and run_option):
@@ -111,13 +112,56 @@ def reconstruct(
     degradation = degradation_named(
         task, subject.shape, mask=mask, scale=scale, blur=blur, noise=noise, seed=seed
     )
+    compared = _restore_and_compare(reconstructor, subject, degradation, world, seed, extractor)
+    if compared is None:
+        return
+    protocol: dict[str, Any] = {
+        "task": degradation.name,
+        "noise": degradation.noise * 127.5,
+        "images": subject.description,
+        "images_digest": subject.digest,
+        "from": str(path),
+        "nimg": reconstructor.generator.info["nimg"],
+        "by": reconstructor.by,
+        "extractor": compared.features.name,
+        "extractor_digest": compared.features.digest,
+        "seed": seed,
+    }
+    if reconstructor.by == "inversion":
+        protocol["search"] = {**vars(search), "prior": search.prior_for(degradation)}
+    _write(compared, protocol, out)
+    _print(compared.figures, protocol)
+    typer.echo(f"wrote {len(compared.found.images)} images, grid.png and figures.json to {out}")
+
+
+class _Compared(NamedTuple):
+    found: Reconstructed
+    figures: dict[str, dict[str, Tensor]]
+    """By kind of reconstruction and measure, (n,)."""
+    features: FeatureExtractor
+
+
+def _restore_and_compare(
+    reconstructor: Reconstructor,
+    images: ImageSet,
+    degradation: Degradation,
+    world: World,
+    seed: int,
+    extractor: ExtractorName,
+) -> _Compared | None:
+    """On rank 0; None on others."""
+    from ganscale.evaluation.reconstruction import likeness, reconstruct
+    from ganscale.metrics.extractors import EfficientNetLite0, open_extractor
+    from ganscale.tracking.console import parts
+    from ganscale.world import process_group
+
     console = stderr_console() if world.is_main else None
     with process_group(world), parts(console) as started:
-        total = reconstructor.num_steps(len(subject))
+        total = reconstructor.num_steps(len(images))
         progress = started(f"{degradation.name} by {reconstructor.by}", total)
-        found = restore(reconstructor, subject, degradation, world, seed=seed, progress=progress)
+        found = reconstruct(reconstructor, images, degradation, world, seed=seed, progress=progress)
         if found is None:
-            return
+            return None
         network, features = EfficientNetLite0(), open_extractor(extractor)
         network.to(world.device)
         features.to(world.device)
@@ -126,31 +170,10 @@ def reconstruct(
             "trivial": likeness(found.trivial, found.truth, features, network),
             "reconstruction": likeness(found.images, found.truth, features, network),
         }
-    protocol: dict[str, object] = {
-        "task": degradation.name,
-        "noise": degradation.noise * 127.5,
-        "images": subject.description,
-        "images_digest": subject.digest,
-        "from": str(path),
-        "nimg": reconstructor.generator.info["nimg"],
-        "by": reconstructor.by,
-        "extractor": features.name,
-        "extractor_digest": features.digest,
-        "seed": seed,
-    }
-    if reconstructor.by == "inversion":
-        protocol["search"] = {**vars(search), "prior": search.prior_for(degradation)}
-    _write(found, figures, protocol, out)
-    _print(figures, protocol)
-    typer.echo(f"wrote {len(found.images)} images, grid.png and figures.json to {out}")
+    return _Compared(found, figures, features)
 
 
-def _write(
-    found: Reconstructed,
-    figures: dict[str, dict[str, Tensor]],
-    protocol: dict[str, object],
-    out: Path,
-) -> None:
+def _write(compared: _Compared, protocol: dict[str, Any], out: Path) -> None:
     from dataclasses import asdict
 
     import torch
@@ -158,6 +181,7 @@ def _write(
     from ganscale.generation.pictures import lay_out, write_picture
     from ganscale.metrics.intervals import of_repeats
 
+    found = compared.found
     for number, image in enumerate(found.images):
         write_picture(image, out / "images" / f"{number:06d}.png")
     shown = torch.stack([found.inputs, found.images, found.truth])[:, :_COLUMNS]
@@ -167,12 +191,12 @@ def _write(
             name: {**asdict(of_repeats(each.tolist())), "of_each": each.tolist()}
             for name, each in of.items()
         }
-        for kind, of in figures.items()
+        for kind, of in compared.figures.items()
     }
     write_json(out / "figures.json", {"protocol": protocol, "figures": values})
 
 
-def _print(figures: dict[str, dict[str, Tensor]], protocol: dict[str, object]) -> None:
+def _print(figures: dict[str, dict[str, Tensor]], protocol: dict[str, Any]) -> None:
     from ganscale.metrics.intervals import of_repeats
 
     for name in ("task", "images", "from", "by"):

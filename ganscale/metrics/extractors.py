@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, redirect_stdout
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -30,6 +30,7 @@ __all__ = [
     "FeatureExtractor",
     "as_rgb",
     "chosen_extractor",
+    "full_precision",
     "inception_weights",
     "open_extractor",
 ]
@@ -101,19 +102,21 @@ class EfficientNetLite0:
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
-        found: Tensor = self._net.extract_features(self._input(images)).mean((2, 3))
+        with full_precision():
+            found: Tensor = self._net.extract_features(self._input(images)).mean((2, 3))
         directions: Tensor = F.normalize(found, dim=1)
         return directions * math.sqrt(self.num_features)
 
     @torch.inference_mode()
     def stages(self, images: Tensor) -> list[Tensor]:
         """Activations of uint8 (n, 3, H, W) at the end of each resolution, (n, c, h, w)."""
-        x = self._net._swish(self._net._bn0(self._net._conv_stem(self._input(images))))
         found = []
-        for block in self._net._blocks:
-            before, x = x, block(x)
-            if x.shape[2:] != before.shape[2:]:
-                found.append(before)
+        with full_precision():
+            x = self._net._swish(self._net._bn0(self._net._conv_stem(self._input(images))))
+            for block in self._net._blocks:
+                before, x = x, block(x)
+                if x.shape[2:] != before.shape[2:]:
+                    found.append(before)
         return [*found, x]
 
     def _input(self, images: Tensor) -> Tensor:
@@ -146,7 +149,8 @@ class TorchFidelity:
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
-        found: Tensor = self._net(images.to(self._device))[0]
+        with full_precision():
+            found: Tensor = self._net(images.to(self._device))[0]
         return found
 
     def logits(self, features: Tensor) -> Tensor | None:
@@ -300,6 +304,17 @@ def _check_sha256(path: Path, expected: str) -> None:
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def full_precision() -> AbstractContextManager[None]:
+    """Convolutions on CUDA as on the CPU, whose features are cached under the same name.
+
+    They round to ten bits (TF32) otherwise, in fp32 too.
+    """
+    context: AbstractContextManager[None] = torch.backends.cudnn.flags(
+        enabled=True, deterministic=torch.backends.cudnn.deterministic, allow_tf32=False
+    )
+    return context
 
 
 def as_rgb(images: Tensor) -> Tensor:

@@ -21,7 +21,14 @@ from ganscale.config import Config
 from ganscale.run_directory import RunDirectory
 from tests.conftest import MakeConfig
 from tests.support.ranks import free_port
-from tests.support.runs import final_digest, read_rows, start_ranks, wait_all, wait_for_rows
+from tests.support.runs import (
+    final_digest,
+    own_ray,
+    read_rows,
+    start_ranks,
+    wait_all,
+    wait_for_rows,
+)
 
 Start = Callable[[Config], subprocess.Popen[str]]
 
@@ -34,32 +41,16 @@ SETTINGS = {
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """`ganscale train` with Ray. A cluster that is long gone is not joined, though Ray notes it."""
-    drivers = []
-    with tempfile.TemporaryDirectory(prefix="gs") as folder:  # short: Ray makes sockets in it
-        (Path(folder) / "ray").mkdir()
-        (Path(folder) / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{free_port()}")
+    """`ganscale train` with a Ray of its own."""
+    with own_ray() as start_driver:
 
-        def start_driver(config: Config) -> subprocess.Popen[str]:
+        def start_with(config: Config) -> subprocess.Popen[str]:
             config.run_dir.mkdir(parents=True, exist_ok=True)
             file = config.run_dir.parent / "ray.yaml"
             file.write_text(config.to_yaml())
-            driver = subprocess.Popen(
-                [sys.executable, "-m", "ganscale", "train", "--config", str(file)],
-                env={**os.environ, "RAY_TMPDIR": folder},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            drivers.append(driver)
-            return driver
+            return start_driver("train", "--config", str(file))
 
-        yield start_driver
-        for driver in drivers:
-            driver.kill()
-            driver.wait()
-            assert driver.stderr is not None
-            driver.stderr.close()
+        yield start_with
 
 
 def _wait(what: Callable[[], object], driver: subprocess.Popen[str], timeout: float = 120) -> None:

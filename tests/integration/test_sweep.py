@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import statistics
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +17,7 @@ from ganscale.checkpoint import CheckpointStore
 from ganscale.config.sweep import Sweep
 from ganscale.run_directory import RunDirectory
 from tests.conftest import MakeConfig
-from tests.support.runs import final_digest, read_rows, start_ranks, wait_all
+from tests.support.runs import final_digest, own_ray, read_rows, start_ranks, wait_all
 
 Start = Callable[[Path], subprocess.Popen[str]]
 WriteSweep = Callable[..., Path]
@@ -32,24 +29,8 @@ PBT = {"name": "pbt", "interval_kimg": 0.16, "quantile": 0.5}
 @pytest.fixture
 def start() -> Iterator[Start]:
     """`ganscale sweep` with a Ray of its own."""
-    drivers = []
-    with tempfile.TemporaryDirectory(prefix="gs", ignore_cleanup_errors=True) as folder:
-
-        def start_driver(file: Path) -> subprocess.Popen[str]:
-            driver = subprocess.Popen(
-                [sys.executable, "-m", "ganscale", "sweep", str(file)],
-                env={**os.environ, "RAY_TMPDIR": folder},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            drivers.append(driver)
-            return driver
-
-        yield start_driver
-        for driver in drivers:
-            driver.kill()
-            driver.communicate()
+    with own_ray() as start_driver:
+        yield lambda file: start_driver("sweep", str(file), stdout=subprocess.PIPE)
 
 
 @pytest.fixture

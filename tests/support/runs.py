@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,14 @@ from ganscale.checkpoint import CheckpointStore
 from ganscale.config import Config
 from tests.support.ranks import free_port
 
-__all__ = ["final_digest", "read_rows", "start_ranks", "wait_all", "wait_for_rows"]
+__all__ = [
+    "final_digest",
+    "own_ray",
+    "read_rows",
+    "start_ranks",
+    "wait_all",
+    "wait_for_rows",
+]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -73,3 +82,34 @@ def wait_for_rows(path: Path, count: int, process: subprocess.Popen[str]) -> Non
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, f"{path} has too few rows after two minutes"
         time.sleep(0.005)
+
+
+@contextmanager
+def own_ray() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`start("train", ...)` is a ganscale with a Ray of its own, and is killed at the end.
+
+    A cluster that is long gone is noted where Ray looks for one, and must not be joined.
+    """
+    drivers = []
+    # Short, as Ray makes sockets in it; and it may still be writing there.
+    with tempfile.TemporaryDirectory(prefix="gs", ignore_cleanup_errors=True) as folder:
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{free_port()}")
+
+        def start(*arguments: str, stdout: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
+            driver = subprocess.Popen(
+                [sys.executable, "-m", "ganscale", *arguments],
+                env={**os.environ, "RAY_TMPDIR": folder},
+                stdout=stdout,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            drivers.append(driver)
+            return driver
+
+        try:
+            yield start
+        finally:
+            for driver in drivers:
+                driver.kill()
+                driver.communicate()

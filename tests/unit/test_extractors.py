@@ -15,7 +15,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from ganscale.data.shards import ShardSet
 from ganscale.errors import ConfigError
 from ganscale.evaluation.images import ImagesOfShards
-from ganscale.metrics.extractors import inception_weights, open_extractor
+from ganscale.metrics.extractors import EfficientNetLite0, inception_weights, open_extractor
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +50,26 @@ def sha256(path: Path) -> str:
 def noise(num: int, size: int = 32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (num, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+def test_features_are_full_precision_whatever_training_is_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    allowed: list[bool] = []
+    convolve = torch.nn.functional.conv2d
+
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        allowed.append(torch.backends.cudnn.allow_tf32)
+        return convolve(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", watched)
+    before = torch.backends.cudnn.allow_tf32
+    extractor = EfficientNetLite0()
+    extractor.features(noise(1))
+    extractor.stages(noise(1))
+    assert allowed
+    assert not any(allowed)
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 def test_without_weights_and_network_the_offline_one_is_taken() -> None:
