@@ -49,7 +49,7 @@ def probe(
     from ganscale.evaluation.probe import pooled_activations, scaled_pixels
     from ganscale.evaluation.probe import probe as measure
     from ganscale.models import build_discriminator
-    from ganscale.tracking.console import counting
+    from ganscale.tracking.console import parts
 
     (contestant,) = load_contestants([run], device=device)
     spec = contestant.spec
@@ -67,8 +67,7 @@ def probe(
         "the same, untrained": untrained,
         "pixels": lambda _: scaled_pixels,
     }
-    total = len(kinds) * seeds * (min(num, len(of_train)) + len(of_test))
-    with counting("describing images", total, stderr_console()) as progress:
+    with parts(stderr_console()) as started:
         found = [
             measure(
                 name,
@@ -78,7 +77,7 @@ def probe(
                 num_train=num,
                 seeds=range(seeds),
                 device=device,
-                progress=progress,
+                started=started,
             )
             for name, describe_of in kinds.items()
         ]

@@ -36,7 +36,7 @@ __all__ = [
 
 Describe = Callable[[Tensor], Tensor]
 """uint8 images (n, C, H, W) to features (n, F)."""
-Floats = NDArray[np.float64]
+Started = Callable[[str, int], Callable[[int], object]]
 Labels = NDArray[np.int64]
 
 _GRID = 4
@@ -91,21 +91,32 @@ class LogisticRegression:
 
 
 def fit_logistic(
-    features: Tensor, labels: Tensor, num_classes: int, *, strength: float
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    strength: float,
+    start: LogisticRegression | None = None,
 ) -> LogisticRegression:
-    """Minimise mean cross-entropy + strength / 2 |weight|^2 by L-BFGS from zero.
+    """Minimise mean cross-entropy + strength / 2 |weight|^2 by L-BFGS.
 
     Args:
         features: (N, F), float32 or float64.
         labels: int64 (N,).
         num_classes: K.
         strength: of the L2 term on standardised features; the bias has none.
+        start: weights to begin with, zero by default. The minimum is one, wherever it begins.
     """
     mean = features.mean(0)
     deviation = features.std(0, correction=0).clamp(min=_DEVIATION_FLOOR)
     inputs = (features - mean) / deviation
-    weight = inputs.new_zeros(features.shape[1], num_classes).requires_grad_()
-    bias = inputs.new_zeros(num_classes).requires_grad_()
+    weight = inputs.new_zeros(features.shape[1], num_classes)
+    bias = inputs.new_zeros(num_classes)
+    if start is not None:
+        weight.copy_(start.weight)
+        bias.copy_(start.bias)
+    weight.requires_grad_()
+    bias.requires_grad_()
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=_MAX_ITERATIONS,
@@ -151,7 +162,7 @@ def probe(
     num_train: int,
     seeds: Sequence[int] = (0, 1, 2),
     device: str = "cpu",
-    progress: Callable[[int], object] = lambda _: None,
+    started: Started = lambda text, total: lambda count: None,
 ) -> ProbeResult:
     """Train on labelled images, test on others, once for each seed.
 
@@ -163,7 +174,8 @@ def probe(
         num_train: images to train on.
         seeds: as many repeats.
         device: where.
-        progress: told how many images have been described.
+        started: told of each part of the work and of how many things it has; what it returns is
+            told how many more are done.
 
     Raises:
         ConfigError: for images without labels, or more features than fit in 8 GiB.
@@ -177,34 +189,48 @@ def probe(
     if min(num_train, len(train)) < 10:
         raise DataError(f"a probe needs at least 10 images, {train.description} are too few")
     num_classes = int(train_labels.max()) + 1
-    accuracies, strengths, num_features = [], [], 0
+    accuracies, strengths = [], []
+    described: tuple[Describe, Tensor] | None = None
     for seed in seeds:
+        describe, text = describe_of(seed), f"{name}, seed {seed}"
+        if described is None or described[0] is not describe:
+            progress = started(f"{text}: test images", len(test))
+            described = (describe, _described(test, describe, device, progress))
         chosen = np.random.default_rng(seed).permutation(len(train))[:num_train]
-        describe = describe_of(seed)
+        progress = started(f"{text}: training images", len(chosen))
         features = _described(Subset(train, chosen), describe, device, progress)
         labels = torch.from_numpy(train_labels[chosen]).to(device)
-        strength = _best_strength(features, labels, num_classes)
-        model = fit_logistic(features, labels, num_classes, strength=strength)
+        progress = started(f"{text}: linear models", len(_STRENGTHS) + 1)
+        strength, start = _best_strength(features, labels, num_classes, progress)
+        model = fit_logistic(features, labels, num_classes, strength=strength, start=start)
+        progress(1)
         del features
-        of_test = _described(test, describe, device, progress)
-        accuracies.append(model.accuracy(of_test, torch.from_numpy(test_labels).to(device)))
+        accuracies.append(model.accuracy(described[1], torch.from_numpy(test_labels).to(device)))
         strengths.append(strength)
-        num_features = of_test.shape[1]
+    assert described is not None
     return ProbeResult(
-        name, num_features, of_repeats(accuracies), tuple(accuracies), tuple(strengths)
+        name, described[1].shape[1], of_repeats(accuracies), tuple(accuracies), tuple(strengths)
     )
 
 
-def _best_strength(features: Tensor, labels: Tensor, num_classes: int) -> float:
-    """Of those tried, the strength with the highest accuracy on what is held out."""
+def _best_strength(
+    features: Tensor, labels: Tensor, num_classes: int, progress: Callable[[int], object]
+) -> tuple[float, LogisticRegression]:
+    """Of those tried, the strength with the highest accuracy on what is held out, and its model.
+
+    From the strongest on: a weaker one begins where the stronger has ended, which is near.
+    """
     num_fit = round(len(features) * (1 - _HELD_OUT))
-    accuracies = {
-        strength: fit_logistic(
-            features[:num_fit], labels[:num_fit], num_classes, strength=strength
-        ).accuracy(features[num_fit:], labels[num_fit:])
-        for strength in _STRENGTHS
-    }
-    return max(accuracies, key=accuracies.__getitem__)
+    found: list[tuple[float, float, LogisticRegression]] = []
+    start = None
+    for strength in sorted(_STRENGTHS, reverse=True):
+        start = fit_logistic(
+            features[:num_fit], labels[:num_fit], num_classes, strength=strength, start=start
+        )
+        found.append((start.accuracy(features[num_fit:], labels[num_fit:]), strength, start))
+        progress(1)
+    _, strength, model = max(found, key=lambda tried: tried[:2])
+    return strength, model
 
 
 def _described(

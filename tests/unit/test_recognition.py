@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +69,10 @@ def test_logistic_regression_is_that_of_scipy() -> None:
     random = np.random.default_rng(0)
     features = random.normal(2, 3, (60, 4))
     labels = random.integers(0, 3, 60)
-    found = fit_logistic(torch.from_numpy(features), torch.from_numpy(labels), 3, strength=0.05)
+    given = (torch.from_numpy(features), torch.from_numpy(labels), 3)
+    found = fit_logistic(*given, strength=0.05)
+    later = fit_logistic(*given, strength=0.05, start=fit_logistic(*given, strength=1.0))
+    torch.testing.assert_close(later.weight, found.weight, rtol=0, atol=1e-4)
     inputs = (features - features.mean(0)) / features.std(0)
 
     def loss(flat: NDArray[np.float64]) -> float:
@@ -125,13 +130,24 @@ def test_every_discriminator_has_features_that_do_not_depend_on_labels(model: st
 
 def test_a_probe_finds_what_is_there_and_nothing_where_nothing_is() -> None:
     train, test = bright_and_dark(200, 0), bright_and_dark(400, 1)
-    passed: list[int] = []
-    found = probe(
-        "pixels", lambda _: scaled_pixels, train, test, num_train=150, progress=passed.append
-    )
+    totals: dict[str, int] = {}
+    done: dict[str, int] = defaultdict(int)
+
+    def started(text: str, total: int) -> Callable[[int], None]:
+        totals[text] = total
+
+        def count(number: int) -> None:
+            done[text] += number
+
+        return count
+
+    found = probe("pixels", lambda _: scaled_pixels, train, test, num_train=150, started=started)
     assert found.accuracy.value == 1.0
     assert found.num_features == 768
-    assert sum(passed) == 3 * 550
+    assert done == totals
+    # The same features of test images serve all seeds.
+    assert sum("test images" in text for text in totals) == 1
+    assert sum("training images" in text for text in totals) == 3
     shuffled = np.random.default_rng(2).permutation(test.labels if test.labels is not None else 0)
     chance = probe(
         "pixels", lambda _: scaled_pixels, train, Held(test.pixels, shuffled), num_train=150
