@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     warnings.showwarning = _show_warning
     # torch warns that DDP's find_unused_parameters finds nothing; distribute.py says why it is set.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    _let_waiting_threads_sleep()
     try:
         code = app(arguments, standalone_mode=False) or 0
     except typer.Exit as end:
@@ -62,6 +63,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         text = " ".join(str(error).split())
         _report(f"{type(error).__name__}: {text} (--debug shows where)", error, debug=debug)
     sys.exit(code)
+
+
+def _let_waiting_threads_sleep() -> None:
+    """Torch's OpenMP threads spin while they wait, at the cost of whoever shares the cores.
+
+    OpenMP reads these when torch is loaded, here and in the workers that inherit them. After some
+    microseconds of spinning a thread sleeps; benchmarks/RESULTS.md has what it changes.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
+        os.environ["GOMP_SPINCOUNT"] = "3000"
 
 
 def _report(message: str, error: BaseException | None, *, debug: bool) -> None:

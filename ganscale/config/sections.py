@@ -259,7 +259,7 @@ class LaunchConfig(Section):
     cpus_per_worker: float = Field(1.0, gt=0)
     """CPUs that Ray reserves for a worker."""
     threads_per_worker: int = Field(1, ge=1)
-    """Threads of a worker's CPU kernels; more of them spin against each other on small machines."""
+    """Threads of a worker's CPU kernels; over a machine's workers no more than it has cores."""
     ray_address: str | None = None
     """Address of a running cluster; null uses RAY_ADDRESS, else starts Ray on this machine."""
     max_failures: int = Field(3, ge=-1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -260,3 +263,22 @@ def test_a_run_is_not_gone_on_with_under_other_settings(
     for change in ("model.name: 'dcgan' -> 'r3gan'", "optimizer.lr: 0.0002 -> 0.001"):
         assert change in line
     assert "model.blocks_per_stage: None -> 2" in line
+
+
+@pytest.mark.parametrize(
+    ("asked", "count"),
+    [({}, "3000"), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
+)
+def test_waiting_threads_sleep_unless_the_user_says_how_they_wait(
+    asked: dict[str, str], count: str | None
+) -> None:
+    unset = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    code = (
+        "import atexit, os, sys; from ganscale.cli import main;"
+        "atexit.register(lambda: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules));"
+        "main(['--help'])"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=unset | asked, capture_output=True, text=True, check=True
+    )
+    assert said.stdout.splitlines()[-1] == f"{count} False"

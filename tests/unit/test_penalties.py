@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -320,7 +320,7 @@ def half_precision_case(
     real, fake = ((torch.rand(SHAPE[0], 3, 16, 16) * 2 - 1).to(device) for _ in range(2))
     real.requires_grad_(entry.real_gradient)
     fake.requires_grad_(entry.fake_gradient)
-    played = Played(judge, judge, real, fake, judge(real), judge(fake), Single())
+    played = Played(judge, judge, real, fake, judge(real), judge(fake), Single(device))
     value = entry.value(replace(played, inner_scale=inner_scale))
     (value.mean() * outer_scale).backward()
     weights = list(discriminator.parameters())
@@ -328,14 +328,17 @@ def half_precision_case(
     return value.detach(), torch.cat([g.flatten() for g in gradients]) / outer_scale
 
 
+@dataclass(frozen=True)
 class Single(Fixed):
-    """The same numbers in fp32."""
+    """The same numbers in fp32, on a device."""
+
+    device: str
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
-        return super().normal(purpose, *shape).float()
+        return super().normal(purpose, *shape).float().to(self.device)
 
     def uniform(self, purpose: str, *shape: int) -> Tensor:
-        return super().uniform(purpose, *shape).float()
+        return super().uniform(purpose, *shape).float().to(self.device)
 
 
 OVERFLOWS: dict[str, set[int]] = {"r1": set(), "r2": set(), "wgan_gp": {20}, "dragan": {20}}
@@ -368,10 +371,10 @@ def test_a_half_precision_penalty_is_fp32s_at_every_loss_scale_in_range(
 @pytest.mark.parametrize("name", ["r1", "r2"])
 @on_each_device
 def test_an_inner_scale_keeps_slopes_that_half_precision_would_lose(name: str, device: str) -> None:
-    """Slopes of 1e-6 a pixel are subnormal in fp16; those of 1e-3 lose nothing."""
+    """Slopes of 3e-7 a pixel are subnormal in fp16; those of 3e-4 lose nothing."""
     torch.set_default_dtype(torch.float32)
-    value, _ = half_precision_case(name, device, half=False, head=1e-4)
-    scaled, _ = half_precision_case(name, device, half=True, head=1e-4, inner_scale=2.0**10)
-    plain, _ = half_precision_case(name, device, half=True, head=1e-4)
+    value, _ = half_precision_case(name, device, half=False, head=3e-5)
+    scaled, _ = half_precision_case(name, device, half=True, head=3e-5, inner_scale=2.0**10)
+    plain, _ = half_precision_case(name, device, half=True, head=3e-5)
     torch.testing.assert_close(scaled, value, rtol=1e-2, atol=0)
-    assert ((plain - value) / value).abs().max() > 2e-2
+    assert ((plain - value) / value).abs().max() > 5e-2
