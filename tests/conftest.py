@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from ganscale.cli import main
 from ganscale.config import Config
 from ganscale.data.building import build_shards
 from ganscale.data.sources import CIFAR10_ENV, SourceSpec, resolve_source
 
 MakeConfig = Callable[..., Config]
+Verb = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +67,23 @@ def make_config(tmp_path: Path, procedural_shards: Path) -> MakeConfig:
         return Config().with_changes({**base, **named})
 
     return make
+
+
+@pytest.fixture
+def verb(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Verb:
+    """Runs the command, without networks it could find here; its exit code, output and errors."""
+    for name in ("RANK", "GANSCALE_INCEPTION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GANSCALE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main([*map(str, arguments)])
+        streams = capsys.readouterr()
+        assert isinstance(stop.value.code, int)
+        return stop.value.code, streams.out, streams.err
+
+    return run

@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from ganscale.cli import main
 from ganscale.evaluation import judgements
 from ganscale.evaluation.two_sample import SHORT_TEST
 from ganscale.launch.local import train_in_process
 from ganscale.run_directory import RunDirectory
-from tests.conftest import MakeConfig
+from tests.conftest import MakeConfig, Verb
 from tests.support.runs import read_rows
-
-Evaluate = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def evaluate(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Evaluate:
-    """Runs the verb; gives exit code, standard output and standard error."""
-    for name in ("RANK", "GANSCALE_INCEPTION"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("GANSCALE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            main(["evaluate", *map(str, arguments)])
-        streams = capsys.readouterr()
-        assert isinstance(stop.value.code, int)
-        return stop.value.code, streams.out, streams.err
-
-    return run
 
 
 def folder_of(path: Path, num: int, seed: int, size: int = 32) -> Path:
@@ -53,11 +28,11 @@ def folder_of(path: Path, num: int, seed: int, size: int = 32) -> Path:
     return path
 
 
-def test_two_folders_are_compared(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_two_folders_are_compared(verb: Verb, tmp_path: Path) -> None:
     a, b = folder_of(tmp_path / "a", 60, 0), folder_of(tmp_path / "b", 60, 1)
     file = tmp_path / "figures.json"
     options = ("--metrics", "neighbourhood,c2st_1nn", "--json", file)
-    code, out, err = evaluate("--images", a, "--reference", b, *options)
+    code, out, err = verb("evaluate", "--images", a, "--reference", b, *options)
     assert code == 0, err
     found: dict[str, Any] = json.loads(file.read_text())
     assert found["protocol"]["extractor"] == "efficientnet-lite0"
@@ -68,7 +43,7 @@ def test_two_folders_are_compared(evaluate: Evaluate, tmp_path: Path) -> None:
         assert value["low"] <= value["value"] <= value["high"]
     assert "features   efficientnet-lite0, bicubic to 96x96" in out
     assert "recall_efficientnet_lite0" in out
-    _, again, _ = evaluate("--images", a, "--reference", b, *options)  # from the cache
+    _, again, _ = verb("evaluate", "--images", a, "--reference", b, *options)  # from the cache
     assert again.splitlines()[:-1] == out.splitlines()[:-1]  # the last one is how long it took
 
 
@@ -80,9 +55,9 @@ def run_dir(make_config: MakeConfig) -> RunDirectory:
     return RunDirectory(config.run_dir)
 
 
-def test_a_run_gets_a_row_of_what_was_measured(evaluate: Evaluate, run_dir: RunDirectory) -> None:
+def test_a_run_gets_a_row_of_what_was_measured(verb: Verb, run_dir: RunDirectory) -> None:
     options = ("--num", 64, "--num-reference", 64, "--metrics", "neighbourhood")
-    code, out, err = evaluate("--run", run_dir.root, *options)
+    code, out, err = verb("evaluate", "--run", run_dir.root, *options)
     assert code == 0, err
     assert "64 samples of" in out
     row = read_rows(run_dir.metrics)[-1]
@@ -93,24 +68,24 @@ def test_a_run_gets_a_row_of_what_was_measured(evaluate: Evaluate, run_dir: RunD
     assert event["event"] == "evaluation"
     assert event["protocol"]["num_reference"] == 64
     (snapshot,) = run_dir.snapshots.glob("*.safetensors")
-    code, again, err = evaluate("--snapshot", snapshot, *options)
+    code, again, err = verb("evaluate", "--snapshot", snapshot, *options)
     assert code == 0, err
     assert again.splitlines()[5:9] == out.splitlines()[5:9]
     assert read_rows(run_dir.metrics)[-1] == row
 
 
 def test_classifiers_judge_too(
-    evaluate: Evaluate, run_dir: RunDirectory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    verb: Verb, run_dir: RunDirectory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(judgements, "SHORT_TEST", replace(SHORT_TEST, num_passes=2000))
     options = ("--num", 60, "--num-reference", 60, "--metrics", "c2st", "--json", tmp_path / "x")
-    code, out, err = evaluate("--run", run_dir.root, *options)
+    code, out, err = verb("evaluate", "--run", run_dir.root, *options)
     assert code == 0, err
     assert "c2st" in out
     found = json.loads((tmp_path / "x").read_text())
     assert found["metrics"]["c2st"]["value"] > 0.8  # of a generator that has hardly learned
     assert len(found["details"]["c2st"]["repeats"]) == 5
-    code, _, err = evaluate("--run", run_dir.root, "--num", 60, "--metrics", "cas")
+    code, _, err = verb("evaluate", "--run", run_dir.root, "--num", 60, "--metrics", "cas")
     assert (code, err.splitlines()[-1][:24]) == (2, "ganscale: cas needs real")
 
 
@@ -129,7 +104,7 @@ def test_classifiers_judge_too(
     ],
 )
 def test_errors_are_one_line(
-    evaluate: Evaluate,
+    verb: Verb,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     arguments: list[str],
@@ -142,7 +117,7 @@ def test_errors_are_one_line(
     folder_of(tmp_path / "small", 12, 0, size=16)
     (tmp_path / "empty").mkdir()
     extractor = [] if "--extractor" in arguments else ["--extractor", "efficientnet-lite0"]
-    found, out, err = evaluate(*arguments, *extractor)
+    found, out, err = verb("evaluate", *arguments, *extractor)
     assert (found, out) == (code, "")
     assert words in err.splitlines()[-1]
     assert "Traceback" not in err

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from ganscale.cli import main
 from ganscale.config.models import BigganModel, DcganModel, R3ganModel, SnganModel, Stylegan2Model
 from ganscale.generation.sampling import load_generator, save_snapshot
 from ganscale.models import build_generator
+from tests.conftest import Verb
 
-Explore = Callable[..., tuple[int, str, str]]
 MODELS = {
     "dcgan": DcganModel(z_dim=16, base_channels=8),
     "sngan": SnganModel(z_dim=16, base_channels=8, num_classes=3),
@@ -34,26 +31,6 @@ def snapshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def explore(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Explore:
-    """Runs a verb; gives exit code, standard output and standard error."""
-    for name in ("RANK", "GANSCALE_INCEPTION"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("GANSCALE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            main(list(map(str, arguments)))
-        streams = capsys.readouterr()
-        assert isinstance(stop.value.code, int)
-        return stop.value.code, streams.out, streams.err
-
-    return run
-
-
 def size_of(path: Path) -> tuple[int, int]:
     with Image.open(path) as picture:
         return picture.size
@@ -61,30 +38,30 @@ def size_of(path: Path) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_strips_and_directions_of_each_architecture(
-    explore: Explore, snapshots: Path, tmp_path: Path, name: str
+    verb: Verb, snapshots: Path, tmp_path: Path, name: str
 ) -> None:
     snapshot, out = snapshots / f"{name}.safetensors", tmp_path / "a" / "picture.png"
-    code, text, err = explore("interpolate", snapshot, "--frames", 4, "--out", out)
+    code, text, err = verb("interpolate", snapshot, "--frames", 4, "--out", out)
     assert code == 0, err
     assert "wrote 9 frames" in text
     assert size_of(out) == (5 * 66 - 2, 2 * 66 - 2)  # two rows from seed to seed
-    code, text, err = explore(
+    code, text, err = verb(
         "directions", snapshot, "--num", 2, "--seeds", "0,1", "--steps", 3, "--out", out
     )
     assert code == 0, err
     assert len(text.splitlines()) == 4
     assert size_of(out) == (3 * 66 - 2, 4 * 66 - 2)
-    code, _, err = explore("sample", snapshot, "--num", 4, "--truncation-psi", 0.5, "--out", out)
+    code, _, err = verb("sample", snapshot, "--num", 4, "--truncation-psi", 0.5, "--out", out)
     assert code == 0, err
 
 
 @pytest.mark.parametrize(("ending", "kind"), [(".gif", "GIF"), (".webp", "WEBP"), (".apng", "PNG")])
 def test_animations_have_all_frames(
-    explore: Explore, snapshots: Path, tmp_path: Path, ending: str, kind: str
+    verb: Verb, snapshots: Path, tmp_path: Path, ending: str, kind: str
 ) -> None:
     out = tmp_path / f"movie{ending}"
     arguments = ("--seeds", "1,2,3", "--frames", 3, "--loop", "--scale", 1, "--out", out)
-    code, text, err = explore("interpolate", snapshots / "dcgan.safetensors", *arguments)
+    code, text, err = verb("interpolate", snapshots / "dcgan.safetensors", *arguments)
     assert code == 0, err
     assert "wrote 9 frames" in text
     with Image.open(out) as movie:
@@ -94,28 +71,24 @@ def test_animations_have_all_frames(
 
 
 @pytest.mark.parametrize("name", ["sngan", "biggan", "r3gan", "stylegan2"])
-def test_classes_are_passed_through(
-    explore: Explore, snapshots: Path, tmp_path: Path, name: str
-) -> None:
+def test_classes_are_passed_through(verb: Verb, snapshots: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "classes.png"
     arguments = ("--mode", "class", "--seeds", "7,8", "--frames", 2, "--scale", 1, "--out", out)
-    code, text, err = explore("interpolate", snapshots / f"{name}.safetensors", *arguments)
+    code, text, err = verb("interpolate", snapshots / f"{name}.safetensors", *arguments)
     assert code == 0, err
     assert "wrote 5 frames" in text
     assert size_of(out) == (5 * 34 - 2, 2 * 34 - 2)
 
 
-def test_styles_are_mixed(explore: Explore, snapshots: Path, tmp_path: Path) -> None:
+def test_styles_are_mixed(verb: Verb, snapshots: Path, tmp_path: Path) -> None:
     out = tmp_path / "mix.png"
     arguments = ("--rows", "0,1,2", "--columns", "3,4,5,6", "--layer", 2, "--scale", 1)
-    code, _, err = explore("mix", snapshots / "stylegan2.safetensors", *arguments, "--out", out)
+    code, _, err = verb("mix", snapshots / "stylegan2.safetensors", *arguments, "--out", out)
     assert code == 0, err
     assert size_of(out) == (5 * 34 - 2, 4 * 34 - 2)
 
 
-def test_a_copy_of_a_training_image_is_seen(
-    explore: Explore, snapshots: Path, tmp_path: Path
-) -> None:
+def test_a_copy_of_a_training_image_is_seen(verb: Verb, snapshots: Path, tmp_path: Path) -> None:
     snapshot = snapshots / "sngan.safetensors"
     reference = tmp_path / "reference"
     reference.mkdir()
@@ -126,7 +99,7 @@ def test_a_copy_of_a_training_image_is_seen(
         Image.fromarray(copy if number == 13 else pixels).save(reference / f"{number:02d}.png")
     out = tmp_path / "nearest.png"
     options = ("--reference", reference, "--num", 2, "--neighbours", 3, "--scale", 1, "--out", out)
-    code, text, err = explore("nearest", snapshot, *options)
+    code, text, err = verb("nearest", snapshot, *options)
     assert code == 0, err
     rows = [line.split() for line in text.splitlines()[1:3]]
     assert [row[0] for row in rows] == ["0", "1"]
@@ -154,10 +127,10 @@ def test_a_copy_of_a_training_image_is_seen(
     ],
 )
 def test_wrong_use_is_one_line(
-    explore: Explore, snapshots: Path, arguments: tuple[object, ...], message: str
+    verb: Verb, snapshots: Path, arguments: tuple[object, ...], message: str
 ) -> None:
-    verb, name, *options = arguments
-    code, _, err = explore(verb, snapshots / f"{name}.safetensors", *options)
+    command, name, *options = arguments
+    code, _, err = verb(command, snapshots / f"{name}.safetensors", *options)
     assert code == 2
     assert message in err
     assert len(err.splitlines()) == 1

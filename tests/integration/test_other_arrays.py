@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from PIL import Image
 
 import ganscale
-from ganscale.cli import main
 from ganscale.config import Config
 from ganscale.data.order import Order
 from ganscale.data.reader import BatchReader, ShardImages
@@ -29,37 +27,15 @@ from ganscale.errors import ConfigError
 from ganscale.run_directory import RunDirectory
 from ganscale.training.loop import train
 from ganscale.world import World, process_group
-from tests.conftest import MakeConfig
+from tests.conftest import MakeConfig, Verb
 from tests.support.http_server import serving
 from tests.support.runs import final_digest, read_rows
-
-Verb = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True)
 def alone() -> Any:
     with process_group(World()):
         yield
-
-
-@pytest.fixture
-def ganscale_verb(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Verb:
-    """Runs a verb; gives exit code, standard output and standard error."""
-    for name in ("RANK", "GANSCALE_INCEPTION"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("GANSCALE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            main(list(map(str, arguments)))
-        streams = capsys.readouterr()
-        assert isinstance(stop.value.code, int)
-        return stop.value.code, streams.out, streams.err
-
-    return run
 
 
 def trained(make_config: MakeConfig, shards: Path, **changes: Any) -> Config:
@@ -98,7 +74,7 @@ def test_arrays_come_over_the_network_as_from_the_disk(
 
 
 def test_arrays_are_trained_on_resumed_exactly_and_sampled_in_their_own_units(
-    make_config: MakeConfig, spectrogram_shards: Path, ganscale_verb: Verb, tmp_path: Path
+    make_config: MakeConfig, spectrogram_shards: Path, verb: Verb, tmp_path: Path
 ) -> None:
     values = ShardSet.load(spectrogram_shards).values
     whole = trained(make_config, spectrogram_shards)
@@ -120,16 +96,16 @@ def test_arrays_are_trained_on_resumed_exactly_and_sampled_in_their_own_units(
     assert values.low <= expected.min() < expected.max() <= values.high
     for out in ("all.npy", "folder", "grid.png"):
         options = ("--num", 5, "--seed", 3, "--out", tmp_path / out)
-        code, _, err = ganscale_verb("sample", whole.run_dir, *options)
+        code, _, err = verb("sample", whole.run_dir, *options)
         assert code == 0, err
     assert np.array_equal(np.load(tmp_path / "all.npy"), expected.numpy())
     assert np.array_equal(np.load(tmp_path / "folder" / "seed-00000007.npy"), expected[4].numpy())
-    code, _, err = ganscale_verb(
+    code, _, err = verb(
         "interpolate", whole.run_dir, "--frames", 2, "--out", tmp_path / "strip.png"
     )
     assert code == 0, err
 
-    code, out, err = ganscale_verb(
+    code, out, err = verb(
         "shards", "build", "--source", tmp_path / "folder", "--out", tmp_path / "again",
         "--num-shards", 1, "--value-range", -80, 0,
     )  # fmt: skip
@@ -143,7 +119,7 @@ def test_arrays_are_trained_on_resumed_exactly_and_sampled_in_their_own_units(
 
 
 def test_what_is_only_for_images_refuses_arrays(
-    make_config: MakeConfig, spectrogram_shards: Path, ganscale_verb: Verb, tmp_path: Path
+    make_config: MakeConfig, spectrogram_shards: Path, verb: Verb, tmp_path: Path
 ) -> None:
     config = trained(make_config, spectrogram_shards)
     RunDirectory(config.run_dir).config.write_text(config.to_yaml())
@@ -156,7 +132,7 @@ def test_what_is_only_for_images_refuses_arrays(
         ("reconstruct", config.run_dir, "--images", spectrogram_shards,
          "--out", tmp_path / "x"),
     ):  # fmt: skip
-        code, _, err = ganscale_verb(*arguments)
+        code, _, err = verb(*arguments)
         assert code in (1, 2), arguments
         assert "arrays of floats" in err, (arguments, err)
         assert err.count("\n") == 1
@@ -182,10 +158,10 @@ def test_an_encoder_s_generator_must_mean_the_same_by_its_values(
 
 
 def test_gray_images_are_trained_on_sampled_and_evaluated(
-    make_config: MakeConfig, ganscale_verb: Verb, tmp_path: Path
+    make_config: MakeConfig, verb: Verb, tmp_path: Path
 ) -> None:
     gray = tmp_path / "gray"
-    code, out, err = ganscale_verb(
+    code, out, err = verb(
         "shards", "build", "--source", "procedural", "--limit", 60, "--num-shards", 2,
         "--img-channels", 1, "--out", gray,
     )  # fmt: skip
@@ -201,16 +177,14 @@ def test_gray_images_are_trained_on_sampled_and_evaluated(
         pixels = np.asarray(grid.convert("RGB"))
         assert (pixels == pixels[..., :1]).all()  # gray
 
-    code, _, err = ganscale_verb(
-        "sample", config.run_dir, "--num", 60, "--out", tmp_path / "samples"
-    )
+    code, _, err = verb("sample", config.run_dir, "--num", 60, "--out", tmp_path / "samples")
     assert code == 0, err
     expected = ganscale.load_generator(config.run_dir).sample(60)
     with Image.open(tmp_path / "samples" / "seed-00000059.png") as image:
         assert image.mode == "L"
         assert np.array_equal(np.asarray(image), expected[59, 0].numpy())
     figures = tmp_path / "figures.json"
-    code, _, err = ganscale_verb(
+    code, _, err = verb(
         "evaluate", "--images", tmp_path / "samples", "--reference", gray,
         "--metrics", "neighbourhood,c2st_1nn", "--json", figures,
     )  # fmt: skip

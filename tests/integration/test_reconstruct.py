@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from ganscale.cli import main
 from ganscale.data.shards import ShardSet
 from ganscale.errors import DataError
 from ganscale.evaluation.images import ImagesOfShards, open_images
@@ -22,10 +20,8 @@ from ganscale.generation.inversion import Search
 from ganscale.launch.local import train_in_process
 from ganscale.metrics.extractors import EfficientNetLite0
 from ganscale.world import World
-from tests.conftest import MakeConfig
+from tests.conftest import MakeConfig, Verb
 from tests.support.ranks import run_ranks
-
-Run = Callable[..., tuple[int, str, str]]
 
 TASKS = ["identity", "inpaint", "superres", "denoise", "deblur", "colourise"]
 QUICK = ("--steps", 3, "--restarts", 2, "--device", "cpu")
@@ -58,26 +54,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, procedural_shards: Path) -> d
     return found
 
 
-@pytest.fixture
-def call(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Run:
-    """Runs the command; gives exit code, standard output and standard error."""
-    for name in ("RANK", "GANSCALE_INCEPTION"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("GANSCALE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            main([*map(str, arguments)])
-        streams = capsys.readouterr()
-        assert isinstance(stop.value.code, int)
-        return stop.value.code, streams.out, streams.err
-
-    return run
-
-
 def pixels_of(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     with Image.open(path) as picture:
         return np.asarray(picture)
@@ -100,12 +76,12 @@ def folder_of(path: Path, num: int, *, size: int = 32, mode: str = "RGB") -> Pat
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_is_done_by_inversion_and_by_encoder(
-    call: Run, runs: dict[str, Path], procedural_shards: Path, tmp_path: Path, task: str
+    verb: Verb, runs: dict[str, Path], procedural_shards: Path, tmp_path: Path, task: str
 ) -> None:
     for method, by in (("gan", "inversion"), ("vae", "encoder")):
         out = tmp_path / method
         where = ("--images", procedural_shards, "--num", 3, "--out", out)
-        code, text, err = call("reconstruct", runs[method], *where, "--task", task, *QUICK)
+        code, text, err = verb("reconstruct", runs[method], *where, "--task", task, *QUICK)
         assert code == 0, err
         assert f"by       {by}" in text
         written = json.loads((out / "figures.json").read_text())
@@ -127,12 +103,12 @@ def test_every_task_is_done_by_inversion_and_by_encoder(
         assert size_of(out / "grid.png") == (3 * 66 - 2, 3 * 66 - 2)
 
 
-def test_known_pixels_are_exact(call: Run, runs: dict[str, Path], tmp_path: Path) -> None:
+def test_known_pixels_are_exact(verb: Verb, runs: dict[str, Path], tmp_path: Path) -> None:
     images = folder_of(tmp_path / "images", 2)
     out = tmp_path / "out"
     options = ("--task", "inpaint", "--mask", "half", *QUICK)
     place = ("--run", runs["gan"], "--images", images, "--out", out)
-    code, _, err = call("reconstruct", *place, *options)
+    code, _, err = verb("reconstruct", *place, *options)
     assert code == 0, err
     for number in range(2):
         truth = pixels_of(images / f"{number:04d}.png")
@@ -156,11 +132,11 @@ def _unfit_images(tmp_path: Path) -> dict[str, tuple[Path, str]]:
 
 
 def test_images_that_do_not_fit_are_refused_in_a_line(
-    call: Run, runs: dict[str, Path], tmp_path: Path
+    verb: Verb, runs: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     for kind, (images, reason) in _unfit_images(tmp_path).items():
-        code, _, err = call("reconstruct", runs["gan"], "--images", images, "--out", out, *QUICK)
+        code, _, err = verb("reconstruct", runs["gan"], "--images", images, "--out", out, *QUICK)
         assert code != 0, kind
         line = err.splitlines()[-1]
         assert line.startswith("ganscale: "), kind
@@ -181,11 +157,11 @@ def test_images_that_do_not_fit_are_refused_in_a_line(
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_line(
-    call: Run, runs: dict[str, Path], tmp_path: Path, options: tuple[object, ...], reason: str
+    verb: Verb, runs: dict[str, Path], tmp_path: Path, options: tuple[object, ...], reason: str
 ) -> None:
     images = folder_of(tmp_path / "images", 1)
     place = ("--images", images, "--out", tmp_path / "out")
-    code, _, err = call("reconstruct", runs["gan"], *place, *QUICK, *options)
+    code, _, err = verb("reconstruct", runs["gan"], *place, *QUICK, *options)
     assert code == 2
     assert reason in err.splitlines()[-1]
 
@@ -216,13 +192,13 @@ def test_any_number_of_ranks_reconstructs_the_same(runs: dict[str, Path], tmp_pa
 
 
 def test_runs_are_compared(
-    call: Run, runs: dict[str, Path], procedural_shards: Path, tmp_path: Path
+    verb: Verb, runs: dict[str, Path], procedural_shards: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "compared"
     options = ("--images", procedural_shards, "--num", 3, "--num-samples", 60, "--out", out)
     tasks = ("--metric", "neighbourhood", "--tasks", "identity,superres", *QUICK)
     (snapshot,) = (runs["gan"] / "snapshots").iterdir()
-    code, text, err = call("compare", runs["vae"], snapshot, *options, *tasks)
+    code, text, err = verb("compare", runs["vae"], snapshot, *options, *tasks)
     assert code == 0, err
     lines = text.splitlines()
     assert lines[1].split()[:3] == ["vae", "vae", "0.064"]
@@ -250,9 +226,9 @@ def test_only_images_that_networks_take_have_their_distances() -> None:
     assert [float(values[0]) for values in found.values()] == pytest.approx([100, 1, 0, 0])
 
 
-def test_a_comparison_needs_runs(call: Run, tmp_path: Path, procedural_shards: Path) -> None:
+def test_a_comparison_needs_runs(verb: Verb, tmp_path: Path, procedural_shards: Path) -> None:
     options = ("--images", procedural_shards, "--out", tmp_path / "out")
-    code, _, err = call("compare", tmp_path / "nothing", *options)
+    code, _, err = verb("compare", tmp_path / "nothing", *options)
     assert code == 1
     assert "no snapshot at" in err.splitlines()[-1]
 

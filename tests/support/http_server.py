@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["Fault", "FolderServer", "serving"]
+__all__ = ["Fault", "FolderServer", "answering", "serving"]
 
 Fault = Literal["cut", "reset", "stall", "flip", "no range", "no length", "503", "403", "404"]
 
@@ -45,15 +45,22 @@ def serving(folder: Path) -> Iterator[FolderServer]:
     class Handler(_Handler):
         files = state
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with answering(Handler, state.closed) as state.url:
+        yield state
+
+
+@contextmanager
+def answering(handler: type[BaseHTTPRequestHandler], closed: threading.Event) -> Iterator[str]:
+    """Serve on a free port of this machine; yields the URL. `closed` is set before the end."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
-    state.url = f"http://127.0.0.1:{server.server_address[1]}"
+    server.block_on_close = False
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     try:
-        yield state
+        yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
-        state.closed.set()
+        closed.set()
         server.shutdown()
         server.server_close()
         thread.join()
