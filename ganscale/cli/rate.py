@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -110,10 +111,12 @@ def _serve(
         if not server.only_loopback:
             message = "anybody who can reach this machine may rate: there is no password"
             stderr_console().print(f"[yellow]{message}[/yellow]", highlight=False, soft_wrap=True)
-        typer.echo(f"page       {server.url}")
-        typer.echo(f"answers    {session.answers.path}")
-        typer.echo("Ctrl-C ends it with the results.")
         with suppress(KeyboardInterrupt):
+            for number in (signal.SIGINT, signal.SIGTERM):  # a shell's `&` switches SIGINT off
+                signal.signal(number, signal.default_int_handler)
+            typer.echo(f"page       {server.url}")
+            typer.echo(f"answers    {session.answers.path}")
+            typer.echo("Ctrl-C ends it with the results.")
             server.serve_forever()
     typer.echo()
     _print_results(out)

@@ -22,10 +22,6 @@ from selenium.webdriver.support.ui import WebDriverWait
 from ganscale.rating.answers import read_answers
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER),
-    reason="NO BROWSER: the rating page is NOT tested (needs chromium and chromedriver)",
-)
 NUM = 20
 WAIT_SECONDS = 60
 FLAGS = (
@@ -57,6 +53,8 @@ def images(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Chrome]:
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("NO BROWSER: the rating page is NOT tested (needs chromium and chromedriver)")
     options = ChromeOptions()
     options.binary_location = str(CHROMIUM)
     for flag in (*FLAGS, f"user-data-dir={tmp_path / 'profile'}"):
@@ -215,3 +213,18 @@ def test_of_two_images_one_is_preferred_and_a_lost_answer_is_sent_again(
     (answer,) = read_answers(out / "answers.jsonl")
     assert answer.chosen == answer.truth[0] == ("bright" if bright else "dark")
     assert answer.correct is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_also_where_a_shell_lets_none_through(
+    images: tuple[Path, Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    dark, bright = images
+    arguments = (dark, "--reference", bright, "--num", NUM, "--out", tmp_path / "out", "--port", 0)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # children inherit it, as of a shell's &
+    try:
+        with serving(*arguments) as (process, _):
+            process.send_signal(number)
+            assert process.wait(WAIT_SECONDS) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
