@@ -15,6 +15,8 @@ fi
 [ -n "${GANSCALE_KUBERAY_CRDS:-}" ] && command -v kubectl > /dev/null ||
   echo "no kubectl, or no GANSCALE_KUBERAY_CRDS: k8s/ goes unchecked, or half of it" >&2
 export WANDB_MODE=offline RAY_AUTH_MODE=disabled
+# A test a core: threads of torch's would fight for it.
+export OMP_NUM_THREADS=1
 
 # The rating page is tested in a browser; where none is and none can be had, those tests are skipped.
 if ! command -v chromium > /dev/null && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
