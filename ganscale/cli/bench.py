@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from ganscale.cli.app import JsonFile, Overrides, app, stderr_console, write_json
-from ganscale.errors import ConfigError
 
 __all__: list[str] = []
 
@@ -57,7 +56,9 @@ def bench_data(
 def bench_train(
     overrides: Overrides = None,
     config: Annotated[str, typer.Option(help="A preset or a .yaml file.")] = "quickstart",
-    seconds: Annotated[float, typer.Option(min=1, help="How long to train.")] = 30.0,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="How long to train; thirty steps at least.")
+    ] = 30.0,
     json_file: JsonFile = None,
 ) -> None:
     """Images per second of a configuration's training on one device, and where its time goes."""
@@ -72,10 +73,8 @@ def bench_train(
     settings = prepare_shards(load_config(config, overrides or []), console)
     settings = settings.with_changes({"launch.num_workers": 1})
     world = World.detect("cuda" if settings.launch.use_gpu else "cpu")
-    with console.status(f"training for {seconds:g} s"):
+    with console.status(f"training for {seconds:g} s or thirty steps"):
         found = bench_training(settings, world, seconds=seconds)
-    if found is None:
-        raise ConfigError(f"--seconds {seconds:g} is too short for thirty steps of {config}")
     typer.echo(f"{config}  {found.precision}  batch {found.batch_size}  {world.device}")
     typer.echo(f"{'images/s':16} {found.images_per_second:10,.1f}")
     for name, mean in found.parts.items():

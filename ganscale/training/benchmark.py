@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ __all__ = ["TrainingSpeed", "bench_training"]
 _STEPS_IN_A_ROW = 10
 _WARM_UP_ROWS = 2
 """Kernels are chosen, caches filled, compiled code made."""
+_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,12 @@ class TrainingSpeed:
     num_rows: int
 
 
-def bench_training(config: Config, world: World, *, seconds: float) -> TrainingSpeed | None:
-    """Train for about `seconds` in a folder that is deleted; None if that was too short to say.
+def bench_training(config: Config, world: World, *, seconds: float) -> TrainingSpeed:
+    """Train for `seconds`, or longer if thirty steps take longer, in a folder that is deleted.
 
-    Checkpoints, pictures and W&B are left out. `seconds` counts from the first step that was
-    asked for, so what comes before it, and compiling, do not shorten what is measured by more
-    than the first rows.
+    Checkpoints, pictures and W&B are left out. The time counts from the start of training, but
+    what comes before the first step, and compiling, are not in what is measured: of the rows of
+    ten steps the first two are left out.
     """
     kimg = _STEPS_IN_A_ROW * config.training.batch_size / 1000
     with tempfile.TemporaryDirectory() as folder:
@@ -64,19 +66,32 @@ def bench_training(config: Config, world: World, *, seconds: float) -> TrainingS
                 "training.total_kimg": 1e9,
             }
         )
-        stop = StopRequest()
-        timer = threading.Timer(seconds, setattr, (stop, "reason", "interrupted"))
+        metrics = RunDirectory(config.run_dir).metrics
+        stop, ended = StopRequest(), threading.Event()
+
+        def stop_when_measured() -> None:
+            ended.wait(seconds)
+            while not (ended.is_set() or _rows_after_warm_up(metrics)):
+                ended.wait(_POLL_SECONDS)
+            stop.reason = "interrupted"
+
+        clock = threading.Thread(target=stop_when_measured, name="bench")
         if world.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
-        timer.start()
+        clock.start()
         try:
             with process_group(world, timeout_seconds=config.launch.timeout_seconds):
                 train(config, world, stop)
         finally:
-            timer.cancel()
-        text = RunDirectory(config.run_dir).metrics.read_text()
-    rows = [json.loads(line) for line in text.splitlines()][_WARM_UP_ROWS:]
-    return _summary(config, world, rows) if rows else None
+            ended.set()
+            clock.join()
+        return _summary(config, world, _rows_after_warm_up(metrics))
+
+
+def _rows_after_warm_up(metrics: Path) -> list[dict[str, Any]]:
+    """Of whole lines; the last may be being written."""
+    text = metrics.read_text() if metrics.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[_WARM_UP_ROWS:-1]]
 
 
 def _summary(config: Config, world: World, rows: list[dict[str, Any]]) -> TrainingSpeed:

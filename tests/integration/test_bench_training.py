@@ -17,18 +17,16 @@ def test_a_configuration_is_trained_for_some_seconds_and_leaves_nothing(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     found = bench_training(make_config(), World(), seconds=4.0)
-    assert found is not None
     assert found.precision == "fp32"
     assert found.peak_memory_gib is None
-    assert found.num_rows > 1
     a_step = 16 / found.images_per_second
     assert sum(found.parts.values()) == pytest.approx(a_step, rel=0.5)
     assert found.parts["discriminator"] > 0
     assert not [*tmp_path.iterdir()]
 
 
-def test_too_short_a_time_says_nothing(make_config: MakeConfig) -> None:
-    assert bench_training(make_config(), World(), seconds=0.001) is None
+def test_thirty_steps_are_measured_however_short_the_time(make_config: MakeConfig) -> None:
+    assert bench_training(make_config(), World(), seconds=0.001).num_rows >= 1
 
 
 def test_the_verb_prints_and_writes_what_was_measured(
