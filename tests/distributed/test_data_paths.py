@@ -35,7 +35,12 @@ ARRAYS: dict[str, Any] = {"model.img_channels": 1, "training.total_kimg": 0.72}
 
 @pytest.mark.parametrize(
     ("shards", "changes", "world_size"),
-    [("procedural_shards", {}, 2), ("spectrogram_shards", ARRAYS, 1)],
+    [
+        ("procedural_shards", {}, 2),
+        ("spectrogram_shards", ARRAYS, 1),
+        pytest.param("procedural_shards", {}, 1, marks=pytest.mark.slow),
+        pytest.param("spectrogram_shards", ARRAYS, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_final_weights_are_equal_bit_for_bit_whatever_the_cache(
     request: pytest.FixtureRequest,
