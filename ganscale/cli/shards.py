@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -21,6 +22,13 @@ _ValueRange = Annotated[
     typer.Option(help="Arrays of floats: what is -1 and 1 to the networks; default: the extremes."),
 ]
 
+_ClassNames = Annotated[
+    str | None,
+    typer.Option(help="Names of the classes in the order of labels, with commas between them."),
+]
+# A list here, since reading the module would load numpy for `ganscale --help`.
+_Layout = Literal["auto", "top-folders", "leaf-folders", "flat", "tars"]
+
 shards_app = typer.Typer(help="Build and check shard sets.", no_args_is_help=True)
 app.add_typer(shards_app, name="shards")
 
@@ -34,11 +42,21 @@ def shards_build(
     source: Annotated[
         str,
         typer.Option(
-            help="auto, cifar10, procedural, spectrograms, or a path to images, arrays or tars."
+            help="auto, cifar10, cifar100, procedural, spectrograms, or a path to images, arrays "
+            "or tars."
         ),
     ] = "auto",
     split: Annotated[Literal["train", "test"], typer.Option(help="Which part.")] = "train",
-    num_shards: Annotated[int, typer.Option(min=1, help="Tars.")] = 64,
+    layout: Annotated[
+        _Layout,
+        typer.Option(
+            help="Where classes come from: the first folder of a path, the folder an image lies "
+            "in, nowhere (flat), or WebDataset tars; auto: the one that fits, if only one does."
+        ),
+    ] = "auto",
+    num_shards: Annotated[
+        int | None, typer.Option(min=1, help="Tars; default: 8 to 64, by the number of images.")
+    ] = None,
     num_streams: Annotated[
         int | None, typer.Option(min=1, help="Bound on workers; default: shards, at most 64.")
     ] = None,
@@ -49,7 +67,11 @@ def shards_build(
     img_channels: Annotated[
         Literal["1", "3", "4"] | None, typer.Option(help="Convert to gray, RGB or RGBA.")
     ] = None,
+    background: Annotated[
+        str, typer.Option(help="Colour below transparency that --img-channels 1 or 3 removes.")
+    ] = "white",
     value_range: _ValueRange = None,
+    class_names: _ClassNames = None,
 ) -> None:
     """Write images as WebDataset shards with an index; the same input gives the same bytes."""
     from ganscale.data.building import build_shards, check_free
@@ -57,10 +79,11 @@ def shards_build(
     from ganscale.tracking.console import counting
 
     downloads = check_free(out).parent / "downloads"
-    spec, notice = resolve_source(source, split, download_dir=downloads)
+    spec, notice = resolve_source(source, split, download_dir=downloads, layout=layout)
     console = stderr_console()
+    notify = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     if notice:
-        console.print(notice, highlight=False, soft_wrap=True)
+        notify(notice)
     total = min(len(open_source(spec)), limit or sys.maxsize)
     with counting(f"building {out}", total, console) as progress:
         shard_set = build_shards(
@@ -71,8 +94,11 @@ def shards_build(
             limit=limit,
             resolution=resolution,
             img_channels=None if img_channels is None else int(img_channels),
+            background=background,
             value_range=value_range,
+            class_names=_split_names(class_names),
             progress=progress,
+            notify=notify,
         )
     _print_shards(shard_set)
 
@@ -85,14 +111,22 @@ def shards_index(
         int | None, typer.Option(min=1, help="Bound on workers; default: shards, at most 64.")
     ] = None,
     value_range: _ValueRange = None,
+    class_names: _ClassNames = None,
 ) -> None:
     """Index WebDataset tars where they are, so that they can be trained on as they are."""
     from ganscale.data.building import index_shards
     from ganscale.tracking.console import counting
 
-    with counting(f"indexing {root}", None, stderr_console()) as progress:
+    console = stderr_console()
+    with counting(f"indexing {root}", None, console) as progress:
         shard_set = index_shards(
-            root, split=split, num_streams=num_streams, value_range=value_range, progress=progress
+            root,
+            split=split,
+            num_streams=num_streams,
+            value_range=value_range,
+            class_names=_split_names(class_names),
+            progress=progress,
+            notify=partial(console.print, markup=False, highlight=False, soft_wrap=True),
         )
     _print_shards(shard_set)
 
@@ -119,6 +153,10 @@ def shards_info(root: Annotated[str, typer.Argument(help="Folder or URL of the s
     from ganscale.data.shards import ShardSet
 
     _print_shards(ShardSet.load(root))
+
+
+def _split_names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
 
 
 def _print_shards(shard_set: ShardSet) -> None:

@@ -15,7 +15,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from ganscale.data.images import CHANNELS
+from ganscale.data.images import CHANNELS, Normalised
 from ganscale.errors import DataError
 
 __all__ = ["decode_npy", "encode_npy", "normalised_npy"]
@@ -36,8 +36,12 @@ def decode_npy(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.float32]:
 
 
 def normalised_npy(
-    data: bytes, *, resolution: int | None = None, img_channels: int | None = None
-) -> tuple[bytes, NDArray[np.float32]]:
+    data: bytes,
+    *,
+    resolution: int | None = None,
+    img_channels: int | None = None,
+    background: str = "white",
+) -> Normalised:
     """An array of floats as an npy file of float32 to train on, and its values.
 
     Args:
@@ -45,6 +49,7 @@ def normalised_npy(
         resolution: side; the shorter side is resized to it with anti-aliasing and the centre is cut
             out. None leaves the size alone.
         img_channels: what the array must have; channels of arrays are not converted.
+        background: of no use to arrays, which have no transparency.
 
     Raises:
         DataError: not readable, of another type or shape, or with values that are not finite.
@@ -59,8 +64,8 @@ def normalised_npy(
     if resolution is not None and (height, width) != (resolution, resolution):
         array = _fitted(array, resolution)
     elif stored.dtype == np.dtype("<f4") and stored.flags.c_contiguous:
-        return data, array
-    return encode_npy(array), array
+        return Normalised(data, array)
+    return Normalised(encode_npy(array), array)
 
 
 def encode_npy(array: NDArray[np.float32]) -> bytes:

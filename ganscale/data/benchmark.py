@@ -22,12 +22,12 @@ import webdataset as wds
 
 from ganscale.data.decoded_cache import DecodedImages, DevicePixels, HostPixels
 from ganscale.data.encodings import NPY
+from ganscale.data.layout import ARRAY_SUFFIX, IMAGE_SUFFIXES
 from ganscale.data.order import Order
 from ganscale.data.reader import BatchReader, ImageReader, ReadAhead, ShardImages
 from ganscale.data.shard_cache import CachedStore
 from ganscale.data.shards import ShardSet
 from ganscale.data.storage import LocalStore, RemoteStore
-from ganscale.data.tars import ARRAY_SUFFIX, IMAGE_SUFFIXES
 
 __all__ = ["BATCH_SIZE", "Measurement", "bench_data"]
 

@@ -29,21 +29,28 @@ from typing import Any
 import numpy as np
 import webdataset as wds
 from filelock import FileLock, Timeout
-from numpy.typing import NDArray
+from PIL import ImageColor
 
 from ganscale.data.encodings import ENCODINGS, NPY, PNG, Encoding
+from ganscale.data.images import Normalised
+from ganscale.data.labels import check_labels, named_classes, numbered_classes
 from ganscale.data.order import keyed_permutation
-from ganscale.data.shards import SAMPLE_DTYPE, Progress, Samples, Shard, ShardSet
+from ganscale.data.shards import INDEX_NAME, SAMPLE_DTYPE, Progress, Samples, Shard, ShardSet
 from ganscale.data.sources import Source, SourceSpec, open_source
 from ganscale.data.storage import LocalStore
 from ganscale.data.sums import Sums
-from ganscale.data.tars import BLOCK_BYTES, scan_tar
+from ganscale.data.tally import Tally
+from ganscale.data.tars import BLOCK_BYTES, scan_tar, tars_in
 from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import ConfigError, DataError
 
-__all__ = ["build_shards", "check_free", "index_shards"]
+__all__ = ["build_shards", "check_free", "default_num_shards", "index_shards"]
+
+Notify = Callable[[str], None]
 
 _MAX_DEFAULT_STREAMS = 64
+_MIN_DEFAULT_SHARDS = 8
+_IMAGES_PER_SHARD = 500
 _GOLDEN = 0.6180339887498949
 _MAKE_ALIKE = "To make them alike: ganscale shards build --resolution N --img-channels C"
 
@@ -52,29 +59,35 @@ def build_shards(
     spec: SourceSpec,
     out: str | Path,
     *,
-    num_shards: int = 64,
+    num_shards: int | None = None,
     num_streams: int | None = None,
     limit: int | None = None,
     resolution: int | None = None,
     img_channels: int | None = None,
+    background: str = "white",
     value_range: tuple[float, float] | None = None,
+    class_names: Sequence[str] | None = None,
     progress: Progress = lambda num_samples: None,
+    notify: Notify = lambda message: None,
 ) -> ShardSet:
     """Write a source as a shard set, several shards at a time; go on with an interrupted build.
 
     Args:
         spec: from `resolve_source`.
         out: a directory that does not exist yet or is empty; it appears complete or not at all.
-        num_shards: tars.
+        num_shards: tars; default: `default_num_shards`.
         num_streams: streams of the order, which bound the number of workers; default: as many as
             shards, at most 64.
         limit: use only so many images, evenly taken from the source.
         resolution: resize the shorter side to this with anti-aliasing and cut out the centre; None
             takes only images of one size, square and a power of two.
         img_channels: 1, 3 or 4 converts; None takes only images that agree.
+        background: colour below what is transparent where that is converted to 1 or 3 channels.
         value_range: of arrays of floats, which values become -1 and 1 to the networks; None takes
             the set's least and greatest. The shards have all values as they are.
-        progress: told how many more samples are written.
+        class_names: names in the order of labels, in place of the source's.
+        progress: called with the number of samples that were written since.
+        notify: called with a line about what was left out and one about what was converted.
 
     Raises:
         ConfigError: the arguments cannot be, or another process builds the same set.
@@ -83,19 +96,25 @@ def build_shards(
     out = check_free(out)
     source = open_source(spec)
     ids = _spread(len(source), limit)
+    _check_colour(background)
+    classes = named_classes(source.classes, class_names)
+    num_shards = default_num_shards(len(ids)) if num_shards is None else num_shards
     if not 1 <= num_shards <= len(ids):
         raise ConfigError(f"--num-shards must be in 1..{len(ids)} (the images), got {num_shards}")
     _streams(num_streams, num_shards)
     _check_range(value_range, source.encoding)
     dealt = [ids[i] for i in keyed_permutation(len(ids), "shards")]
-    recipe = _Recipe(spec, resolution, img_channels)
+    recipe = _Recipe(spec, resolution, img_channels, background)
+    if source.left_out:
+        notify(f"Left out: {source.left_out}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with _partial_folder(out, _fingerprint(recipe, source, dealt, num_shards)) as folder:
         jobs = [(recipe, folder, n, tuple(dealt[n::num_shards])) for n in range(num_shards)]
         built = _in_processes(_build_shard, jobs, progress)
-        origin = _Origin(spec.kind, spec.split, source.classes, value_range)
+        origin = _Origin(spec.kind, spec.split, classes, value_range)
         shard_set = _summarise(origin, folder, built, num_streams)
         shard_set.save(folder)
+        _notify_of(built, notify)
         for record in folder.glob(".*"):
             record.unlink()
         if check_free(out).exists():
@@ -110,24 +129,45 @@ def index_shards(
     split: str = "train",
     num_streams: int | None = None,
     value_range: tuple[float, float] | None = None,
+    class_names: Sequence[str] | None = None,
     progress: Progress = lambda num_samples: None,
+    notify: Notify = lambda message: None,
 ) -> ShardSet:
     """Index the WebDataset tars of a folder where they are, in the order of their names.
 
-    Every image is decoded once. `value_range` is that of `build_shards`. Raises `DataError` naming
-    tar and key for whatever could not be trained on; the tars themselves are never changed.
+    Every image is decoded once. The arguments are those of `build_shards`; without `class_names`,
+    classes are named by their numbers. Raises `ConfigError` if the folder has an index, `DataError`
+    naming tar and key for whatever could not be trained on; the tars themselves are never changed.
     """
     folder = Path(folder).expanduser().absolute()
-    paths = sorted(folder.glob("*.tar"))
+    if not folder.is_dir():
+        raise DataError(f"no such folder: {folder}")
+    if (folder / INDEX_NAME).exists():
+        raise ConfigError(
+            f"{folder} has an index already, with its class names: see ganscale shards info; to "
+            f"index it anew, remove {INDEX_NAME}"
+        )
+    paths = tars_in(folder)
     if not paths:
         raise DataError(f"{folder}: no .tar files to index")
     built = _in_processes(_read_shard, [(path,) for path in paths], progress)
-    num_classes = 1 + max(int(shard.samples["label"].max()) for shard in built)
-    classes = [str(label) for label in range(num_classes)]
+    labels = np.concatenate([shard.samples["label"] for shard in built])
+    check_labels(labels, str(folder), lambda number: _sample_name(paths, built, number))
+    classes = named_classes(numbered_classes(labels), class_names)
     origin = _Origin("webdataset", split, classes, value_range)
     shard_set = _summarise(origin, folder, built, num_streams)
     shard_set.save(folder)
+    _notify_of(built, notify)
     return ShardSet.load(folder)
+
+
+def default_num_shards(num_images: int) -> int:
+    """A power of two from 8 to 64, so that shards have 500 images; fewer for under eight images.
+
+    Eight streams let eight workers train on the smallest set; each shard costs files and syncs.
+    """
+    wanted = max(num_images // _IMAGES_PER_SHARD, _MIN_DEFAULT_SHARDS)
+    return min(1 << (wanted.bit_length() - 1), _MAX_DEFAULT_STREAMS, num_images)
 
 
 def check_free(out: str | Path) -> Path:
@@ -145,9 +185,15 @@ class _Recipe:
     spec: SourceSpec
     resolution: int | None
     img_channels: int | None
+    background: str
 
-    def normalised(self, data: bytes, encoding: Encoding) -> tuple[bytes, NDArray[Any]]:
-        return encoding.normalised(data, resolution=self.resolution, img_channels=self.img_channels)
+    def normalised(self, data: bytes, encoding: Encoding) -> Normalised:
+        return encoding.normalised(
+            data,
+            resolution=self.resolution,
+            img_channels=self.img_channels,
+            background=self.background,
+        )
 
 
 @dataclass(frozen=True)
@@ -169,6 +215,8 @@ class _BuiltShard:
     sums: Sums
     example: str
     """Names an image of the shard, for errors."""
+    changes: Tally
+    """What was converted or left out."""
 
     def save(self, path: Path) -> None:
         text = json.dumps(
@@ -177,6 +225,7 @@ class _BuiltShard:
                 "image_shape": self.image_shape,
                 "dtype": self.encoding.dtype.name,
                 "example": self.example,
+                "changes": dict(self.changes.items()),
             }
         )
         temporary = path.with_name(f"{path.name}.tmp")
@@ -198,6 +247,7 @@ class _BuiltShard:
                 encoding=ENCODINGS[text["dtype"]],
                 sums=Sums(**{field.name: arrays[field.name] for field in fields(Sums)}),
                 example=text["example"],
+                changes=Tally(text["changes"]),
             )
 
 
@@ -209,8 +259,12 @@ class _Summary:
         self.encoding = PNG
         self.sums: Sums | None = None
         self.example = ""
+        self.changes = Tally()
 
-    def add(self, values: NDArray[Any], encoding: Encoding, image: str) -> None:
+    def add(self, normalised: Normalised, encoding: Encoding, image: str) -> None:
+        values = normalised.values
+        for change in normalised.changes:
+            self.changes.add(change, image)
         channels, height, width = shape = values.shape
         if self.shape is None:
             if height != width or height & (height - 1):
@@ -236,7 +290,9 @@ class _Summary:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         shard = Shard(path.name, path.stat().st_size, sha256, len(samples))
-        return _BuiltShard(shard, samples, self.shape, self.encoding, self.sums, self.example)
+        return _BuiltShard(
+            shard, samples, self.shape, self.encoding, self.sums, self.example, self.changes
+        )
 
 
 def _build_shard(recipe: _Recipe, folder: Path, number: int, ids: tuple[int, ...]) -> _BuiltShard:
@@ -251,13 +307,14 @@ def _build_shard(recipe: _Recipe, folder: Path, number: int, ids: tuple[int, ...
     with temporary.open("wb") as file:
         with _tar_writer(file) as writer:
             for index in ids:
-                key, data, label = source.read(index)
-                name = f"{recipe.spec}: image {key}"
+                name, label = source.name(index), source.label(index)
+                data = source.read(index)
                 with _named(name):
-                    data, values = recipe.normalised(data, source.encoding)
-                    summary.add(values, source.encoding, name)
-                label_member = {} if label < 0 else {"cls": str(label).encode()}
-                writer.write({"__key__": key, **label_member, source.encoding.suffix: data})
+                    normalised = recipe.normalised(data, source.encoding)
+                    summary.add(normalised, source.encoding, name)
+                fields = {} if label < 0 else {"cls": str(label).encode()}
+                fields[source.encoding.suffix] = normalised.data
+                writer.write({"__key__": f"{index:06d}", **fields})
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -268,14 +325,39 @@ def _build_shard(recipe: _Recipe, folder: Path, number: int, ids: tuple[int, ...
 
 def _read_shard(path: Path) -> _BuiltShard:
     summary = _Summary()
-    samples = list(scan_tar(path))
+    samples = list(scan_tar(path, summary.changes))
     with path.open("rb") as file:
         for sample in samples:
             file.seek(BLOCK_BYTES * sample.block)
             name, encoding = f"{path}: sample {sample.key}", NPY if sample.is_array else PNG
             with _named(name):
-                summary.add(encoding.normalised(file.read(sample.num_bytes))[1], encoding, name)
+                summary.add(encoding.normalised(file.read(sample.num_bytes)), encoding, name)
     return summary.shard(path, np.array([s.row for s in samples], dtype=SAMPLE_DTYPE))
+
+
+def _notify_of(built: Sequence[_BuiltShard], notify: Notify) -> None:
+    changes = functools.reduce(operator.add, [shard.changes for shard in built])
+    if changes:
+        notify(f"Converted or left out: {changes}")
+
+
+def _sample_name(paths: Sequence[Path], built: Sequence[_BuiltShard], number: int) -> str:
+    """Tar and key of a sample of the set."""
+    for path, shard in zip(paths, built, strict=True):
+        if number < len(shard.samples):
+            sample = next(itertools.islice(scan_tar(path), number, None))
+            return f"{path.name}: {sample.key}"
+        number -= len(shard.samples)
+    raise IndexError(number)
+
+
+def _check_colour(name: str) -> None:
+    try:
+        ImageColor.getrgb(name)
+    except ValueError:
+        raise ConfigError(
+            f"--background {name}: expected a colour such as white, black or #808080"
+        ) from None
 
 
 @contextmanager

@@ -10,15 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ganscale.data.arrays import decode_npy, normalised_npy
-from ganscale.data.images import decode, normalised_png
+from ganscale.data.images import Normalised, decode, normalised_png
 
 __all__ = ["ENCODINGS", "NPY", "PNG", "Encoding"]
 
 
 class _Normalise(Protocol):
     def __call__(
-        self, data: bytes, *, resolution: int | None = None, img_channels: int | None = None
-    ) -> tuple[bytes, NDArray[Any]]: ...
+        self,
+        data: bytes,
+        *,
+        resolution: int | None = None,
+        img_channels: int | None = None,
+        background: str = "white",
+    ) -> Normalised: ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Encoding:
     decode: Callable[[bytes, tuple[int, int, int]], NDArray[Any]] = field(repr=False)
     """Strictly: an image of another shape than the expected one is refused."""
     normalised: _Normalise = field(repr=False)
-    """An image of any kind in the form to train on, and its values."""
+    """An image of any kind in the form to train on."""
 
 
 PNG = Encoding("png", np.dtype(np.uint8), "image", decode, normalised_png)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torchvision.io import ImageReadMode
 
 from ganscale.errors import DataError
 
-__all__ = ["CHANNELS", "decode", "normalised_png"]
+__all__ = ["CHANNELS", "Normalised", "decode", "normalised_png"]
 
 CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 """Channels of the image modes that can be trained on, by Pillow's name."""
@@ -47,19 +49,38 @@ def decode(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     return pixels
 
 
+@dataclass(frozen=True)
+class Normalised:
+    """An image in the form to train on."""
+
+    data: bytes
+    """A PNG; for arrays of floats, an npy file."""
+    values: NDArray[Any]
+    """(C, H, W): uint8 pixels, or float32."""
+    changes: tuple[str, ...] = ()
+    """What was converted or dropped without having been asked for, in words."""
+
+
 def normalised_png(
-    data: bytes, *, resolution: int | None = None, img_channels: int | None = None
-) -> tuple[bytes, NDArray[np.uint8]]:
-    """An image of any kind as a PNG to train on, and its pixels.
+    data: bytes,
+    *,
+    resolution: int | None = None,
+    img_channels: int | None = None,
+    background: str = "white",
+) -> Normalised:
+    """An image of any kind as a PNG to train on; one that needs no change stays byte for byte.
+
+    EXIF's orientation is applied. Modes that have one counterpart become it: palettes, CMYK, YCbCr,
+    Lab and HSV become RGB; one bit and 16 bits a pixel become 8-bit gray (65535 becomes 255). Of a
+    moving image the first frame is taken.
 
     Args:
         data: an image in any format that Pillow reads.
         resolution: side in pixels; the shorter side is resized to it with anti-aliasing and the
             centre is cut out. None leaves the size alone.
-        img_channels: 1, 3 or 4; None keeps gray, RGB and RGBA and refuses other modes.
-
-    Returns:
-        (PNG, pixels (C, H, W)); a PNG that needs no change is passed on byte for byte.
+        img_channels: 1, 3 or 4; None keeps gray, RGB and RGBA. For 1 and 3, what is transparent is
+            composited on the background.
+        background: a colour as Pillow names it, such as "white" or "#808080".
 
     Raises:
         DataError: not readable, too large, or of a mode that is not told what to become; the caller
@@ -70,14 +91,21 @@ def normalised_png(
             raise DataError(
                 f"claims {image.width}x{image.height} pixels; at most {_MAX_PIXELS} are read"
             )
+        changes: list[str] = []
         try:
-            changed = _converted(image, resolution, img_channels)
+            changed = _upright(image, changes)
+            if getattr(image, "is_animated", False):
+                changes.append("later frames of moving images were left out")
+            changed = _converted(changed, img_channels, background, changes)
+            if resolution is not None and changed.size != (resolution, resolution):
+                size = (resolution, resolution)
+                changed = ImageOps.fit(changed, size, method=Image.Resampling.LANCZOS)
             pixels = np.asarray(changed)
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f"cannot be decoded: {_first_line(error)}") from None
-        if changed is not image or image.format != "PNG":
+        if changed is not image or image.format != "PNG" or len(changes):
             data = _encoded(changed)
-    return data, _chw(pixels)
+    return Normalised(data, _chw(pixels), tuple(changes))
 
 
 def _png_rows(data: bytes, shape: tuple[int, int, int]) -> bytes | None:
@@ -128,30 +156,69 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def _decoded(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """What `normalised_png` makes of the image when it is told nothing."""
     with _opened(data) as image:
-        if (CHANNELS.get(image.mode), image.height, image.width) != shape:
-            raise DataError(
-                f"is {image.width}x{image.height} in mode {image.mode}, "
-                f"expected {shape[2]}x{shape[1]} in mode {_MODES[shape[0]]}"
-            )
+        problem = (
+            f"is {image.width}x{image.height} in mode {image.mode}, "
+            f"expected {shape[2]}x{shape[1]} in mode {_MODES[shape[0]]}"
+        )
+        if {image.height, image.width} != set(shape[1:]):  # EXIF's orientation may swap them
+            raise DataError(problem)
+        image = _converted(_upright(image, []), None, "white", [])
+        if CHANNELS[image.mode] != shape[0]:
+            raise DataError(problem)
         return _chw(np.asarray(image))
 
 
-def _converted(image: Image.Image, resolution: int | None, img_channels: int | None) -> Image.Image:
-    transparent = "transparency" in image.info
-    if img_channels is None and (image.mode not in CHANNELS or transparent):
+def _upright(image: Image.Image, changes: list[str]) -> Image.Image:
+    """The image as EXIF says that it is to be seen."""
+    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+        return image
+    changes.append("images were turned as EXIF says")
+    return ImageOps.exif_transpose(image)
+
+
+_RGB_COUNTERPARTS = ("P", "CMYK", "YCbCr", "LAB", "HSV")
+_WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+
+
+def _converted(
+    image: Image.Image, img_channels: int | None, background: str, changes: list[str]
+) -> Image.Image:
+    """The image in a mode to train on; what was not asked for is added to `changes`."""
+    transparent = "transparency" in image.info or image.mode in _WITH_ALPHA
+    if img_channels is None and transparent and image.mode != "RGBA":
         raise DataError(
-            f"has mode {image.mode}{' with transparency' if transparent else ''}; "
-            "expected gray, RGB or RGBA: say with --img-channels 1, 3 or 4 what to make of it"
+            f"has mode {image.mode} with transparency: say with --img-channels 1, 3 or 4 what to "
+            "make of it"
         )
-    if image.mode.startswith(("I", "F")):
-        raise DataError(f"has mode {image.mode}; expected 8 bits a channel: convert it first")
-    if img_channels is not None and (image.mode != _MODES[img_channels] or transparent):
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"has mode {image.mode}, 32 bits a pixel whose range is not known: save it with 8 or "
+            "16 bits a pixel, or as .npy to train on arrays of floats"
+        )
+    if transparent and img_channels in (1, 3):
+        changes.append(f"transparency was composited on {background}")
+        below = Image.new("RGBA", image.size, background)
+        image = Image.alpha_composite(below, image.convert("RGBA")).convert("RGB")
+    elif image.mode.startswith("I;16"):
+        changes.append("16 bits a pixel became 8")
+        wide = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode == "1":
+        changes.append("one bit a pixel became 8-bit gray")
+        image = image.convert("L")
+    elif image.mode in _RGB_COUNTERPARTS and not transparent:
+        changes.append(f"mode {image.mode} became RGB")
+        image = image.convert("RGB")
+    if img_channels is not None and image.mode != _MODES[img_channels]:
         image = image.convert(_MODES[img_channels])
         image.info.pop("transparency", None)
-    if resolution is not None and image.size != (resolution, resolution):
-        size = (resolution, resolution)
-        image = ImageOps.fit(image, size, method=Image.Resampling.LANCZOS)
+    if image.mode not in CHANNELS:
+        raise DataError(
+            f"has mode {image.mode}; expected gray, RGB or RGBA: say with --img-channels 1, 3 or 4 "
+            "what to make of it"
+        )
     return image
 
 
@@ -165,7 +232,8 @@ def _opened(data: bytes) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"is too large: {_first_line(error)}") from None
     except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"is not an image: {_first_line(error)}") from None
+        reason = "it is empty" if not data else _first_line(error).partition(" <_io.")[0]
+        raise DataError(f"is not an image: {reason}") from None
 
 
 def _encoded(image: Image.Image) -> bytes:

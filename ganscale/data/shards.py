@@ -188,6 +188,11 @@ class ShardSet:
             raise ValueError(f"{self.starts[-1]} samples in shards, {len(self.samples)} listed")
         if not 1 <= self.num_streams <= len(self.shards):
             raise ValueError(f"{self.num_streams} streams of {len(self.shards)} shards")
+        labels = self.samples["label"]
+        if labels.max() >= len(self.classes) or len(np.unique(labels < 0)) > 1:
+            raise ValueError(
+                f"labels up to {labels.max()} of {len(self.classes)} classes, or some missing"
+            )
         ends = BLOCK_BYTES * self.samples["block"].astype(np.int64) + self.samples["num_bytes"]
         for number, shard in enumerate(self.shards):
             if ends[self.starts[number] : self.starts[number + 1]].max() > shard.num_bytes:

@@ -10,30 +10,23 @@ from __future__ import annotations
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from ganscale.data.layout import ARRAY_SUFFIX, IMAGE_SUFFIXES, is_hidden
+from ganscale.data.tally import Tally
 from ganscale.errors import DataError
 
-__all__ = [
-    "ARRAY_SUFFIX",
-    "BLOCK_BYTES",
-    "IMAGE_SUFFIXES",
-    "TarSample",
-    "check_end",
-    "scan_tar",
-    "trained_on",
-]
+__all__ = ["BLOCK_BYTES", "TarSample", "check_end", "scan_tar", "tars_in"]
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp")
-ARRAY_SUFFIX = "npy"
 _END_BYTES = 2 * BLOCK_BYTES
 _CHUNK_BYTES = 2**20
 _MAX_LABEL = 2**31 - 1
+_NUM_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -57,12 +50,31 @@ class TarSample:
         return self.block, self.num_bytes, self.crc32, self.label
 
 
-def scan_tar(path: Path) -> Iterator[TarSample]:
+def tars_in(folder: Path) -> list[Path]:
+    """The tars of a folder in the order of their names, without hidden ones.
+
+    Raises `DataError` for tars that are compressed: images in them cannot be read by offset.
+    """
+    names = sorted(path.name for path in folder.iterdir() if not is_hidden(path.name))
+    tars = [folder / name for name in names if name.lower().endswith(".tar")]
+    compressed = [name for name in names if name.lower().endswith((".tar.gz", ".tgz"))]
+    if compressed:
+        raise DataError(
+            f"{folder}: {compressed[0]} is compressed, and tars are read by offset: "
+            "gunzip it (gzip -d), or move it out of the folder"
+        )
+    return tars
+
+
+def scan_tar(path: Path, left_out: Tally | None = None) -> Iterator[TarSample]:
     """The samples of a tar in their order: runs of members with the same key.
 
+    `left_out`, if given, gets a count of hidden members and of fields beside image and label.
     Raises `DataError` naming path and member for a truncated or damaged archive, links, names that
     leave the folder, and samples without an image or with a label that is no whole number.
     """
+    left_out = Tally() if left_out is None else left_out
+    seen: set[str] = set()
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             run: list[tarfile.TarInfo] = []
@@ -73,12 +85,15 @@ def scan_tar(path: Path) -> Iterator[TarSample]:
                 if member.isdir():
                     continue
                 _check_member(path, member)
+                if is_hidden(member.name):
+                    left_out.add("hidden or system files", f"{path.name}: {member.name}")
+                    continue
                 if run and _key(member) != _key(run[0]):
-                    yield _sample(path, file, run)
+                    yield _sample(path, file, run, left_out, seen)
                     run = []
                 run.append(member)
             if run:
-                yield _sample(path, file, run)
+                yield _sample(path, file, run, left_out, seen)
             check_end(path, file, tar.offset)
     except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
         raise DataError(f"{path} is not a sound tar: {error}") from None
@@ -86,15 +101,24 @@ def scan_tar(path: Path) -> Iterator[TarSample]:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _sample(path: Path, file: IO[bytes], run: list[tarfile.TarInfo]) -> TarSample:
+def _sample(
+    path: Path,
+    file: IO[bytes],
+    run: list[tarfile.TarInfo],
+    left_out: Tally,
+    seen: set[str],
+) -> TarSample:
+    """The sample of the members `run`; its key joins `seen`, those of earlier samples."""
     by_suffix = {_suffix(member): member for member in run}
-    images = [run[place] for place in trained_on([_suffix(member) for member in run])]
+    images = [member for member in run if _suffix(member) in IMAGE_SUFFIXES]
+    images = images or [member for member in run if _suffix(member) == ARRAY_SUFFIX]
     if len(images) != 1 or len(by_suffix) != len(run):
-        names = ", ".join(member.name for member in run)
-        raise DataError(
-            f"{path}: sample {_key(run[0])} needs one image, it has {len(images)} ({names})"
-        )
+        raise DataError(f"{path}: {_not_one_image(run, len(images), seen)}")
     image = images[0]
+    seen.add(_key(image))
+    for suffix, member in by_suffix.items():
+        if member is not image and suffix != "cls":
+            left_out.add(f"fields .{suffix} of samples", f"{path.name}: {member.name}")
     label = _label(path, by_suffix["cls"], file) if "cls" in by_suffix else -1
     data = _content(path, image, file)
     return TarSample(
@@ -107,16 +131,22 @@ def _sample(path: Path, file: IO[bytes], run: list[tarfile.TarInfo]) -> TarSampl
     )
 
 
-def trained_on(suffixes: Sequence[str]) -> list[int]:
-    """Which of some files are what is trained on: the images; arrays where there are no images."""
-    images = [place for place, suffix in enumerate(suffixes) if suffix in IMAGE_SUFFIXES]
-    return images or [place for place, suffix in enumerate(suffixes) if suffix == ARRAY_SUFFIX]
+def _not_one_image(run: list[tarfile.TarInfo], num_images: int, seen: set[str]) -> str:
+    """What is wrong with a sample, and what to do about it."""
+    key, names = _key(run[0]), [member.name for member in run]
+    shown = ", ".join(names[:_NUM_SHOWN]) + (", ..." if len(names) > _NUM_SHOWN else "")
+    problem = f"sample {key} needs one image, it has {num_images} ({shown})"
+    if key in seen:
+        return f"{problem}: the files of a sample must follow each other (tar --sort=name)"
+    if any(name.rpartition(".")[2].lower() in IMAGE_SUFFIXES for name in names) and not num_images:
+        return f"{problem}: a key ends at the first dot of a file's name, so rename files with dots"
+    return problem
 
 
 def _label(path: Path, member: tarfile.TarInfo, file: IO[bytes]) -> int:
     text = _content(path, member, file).strip()
     if not text.isdigit() or len(text) > 10 or int(text) > _MAX_LABEL:
-        raise DataError(f"{path}: {member.name} is {text[:20]!r}, not a class number")
+        raise DataError(f"{path}: {member.name} is {text[:20]!r}, not a class number from 0")
     return int(text)
 
 

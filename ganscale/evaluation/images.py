@@ -21,7 +21,8 @@ from ganscale.data.encodings import PNG
 from ganscale.data.images import normalised_png
 from ganscale.data.reader import ShardImages
 from ganscale.data.shards import INDEX_NAME, ShardSet
-from ganscale.data.sources import Source, Split, open_source, resolve_source
+from ganscale.data.layout import Split
+from ganscale.data.sources import Source, open_source, resolve_source
 from ganscale.data.storage import is_url
 from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import DataError
@@ -161,8 +162,8 @@ class FileImages:
         """Over all files' bytes."""
         digest = hashlib.sha256()
         for index in range(len(self)):
-            _, data, label = self._source.read(index)
-            digest.update(f"{len(data)} {label} ".encode())
+            data = self._source.read(index)
+            digest.update(f"{len(data)} {self._source.label(index)} ".encode())
             digest.update(data)
         return digest.hexdigest()
 
@@ -171,7 +172,7 @@ class FileImages:
         """Numbers of the class folders."""
         if not self._source.classes:
             return None
-        return np.array([self._source.read(i)[2] for i in range(len(self))], dtype=np.int64)
+        return np.array([self._source.label(i) for i in range(len(self))], dtype=np.int64)
 
     @property
     def num_classes(self) -> int:
@@ -187,14 +188,14 @@ class FileImages:
         return torch.from_numpy(pixels)
 
     def _pixels(self, index: int) -> NDArray[np.uint8]:
-        key, data, _ = self._source.read(index)
+        name, data = self._source.name(index), self._source.read(index)
         try:
-            _, pixels = normalised_png(data)
+            pixels: NDArray[np.uint8] = normalised_png(data).values
         except DataError as error:
-            raise DataError(f"{self._place}: {key} {error}") from None
+            raise DataError(f"{name} {error}") from None
         if index and pixels.shape != self.shape:
             raise DataError(
-                f"{self._place}: {key} is {_size(pixels.shape)}, the first {_size(self.shape)}; "
+                f"{name} is {_size(pixels.shape)}, the first {_size(self.shape)}; "
                 "all need one size (ganscale shards build --resolution)"
             )
         return pixels

@@ -45,7 +45,7 @@ def image_folder(images: list[LabelledImage], tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="session")
 def built_set(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     """The images as four shards; not to be changed, see `own_set`."""
-    spec = SourceSpec("class_folders", str(image_folder))
+    spec = SourceSpec("files", str(image_folder))
     return build_shards(spec, tmp_path_factory.mktemp("shards") / "set", num_shards=4)
 
 
@@ -65,7 +65,7 @@ def array_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def array_set(array_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     """The arrays as four shards; not to be changed."""
-    spec = SourceSpec("class_folders", str(array_folder))
+    spec = SourceSpec("files", str(array_folder))
     return build_shards(spec, tmp_path_factory.mktemp("shards") / "arrays", num_shards=4)
 
 

@@ -155,10 +155,10 @@ NOT_FINITE[0, 1, 1] = np.nan
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (saved(NOT_FINITE), r"000001 has 1 values that are no finite float32"),
-        (saved(noise((8, 8))), r"000001 has \(channels, height, width\) \(1, 8, 8\), others have"),
+        (saved(NOT_FINITE), r"1\.npy has 1 values that are no finite float32"),
+        (saved(noise((8, 8))), r"1\.npy has \(channels, height, width\) \(1, 8, 8\), others have"),
         (saved(noise((3, 16, 16))), r"\(3, 16, 16\), others have \(1, 16, 16\)"),
-        (b"no array", "000001 is not an npy file"),
+        (b"no array", "1.npy is not an npy file"),
     ],
     ids=["nan", "size", "channels", "text"],
 )

@@ -43,7 +43,8 @@ def test_any_array_of_floats_is_read_as_numpy_reads_it(
 ) -> None:
     data = saved(np.asarray(noise(shape), dtype=dtype, order=order))
     expected = np.load(io.BytesIO(data)).astype(np.float32).reshape(-1, 16, 16)
-    found, (stored, normalised) = decode_npy(data, expected.shape), normalised_npy(data)
+    found, as_stored = decode_npy(data, expected.shape), normalised_npy(data)
+    stored, normalised = as_stored.data, as_stored.values
     assert found.dtype == normalised.dtype == np.float32
     assert np.array_equal(found, expected)
     assert np.array_equal(normalised, expected)
@@ -103,7 +104,8 @@ def test_resizing_cuts_out_the_centre_and_keeps_means() -> None:
     """Columns 16 to 48 of 64 are the centre; a slope is halved to its pairs' means inside."""
     rows, columns = np.mgrid[0:32, 0:64]
     smooth = (0.5 * columns - 3 * rows - 100).astype(np.float32)
-    data, found = normalised_npy(saved(smooth), resolution=16)
+    normalised = normalised_npy(saved(smooth), resolution=16)
+    data, found = normalised.data, normalised.values
     expected = smooth[:, 16:48].reshape(16, 2, 16, 2).mean((1, 3))
     assert found.shape == (1, 16, 16)
     np.testing.assert_allclose(found[0, 3:-3, 3:-3], expected[3:-3, 3:-3], atol=1e-3)

@@ -136,6 +136,7 @@ def test_indexing_again_gives_the_same_index(tmp_path: Path) -> None:
     write_tars(tmp_path / "tars")
     first = index_shards(tmp_path / "tars")
     before = hashes(tmp_path / "tars")
+    (tmp_path / "tars" / INDEX_NAME).unlink()
     again = index_shards(tmp_path / "tars")
     assert hashes(tmp_path / "tars") == before
     assert again.digest == first.digest
@@ -152,12 +153,61 @@ def test_the_samples_are_those_that_webdataset_finds(tmp_path: Path) -> None:
     assert np.array_equal(ours, np.stack([by_pillow(sample["png"]) for sample in theirs]))
 
 
-def test_some_samples_may_have_no_label(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", [{"__key__": "0", "png": encoded()}])
-    write_tar(tmp_path / "b.tar", [{"__key__": "1", "png": encoded(), "cls": b"2"}])
-    shard_set = index_shards(tmp_path)
-    assert shard_set.samples["label"].tolist() == [-1, 2]
-    assert shard_set.classes == ("0", "1", "2")
+def test_an_index_that_is_there_is_kept(tmp_path: Path) -> None:
+    """It has class names that the tars have not."""
+    write_tars(tmp_path / "tars")
+    names = ["ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay"]
+    shard_set = index_shards(tmp_path / "tars", class_names=names)
+    assert shard_set.classes == tuple(names)
+    before = hashes(tmp_path / "tars")
+    assert "has an index already" in refusal(tmp_path / "tars", ConfigError)
+    assert hashes(tmp_path / "tars") == before
+
+
+LABELS = {
+    "some missing": ([0, None, 2, None], "2 of 4 samples have no label, such as a.tar: 1"),
+    "a time stamp": ([0, 1, 2, 1732600000], "1 of 4 samples have a label of 1000 or more"),
+    "just beyond": ([0, 1, 2, 1000], "such as 1000 of b.tar: 3"),
+}
+
+
+@pytest.mark.parametrize(("labels", "words"), LABELS.values(), ids=LABELS.keys())
+def test_labels_that_cannot_be_class_numbers_are_refused_with_their_count(
+    tmp_path: Path, labels: list[int | None], words: str
+) -> None:
+    samples = [
+        {"__key__": str(n), "png": encoded(), **({} if label is None else {"cls": b"%d" % label})}
+        for n, label in enumerate(labels)
+    ]
+    write_tar(tmp_path / "a.tar", samples[:2])
+    write_tar(tmp_path / "b.tar", samples[2:])
+    before = hashes(tmp_path)
+    assert words in refusal(tmp_path)
+    assert hashes(tmp_path) == before
+
+
+def test_a_small_part_of_a_set_of_many_classes_is_indexed(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [{"__key__": "0", "png": encoded(), "cls": b"999"}])
+    assert len(index_shards(tmp_path).classes) == 1000
+
+
+def test_what_is_left_out_of_tars_is_counted(tmp_path: Path) -> None:
+    hidden = {"__key__": "._0", "png": b"no image"}
+    sample = {"__key__": "0", "png": encoded(), "txt": b"a cat", "json": b"{}"}
+    write_tar(tmp_path / "a.tar", [hidden, sample])
+    lines: list[str] = []
+    shard_set = index_shards(tmp_path, notify=lines.append)
+    assert shard_set.num_samples == 1
+    assert lines == [
+        "Converted or left out: hidden or system files: 1, such as a.tar: ._0.png; "
+        "fields .json of samples: 1, such as a.tar: 0.json; "
+        "fields .txt of samples: 1, such as a.tar: 0.txt"
+    ]
+
+
+def test_compressed_tars_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    assert "gunzip" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(("num_streams", "expected"), [(None, 3), (1, 1), (2, 2), (3, 3)])
@@ -225,7 +275,7 @@ def test_a_damaged_tar_does_not_cost_the_index_that_was_there(tmp_path: Path) ->
     index_shards(tmp_path / "tars")
     path = tmp_path / "tars" / "c.tar"
     path.write_bytes(path.read_bytes()[:1024])
-    refusal(tmp_path / "tars")
+    refusal(tmp_path / "tars", ConfigError)
     assert ShardSet.load(tmp_path / "tars").num_samples == sum(LENGTHS.values())
 
 
@@ -282,6 +332,6 @@ def test_a_folder_without_tars_is_named(tmp_path: Path, name: str) -> None:
         (tmp_path / name).mkdir()
     if name == "loose images":
         (tmp_path / name / "0.png").write_bytes(encoded())
-    with pytest.raises(DataError, match="no .tar files") as error:
+    with pytest.raises(DataError, match="no .tar files|no such folder") as error:
         index_shards(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)

@@ -181,9 +181,7 @@ def smooth_set(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     noise = np.random.default_rng(0).integers(0, 4, (32, 32, 3))
     pixels = (3 * np.indices((32, 32, 3)).sum(0) + noise).astype(np.uint8)
     Image.fromarray(pixels).save(folder / "in/class/0.png")
-    return build_shards(
-        SourceSpec("class_folders", str(folder / "in")), folder / "set", num_shards=1
-    )
+    return build_shards(SourceSpec("files", str(folder / "in")), folder / "set", num_shards=1)
 
 
 def test_no_flipped_bit_of_pixel_data_changes_an_image_silently(smooth_set: ShardSet) -> None:

@@ -36,7 +36,7 @@ def million(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(10):
         pixels = np.full((16, 16), number, dtype=np.uint8)
         Image.fromarray(pixels).save(root / f"in/{number}.png")
-    small = build_shards(SourceSpec("class_folders", str(root / "in")), root / "one", num_shards=1)
+    small = build_shards(SourceSpec("files", str(root / "in")), root / "one", num_shards=1)
     tar = Path(small.location, small.shards[0].name).read_bytes()
     members = tar[: tar.rindex(b"IEND")]
     body = tar[: -(-len(members) // 512) * 512]

@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 import webdataset as wds
 from PIL import Image
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, CIFAR100
 
-from ganscale.data.sources import CIFAR10_ENV, Source, open_source, resolve_source
+from ganscale.data.sources import CIFAR10_ENV, CIFAR100_ENV, Source, open_source, resolve_source
 from ganscale.errors import ConfigError, DataError
 
-Sample = tuple[str, bytes, int]
+Sample = tuple[bytes, int]
 
 
 def opened(path: Path, scratch: Path, split: Any = "train") -> Source:
@@ -35,7 +35,7 @@ def opened(path: Path, scratch: Path, split: Any = "train") -> Source:
 
 
 def samples(source: Source) -> list[Sample]:
-    return [source.read(index) for index in range(len(source))]
+    return [(source.read(index), source.label(index)) for index in range(len(source))]
 
 
 def pixels(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -105,8 +105,7 @@ def test_class_folders_give_the_same_samples_however_they_are_packed(
     in_order = ["ant/1.jpg", "ant/10.png", "ant/2.bmp", "bee/0.PNG", "bee/2.png", "cow/3.webp"]
     labels = [0, 0, 0, 1, 1, 2]
     expected = [
-        (f"{number:06d}", (folder / name).read_bytes(), label)
-        for number, (name, label) in enumerate(zip(in_order, labels, strict=True))
+        ((folder / name).read_bytes(), label) for name, label in zip(in_order, labels, strict=True)
     ]
     assert list(source.classes) == ["ant", "bee", "cow"]
     assert samples(source) == expected
@@ -117,7 +116,7 @@ def test_images_without_class_folders_have_no_labels(packing: str, tmp_path: Pat
     folder = write_images(tmp_path / "in", ["b.png", "a.png", "c.jpg"])
     source = opened(packed(folder, tmp_path / packing), tmp_path / "scratch")
     names = ["a.png", "b.png", "c.jpg"]
-    expected = [(f"{i:06d}", (folder / name).read_bytes(), -1) for i, name in enumerate(names)]
+    expected = [((folder / name).read_bytes(), -1) for name in names]
     assert list(source.classes) == []
     assert samples(source) == expected
 
@@ -131,7 +130,7 @@ def test_hidden_files_beside_images_are_no_images(packing: str, tmp_path: Path) 
     (folder / "__MACOSX" / "1.png").write_bytes(b"\0\x05\x16\x07Mac OS X")
     source = opened(packed(folder, tmp_path / packing), tmp_path / "scratch")
     assert list(source.classes) == ["ant"]
-    assert [data for _, data, _ in samples(source)] == [(folder / "ant/1.png").read_bytes()]
+    assert [data for data, _ in samples(source)] == [(folder / "ant/1.png").read_bytes()]
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -147,7 +146,7 @@ def test_a_folder_with_train_and_test_inside_gives_the_split(
         packed(tmp_path / "all" / inside, folder / (f"{inside}.zip" if inner_zips else inside))
     source = opened(packed(folder, tmp_path / packing), tmp_path / "scratch", split)
     files = [tmp_path / "all" / split / name for name in ("ant/0.png", "bee/0.png")]
-    assert [data for _, data, _ in samples(source)] == [file.read_bytes() for file in files]
+    assert [data for data, _ in samples(source)] == [file.read_bytes() for file in files]
     assert list(source.classes) == ["ant", "bee"]
 
 
@@ -213,12 +212,54 @@ def test_cifar10_is_found_as_published(
     planes = np.concatenate([content["data"] for content in contents]).reshape(-1, 3, 32, 32)
     labels = [label for content in contents for label in content["labels"]]
     found = samples(source)
-    assert [(key, label) for key, _, label in found] == [
-        (f"{number:06d}", label) for number, label in enumerate(labels)
-    ]
-    for (_, data, _), expected in zip(found, planes, strict=True):
+    assert [label for _, label in found] == labels
+    for (data, _), expected in zip(found, planes, strict=True):
         assert np.array_equal(pixels(data).transpose(2, 0, 1), expected)
     assert list(source.classes)[:3] == ["airplane", "automobile", "bird"]
+
+
+@pytest.mark.parametrize("place", ["", "cifar-100-python"])
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_cifar100_is_read_as_published(
+    place: str, split: Any, by_name: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pickles have fine and coarse labels, and names of the fine classes in `meta`."""
+    folder = tmp_path / "data" / "cifar-100-python"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+
+    def write(name: str, content: dict[str, Any]) -> list[str]:
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    contents = {
+        name: {
+            "data": rng.integers(0, 256, (4, 3072), dtype=np.uint8),
+            "fine_labels": labels,
+            "coarse_labels": [0] * 4,
+        }
+        for name, labels in (("train", [7, 0, 99, 7]), ("test", [1, 2, 3, 4]))
+    }
+    files = {name: write(name, content) for name, content in contents.items()}
+    names = [f"class {n}" for n in range(100)]
+    meta = write("meta", {"fine_label_names": names})[1]
+    monkeypatch.setattr(CIFAR100, "train_list", [files["train"]])
+    monkeypatch.setattr(CIFAR100, "test_list", [files["test"]])
+    monkeypatch.setattr(
+        CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": meta}
+    )
+    if by_name:
+        monkeypatch.setenv(CIFAR100_ENV, str(tmp_path / "data" / place))
+        source = open_source(resolve_source("cifar100", split, download_dir=tmp_path)[0])
+    else:
+        source = opened(tmp_path / "data" / place, tmp_path / "scratch", split)
+    content = contents[split]
+    assert list(source.classes) == names
+    assert [source.label(n) for n in range(4)] == content["fine_labels"]
+    planes = content["data"].reshape(4, 3, 32, 32)
+    for index, expected in enumerate(planes):
+        assert np.array_equal(pixels(source.read(index)).transpose(2, 0, 1), expected)
 
 
 def test_a_damaged_cifar10_is_refused(cifar: Path, tmp_path: Path) -> None:
@@ -235,11 +276,9 @@ def test_a_folder_of_webdataset_tars_is_read_in_the_order_of_names(tmp_path: Pat
     for name, numbers in (("b.tar", [3, 4]), ("a.tar", [0, 1, 2])):
         with wds.TarWriter(str(tmp_path / "tars" / name), encoder=False) as writer:
             for n in numbers:
-                label = {} if n == 1 else {"cls": str(n * 2).encode()}
-                writer.write({"__key__": f"k{n}", "png": contents[n], **label})
+                writer.write({"__key__": f"k{n}", "png": contents[n], "cls": str(n * 2).encode()})
     source = opened(tmp_path / "tars", tmp_path / "scratch")
-    labels = [0, -1, 4, 6, 8]
-    assert samples(source) == [(f"{n:06d}", contents[n], labels[n]) for n in range(5)]
+    assert samples(source) == [(contents[n], n * 2) for n in range(5)]
     assert list(source.classes) == [str(n) for n in range(9)]
 
 
@@ -250,7 +289,7 @@ def test_a_damaged_webdataset_tar_is_named(tmp_path: Path) -> None:
         writer.write({"__key__": "0", "png": b"pixels"})
     path.write_bytes(path.read_bytes()[:1024])
     with pytest.raises(DataError) as error:
-        opened(tmp_path / "tars", tmp_path / "scratch")
+        samples(opened(tmp_path / "tars", tmp_path / "scratch"))
     assert str(path) in str(error.value)
 
 
@@ -324,8 +363,9 @@ def test_a_zip_with_names_that_reach_out_writes_nothing(name: str, tmp_path: Pat
         archive.writestr(name, b"hostile")
     before = listing(tmp_path)
     source = opened(path, tmp_path / "scratch")
-    assert [data for _, data, _ in samples(source) if data != b"hostile"] == [b"pixels"]
-    assert all(label in ("", "ant") for label in source.classes)
+    assert [data for data, _ in samples(source) if data != b"hostile"] == [b"pixels"]
+    assert list(source.classes) == ["ant"]
+    assert source.left_out
     assert [item for item in listing(tmp_path) if item != "scratch"] == before
 
 
@@ -419,7 +459,7 @@ def test_a_changed_archive_is_unpacked_anew(tmp_path: Path) -> None:
         tarred(folder, path, "w")
         os.utime(path, ns=(seed, seed))
         (sample,) = samples(opened(path, tmp_path / "scratch"))
-        assert sample[1] == (folder / "ant/0.png").read_bytes()
+        assert sample[0] == (folder / "ant/0.png").read_bytes()
 
 
 def test_archives_of_one_name_size_and_time_are_told_apart(tmp_path: Path) -> None:
@@ -431,7 +471,7 @@ def test_archives_of_one_name_size_and_time_are_told_apart(tmp_path: Path) -> No
         path = tarred(folder, place / "images.tar", "w")
         os.utime(path, ns=(0, 0))
         (sample,) = samples(opened(path, tmp_path / "scratch"))
-        assert sample[1] == (folder / "ant/0.png").read_bytes()
+        assert sample[0] == (folder / "ant/0.png").read_bytes()
 
 
 class Killed(BaseException):
@@ -521,11 +561,11 @@ def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_images_says_what_was_looked_for(tmp_path: Path) -> None:
-    for name in ("a/b/deep.png", "c/d/deep.png"):
+    for name in ("a/b/notes.txt", "c/d/song.mp3"):
         (tmp_path / "in" / name).parent.mkdir(parents=True)
-        (tmp_path / "in" / name).write_bytes(b"too deep")
+        (tmp_path / "in" / name).write_bytes(b"no image")
     message = refusal(tmp_path / "in", tmp_path / "scratch")
-    assert "class/name.png" in message
+    assert "mp3 (1)" in message
     assert "webp" in message
 
 
@@ -550,4 +590,4 @@ def test_an_archive_of_one_top_folder_is_that_folder(tmp_path: Path, archive: st
 def test_the_images_of_one_split_are_never_taken_for_the_other(tmp_path: Path) -> None:
     write_images(tmp_path / "in/train", CLASSIFIED)
     with pytest.raises(DataError, match="has train, but no test"):
-        resolve_source(str(tmp_path / "in"), "test", download_dir=tmp_path)
+        opened(tmp_path / "in", tmp_path, "test")
