@@ -167,6 +167,7 @@ def semi_supervised(
     Runs that differ by their seed only are repeats of each other.
     """
     from ganscale.evaluation.recognition import classifier_of_run, snapshot_accuracy
+    from ganscale.generation.sampling import snapshot_classes
     from ganscale.metrics.intervals import of_repeats
     from ganscale.tracking.console import counting
 
@@ -175,7 +176,8 @@ def semi_supervised(
     with counting("testing classifiers", len(runs), stderr_console()) as progress:
         for run in runs:
             classifier = classifier_of_run(run, device=device)
-            accuracy = snapshot_accuracy(classifier, of_test, device=device)
+            classes = snapshot_classes(run)
+            accuracy = snapshot_accuracy(classifier, classes, of_test, device=device)
             by_kind[_kind_of(run)][str(run)] = accuracy
             progress(1)
     typer.echo(f"test   {of_test.description}\n")

@@ -44,10 +44,12 @@ from ganscale.data.tars import BLOCK_BYTES, scan_tar, tars_in
 from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import ConfigError, DataError
 
-__all__ = ["build_shards", "check_free", "default_num_shards", "index_shards"]
+__all__ = ["build_shards", "check_free", "default_num_shards", "index_shards", "source_digest"]
 
 Notify = Callable[[str], None]
 
+_BUILD_VERSION = 2
+"""Counts up when the same source gives other shards than before."""
 _MAX_DEFAULT_STREAMS = 64
 _MIN_DEFAULT_SHARDS = 8
 _IMAGES_PER_SHARD = 500
@@ -104,11 +106,11 @@ def build_shards(
     _streams(num_streams, num_shards)
     _check_range(value_range, source.encoding)
     dealt = [ids[i] for i in keyed_permutation(len(ids), "shards")]
-    recipe = _Recipe(spec, resolution, img_channels, background)
+    recipe = _Recipe(spec, resolution, img_channels, background, source.fingerprint)
     if source.left_out:
         notify(f"Left out: {source.left_out}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _partial_folder(out, _fingerprint(recipe, source, dealt, num_shards)) as folder:
+    with _partial_folder(out, _fingerprint(recipe, dealt, num_shards)) as folder:
         jobs = [(recipe, folder, n, tuple(dealt[n::num_shards])) for n in range(num_shards)]
         built = _in_processes(_build_shard, jobs, progress)
         origin = _Origin(spec.kind, spec.split, classes, value_range)
@@ -161,6 +163,15 @@ def index_shards(
     return ShardSet.load(folder)
 
 
+def source_digest(spec: SourceSpec, source: Source) -> str:
+    """sha256 that changes when `build_shards` would make other shards of the source by default.
+
+    It knows a folder's files by names, sizes and times, and an archive's by their checksums.
+    """
+    content = (_BUILD_VERSION, spec.kind, spec.split, spec.layout, source.fingerprint)
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
 def default_num_shards(num_images: int) -> int:
     """A power of two from 8 to 64, so that shards have 500 images; fewer for under eight images.
 
@@ -186,6 +197,8 @@ class _Recipe:
     resolution: int | None
     img_channels: int | None
     background: str
+    fingerprint: str
+    """Of the source's content."""
 
     def normalised(self, data: bytes, encoding: Encoding) -> Normalised:
         return encoding.normalised(
@@ -295,13 +308,22 @@ class _Summary:
         )
 
 
+@functools.lru_cache(maxsize=1)
+def _opened(spec: SourceSpec, fingerprint: str) -> Source:
+    """The source, listed once for all shards that a process builds of one content of it."""
+    source = open_source(spec)
+    if source.fingerprint != fingerprint:
+        raise DataError(f"{spec} was changed while shards were built from it: build again")
+    return source
+
+
 def _build_shard(recipe: _Recipe, folder: Path, number: int, ids: tuple[int, ...]) -> _BuiltShard:
     path = folder / f"shard-{number:05d}.tar"
     record = folder / f".{path.name}.npz"
     if record.exists():
         with suppress(EOFError, KeyError, ValueError, zipfile.BadZipFile):  # else: build it again
             return _BuiltShard.load(record)
-    source = open_source(recipe.spec)
+    source = _opened(recipe.spec, recipe.fingerprint)
     summary = _Summary()
     temporary = folder / f".{path.name}.tmp"
     with temporary.open("wb") as file:
@@ -494,8 +516,8 @@ def _partial_folder(out: Path, fingerprint: str) -> Iterator[Path]:
         lock.release()
 
 
-def _fingerprint(recipe: _Recipe, source: Source, dealt: Sequence[int], num_shards: int) -> str:
-    content = [asdict(recipe), source.fingerprint, num_shards, [int(i) for i in dealt]]
+def _fingerprint(recipe: _Recipe, dealt: Sequence[int], num_shards: int) -> str:
+    content = [_BUILD_VERSION, asdict(recipe), num_shards, [int(i) for i in dealt]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

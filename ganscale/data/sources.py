@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -52,6 +52,7 @@ __all__ = [
     "SourceSpec",
     "open_source",
     "resolve_source",
+    "source_variable",
 ]
 
 CIFAR10_ENV = "GANSCALE_CIFAR10"
@@ -142,8 +143,8 @@ def resolve_source(
         return SourceSpec("spectrograms", split=split), None
     if name not in NAMED_SOURCES:
         return _resolve_path(Path(name).expanduser().absolute(), split, scratch, layout), None
-    is_cifar100 = name == "cifar100"
-    title, variable = ("CIFAR-100", CIFAR100_ENV) if is_cifar100 else ("CIFAR-10", CIFAR10_ENV)
+    is_cifar100, variable = name == "cifar100", source_variable(name)
+    title = "CIFAR-100" if is_cifar100 else "CIFAR-10"
     location = os.environ.get(variable)
     if location:
         return _resolve_path(Path(location).expanduser().absolute(), split, scratch, layout), None
@@ -162,7 +163,11 @@ def resolve_source(
         return SourceSpec("procedural", split=split), message
 
 
-@lru_cache(maxsize=1)
+def source_variable(name: str) -> str:
+    """The environment variable that names a local copy of CIFAR for a named source; else ""."""
+    return {"cifar100": CIFAR100_ENV, "cifar10": CIFAR10_ENV, "auto": CIFAR10_ENV}.get(name, "")
+
+
 def open_source(spec: SourceSpec) -> Source:
     """Open what `resolve_source` found."""
     if spec.kind == "procedural":

@@ -28,7 +28,7 @@ from ganscale.evaluation.classifier import (
     predict,
     train_classifier,
 )
-from ganscale.evaluation.images import ImageSet
+from ganscale.evaluation.images import ImageSet, with_classes_of
 from ganscale.metrics.intervals import Estimate, of_successes
 
 __all__ = [
@@ -107,15 +107,12 @@ def classification_accuracy_score(
 
     Raises:
         ConfigError: where images have no labels, such as a generator's without classes.
-        DataError: for other shapes, fewer than 2 classes, or classes that `real_train` has not.
+        DataError: for other shapes, fewer than 2 classes, or classes that `real_train` has not;
+            they are matched by name.
     """
-    sample_labels, train_labels, test_labels = (
-        _labels_of(images) for images in (samples, real_train, real_test)
-    )
-    num_classes = int(train_labels.max()) + 1
-    for images, labels in ((samples, sample_labels), (real_test, test_labels)):
-        _check_fits(images, labels, real_train, num_classes)
-
+    train_labels, num_classes = _labels_of(real_train), len(real_train.classes)
+    samples, real_test = (_fitting(images, real_train) for images in (samples, real_test))
+    sample_labels, test_labels = _labels_of(samples), _labels_of(real_test)
     by_real, by_samples = (
         train_classifier(
             images,
@@ -179,17 +176,15 @@ def _labels_of(images: ImageSet) -> Labels:
     return labels
 
 
-def _check_fits(images: ImageSet, labels: Labels, train: ImageSet, num_classes: int) -> None:
+def _fitting(images: ImageSet, train: ImageSet) -> ImageSet:
+    """The images, with labels that count the classes of `train`."""
+    _labels_of(images)
     if images.shape != train.shape:
         raise DataError(
             f"{images.description} have shape {images.shape}, {train.description} have "
             f"{train.shape}; the classification accuracy score needs one shape"
         )
-    if labels.max() >= num_classes:
-        raise DataError(
-            f"{images.description} have classes up to {labels.max()}, {train.description} up to "
-            f"{num_classes - 1}"
-        )
+    return with_classes_of(images, train.classes, train.description)
 
 
 def _accuracy(hits: NDArray[np.bool_], labels: Labels, num_classes: int) -> ClassAccuracy:

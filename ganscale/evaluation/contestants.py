@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from ganscale.checkpoint import CheckpointStore, SavedFiles
 from ganscale.config import Config, load_config
-from ganscale.errors import CheckpointError, ConfigError
+from ganscale.data.shards import ShardSet
+from ganscale.errors import CheckpointError, ConfigError, DataError
 from ganscale.evaluation.images import ImageSet
 from ganscale.generation.sampling import SampleableGenerator
 from ganscale.models import build_discriminator, build_generator
@@ -167,11 +168,23 @@ def _contestant(run: str, files: SavedFiles, device: str) -> Contestant:
     return Contestant(
         name=f"{run}@{nimg / 1000:g}",
         nimg=nimg,
-        generator=SampleableGenerator(generator.to(device), spec=spec, info={"nimg": nimg}),
+        generator=SampleableGenerator(
+            generator.to(device),
+            spec=spec,
+            info={"nimg": nimg, "classes": _classes(files.meta["config"]["data"]["shards"])},
+        ),
         judge=Judge(discriminator, num_classes=spec["num_classes"]),
         identity=files.meta["tensors_sha256"],
         spec=spec,
     )
+
+
+def _classes(shards: str) -> list[str]:
+    """Names of the classes of the set that a run was trained on; none if the set is gone."""
+    try:
+        return list(ShardSet.load(shards).classes)
+    except DataError:
+        return []
 
 
 def _split(text: str) -> tuple[Path, float | None]:

@@ -7,6 +7,7 @@ any number of ranks can share the work and nothing is held in memory that is not
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +20,9 @@ from torch import Tensor
 
 from ganscale.data.encodings import PNG
 from ganscale.data.images import normalised_png
+from ganscale.data.layout import Split
 from ganscale.data.reader import ShardImages
 from ganscale.data.shards import INDEX_NAME, ShardSet
-from ganscale.data.layout import Split
 from ganscale.data.sources import Source, open_source, resolve_source
 from ganscale.data.storage import is_url
 from ganscale.data.values import PIXELS, ValueRange
@@ -37,9 +38,11 @@ __all__ = [
     "Indices",
     "Subset",
     "open_images",
+    "with_classes_of",
 ]
 
 Indices = NDArray[np.int64]
+_NUM_SHOWN = 12
 
 _ARRAYS = (
     "has arrays of floats: features, distances and judgements are of 8-bit images. "
@@ -71,8 +74,8 @@ class ImageSet(Protocol):
         ...
 
     @property
-    def num_classes(self) -> int:
-        """How many classes the set has, used or not; 0 where it has none."""
+    def classes(self) -> Sequence[str]:
+        """Names of the classes by label, used or not; empty where there are none."""
         ...
 
     def __len__(self) -> int: ...
@@ -117,9 +120,9 @@ class ImagesOfShards:
         return labels if len(labels) and labels.min() >= 0 else None
 
     @property
-    def num_classes(self) -> int:
-        """That of the index."""
-        return len(self.shard_set.classes)
+    def classes(self) -> Sequence[str]:
+        """Those of the index."""
+        return self.shard_set.classes
 
     def __len__(self) -> int:
         return self.shard_set.num_samples
@@ -175,9 +178,9 @@ class FileImages:
         return np.array([self._source.label(i) for i in range(len(self))], dtype=np.int64)
 
     @property
-    def num_classes(self) -> int:
-        """Class folders."""
-        return len(self._source.classes)
+    def classes(self) -> Sequence[str]:
+        """Those of the source."""
+        return self._source.classes
 
     def __len__(self) -> int:
         return len(self._source)
@@ -254,9 +257,9 @@ class GeneratedImages:
         return seeded_labels(seeds, self.generator.num_classes).numpy()
 
     @property
-    def num_classes(self) -> int:
-        """The generator's."""
-        return self.generator.num_classes
+    def classes(self) -> Sequence[str]:
+        """Those of the set that the generator was trained on."""
+        return self.generator.classes
 
     def __len__(self) -> int:
         return self.num_images
@@ -303,9 +306,9 @@ class Subset:
         return None if labels is None else labels[self.indices]
 
     @property
-    def num_classes(self) -> int:
-        """That of the whole."""
-        return self.whole.num_classes
+    def classes(self) -> Sequence[str]:
+        """Those of the whole set."""
+        return self.whole.classes
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -313,6 +316,80 @@ class Subset:
     def read(self, indices: Indices) -> Tensor:
         """From the whole set."""
         return self.whole.read(self.indices[indices])
+
+
+@dataclass(frozen=True, eq=False)
+class _Relabelled:
+    """The images of a set with labels that count other classes."""
+
+    whole: ImageSet
+    classes: Sequence[str]
+    numbers: Indices
+    """The new label of each old one."""
+
+    @property
+    def description(self) -> str:
+        return self.whole.description
+
+    @cached_property
+    def digest(self) -> str:
+        key = f"{self.whole.digest} {self.numbers.tolist()}"
+        return hashlib.sha256(key.encode()).hexdigest()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.whole.shape
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        labels = self.whole.labels
+        return None if labels is None else self.numbers[labels]
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def read(self, indices: Indices) -> Tensor:
+        return self.whole.read(indices)
+
+
+def with_classes_of(images: ImageSet, classes: Sequence[str], owner: str) -> ImageSet:
+    """The images with labels that count `classes`, matched by name; unlabelled ones as they are.
+
+    Two sets number their classes each for itself, so equal numbers need not be equal classes: a
+    folder without one class counts the rest one lower.
+
+    Args:
+        images: any; each class that occurs in it must be one of `classes`.
+        classes: names by label.
+        owner: whose they are, for the message.
+
+    Raises:
+        DataError: for classes that `classes` lacks, or that have no names to compare.
+    """
+    labels = images.labels
+    if labels is None or tuple(images.classes) == tuple(classes):
+        return images
+    if not images.classes or not classes:
+        nameless = owner if images.classes else images.description
+        raise DataError(
+            f"classes are matched by name, and {nameless} has none: it was written by an earlier "
+            "version of ganscale"
+        )
+    occurring = [images.classes[label] for label in np.unique(labels)]
+    unknown = [name for name in occurring if name not in classes]
+    if unknown:
+        raise DataError(
+            f"{images.description} have classes that {owner} has not: {_shown(unknown)}; there the "
+            f"classes are {_shown(classes)}. Classes are matched by name: rename "
+            "the folders, or give names with ganscale shards build --class-names"
+        )
+    place = {name: number for number, name in enumerate(classes)}
+    numbers = np.array([place.get(name, -1) for name in images.classes], dtype=np.int64)
+    return _Relabelled(images, tuple(classes), numbers)
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NUM_SHOWN]) + (", ..." if len(names) > _NUM_SHOWN else "")
 
 
 def open_images(place: str, *, split: Split = "train", scratch: Path) -> ImageSet:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_max_pool2d, cross_entropy
 
 from ganscale.errors import ConfigError, DataError
-from ganscale.evaluation.images import ImageSet, Subset
+from ganscale.evaluation.images import ImageSet, Subset, with_classes_of
 from ganscale.metrics.intervals import Estimate, of_repeats
 from ganscale.models.activations import recorded_convolutions
 
@@ -170,7 +170,7 @@ def probe(
         name: of the features, for people.
         describe_of: the features of a seed: a trained network's are always the same.
         train: labelled images; a seed chooses `num_train` of them and which are held out.
-        test: labelled images of the same classes and shape, all of which are used.
+        test: labelled images of the same shape, all of which are used; classes are matched by name.
         num_train: images to train on.
         seeds: as many repeats.
         device: where.
@@ -179,8 +179,11 @@ def probe(
 
     Raises:
         ConfigError: for images without labels, or more features than fit in 8 GiB.
-        DataError: for sets of different shapes, or fewer than 10 training images.
+        DataError: for sets of different shapes, test images of classes that `train` has not, or
+            fewer than 10 training images.
     """
+    _labels_of(test)
+    test = with_classes_of(test, train.classes, train.description)
     train_labels, test_labels = _labels_of(train), _labels_of(test)
     if train.shape != test.shape:
         raise DataError(
@@ -188,7 +191,7 @@ def probe(
         )
     if min(num_train, len(train)) < 10:
         raise DataError(f"a probe needs at least 10 images, {train.description} are too few")
-    num_classes = int(train_labels.max()) + 1
+    num_classes = len(train.classes)
     accuracies, strengths = [], []
     described: tuple[Describe, Tensor] | None = None
     for seed in seeds:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from ganscale.errors import ConfigError, DataError
 from ganscale.evaluation.classifier import ClassifierRecipe, Labels, predict, train_classifier
-from ganscale.evaluation.images import ImageSet, Subset
+from ganscale.evaluation.images import ImageSet, Subset, with_classes_of
 from ganscale.generation.sampling import load_classifier
 from ganscale.metrics.intervals import Estimate, of_repeats
+from ganscale.models.classifying import ClassifyingDiscriminator
 
 __all__ = [
     "AugmentResult",
@@ -64,9 +65,9 @@ class Joined:
         return None if first is None or second is None else np.concatenate([first, second])
 
     @property
-    def num_classes(self) -> int:
-        """That of the larger."""
-        return max(self.first.num_classes, self.second.num_classes)
+    def classes(self) -> Sequence[str]:
+        """Those of the first set, which the second must have."""
+        return self.first.classes
 
     def __len__(self) -> int:
         return len(self.first) + len(self.second)
@@ -107,7 +108,7 @@ def same_of_each_class(images: ImageSet, num_images: int, *, seed: int) -> Subse
     Raises `ConfigError` without labels, `DataError` if a class has too few.
     """
     labels = _labels_of(images)
-    num_classes = int(labels.max()) + 1
+    num_classes = len(images.classes)
     random = np.random.default_rng(seed)
     chosen = []
     for number in range(num_classes):
@@ -135,8 +136,8 @@ def augment_with_samples(
     """Train with `num_real` real images, and with those and all samples, for each seed.
 
     A seed chooses the real images, the weights, the order. `progress` is told how many images have
-    passed; twice `recipe.num_passes` for each seed. Raises `ConfigError` where images have no
-    labels, `DataError` for other shapes or classes.
+    passed; twice `recipe.num_passes` for each seed. Classes are matched by name. Raises
+    `ConfigError` where images have no labels, `DataError` for other shapes or classes.
     """
     for images in (samples, test):
         if images.shape != train.shape:
@@ -144,10 +145,12 @@ def augment_with_samples(
                 f"{images.description} have shape {images.shape}, {train.description} have "
                 f"{train.shape}"
             )
+    _labels_of(samples)
+    samples, test = (
+        with_classes_of(images, train.classes, train.description) for images in (samples, test)
+    )
     test_labels = _labels_of(test)
-    num_classes = int(_labels_of(train).max()) + 1
-    if _labels_of(samples).max() >= num_classes:
-        raise DataError(f"{samples.description} have classes that {train.description} have not")
+    num_classes = len(train.classes)
     found: dict[str, list[float]] = {"real": [], "both": []}
     for seed in seeds:
         real = same_of_each_class(train, num_real, seed=seed)
@@ -172,7 +175,7 @@ def augment_with_samples(
     )
 
 
-def classifier_of_run(place: Path, *, device: str = "cpu") -> nn.Module:
+def classifier_of_run(place: Path, *, device: str = "cpu") -> ClassifyingDiscriminator:
     """The averaged classifier of a semi-supervised run's newest snapshot.
 
     Raises `ConfigError` if it has none.
@@ -187,8 +190,15 @@ def classifier_of_run(place: Path, *, device: str = "cpu") -> nn.Module:
 
 
 @torch.no_grad()
-def snapshot_accuracy(classifier: nn.Module, images: ImageSet, *, device: str = "cpu") -> float:
-    """Part of the images whose class has the classifier's highest logit."""
+def snapshot_accuracy(
+    classifier: nn.Module, classes: Sequence[str], images: ImageSet, *, device: str = "cpu"
+) -> float:
+    """Part of the images whose class has the classifier's highest logit.
+
+    `classes` are the names of the classifier's classes, by which those of the images are matched.
+    Raises `DataError` for images of other classes.
+    """
+    images = with_classes_of(images, classes, "the classifier")
     labels = _labels_of(images)
     hits = 0
     for start in range(0, len(images), 256):

@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 from ganscale.data.values import PIXELS
 from ganscale.errors import ConfigError, DataError
-from ganscale.evaluation.images import ImageSet, Indices
+from ganscale.evaluation.images import ImageSet, Indices, with_classes_of
 from ganscale.evaluation.nearest import features_of
 from ganscale.generation.degradations import Degradation
 from ganscale.generation.inversion import GROUP, Inverted, Search, encoded, invert
@@ -145,13 +145,16 @@ def reconstruct(
 
 
 def labels_for(generator: SampleableGenerator, images: ImageSet, rows: Indices) -> Tensor | None:
-    """Those of a set with as many classes as the generator; None leaves them to be searched.
+    """Labels of some images as the generator counts its classes, matched by name.
 
-    The numbers of other sets, say of a folder with two classes, mean other things.
+    None where images or generator have no labels: then the labels are searched with the latents.
+    Raises `DataError` for images of classes that the generator has not.
     """
-    if not generator.num_classes or images.num_classes != generator.num_classes:
+    if not generator.num_classes or images.labels is None:
         return None
-    return None if images.labels is None else torch.from_numpy(images.labels[rows])
+    labels = with_classes_of(images, generator.classes, "the generator").labels
+    assert labels is not None
+    return torch.from_numpy(labels[rows])
 
 
 def _reconstruct_rows(

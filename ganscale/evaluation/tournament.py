@@ -13,7 +13,7 @@ import numpy as np
 
 from ganscale.errors import ConfigError
 from ganscale.evaluation.contestants import Contestant, judge_all, threshold
-from ganscale.evaluation.images import GeneratedImages, ImageSet, Subset
+from ganscale.evaluation.images import GeneratedImages, ImageSet, Subset, with_classes_of
 from ganscale.metrics.gam import Scores, score
 
 __all__ = ["Tournament", "hold_tournament", "num_judged"]
@@ -66,7 +66,7 @@ def hold_tournament(
     """
     _check(contestants, reference)
     num_images = min(num_images, len(reference) // 2)
-    use_labels = _labels_known(contestants, reference)
+    use_labels, reference = _with_known_labels(contestants, reference)
     chosen = np.random.default_rng(seed).permutation(len(reference))[: 2 * num_images]
     calibration, test = _halves(Subset(reference, chosen))
     drawn = [_halves(_samples(contestant, 2 * num_images, seed)) for contestant in contestants]
@@ -112,12 +112,18 @@ def _halves(images: ImageSet) -> tuple[ImageSet, ImageSet]:
     return Subset(images, first), Subset(images, second)
 
 
-def _labels_known(contestants: Sequence[Contestant], reference: ImageSet) -> bool:
-    known = {contestant.judge.num_classes for contestant in contestants}
-    labels = reference.labels
-    if len(known) > 1 or labels is None:
-        return False
-    return int(labels.max()) < known.pop()
+def _with_known_labels(
+    contestants: Sequence[Contestant], reference: ImageSet
+) -> tuple[bool, ImageSet]:
+    """Whether judges are given labels, and the reference with labels as the judges count them.
+
+    They are if all contestants have the same classes and the reference has labels; what it calls
+    its classes must then be known to them (`DataError`).
+    """
+    known = {tuple(contestant.generator.classes) for contestant in contestants}
+    if len(known) > 1 or not (classes := known.pop()) or reference.labels is None:
+        return False, reference
+    return True, with_classes_of(reference, classes, contestants[0].name)
 
 
 def _check(contestants: Sequence[Contestant], reference: ImageSet) -> None:

@@ -157,8 +157,8 @@ class _RealAndFake:
         return np.repeat([_REAL, _FAKE], [len(self.real), len(self.fake)])
 
     @property
-    def num_classes(self) -> int:
-        return 2
+    def classes(self) -> tuple[str, str]:
+        return ("real", "generated")
 
     def __len__(self) -> int:
         return len(self.real) + len(self.fake)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ __all__ = [
     "load_generator",
     "save_grid",
     "save_snapshot",
+    "snapshot_classes",
     "snapshot_file",
     "to_uint8",
 ]
@@ -69,8 +70,11 @@ class SampleableGenerator:
         self.z_dim: int = spec["z_dim"]
         self.num_classes: int = spec["num_classes"]
         """0 for a generator that takes no labels."""
+        self.classes = tuple(info.get("classes", ())) if self.num_classes else ()
+        """Names of the classes by label, as in the set that it was trained on; snapshots from
+        before names were kept have none."""
         self.info = info
-        """`model` (its description), `nimg`, `version`; `values` of arrays of floats."""
+        """`model` (its description), `nimg`, `version`, `classes`; `values` of arrays of floats."""
 
     def sample(self, num_images: int, *, seed: int = 0, label: int | None = None) -> Tensor:
         """Images for the seeds seed, seed + 1, ...: (num_images, C, H, W), on the CPU."""
@@ -133,14 +137,16 @@ def save_snapshot(
     *,
     spec: dict[str, Any],
     nimg: int,
+    classes: Sequence[str] = (),
     others: Mapping[str, nn.Module] | None = None,
     values: ValueRange = PIXELS,
 ) -> None:
     """Write a generator, its description and other networks to `path`, complete or not at all.
 
-    Others are those of `OTHERS`, by name; `values` is what the generator's images hold.
+    `classes` are the names of the training set's classes by label. Others are those of `OTHERS`, by
+    name; `values` is what the generator's images hold.
     """
-    info = {"model": spec, "nimg": nimg, "version": ganscale.__version__}
+    info = {"model": spec, "nimg": nimg, "version": ganscale.__version__, "classes": list(classes)}
     if (described := values.to_json()) is not None:
         info["values"] = described
     state = dict(model.state_dict())
@@ -196,6 +202,15 @@ def load_classifier(path: str | Path, *, device: str = "cpu") -> ClassifyingDisc
         model = build_classifier(info["model"] | {"num_classes": len(state["head.weight"])})
         model.load_state_dict(state)
         return model.to(device).eval().requires_grad_(False)
+
+
+def snapshot_classes(path: str | Path) -> tuple[str, ...]:
+    """Names of the classes, by label, of the set that a snapshot was trained on.
+
+    Raises `CheckpointError` when there is no snapshot, or it has no names.
+    """
+    with _opened(path) as (info, _):
+        return tuple(info["classes"])
 
 
 def _of(kind: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,14 @@ from rich.console import Console
 from ganscale.checkpoint import CheckpointStore
 from ganscale.config import Config, load_config
 from ganscale.config.run import merged, validated
-from ganscale.data.building import build_shards
-from ganscale.data.sources import SourceSpec, open_source, resolve_source
+from ganscale.data.building import build_shards, source_digest
+from ganscale.data.sources import (
+    NAMED_SOURCES,
+    SourceSpec,
+    open_source,
+    resolve_source,
+    source_variable,
+)
 from ganscale.data.storage import RetryPolicy, is_url
 from ganscale.errors import CheckpointError, ConfigError, GanscaleError
 from ganscale.launch.documents import Copy, recall, store_copy
@@ -169,13 +176,16 @@ def supervisor_of(config: Config) -> Supervisor:
 def prepare_shards(config: Config, console: Console) -> Config:
     """The configuration with `data.shards` set to an absolute path, built first if need be.
 
-    A run that has begun keeps the shards that it has, whatever its source would be today; where
-    they are gone they are made again, and the digest in its checkpoints tells if they are the same.
+    A set is built once for each content of the source: when images were added, changed or removed,
+    or GANSCALE_CIFAR10 names another set, a new one is built beside the old one. A run that has
+    begun keeps the shards that it has, and a line says so where its source has changed; where they
+    are gone they are made again, and the digest in its checkpoints tells if they are the same.
     """
     begun = _begun(config)
     if config.data.shards is None and begun and begun.data.source == config.data.source:
         known = begun.data.shards
         if known and (is_url(known) or Path(known).exists()):
+            _notice_changed_source(config, known, console)
             config = config.with_changes({"data.shards": known})
     if config.data.shards is not None:
         if is_url(config.data.shards):
@@ -189,15 +199,47 @@ def prepare_shards(config: Config, console: Console) -> Config:
 
 
 def _shards_of(source: str, storage: Path, console: Console) -> Path:
-    """The shard set of a source, built if it is not there."""
+    """The shard set of what the source holds today, built if it is not there."""
+    notify = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     spec, notice = resolve_source(source, "train", download_dir=storage / "downloads")
     if notice:
-        console.print(f"[yellow]{notice}[/yellow]", highlight=False, soft_wrap=True)
-    path = storage / "shards" / f"{_shards_name(source, spec)}-train"
+        notify(notice, style="yellow")
+    path = _shards_path(source, spec, storage)
     if not path.exists():
+        older = sorted(path.parent.glob(f"{_shards_name(source, spec)}-????????-train"))
+        if older:
+            notify(
+                f"{spec} is not what {', '.join(map(str, older))} was built from: building a new "
+                "set. Runs that began with the old one keep it; remove it when none needs it"
+            )
         with counting(f"building shards in {path}", len(open_source(spec)), console) as progress:
-            build_shards(spec, path, progress=progress)
+            build_shards(spec, path, progress=progress, notify=notify)
     return path
+
+
+def _notice_changed_source(config: Config, known: str, console: Console) -> None:
+    """Say so if a run keeps shards of a source that has changed since they were built."""
+    source, storage = config.data.source, Path(config.storage).expanduser().absolute()
+    if is_url(known) or Path(known).parent != storage / "shards":
+        return  # not built from the source by this command
+    if source in NAMED_SOURCES and source_variable(source) not in os.environ:
+        return  # formulas, or a download: neither changes
+    with suppress(GanscaleError):  # a source that is gone is not needed
+        spec, _ = resolve_source(source, "train", download_dir=storage / "downloads")
+        if _shards_path(source, spec, storage) != Path(known):
+            console.print(
+                f"{spec} has changed since {config.run_dir} began, which keeps its shards in "
+                f"{known}; to train on what is there now, choose another name=...",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def _shards_path(source: str, spec: SourceSpec, storage: Path) -> Path:
+    """Where the set of the source's present content lies, or will."""
+    digest = source_digest(spec, open_source(spec))
+    return storage / "shards" / f"{_shards_name(source, spec)}-{digest[:8]}-train"
 
 
 @contextmanager
@@ -257,8 +299,8 @@ def _shards_name(source: str, spec: SourceSpec) -> str:
     """One for each source: folders of the same last name are not the same images."""
     if not spec.path:
         return spec.kind
-    if source in ("auto", "cifar10"):
-        return "cifar10"
+    if source in NAMED_SOURCES:
+        return "cifar100" if source == "cifar100" else "cifar10"
     path = Path(source).expanduser().absolute()
     return f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 

@@ -96,7 +96,7 @@ class Trainer:
         self.saving = Saving(config, world)
         self._shards_digest = shard_set.digest
         self.values = shard_set.values
-        self.outputs = Outputs(config, world, sinks, self.values)
+        self.outputs = Outputs(config, world, sinks, self.values, shard_set.classes)
         self._worker = WorkerFigures(world.torch_device)
         self.reader = build_reader(config, shard_set, world, gather_objects)
         self._labelled: LabelledPool | None = None

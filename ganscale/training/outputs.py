@@ -43,9 +43,11 @@ class Outputs:
         world: World,
         sinks: Sequence[Sink] = (),
         values: ValueRange = PIXELS,
+        classes: Sequence[str] = (),
     ) -> None:
         self.config = config
         self.values = values
+        self.classes = classes
         self.world = world
         self._also = sinks
         self._step = 0
@@ -135,6 +137,7 @@ class Outputs:
             networks["generator"],
             spec=spec,
             nimg=state.nimg,
+            classes=self.classes,
             others=others,
             values=self.values,
         )

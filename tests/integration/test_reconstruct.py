@@ -253,4 +253,5 @@ def test_the_labels_of_a_set_are_given_to_a_generator_with_its_classes(
         Image.new("RGB", (32, 32)).save(tmp_path / "two" / name / "1.png")
     of_two = open_images(str(tmp_path / "two"), scratch=tmp_path)
     assert of_two.labels is not None
-    assert labels_for(way.generator, of_two, np.arange(2)) is None
+    with pytest.raises(DataError, match="classes that the generator has not: a, b"):
+        labels_for(way.generator, of_two, np.arange(2))

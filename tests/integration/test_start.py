@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +17,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from ganscale.config import Config
 from ganscale.data.building import build_shards
+from ganscale.data.reader import ShardImages
+from ganscale.data.shards import ShardSet
 from ganscale.data.sources import SourceSpec
 from ganscale.errors import CheckpointError, ConfigError, GanscaleError
 from ganscale.launch import start as module
@@ -57,6 +64,71 @@ def test_ranks_that_come_all_at_once_build_one_set(tmp_path: Path) -> None:
     assert [rank.returncode for rank in ranks] == [0, 0, 0], ended
     (place,) = {output.strip() for output, _ in ended}
     assert (Path(place) / "index.json").is_file()
+
+
+def change_nothing(images: Path) -> None:
+    pass
+
+
+def add_one(images: Path) -> None:
+    shutil.copy(images / "000.png", images / "100.png")
+
+
+def change_one(images: Path) -> None:
+    shutil.copy(images / "000.png", images / "050.png")
+
+
+def remove_one(images: Path) -> None:
+    (images / "099.png").unlink()
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+@pytest.mark.parametrize("change", [change_nothing, add_one, change_one, remove_one])
+def test_shards_are_built_anew_when_the_images_changed(
+    change: Callable[[Path], None],
+    by_environment: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        "ganscale.data.building.ProcessPoolExecutor", lambda *args, **kwargs: ThreadPoolExecutor(1)
+    )
+    images = folder_of_images(tmp_path / "images")
+    source = "cifar10" if by_environment else str(images)
+    monkeypatch.setenv("GANSCALE_CIFAR10", str(images))
+    config = Config().with_changes({"storage": str(tmp_path / "runs"), "data.source": source})
+    first = prepare_shards(config, Console(quiet=True)).data.shards
+    assert first is not None
+    change(images)
+    output = io.StringIO()
+    second = prepare_shards(config, Console(file=output)).data.shards
+    assert second is not None
+    now = sorted(path.name for path in images.iterdir())
+    stored = ShardImages(ShardSet.load(second))
+    found = {image.tobytes() for image in stored.read(np.arange(len(now))).pixels.numpy()}
+    wanted = {np.asarray(Image.open(images / name)).transpose(2, 0, 1).tobytes() for name in now}
+    assert found == wanted
+    assert (second == first) == (change is change_nothing)
+    assert ("building a new set" in output.getvalue()) == (second != first)
+    assert ShardSet.load(first).num_samples == 100
+
+
+def test_a_run_that_has_begun_keeps_its_shards_and_says_that_its_source_changed(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "ganscale.data.building.ProcessPoolExecutor", lambda *args, **kwargs: ThreadPoolExecutor(1)
+    )
+    images = folder_of_images(tmp_path / "images")
+    config = make_config(data__shards=None, data__source=str(images))
+    start(config, Console(quiet=True))
+    kept = prepare_shards(config, Console(quiet=True)).data.shards
+    add_one(images)
+    output = io.StringIO()
+    assert prepare_shards(config, Console(file=output)).data.shards == kept
+    assert "has changed since" in output.getvalue()
+    other = config.with_changes({"name": "other"})
+    assert prepare_shards(other, Console(quiet=True)).data.shards != kept
 
 
 def test_a_run_keeps_its_shards_whatever_its_source_would_be_today(

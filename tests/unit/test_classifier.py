@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ganscale.data.labels import numbered_classes
 from ganscale.errors import ConfigError, DataError
 from ganscale.evaluation.accuracy_score import (
     classification_accuracy_score,
@@ -38,7 +39,7 @@ class Pixels:
     def __init__(self, pixels: Tensor, labels: NDArray[np.int64] | None) -> None:
         self._pixels = pixels
         self.labels = labels
-        self.num_classes = 0 if labels is None else int(labels.max()) + 1
+        self.classes = () if labels is None else numbered_classes(labels)
         self.description = f"{len(pixels)} test images"
         self.digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
         self.shape = (pixels.shape[1], pixels.shape[2], pixels.shape[3])
@@ -279,7 +280,7 @@ def test_an_accuracy_score_says_what_it_lacks() -> None:
             classification_accuracy_score(*three, recipe=RECIPE)
     with pytest.raises(DataError, match="needs one shape"):
         classification_accuracy_score(large, images, images, recipe=RECIPE)
-    with pytest.raises(DataError, match="have classes up to 4, 60 test images up to 2"):
+    with pytest.raises(DataError, match="60 test images has not: 3, 4"):
         classification_accuracy_score(unknown, images, images, recipe=RECIPE)
     one_class = Pixels(noise(60, seed=0), np.zeros(60, dtype=np.int64))
     with pytest.raises(DataError, match="at least 2 classes"):

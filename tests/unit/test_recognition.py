@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ganscale.errors import ConfigError, DataError
 from ganscale.evaluation.classifier import ClassifierRecipe
+from ganscale.evaluation.images import with_classes_of
 from ganscale.evaluation.probe import (
     fit_logistic,
     pooled_activations,
@@ -29,7 +30,7 @@ from ganscale.evaluation.recognition import (
     same_of_each_class,
     snapshot_accuracy,
 )
-from ganscale.generation.sampling import save_snapshot
+from ganscale.generation.sampling import save_snapshot, snapshot_classes
 from ganscale.models import build_classifier, build_discriminator, build_generator
 from tests.support.small_models import SMALL_MODELS
 
@@ -42,7 +43,7 @@ class Held:
     labels: NDArray[np.int64] | None
     description: str = "held images"
     digest: str = "held"
-    num_classes: int = 2
+    classes: tuple[str, ...] = ("dark", "bright")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -63,6 +64,40 @@ def bright_and_dark(num_images: int, seed: int, *, size: int = 16) -> Held:
     noise = random.integers(0, 100, (num_images, 3, size, size))
     pixels = torch.from_numpy((noise + 120 * labels[:, None, None, None]).astype(np.uint8))
     return Held(pixels, labels)
+
+
+def test_labels_count_the_classes_of_the_other_set_by_name() -> None:
+    """A test set without bees counts cows as 1, and a wrong match would look right."""
+    images = Held(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), np.array([0, 1, 1, 2]))
+    test = replace(images, classes=("ant", "cow", "dog"))
+    train = ("ant", "bee", "cow", "dog")
+    matched = with_classes_of(test, train, "train")
+    assert matched.labels is not None
+    assert matched.labels.tolist() == [0, 2, 2, 3]
+    assert tuple(matched.classes) == train
+    assert matched.digest != test.digest
+    assert with_classes_of(test, test.classes, "train") is test
+    with pytest.raises(DataError, match=r"classes that train has not: cow; .* are ant, bee, dog\."):
+        with_classes_of(test, ("ant", "bee", "dog"), "train")
+    unused = replace(test, classes=("ant", "cow", "dog", "elk"))
+    assert with_classes_of(unused, train, "train").labels is not None
+    unlabelled = replace(test, labels=None)
+    assert with_classes_of(unlabelled, train, "train") is unlabelled
+    with pytest.raises(DataError, match="earlier version"):
+        with_classes_of(test, (), "train")
+
+
+def test_a_probe_matches_classes_by_name() -> None:
+    """Accuracy is the same however the test set counts its classes."""
+    train, test = bright_and_dark(200, 0), bright_and_dark(80, 1)
+    assert test.labels is not None
+    other_way = replace(test, classes=("bright", "dark"), labels=1 - test.labels)
+    found = [
+        probe("pixels", lambda _: scaled_pixels, train, images, num_train=200, seeds=[0])
+        for images in (test, other_way)
+    ]
+    assert found[0].by_seed == found[1].by_seed
+    assert found[0].accuracy.value > 0.9
 
 
 def test_logistic_regression_is_that_of_scipy() -> None:
@@ -216,13 +251,20 @@ def test_the_classifier_of_a_run_is_tested_as_it_is(tmp_path: Path) -> None:
     classifier = build_classifier({**spec, "num_classes": 2})
     generator = build_generator(spec)
     path = tmp_path / "nimg-1.safetensors"
-    save_snapshot(path, generator, spec=spec, nimg=1, others={"classifier": classifier})
+    names = ("dark", "bright")
+    others = {"classifier": classifier}
+    save_snapshot(path, generator, spec=spec, nimg=1, classes=names, others=others)
+    assert snapshot_classes(path) == names
     images = bright_and_dark(70, 0)
     loaded = classifier_of_run(path)
-    found = snapshot_accuracy(loaded, images)
+    found = snapshot_accuracy(loaded, images.classes, images)
     logits = classifier(images.pixels.float() / 127.5 - 1, classes=True)
     assert images.labels is not None
     assert found == (logits.argmax(1).numpy() == images.labels).mean()
+    counted_otherwise = replace(images, classes=("bright", "dark"), labels=1 - images.labels)
+    assert snapshot_accuracy(loaded, names, counted_otherwise) == found
+    with pytest.raises(DataError, match="has not: dim"):
+        snapshot_accuracy(loaded, names, replace(images, classes=("dark", "dim")))
     save_snapshot(path, generator, spec=spec, nimg=1)
     with pytest.raises(ConfigError, match="has no classifier"):
         classifier_of_run(path)

@@ -36,7 +36,7 @@ class Images:
     labels: NDArray[np.int64] | None = None
     description: str = "grays"
     digest: str = ""
-    num_classes: int = 0
+    classes: tuple[str, ...] = ()
     shape: tuple[int, int, int] = (1, 2, 2)
 
     def __len__(self) -> int:
@@ -79,7 +79,8 @@ class Paints(nn.Module):
 
 def contestant(name: str, value: float, judge: nn.Module, num_classes: int = 0) -> Contestant:
     spec = {"z_dim": 2, "num_classes": num_classes}
-    generator = SampleableGenerator(Paints(value), spec=spec, info={})
+    info = {"classes": ["ant", "bee"][:num_classes]}
+    generator = SampleableGenerator(Paints(value), spec=spec, info=info)
     return Contestant(name, 1000, generator, Judge(judge, num_classes), name, {})
 
 
@@ -192,7 +193,7 @@ def test_a_judge_with_classes_is_told_labels_or_takes_the_best() -> None:
 @pytest.mark.parametrize(("classes", "used"), [((2, 2), True), ((2, 0), False)])
 def test_labels_are_used_when_all_know_them(classes: tuple[int, int], used: bool) -> None:
     runs = [contestant(f"run{i}", 0.0, Sees(1.0, 2.0), n) for i, n in enumerate(classes)]
-    reference = Images(8, labels=np.arange(8) % 2)
+    reference = Images(8, labels=np.arange(8) % 2, classes=("ant", "bee"))
     result = hold_tournament(runs, reference, num_images=4)
     assert result.uses_labels is used
     assert json.loads(json.dumps(result.to_json()))["uses_labels"] is used
