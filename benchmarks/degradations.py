@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,9 +72,9 @@ class Changed:
         return self.whole.labels
 
     @property
-    def num_classes(self) -> int:
+    def classes(self) -> Sequence[str]:
         """Unchanged."""
-        return self.whole.num_classes
+        return self.whole.classes
 
     def __len__(self) -> int:
         return len(self.whole)

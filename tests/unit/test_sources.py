@@ -233,7 +233,7 @@ def test_cifar100_is_read_as_published(
         (folder / name).write_bytes(pickle.dumps(content))
         return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
 
-    contents = {
+    contents: dict[str, dict[str, Any]] = {
         name: {
             "data": rng.integers(0, 256, (4, 3072), dtype=np.uint8),
             "fine_labels": labels,
