@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
-from torchvision.io import ImageReadMode
 
 from ganscale.errors import DataError
 
@@ -27,7 +27,6 @@ CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 """Channels of the image modes that can be trained on, by Pillow's name."""
 _MODES = {channels: mode for mode, channels in CHANNELS.items()}
 _MAX_PIXELS = 2**26
-_UNCHANGED = ImageReadMode.UNCHANGED.value
 _PNG_COLOURS = {1: 0, 3: 2, 4: 6}
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _LAST_FILTER = 4
@@ -136,10 +135,21 @@ def _from_rows(rows: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     # meanwhile. But it ends the process on an error in the pixel data, so it is given a PNG that
     # was made here, of the checked rows. Its Python wrapper warns at every call of torchcodec.
     png = _png_head(shape) + _chunk(b"IDAT", zlib.compress(rows, level=0)) + _PNG_END
-    array: NDArray[np.uint8] = torch.ops.image.decode_png.default(
-        torch.frombuffer(bytearray(png), dtype=torch.uint8), _UNCHANGED, False
-    ).numpy()
+    decode_png, unchanged = _torchvision_decoder()
+    encoded = torch.frombuffer(bytearray(png), dtype=torch.uint8)
+    array: NDArray[np.uint8] = decode_png(encoded, unchanged, False).numpy()
     return array
+
+
+@cache
+def _torchvision_decoder() -> tuple[Callable[..., torch.Tensor], int]:
+    """The operator and its mode that keeps channels as they are.
+
+    Imported when it is needed: torchvision takes seconds to load, and building decodes with Pillow.
+    """
+    from torchvision.io import ImageReadMode
+
+    return torch.ops.image.decode_png.default, ImageReadMode.UNCHANGED.value
 
 
 @cache
