@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -78,6 +80,10 @@ def _run(config: Config, *, take_over: bool) -> None:
     ending = start(config, stderr_console(), take_over=take_over)
     if launched_rank() == 0:
         _print_results(config, ending)
+    if not ending.has_trained:
+        # Else the interpreter would spend seconds on taking Ray and torch apart.
+        sys.stdout.flush()
+        os._exit(EXIT_CODES[ending.reason])
     if ending.reason:
         raise typer.Exit(EXIT_CODES[ending.reason])
 
