@@ -19,7 +19,7 @@ from ganscale.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["World", "process_group"]
+__all__ = ["World", "launched_rank", "process_group"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class World:
         """
         import torch
 
-        rank = int(os.environ.get("RANK", "0"))
+        rank = launched_rank()
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         has_cuda = torch.cuda.is_available()
@@ -69,6 +69,11 @@ class World:
             return cls(rank, local_rank, world_size, "cpu")
         index = local_rank % torch.cuda.device_count()
         return cls(rank, local_rank, world_size, f"cuda:{index}")
+
+
+def launched_rank() -> int:
+    """The rank that torchrun gave this process; 0 for one that was started alone."""
+    return int(os.environ.get("RANK", "0"))
 
 
 @contextmanager

@@ -1,14 +1,17 @@
 """Checkpoints: everything a run needs to go on, complete and verified or not there at all.
 
-`lineage` says which checkpoints belong to a run, `encoding` turns a state into files, `places` are
-directories and object stores, `store` puts the three together, `writer` works in the background.
+`lineage` says which checkpoints belong to a run, `holder` which process it belongs to, `encoding`
+turns a state into files, `places` are directories and object stores, `store` puts these together,
+`writer` works in the background.
 """
 
+from ganscale.checkpoint.holder import Heartbeat, Holder, Session
 from ganscale.checkpoint.lineage import Attempt, CheckpointName
 from ganscale.checkpoint.store import (
     CheckpointStore,
     DamagedCheckpointWarning,
     Retention,
+    RunInUse,
     SavedFiles,
     Superseded,
 )
@@ -20,8 +23,12 @@ __all__ = [
     "CheckpointName",
     "CheckpointStore",
     "DamagedCheckpointWarning",
+    "Heartbeat",
+    "Holder",
     "Outcome",
     "Retention",
+    "RunInUse",
     "SavedFiles",
+    "Session",
     "Superseded",
 ]

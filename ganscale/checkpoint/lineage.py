@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
+from ganscale.checkpoint.holder import Holder
+
 __all__ = ["Attempt", "CheckpointName", "doomed", "lineage"]
 
 _NAME = re.compile(r"nimg-(\d{12})-a(\d{4,})")
@@ -45,7 +47,8 @@ class Attempt:
     """One start of a run.
 
     `salt` counts the rollbacks so far; it changes the random numbers of all that follows. `token`
-    tells an attempt's own claim from another's with the same number.
+    tells an attempt's own claim from another's with the same number. `holder` is the process that
+    started the run; None for an attempt that no process holds.
     """
 
     number: int
@@ -53,11 +56,14 @@ class Attempt:
     salt: int
     token: str
     reason: Literal["start", "resume", "rollback"]
+    holder: Holder | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As it is written in files."""
-        start = None if self.start is None else str(self.start)
-        return {**asdict(self), "start": start}
+        values = {**asdict(self), "start": None if self.start is None else str(self.start)}
+        if self.holder is None:
+            del values["holder"]
+        return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -66,12 +72,14 @@ class Attempt:
         parsed = None if start is None else CheckpointName.parse(start)
         if start is not None and parsed is None:
             raise ValueError(f"{start!r} is no checkpoint")
+        holder = values.get("holder")
         return cls(
             number=int(values["number"]),
             start=parsed,
             salt=int(values["salt"]),
             token=str(values["token"]),
             reason=values["reason"],
+            holder=None if holder is None else Holder(**holder),
         )
 
 

@@ -58,8 +58,20 @@ class Place(Protocol):
         """A file's bytes, in pieces."""
         ...
 
+    def read(self, name: str) -> bytes:
+        """A small file, whole, though it may be replaced meanwhile."""
+        ...
+
     def create(self, name: str, data: bytes) -> bool:
         """Write a small file durably; False if it is there already, by this or another writer."""
+        ...
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Write a small file, in place of what is there; readers see either whole."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Delete a file, if it is there."""
         ...
 
     def new_folder(self, name: str) -> Any:
@@ -104,6 +116,9 @@ class LocalPlace:
             while chunk := file.read(_CHUNK_BYTES):
                 yield chunk
 
+    def read(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
+
     def create(self, name: str, data: bytes) -> bool:
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +130,17 @@ class LocalPlace:
             _write(file, [data])
         _fsync(path.parent)
         return True
+
+    def replace(self, name: str, data: bytes) -> None:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Two processes of one run may replace a file at once.
+        temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
+        temporary.write_bytes(data)
+        temporary.replace(path)
+
+    def remove(self, name: str) -> None:
+        (self.root / name).unlink(missing_ok=True)
 
     @contextmanager
     def new_folder(self, name: str) -> Iterator[Folder]:
@@ -201,6 +227,11 @@ class ObjectPlace:
             while chunk := file.read(_CHUNK_BYTES):
                 yield chunk
 
+    def read(self, name: str) -> bytes:
+        self._fs.invalidate_cache()
+        data: bytes = self._fs.cat_file(self._path(name))
+        return data
+
     def create(self, name: str, data: bytes) -> bool:
         try:
             self._fs.pipe_file(self._path(name), data, mode="create")
@@ -211,6 +242,13 @@ class ObjectPlace:
                 return False
             raise
         return True
+
+    def replace(self, name: str, data: bytes) -> None:
+        self._fs.pipe_file(self._path(name), data)
+
+    def remove(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(name))
 
     @contextmanager
     def new_folder(self, name: str) -> Iterator[Folder]:

@@ -19,6 +19,7 @@ import re
 import secrets
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ganscale.checkpoint.encoding import decode, flatten, tensor_file, tree_file
+from ganscale.checkpoint.holder import Holder, Session, beat_files
 from ganscale.checkpoint.lineage import Attempt, CheckpointName, doomed, lineage
 from ganscale.checkpoint.places import Folder, open_place
 from ganscale.errors import CheckpointError
@@ -34,6 +36,7 @@ __all__ = [
     "CheckpointStore",
     "DamagedCheckpointWarning",
     "Retention",
+    "RunInUse",
     "SavedFiles",
     "SavedState",
     "Superseded",
@@ -66,6 +69,10 @@ class DamagedCheckpointWarning(UserWarning):
 
 class Superseded(CheckpointError):
     """A newer attempt has taken over the run: this process must not write any more."""
+
+
+class RunInUse(CheckpointError):
+    """Another process that is alive holds the run."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,11 @@ class CheckpointStore:
     def attempts(self) -> list[Attempt]:
         """The attempts so far, first to last; one whose claim is unreadable wrote nothing else."""
         return [a for n in self._numbers() if (a := self._attempt(n)) is not None]
+
+    def newest_attempt(self) -> Attempt | None:
+        """The last of `attempts`; None without any."""
+        numbers = reversed(self._numbers())
+        return next((a for n in numbers if (a := self._attempt(n)) is not None), None)
 
     def lineage(self) -> list[CheckpointName]:
         """The checkpoints that the run may go on from, newest first."""
@@ -183,17 +195,24 @@ class CheckpointStore:
         *,
         reason: Literal["resume", "rollback"] = "resume",
         token: str | None = None,
+        session: Session | None = None,
     ) -> tuple[Attempt, SavedFiles | None]:
         """Begin an attempt from the checkpoint that `choose` finds.
 
         Two that begin at once get different numbers, and the later one chooses again, so that it
         goes on from what the earlier one leaves. Whoever asks again after an error gives the same
         `token` each time: a claim whose answer was lost then does not count as a rollback more.
+        The attempt is held by the holder of `session`, if there is one. Raises `RunInUse` if
+        another holder that is alive has begun an attempt since the session began.
         """
         token = token or secrets.token_hex(8)
         while True:
             number = max(self._numbers(), default=0) + 1
             last = [attempt for attempt in self.attempts() if attempt.token != token][-1:]
+            if session is not None:
+                self.require_free(session.holder, session.newest_attempt)
+                # Before the claim, as an attempt whose holder has no such file is free.
+                session.holder.beat(self.place)
             files = choose()
             attempt = Attempt(
                 number=number,
@@ -201,10 +220,45 @@ class CheckpointStore:
                 salt=(last[0].salt if last else 0) + (reason == "rollback"),
                 token=token,
                 reason=reason if files is not None or reason == "rollback" else "start",
+                holder=None if session is None else session.holder,
             )
             data = json.dumps(attempt.to_json(), indent=1).encode()
             if self.place.create(_claim(number), data) or self._attempt(number) == attempt:
+                if session is not None:
+                    self._forget_other_holders(session.holder)
                 return attempt, files
+
+    def require_free(
+        self,
+        holder: Holder,
+        newest_known: int = 0,
+        report: Callable[[str], None] = lambda text: None,
+    ) -> int:
+        """The number of the newest attempt, 0 without any, if `holder` may begin another.
+
+        Raises `RunInUse` if another holder began it and is alive, unless its number is at most
+        `newest_known`: then the caller has decided that already. Finding out may take
+        `SILENT_SECONDS`; `report` is told then.
+        """
+        attempt = self.newest_attempt()
+        if attempt is None:
+            return 0
+        other = attempt.holder
+        if attempt.number <= newest_known or other is None or other.session == holder.session:
+            return attempt.number
+        if other.is_alive(self.place, report):
+            raise RunInUse(
+                f"the run in {self.location} is in use by {other}: wait for its end or stop it; "
+                "--take-over goes on here, and ends that one without a last checkpoint"
+            )
+        return attempt.number
+
+    def _forget_other_holders(self, holder: Holder) -> None:
+        """Remove the files of holders that are dead or have just lost the run."""
+        with suppress(Exception):  # a file that stays says nothing: its attempt is not the newest
+            for file in beat_files(self.place.files()):
+                if file != holder.beat_file:
+                    self.place.remove(file)
 
     def check_current(self, attempt: Attempt) -> None:
         """Raise `Superseded` if another attempt has begun since."""

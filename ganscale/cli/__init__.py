@@ -32,6 +32,7 @@ from ganscale.cli import (  # noqa: F401
 )
 from ganscale.cli.app import app
 from ganscale.errors import ConfigError, GanscaleError
+from ganscale.world import launched_rank
 
 __all__ = ["app", "main"]
 
@@ -80,9 +81,10 @@ def _report(message: str, error: BaseException | None, *, debug: bool) -> None:
         import traceback
 
         traceback.print_exception(error)
-    print(f"ganscale: {message}", file=sys.stderr)
+    rank = launched_rank()
+    print(f"ganscale: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    if category.__module__.startswith("ganscale"):
+    if launched_rank() == 0 and category.__module__.startswith("ganscale"):
         print(f"ganscale: warning: {message}", file=sys.stderr)

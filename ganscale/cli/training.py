@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +13,7 @@ from ganscale.cli.app import Overrides, app, stderr_console
 
 if TYPE_CHECKING:
     from ganscale.config import Config
+    from ganscale.training.stopping import Ending
 
 __all__ = ["PRESETS"]
 
@@ -22,11 +25,18 @@ PRESETS = (
 )
 
 
+TakeOver = Annotated[
+    bool,
+    typer.Option("--take-over", help="Train the run although another process that is alive does."),
+]
+
+
 @app.command(epilog="Example: ganscale train --config quickstart name=first seed=1")
 def train(
     overrides: Overrides = None,
     config: Annotated[str, typer.Option(help=f"A .yaml file, or one of {PRESETS}.")] = "quickstart",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print config and plan.")] = False,
+    take_over: TakeOver = False,
 ) -> None:
     """Train, or go on with the run of that name, from its newest checkpoint that verifies."""
     from ganscale.config import load_config
@@ -35,19 +45,20 @@ def train(
     if dry_run:
         _print_plan(settings)
         return
-    _run(settings)
+    _run(settings, take_over=take_over)
 
 
 @app.command(epilog="Example: ganscale resume runs/quickstart training.total_kimg=500")
 def resume(
     run: Annotated[str, typer.Argument(help="Folder of the run, or URL of its checkpoints.")],
     overrides: Overrides = None,
+    take_over: TakeOver = False,
 ) -> None:
     """Go on with a run from its newest checkpoint that verifies, at any number of workers."""
     from ganscale.config import parse_overrides
     from ganscale.launch.start import resume_config
 
-    _run(resume_config(run, parse_overrides(overrides or [])))
+    _run(resume_config(run, parse_overrides(overrides or [])), take_over=take_over)
 
 
 @app.command(epilog="Example: ganscale doctor --storage runs")
@@ -61,13 +72,29 @@ def doctor(
         typer.echo(f"{name:18} {value}")
 
 
-def _run(config: Config) -> None:
-    from ganscale.checkpoint import CheckpointStore
+def _run(config: Config, *, take_over: bool) -> None:
     from ganscale.launch.signals import EXIT_CODES
     from ganscale.launch.start import start
+    from ganscale.world import launched_rank
+
+    ending = start(config, stderr_console(), take_over=take_over)
+    if launched_rank() == 0:
+        _print_results(config, ending)
+    if not ending.has_trained:
+        # Else the interpreter would spend seconds on taking Ray and torch apart.
+        sys.stdout.flush()
+        os._exit(EXIT_CODES[ending.reason])
+    if ending.reason:
+        raise typer.Exit(EXIT_CODES[ending.reason])
+
+
+def _print_results(config: Config, ending: Ending) -> None:
+    from ganscale.checkpoint import CheckpointStore
     from ganscale.run_directory import RunDirectory
 
-    ending = start(config, stderr_console())
+    if not ending.has_trained:
+        typer.echo(f"{ending.reason} before there was room to train: the run is as it was")
+        return
     run_dir, store = RunDirectory(config.run_dir), CheckpointStore(config.checkpoints)
     typer.echo(f"run        {run_dir.root}")
     for name, folder in (
@@ -82,7 +109,6 @@ def _run(config: Config) -> None:
             f"stopped at {ending.nimg / 1000:g} of {config.total_nimg / 1000:g} kimg; "
             f"to go on: ganscale resume {run_dir.root}"
         )
-        raise typer.Exit(EXIT_CODES[ending.reason])
 
 
 def _print_plan(config: Config) -> None:

@@ -1,12 +1,14 @@
 """Snapshots and what is drawn from them: `load_generator(path).sample(16, seed=0)`.
 
 A snapshot is one safetensors file: the averaged generator's weights, those of its encoder if it has
-one, and as JSON metadata the model's description and, where images are arrays of floats, which
-values -1 and 1 stand for. Loading executes no stored code.
+one, and as JSON metadata the model's description, the sha256 of the weights and, where images are
+arrays of floats, which values -1 and 1 stand for. Loading executes no stored code, and refuses
+weights that do not have their sha256; snapshots of earlier versions have none.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 import ganscale
@@ -143,10 +145,12 @@ def save_snapshot(
 ) -> None:
     """Write a generator, its description and other networks to `path`, complete or not at all.
 
-    `classes` are the names of the training set's classes by label. Others are those of `OTHERS`, by
-    name; `values` is what the generator's images hold.
+    The file has the permissions that the umask gives. `classes` are the names of the training
+    set's classes by label. Others are those of `OTHERS`, by name; `values` is what the generator's
+    images hold.
     """
-    info = {"model": spec, "nimg": nimg, "version": ganscale.__version__, "classes": list(classes)}
+    info: dict[str, Any] = {"model": spec, "nimg": nimg, "version": ganscale.__version__}
+    info["classes"] = list(classes)
     if (described := values.to_json()) is not None:
         info["values"] = described
     state = dict(model.state_dict())
@@ -154,10 +158,13 @@ def save_snapshot(
         assert kind in OTHERS
         state |= {f"{kind}/{name}": tensor for name, tensor in network.state_dict().items()}
     weights = {name: t.detach().cpu().contiguous() for name, t in state.items()}
+    info["sha256"] = _sha256(weights)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(weights, temporary, metadata={_METADATA_KEY: json.dumps(info)})
-    with temporary.open("rb") as file:
+    # `save_file` of safetensors makes a file that nobody else may read.
+    with temporary.open("wb") as file:
+        file.write(save(weights, metadata={_METADATA_KEY: json.dumps(info)}))
+        file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
 
@@ -226,10 +233,21 @@ def _opened(path: str | Path) -> Iterator[tuple[dict[str, Any], dict[str, Tensor
         with safe_open(file, framework="pt") as stored:
             info = json.loads((stored.metadata() or {})[_METADATA_KEY])
             weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        if info.get("sha256", expected := _sha256(weights)) != expected:
+            raise ValueError("its weights do not have the sha256 that they were written with")
         yield info, weights
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{file} is not a readable snapshot: {reason}") from None
+
+
+def _sha256(weights: Mapping[str, Tensor]) -> str:
+    """Of names, types, shapes and bytes of tensors on the CPU, wherever in a file they lie."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def save_grid(images: Tensor, path: Path, *, columns: int | None = None, padding: int = 1) -> None:

@@ -26,7 +26,7 @@ import yaml
 from ganscale.config import Config
 from ganscale.data.storage import is_url
 from ganscale.errors import CheckpointError
-from ganscale.run_directory import RunDirectory, add_missing_lines
+from ganscale.run_directory import RunDirectory, add_missing_lines, end_of_lines
 
 if TYPE_CHECKING:  # they load torch, which the driver's side of a copy does without
     from ganscale.checkpoint import CheckpointStore
@@ -65,6 +65,7 @@ class Copy(AbstractContextManager["Copy"]):
         root: the run's folder.
         target: keeps the copy.
         lines_seconds, files_seconds: between two looks at growing and at other files.
+        is_allowed: asked before each look; nothing is copied while it says no.
         only: the first folders of what is copied; all if empty.
     """
 
@@ -76,6 +77,7 @@ class Copy(AbstractContextManager["Copy"]):
         lines_seconds: float,
         files_seconds: float,
         only: tuple[str, ...] = (),
+        is_allowed: Callable[[], bool] = lambda: True,
     ) -> None:
         self.problem = ""
         """Why the last try to copy failed; empty if it did not."""
@@ -83,6 +85,7 @@ class Copy(AbstractContextManager["Copy"]):
         self._target = target
         self._lines_seconds, self._files_seconds = lines_seconds, files_seconds
         self._only = only
+        self._is_allowed = is_allowed
         self._sizes: dict[str, int] = {}
         self._stamps: dict[str, tuple[int, int]] = {}
         self._done = threading.Event()
@@ -90,11 +93,13 @@ class Copy(AbstractContextManager["Copy"]):
 
     def __enter__(self) -> Self:
         known: set[str] = set()
-        self._try(lambda: known.update(self._target.known()))
+        with suppress(Exception):  # of a store; then everything is copied
+            known.update(self._target.known())
         for name, path in self._files():
             if name in known:
                 self._stamps[name] = _stamp(path)
-                self._sizes[name] = path.stat().st_size
+                # A part of a line that a killed writer left is cut off before the next one.
+                self._sizes[name] = end_of_lines(path)
         self._thread.start()
         return self
 
@@ -121,7 +126,8 @@ class Copy(AbstractContextManager["Copy"]):
     def _try(self, action: Callable[[], None]) -> None:
         """What fails is tried again at the next look; training never waits for it."""
         try:
-            action()
+            if self._is_allowed():
+                action()
             self.problem = ""
         except Exception as error:  # a store may raise anything
             self.problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -129,7 +135,7 @@ class Copy(AbstractContextManager["Copy"]):
     def _copy_lines(self) -> None:
         for name in LINES if not self._only else ():
             path, start = self._root / name, self._sizes.get(name, 0)
-            end = _end_of_lines(path, start)
+            end = end_of_lines(path, start)
             if end > start:
                 self._target.grow(name, path, start, end)
                 self._sizes[name] = end
@@ -221,15 +227,6 @@ def recall(config: Config, store: CheckpointStore) -> None:
 def _stamp(path: Path) -> tuple[int, int]:
     found = path.stat()
     return found.st_size, found.st_mtime_ns
-
-
-def _end_of_lines(path: Path, start: int) -> int:
-    """Where the last complete line ends; `start` if none came."""
-    if not path.is_file():
-        return start
-    with path.open("rb") as file:
-        file.seek(start)
-        return start + file.read().rfind(b"\n") + 1
 
 
 def _pieces(path: Path) -> Iterator[bytes]:

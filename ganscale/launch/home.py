@@ -17,7 +17,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ganscale.launch.documents import LINES, Copy
-from ganscale.run_directory import RunDirectory
+from ganscale.run_directory import RunDirectory, locked, open_lines
 from ganscale.world import World
 
 __all__ = ["Home", "copied_home", "home_of", "marked"]
@@ -51,8 +51,9 @@ class Home:
         """Take complete lines, which begin at `start` of the sender's file; those that came before,
         and whose answer was lost, are not taken twice."""
         known = max(0, self._taken.get((sender, name), 0) - start)
-        with (self._root / name).open("ab") as file:
-            file.write(lines[known:])
+        with open_lines(self._root / name) as file, locked(file):
+            file.write(lines[known:].decode())
+            file.flush()
         self._taken[sender, name] = start + max(known, len(lines))
 
     def put(self, name: str, piece: bytes, *, start: bool, end: bool) -> None:

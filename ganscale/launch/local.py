@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ganscale.checkpoint import Session
 from ganscale.config import Config
 from ganscale.errors import ConfigError
 from ganscale.launch.signals import stopping_on_signals
@@ -15,8 +16,8 @@ from ganscale.world import World, process_group
 __all__ = ["train_here", "train_in_process"]
 
 
-def train_in_process(config: Config) -> Ending:
-    """Run the training loop in this process.
+def train_in_process(config: Config, session: Session | None = None) -> Ending:
+    """Run the training loop in this process, whose start of the run is `session`.
 
     Raises `ConfigError` if `launch.num_workers` is not the number of processes there are.
     """
@@ -29,12 +30,16 @@ def train_in_process(config: Config) -> Ending:
         )
     stop = StopRequest()
     with stopping_on_signals(stop, config.launch.grace_seconds):
-        return train_here(config, world, stop)
+        return train_here(config, world, stop, session=session)
 
 
 def train_here(
-    config: Config, world: World, stop: StopRequest, sinks: Sequence[Sink] = ()
+    config: Config,
+    world: World,
+    stop: StopRequest,
+    sinks: Sequence[Sink] = (),
+    session: Session | None = None,
 ) -> Ending:
     """Run the training loop in this thread, to its end or until `stop` is set."""
     with process_group(world, timeout_seconds=config.launch.timeout_seconds):
-        return train(config, world, stop, sinks)
+        return train(config, world, stop, sinks, session)

@@ -10,13 +10,12 @@ stop request and how a group ended, through the cluster's key-value store.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -35,41 +34,35 @@ from ganscale.checkpoint import Superseded
 from ganscale.config import Config
 from ganscale.errors import GanscaleError
 from ganscale.launch.autoscaling import Wish
+from ganscale.launch.held_run import HeldRun
 from ganscale.launch.home import copied_home, home_of, marked
+from ganscale.launch.ray_cluster import (
+    cluster,
+    num_fitting,
+    require_capacity,
+    resources_text,
+    worker_takes,
+)
 from ganscale.launch.ray_metrics import RayMetrics
 from ganscale.launch.secrets import for_workers
 from ganscale.launch.signals import stopping_on_signals
 from ganscale.launch.supervisor import Failure, Supervisor
-from ganscale.run_directory import RunDirectory
 from ganscale.tracking.logs import to_stderr
-from ganscale.tracking.sinks import EventLog
 from ganscale.tracking.wandb_sink import variables
 from ganscale.training.stopping import Ending, StopRequest
 from ganscale.world import World
 
-__all__ = ["cluster", "tell", "told", "train_in_groups", "train_on_ray"]
+__all__ = ["tell", "told", "train_in_groups", "train_on_ray"]
 
-# Read by Ray Train: workers stay where paths are valid, a fault is noticed in a second, a worker
-# that does not answer is given up in time, a group that does not fit is not waited for.
-_RAY_ENVIRONMENT = {
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "30",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-# Read by a cluster that is started here; one that is joined has its own.
-_OWN_CLUSTER = {"RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled"}
 _POLL_SECONDS = 0.3
 
 
-def train_on_ray(config: Config, supervisor: Supervisor) -> Ending:
+def train_on_ray(config: Config, supervisor: Supervisor, held: HeldRun) -> Ending:
     """Run the training loop in Ray workers, restarted after faults, and wait for the end.
 
     Uses the cluster at `launch.ray_address` or RAY_ADDRESS, else starts Ray here without a
-    dashboard and ends it afterwards. Raises `GanscaleError` with the worker's message when training
-    failed for good.
+    dashboard and ends it afterwards. Raises `ConfigError` if the workers do not fit on a Ray that
+    was started here, `GanscaleError` with the worker's message when training failed for good.
     """
     stop = StopRequest()
     # In this order: Ray replaces the handlers of signals when it starts.
@@ -77,14 +70,17 @@ def train_on_ray(config: Config, supervisor: Supervisor) -> Ending:
         cluster(config.launch.ray_address) as is_joined,
         stopping_on_signals(stop, config.launch.grace_seconds),
     ):
-        return train_in_groups(config, supervisor, stop, is_joined=is_joined)
+        return train_in_groups(config, supervisor, stop, held, is_joined=is_joined)
 
 
 def train_in_groups(
-    config: Config, supervisor: Supervisor, stop: StopRequest, *, is_joined: bool
+    config: Config, supervisor: Supervisor, stop: StopRequest, held: HeldRun, *, is_joined: bool
 ) -> Ending:
     """Run the training loop in workers of the Ray that this process is connected to."""
-    workers = RayWorkers(config, home_of(config.run_dir, for_workers()) if is_joined else None)
+    if not is_joined:
+        require_capacity(config)
+    home = home_of(config.run_dir, for_workers()) if is_joined else None
+    workers = RayWorkers(config, held, supervisor.note, home)
     try:
         return supervisor.run(workers, stop)
     finally:
@@ -94,21 +90,22 @@ def train_in_groups(
 class RayWorkers:
     """Groups of workers on a Ray cluster, one after the other.
 
-    `home` is how workers on other hosts reach this one; None if there are none.
+    `note` takes events; `home` is how workers on other hosts reach this one, None if there are
+    none.
     """
 
-    def __init__(self, config: Config, home: Any = None) -> None:
+    def __init__(
+        self, config: Config, held: HeldRun, note: Callable[..., Any], home: Any = None
+    ) -> None:
         self.config = config
+        self._held = held
+        self._note = note
         self._home = home
         self._token = ""
         """Of the group that is starting or trains."""
         self._missing = config.launch.max_workers
-        self._wish = Wish(config.name, self._worker_takes)
-
-    @property
-    def _worker_takes(self) -> dict[str, float]:
-        launch = self.config.launch
-        return {"CPU": launch.cpus_per_worker, **({"GPU": 1.0} if launch.use_gpu else {})}
+        self._takes = worker_takes(config)
+        self._wish = Wish(config.name, self._takes)
 
     def ask_for(self, num_workers: int) -> None:
         """More workers than there are, of the cluster's autoscaler if it has one."""
@@ -127,23 +124,31 @@ class RayWorkers:
     def _num_free(self) -> int:
         if self._token and not told(self._token, "in_place"):
             return 0
-        launch = self.config.launch
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         _release_what_the_dead_hold()  # after a call that has connected to the head's tables
-        count = 0
-        for node, free in available_resources_per_node().items():
-            if node in alive:
-                fits = free.get("CPU", 0.0) / launch.cpus_per_worker
-                gpus = free.get("GPU", 0.0) if launch.use_gpu else fits
-                count += int(min(fits, gpus) + 1e-6)
-        return count
+        free = available_resources_per_node()
+        return num_fitting(self._takes, [free[node] for node in free if node in alive])
+
+    def explain_room(self) -> str:
+        """What a worker takes and what the cluster has of it, in a few words."""
+        each = resources_text(self._takes, self._takes)
+        try:
+            num_nodes = sum(node["Alive"] for node in ray.nodes())
+            total, free = ray.cluster_resources(), ray.available_resources()
+        except RayError:
+            return f"each takes {each}; the cluster's head does not answer"
+        return (
+            f"each takes {each}; the cluster has {resources_text(total, self._takes)} on "
+            f"{num_nodes} node(s), of which {resources_text(free, self._takes)} free"
+        )
 
     def run(self, num_workers: int, stop: StopRequest) -> Ending:
         """Train with a group of workers until it ends, passing on `stop`.
 
-        Raises `Failure` when a worker, its node or the controller is gone, or the cause of an
-        error that would come again.
+        Raises `Failure` when a worker, its node or the controller is gone, the cause of an error
+        that would recur, or `RunInUse` if another process has begun to train the run meanwhile.
         """
+        self._held.require_free()
         token = self._token = secrets.token_hex(8)
         trainer = self._trainer(num_workers, token)
         self.ask_for(self.config.launch.max_workers - num_workers)
@@ -185,11 +190,8 @@ class RayWorkers:
         faults: list[str] = []
         with suppress(RayError):  # whoever waits for the group hears that the head is gone
             faults = json.loads(told(token, "faults") or "[]")
-        if new := faults[num_noted:]:
-            log = EventLog(RunDirectory(self.config.run_dir).events)
-            for fault in new:
-                log.write("fault", message=fault)
-            log.close()
+        for fault in faults[num_noted:]:
+            self._note("fault", message=fault)
         return max(num_noted, len(faults))
 
     def _explained(self, error: BaseException) -> BaseException:
@@ -221,6 +223,7 @@ class RayWorkers:
                 "config": self.config.model_dump(),
                 "token": token,
                 "home": self._home,
+                "session": self._held.session,
                 "wandb": variables(),
             },
             torch_config=TorchConfig(
@@ -230,7 +233,7 @@ class RayWorkers:
             scaling_config=ScalingConfig(
                 num_workers=num_workers,
                 use_gpu=launch.use_gpu,
-                resources_per_worker=self._worker_takes,
+                resources_per_worker=self._takes,
             ),
             run_config=RunConfig(
                 name=self.config.name,
@@ -268,7 +271,7 @@ def _worker(settings: dict[str, Any]) -> None:
     listener.start()
     try:
         with copied_home(home, config.run_dir, token, world):
-            ending = train(config, world, stop, sinks)
+            ending = train(config, world, stop, sinks, settings["session"])
     except Superseded:
         raise  # by the group that has taken over, which may have this token
     except GanscaleError as error:
@@ -316,26 +319,6 @@ def tell(token: str, what: str, text: str) -> None:
 def told(token: str, what: str) -> Any:
     """The message that the other side left; empty if there is none."""
     return (_internal_kv_get(f"ganscale-{token}-{what}") or b"").decode()
-
-
-@contextmanager
-def cluster(address: str | None) -> Iterator[bool]:
-    """For the time of the block; yields whether it was there before and may have other hosts."""
-    address = address or os.environ.get("RAY_ADDRESS")
-    if ray.is_initialized():
-        yield True
-        return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    for name, value in {**_RAY_ENVIRONMENT, **({} if address else _OWN_CLUSTER)}.items():
-        os.environ.setdefault(name, value)
-    if address:
-        ray.init(address=address, **options)
-    else:  # without "local" Ray would join what was started here last, even if that is long gone
-        ray.init(address="local", include_dashboard=False, **options)
-    try:
-        yield bool(address)
-    finally:
-        ray.shutdown()
 
 
 class _Faults(UserCallback):  # type: ignore[misc]

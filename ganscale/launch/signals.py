@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ganscale.training.stopping import StopRequest
+from ganscale.world import launched_rank
 
 __all__ = ["EXIT_CODES", "stopping_on_signals"]
 
@@ -74,15 +75,21 @@ def _listen(here: socket.socket, stop: StopRequest, grace_seconds: float) -> Non
             continue
         code, first = 128 + received[0], time.monotonic()
         stop.reason = "terminated" if received[0] == signal.SIGTERM else "interrupted"
-        print(
-            f"\nganscale: {signal.Signals(received[0]).name}: finishing the step and writing a "
-            f"checkpoint, for at most {grace_seconds:g} s; a second signal ends at once",
-            file=sys.stderr,
-            flush=True,
+        doing = (
+            f"finishing the step and writing a checkpoint, for at most {grace_seconds:g} s; a "
+            "second signal ends at once"
         )
+        name = signal.Signals(received[0]).name
+        _say(f"\nganscale: {name}: {doing if stop.is_training else 'no longer waiting for room'}")
 
 
 def _end_at_once(code: int, why: str) -> None:
     """Nothing is lost but what came after the last checkpoint."""
-    print(f"ganscale: {why}: ending without a checkpoint", file=sys.stderr, flush=True)
+    _say(f"ganscale: {why}: ending without a checkpoint")
     os._exit(code)
+
+
+def _say(text: str) -> None:
+    """Tell it once, though torchrun passes a signal on to all ranks."""
+    if launched_rank() == 0:
+        print(text, file=sys.stderr, flush=True)

@@ -27,23 +27,24 @@ from ganscale.data.sources import (
 from ganscale.data.storage import RetryPolicy, is_url
 from ganscale.errors import CheckpointError, ConfigError, GanscaleError
 from ganscale.launch.documents import Copy, recall, store_copy
+from ganscale.launch.held_run import HeldRun, hold
 from ganscale.launch.secrets import receive
 from ganscale.launch.supervisor import Supervisor
 from ganscale.run_directory import RunDirectory
-from ganscale.tracking.console import RunFollower, counting
+from ganscale.tracking.console import RunFollower, counting, describe_event
 from ganscale.tracking.sinks import EventLog
 from ganscale.training.build import check_against_shards, load_shards
 from ganscale.training.saving import patiently
 from ganscale.training.stopping import Ending
+from ganscale.world import launched_rank
 
 __all__ = [
     "prepare_shards",
     "resume_config",
-    "save_config",
+    "run_session",
     "settled",
     "start",
     "supervisor_of",
-    "taken_up",
 ]
 
 _RAY_PACKAGES = "/runtime_resources/working_dir_files/"
@@ -57,8 +58,10 @@ _PATHS = (
     "method.generator",
 )
 
-# What may differ between the parts of one run; all else would make it another run.
+# What may differ between the parts of one run; all else would make it another run. A run that was
+# renamed or moved is the same run.
 _MAY_CHANGE = (
+    "name",
     "launch.",
     "tracking.",
     "checkpoint.",
@@ -76,22 +79,28 @@ _MAY_CHANGE = (
 )
 
 
-def start(config: Config, console: Console) -> Ending:
+def start(config: Config, console: Console, *, take_over: bool = False) -> Ending:
     """Train as configured, on from the newest checkpoint if the run exists; waits for the end.
 
-    SIGTERM and Ctrl-C end it early, with a checkpoint.
+    SIGTERM and Ctrl-C end it early, with a checkpoint. Raises `RunInUse` if another process that is
+    alive trains the run, unless `take_over`: then that one ends.
     """
     receive()
+    if launched_rank():  # torchrun starts many, of which one speaks
+        console = Console(quiet=True)
     config = settled(config, console)
     run_dir = RunDirectory(config.run_dir)
-    with taken_up(config, console), RunFollower(run_dir, config.total_nimg, console):
-        if config.launch.backend == "inprocess":
+    with (
+        run_session(config, console, take_over=take_over) as held,
+        RunFollower(run_dir, config.total_nimg, console),
+    ):
+        if held is None or config.launch.backend == "inprocess":
             from ganscale.launch.local import train_in_process
 
-            return train_in_process(config)
+            return train_in_process(config, None if held is None else held.session)
         from ganscale.launch.ray_train import train_on_ray
 
-        return train_on_ray(config, supervisor_of(config))
+        return train_on_ray(config, supervisor_of(config, held, console), held)
 
 
 def settled(config: Config, console: Console) -> Config:
@@ -102,30 +111,37 @@ def settled(config: Config, console: Console) -> Config:
 
 
 @contextmanager
-def taken_up(config: Config, console: Console) -> Iterator[None]:
-    """For the time of the block the run's folder is this run's, with its configuration in it.
+def run_session(
+    config: Config, console: Console, *, take_over: bool = False
+) -> Iterator[HeldRun | None]:
+    """Let this process train a run while the block runs.
 
-    Raises `ConfigError` if it holds a run with other settings.
+    Its folder and its checkpoints stay as they are until the first attempt begins. Yields None on
+    ranks of torchrun other than 0, which write nothing. Raises `ConfigError` if the folder holds a
+    run with other settings, `RunInUse` if another process that is alive trains the run, unless
+    `take_over`.
     """
-    run_dir = RunDirectory(config.run_dir)
-    is_main = int(os.environ.get("RANK", "0")) == 0
-    if is_main:
+    if config.launch.backend == "inprocess" and launched_rank():
+        _check_same_run(config, RunDirectory(config.run_dir))
+        yield None
+        return
+    with hold(config, console, take_over=take_over) as held:
         recall(config, CheckpointStore(config.checkpoints))
-    _check_same_run(config, run_dir)
-    if is_main:
-        save_config(config, run_dir)
-    with _copied(config, console, is_main=is_main):
-        yield
+        _check_same_run(config, RunDirectory(config.run_dir))
+        with _copied(config, console, held):
+            yield held
 
 
 @contextmanager
-def _copied(config: Config, console: Console, *, is_main: bool) -> Iterator[None]:
+def _copied(config: Config, console: Console, held: HeldRun) -> Iterator[None]:
     """Keep a copy of the run's documents where its checkpoints are, if that is an object store."""
-    target = store_copy(config) if is_main else None
+    target = store_copy(config)
     if target is None:
         yield
         return
-    copy = Copy(config.run_dir, target, lines_seconds=60.0, files_seconds=60.0)
+    copy = Copy(
+        config.run_dir, target, lines_seconds=60.0, files_seconds=60.0, is_allowed=held.is_current
+    )
     with copy:
         yield
     if copy.problem:
@@ -149,8 +165,11 @@ def _kept(config: Config, console: Console) -> Config:
     return config.with_changes(changes)
 
 
-def supervisor_of(config: Config) -> Supervisor:
-    """What keeps the run going, and writes down what happens to its groups."""
+def supervisor_of(config: Config, held: HeldRun, console: Console) -> Supervisor:
+    """What keeps the run going, and writes down what happens to its groups.
+
+    Before the first attempt has begun it tells that on the console alone.
+    """
     run_dir, store = RunDirectory(config.run_dir), CheckpointStore(config.checkpoints)
 
     policy = RetryPolicy(deadline_seconds=config.data.store_deadline_seconds)
@@ -165,6 +184,10 @@ def supervisor_of(config: Config) -> Supervisor:
         return seen[-1]  # a store that is away for long shows no progress
 
     def note(event: str, **fields: Any) -> None:
+        if not held.is_current():
+            text = describe_event({"event": event, **fields})
+            console.print(text, highlight=False, soft_wrap=True)
+            return
         with suppress(OSError):  # a full disk is no reason to end a run
             log = EventLog(run_dir.events)
             log.write(event, **fields)
@@ -262,13 +285,13 @@ def _alone_in(folder: Path, console: Console) -> Iterator[None]:
 def resume_config(run: str, overrides: dict[str, object]) -> Config:
     """The configuration of the run whose folder, or whose checkpoints' URL, `run` is, with changes.
 
-    The folder may have been moved; the URL is that of a run that this host has not seen. Raises
-    `CheckpointError` if it is no run, or has no checkpoint that verifies.
+    The folder may have been moved, renamed or copied; the URL is that of a run that this host has
+    not seen. Raises `CheckpointError` if it is no run, or has no checkpoint that verifies.
     """
     if is_url(run):
         location, _, name = run.rstrip("/").rpartition("/")
         store = CheckpointStore(run)
-        values = _newest_config(store) or {}
+        values = {"name": name, **(_newest_config(store) or {})}
         place = {"checkpoint.location": location, "name": name}
     else:
         run_dir = RunDirectory(Path(run).expanduser().absolute())
@@ -279,6 +302,11 @@ def resume_config(run: str, overrides: dict[str, object]) -> Config:
     config = validated(merged(values, {**place, **overrides}))
     store = CheckpointStore(config.checkpoints)
     if all(store.verify(name) is not None for name in store.lineage()):
+        if config.checkpoint.location is not None and values["name"] != config.name:
+            raise CheckpointError(
+                f"{run} was renamed from {values['name']}, but its checkpoints were not, and "
+                f"{store.location} has none: rename one of the two, so that both have one name"
+            )
         raise CheckpointError(
             f"{store.location} has no checkpoint that verifies. See: ganscale checkpoint "
             f"list {run}; to start anew, use ganscale train with another name"
@@ -337,11 +365,3 @@ def _settings(config: Config) -> dict[str, Any]:
         inner = value if isinstance(value, dict) else {}
         settings |= {f"{name}.{field}": v for field, v in inner.items()} or {name: value}
     return settings
-
-
-def save_config(config: Config, run_dir: RunDirectory) -> None:
-    """Put it into the run's folder, in place of what is there."""
-    run_dir.root.mkdir(parents=True, exist_ok=True)
-    temporary = run_dir.config.with_name(".config.yaml.tmp")
-    temporary.write_text(config.to_yaml())
-    temporary.replace(run_dir.config)

@@ -20,7 +20,9 @@ from ganscale.training.stopping import Ending, StopRequest
 __all__ = ["Failure", "Supervisor", "Workers"]
 
 _ROOM_SECONDS = 2.0
-"""Between two looks at the cluster."""
+"""Between two looks at the cluster while a group trains."""
+_WAIT_SECONDS = 0.3
+"""Between two looks while none does."""
 
 
 class Failure(Exception):
@@ -41,6 +43,10 @@ class Workers(Protocol):
         """How many more workers fit now."""
         ...
 
+    def explain_room(self) -> str:
+        """What a worker takes and what there is of it, in a few words."""
+        ...
+
     def run(self, num_workers: int, stop: StopRequest) -> Ending:
         """Train until the end, a stop, or a fault: raises `Failure`, or an error for good."""
         ...
@@ -52,7 +58,7 @@ class Supervisor:
     Args:
         config: of the run.
         newest_nimg: the position of the newest checkpoint, -1 without any.
-        note: takes an event's name and fields.
+        note: takes an event's name and fields, from any thread.
     """
 
     def __init__(
@@ -60,7 +66,7 @@ class Supervisor:
     ) -> None:
         self.config = config
         self._newest_nimg = newest_nimg
-        self._note = note
+        self.note = note
 
     def run(self, workers: Workers, stop: StopRequest) -> Ending:
         """To the end of the run, or to a stop that `stop` asks for.
@@ -68,17 +74,20 @@ class Supervisor:
         Raises `GanscaleError` after more than `launch.max_failures` faults without progress.
         """
         limit, failures, reached = self.config.launch.max_failures, 0, self._newest_nimg()
+        has_trained = False
         while True:
             num_workers = self._wait_for_room(workers, stop)
             if not num_workers:
-                return Ending(max(0, self._newest_nimg()), stop.reason)
+                position = self._newest_nimg() if has_trained else reached
+                return Ending(max(0, position), stop.reason, has_trained)
+            has_trained = True
             try:
                 ending = self._run_group(workers, num_workers, stop)
             except Failure as failure:
                 position = self._newest_nimg()
                 progress, reached = position > reached, max(reached, position)
                 failures = min(1, failure.faults) if progress else failures + failure.faults
-                self._note("group_lost", message=str(failure), num_workers=num_workers)
+                self.note("group_lost", message=str(failure), num_workers=num_workers)
                 if 0 <= limit < failures:
                     raise GanscaleError(f"training failed: {failure}") from failure
                 continue
@@ -117,19 +126,22 @@ class Supervisor:
                     looked = time.monotonic()
                     found = found + 1 if workers.room() > 0 else 0
                 if found == 2 and not wanted.reason:
-                    self._note("regroup", num_workers=num_workers, room=workers.room())
+                    self.note("regroup", num_workers=num_workers, room=workers.room())
                     wanted.reason = "regroup"
 
     def _wait_for_room(self, workers: Workers, stop: StopRequest) -> int:
         """How many workers to start; waits for the fewest allowed. 0 if the run is to stop."""
         launch = self.config.launch
-        told = False
+        stop.is_training = is_reported = False
         while not stop.reason:
             room = workers.room()
             if room >= launch.min_workers:
+                # From here on a group may train, and what it does is worth a checkpoint.
+                stop.is_training = True
                 return min(room, launch.max_workers)
-            if not told:
-                told = True
-                self._note("waiting", room=room, min_workers=launch.min_workers)
-            time.sleep(0.3)
+            if not is_reported:
+                is_reported = True
+                message = workers.explain_room()
+                self.note("waiting", room=room, min_workers=launch.min_workers, message=message)
+            time.sleep(_WAIT_SECONDS)
         return 0

@@ -24,7 +24,8 @@ from rich.console import Console
 from ganscale.config.sweep import Population, Sweep
 from ganscale.errors import ConfigError, GanscaleError
 from ganscale.launch.home import home_of
-from ganscale.launch.ray_train import cluster, tell
+from ganscale.launch.ray_cluster import cluster
+from ganscale.launch.ray_train import tell
 from ganscale.launch.secrets import NAMES_VARIABLE, for_workers, receive
 from ganscale.launch.signals import stopping_on_signals
 from ganscale.launch.start import settled

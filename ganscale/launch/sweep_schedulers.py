@@ -23,9 +23,8 @@ from ganscale.checkpoint.store import saved_state
 from ganscale.config.search_space import generator_for
 from ganscale.config.sweep import Asha, Population, Sweep
 from ganscale.errors import CheckpointError
-from ganscale.launch.start import save_config
 from ganscale.launch.sweep_book import Book, Copy
-from ganscale.run_directory import RunDirectory
+from ganscale.run_directory import RunDirectory, write_text
 from ganscale.tracking.sinks import EventLog
 
 __all__ = [
@@ -221,7 +220,7 @@ def make_copy(book: Book, copy: Copy) -> None:
     source = sweep.config(copy.source, book.standings[copy.source].values)
     run_dir = RunDirectory(target.run_dir)
     name = _copy_checkpoint(CheckpointStore(source.checkpoints), sweep, copy)
-    save_config(target, run_dir)
+    write_text(run_dir.config, target.to_yaml())
     log = EventLog(run_dir.events)
     before = book.standings[copy.target].values
     log.write(

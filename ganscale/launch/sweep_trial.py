@@ -26,7 +26,7 @@ from ganscale.errors import GanscaleError
 from ganscale.launch.local import train_here
 from ganscale.launch.ray_metrics import RayMetrics
 from ganscale.launch.ray_train import told, train_in_groups
-from ganscale.launch.start import supervisor_of, taken_up
+from ganscale.launch.start import run_session, supervisor_of
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.console import stderr_console
 from ganscale.tracking.history import History
@@ -223,9 +223,14 @@ class _Training:
 
 
 def _train(config: Config, stop: StopRequest, *, is_joined: bool) -> Ending:
-    with taken_up(config, stderr_console()):
+    console = stderr_console()
+    # Tune runs each trial once; an actor that it has given up must not keep the next one out.
+    with run_session(config, console, take_over=True) as held:
+        assert held is not None  # this process is no rank of torchrun
         if config.launch.max_workers == 1:
             world = World.detect("cuda" if config.launch.use_gpu else "cpu")
             to_stderr(config.name, world.rank)
-            return train_here(config, world, stop, [RayMetrics(config.name, config.total_nimg)])
-        return train_in_groups(config, supervisor_of(config), stop, is_joined=is_joined)
+            sinks = [RayMetrics(config.name, config.total_nimg)]
+            return train_here(config, world, stop, sinks, held.session)
+        supervisor = supervisor_of(config, held, console)
+        return train_in_groups(config, supervisor, stop, held, is_joined=is_joined)

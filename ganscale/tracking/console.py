@@ -20,7 +20,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
-from ganscale.run_directory import RunDirectory
+from ganscale.run_directory import RunDirectory, end_of_lines
 from ganscale.tracking.sinks import WRONG
 
 __all__ = ["RunFollower", "counting", "parts", "stderr_console"]
@@ -107,7 +107,7 @@ def describe_event(event: dict[str, Any]) -> str | None:
             f"(stacks in {event['stacks']})"
         )
     if kind == "waiting":
-        return f"waiting for {event['min_workers']} worker(s); there is room for {event['room']}"
+        return f"waiting for {event['min_workers']} worker(s): {message}"
     if kind == "regroup":
         return f"room for {event['room']} more: {event['num_workers']} worker(s) make way"
     if kind == "alarm":
@@ -184,7 +184,7 @@ class _Tail:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._offset = path.stat().st_size if path.is_file() else 0
+        self._offset = end_of_lines(path)
 
     def new_rows(self) -> list[dict[str, Any]]:
         if not self._path.is_file():

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from ganscale.run_directory import locked, open_lines
+
 __all__ = ["FAULTS", "WRONG", "EventLog", "FaultCounts", "JsonlSink", "NullSink", "Sink", "Sinks"]
 
 Row = Mapping[str, Any]
@@ -135,7 +137,7 @@ class JsonlSink(NullSink):
     """metrics.jsonl: one JSON object a line, appended. A non-finite number is written as null."""
 
     def __init__(self, path: Path) -> None:
-        self._file = _open_lines(path)
+        self._file = open_lines(path)
 
     def log(self, row: Row) -> None:
         """Append the row."""
@@ -151,7 +153,7 @@ class EventLog:
     """events.jsonl: what happened when, for people and reports."""
 
     def __init__(self, path: Path) -> None:
-        self._file = _open_lines(path)
+        self._file = open_lines(path)
 
     def write(self, event: str, **fields: Any) -> dict[str, Any]:
         """Append an event with the time in seconds since 1970; returns what was written."""
@@ -180,18 +182,7 @@ class FaultCounts:
         return self._counts[fault]
 
 
-def _open_lines(path: Path) -> TextIO:
-    """Open for appending, after a newline if a killed writer left half a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+", encoding="utf-8")
-    size = file.seek(0, 2)
-    if size:
-        file.seek(size - 1)
-        if file.read(1) != "\n":
-            file.write("\n")
-    return file
-
-
 def _write_line(file: TextIO, row: Row) -> None:
-    file.write(json.dumps(row) + "\n")
-    file.flush()
+    with locked(file):
+        file.write(json.dumps(row) + "\n")
+        file.flush()

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import distributed as dist
 
+from ganscale.checkpoint import Session
 from ganscale.config import Config, SemiSupervisedMethod
 from ganscale.data.reader import Batch
 from ganscale.data.shards import ShardSet
@@ -53,13 +54,18 @@ _MAX_SKIPS_NAMED = 100
 
 
 def train(
-    config: Config, world: World, stop: StopRequest | None = None, sinks: Sequence[Sink] = ()
+    config: Config,
+    world: World,
+    stop: StopRequest | None = None,
+    sinks: Sequence[Sink] = (),
+    session: Session | None = None,
 ) -> Ending:
     """Train to `training.total_kimg`, going on from the newest checkpoint that verifies.
 
     Every rank calls this inside a process group. When any rank's `stop` is set, all finish the
-    step, checkpoint and return. On rank 0 `sinks` hear what the run tells. Raises `ConfigError` or
-    `DataError` before anything is written if the configuration cannot be trained, `TrainingFault`
+    step, checkpoint and return. On rank 0 `sinks` hear what the run tells, and `session` says which
+    process holds the run. Raises `ConfigError` or `DataError` before anything is written if the
+    configuration cannot be trained, `RunInUse` if another process holds the run, `TrainingFault`
     when the guard ends the run, `Superseded` when a newer attempt has taken over.
     """
     shard_set = load_shards(config)
@@ -68,7 +74,7 @@ def train(
     if world.device == "cpu":
         torch.set_num_threads(config.launch.threads_per_worker)
     use_exact_kernels(world.torch_device)
-    trainer = Trainer(config, world, shard_set, stop or StopRequest(), sinks)
+    trainer = Trainer(config, world, shard_set, stop or StopRequest(), sinks, session)
     with warnings.catch_warnings():
         # Of gradients with a dimension of size 1, whose strides mean nothing.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
@@ -88,12 +94,13 @@ class Trainer:
         shard_set: ShardSet,
         stop: StopRequest | None = None,
         sinks: Sequence[Sink] = (),
+        session: Session | None = None,
     ) -> None:
         self.config = config
         self.world = world
         self.stop = stop or StopRequest()
         self.precision = Precision.resolve(config.training.precision, world.torch_device)
-        self.saving = Saving(config, world)
+        self.saving = Saving(config, world, session)
         self._shards_digest = shard_set.digest
         self.values = shard_set.values
         self.outputs = Outputs(config, world, sinks, self.values, shard_set.classes)
@@ -198,7 +205,13 @@ class Trainer:
                 ) from None
         self._began_at = self.state.nimg if saved is not None else -1
         self._lr_factor = self.config.guard.rollback_lr_factor**self.saving.attempt.salt
-        self.outputs.open(self.saving.attempt, self.state, self.precision.name)
+        session = self.saving.session
+        self.outputs.open(
+            self.saving.attempt,
+            self.state,
+            self.precision.name,
+            copied_from="" if session is None else session.copied_from,
+        )
         self._clock = time.perf_counter()
         self._times = StepTimes(self.world.torch_device)
 

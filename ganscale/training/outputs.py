@@ -57,8 +57,13 @@ class Outputs:
         self._events: EventLog | None = None
         self._lock = threading.Lock()
 
-    def open(self, attempt: Attempt, state: TrainingState, precision: str) -> None:
-        """Begin to write, after what earlier attempts wrote."""
+    def open(
+        self, attempt: Attempt, state: TrainingState, precision: str, copied_from: str = ""
+    ) -> None:
+        """Begin to write, after what earlier attempts wrote.
+
+        `copied_from` is the folder that this run's folder is a copy of.
+        """
         self.attempt = attempt.number
         if not self.world.is_main:
             return
@@ -76,6 +81,7 @@ class Outputs:
             precision=precision,
             device=self.world.device,
             wandb=mode,
+            **({"copied_from": copied_from} if copied_from else {}),
         )
 
     def close(self) -> None:

@@ -27,11 +27,12 @@ from ganscale.checkpoint import (
     Outcome,
     Retention,
     SavedFiles,
+    Session,
 )
 from ganscale.config import Config
 from ganscale.data.storage import RetryPolicy
 from ganscale.errors import CheckpointError, GanscaleError
-from ganscale.run_directory import RunDirectory, add_missing_lines
+from ganscale.run_directory import RunDirectory, add_missing_lines, write_text
 from ganscale.training.distribute import broadcast_bytes
 from ganscale.world import World
 
@@ -43,14 +44,16 @@ Result = TypeVar("Result")
 class Saving:
     """Checkpoints of one rank's run.
 
-    `attempt` is the current one, on every rank.
+    `attempt` is the current one, on every rank. `session` is the start of the run to which all
+    attempts belong; without one the run is not protected from a second start.
     """
 
     attempt: Attempt
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: Config, world: World, session: Session | None = None) -> None:
         self.config = config
         self.world = world
+        self.session = session
         self.run_dir = RunDirectory(config.run_dir)
         self.store = CheckpointStore(config.checkpoints) if world.is_main else None
         self._writer: BackgroundWriter | None = None
@@ -66,18 +69,25 @@ class Saving:
         """Begin an attempt; returns the state to go on from, on every rank, or None.
 
         It is that of the newest checkpoint that verifies, at most at position `up_to`, with which
-        `accept` finds nothing wrong. All ranks call this together.
+        `accept` finds nothing wrong. Until the attempt has begun nothing of the run is changed;
+        then its configuration is written. All ranks call this together. Raises `RunInUse`.
         """
         files: SavedFiles | None = None
         header: list[Any] = [None]
         if self.store is not None:
-            store, token = self.store, secrets.token_hex(8)
+            store, token, session = self.store, secrets.token_hex(8), self.session
+            if session is not None and session.copied_from:
+                self._leave_wandb_run_of_the_original(session)
             self.attempt, files = patiently(
                 lambda: store.claim(
-                    lambda: store.newest(up_to=up_to, accept=accept), reason=reason, token=token
+                    lambda: store.newest(up_to=up_to, accept=accept),
+                    reason=reason,
+                    token=token,
+                    session=session,
                 ),
                 self._policy(),
             )
+            write_text(self.run_dir.config, self.config.to_yaml())
             self._begin_writing()
             header = [(self.attempt, None if files is None else files.name)]
             if files is not None:
@@ -177,6 +187,16 @@ class Saving:
 
     def _policy(self) -> RetryPolicy:
         return RetryPolicy(deadline_seconds=self.config.data.store_deadline_seconds)
+
+    def _leave_wandb_run_of_the_original(self, session: Session) -> None:
+        """Give a copied run a W&B run of its own, once, at the first attempt that it begins.
+
+        Before the attempt: from then on the folder no longer counts as a copy.
+        """
+        assert self.store is not None
+        has_begun = self.store.place.exists(session.holder.beat_file)
+        if not has_begun and self.run_dir.wandb_run_id.is_file():
+            write_text(self.run_dir.wandb_run_id, secrets.token_hex(4))
 
     def _restore_history(self, files: SavedFiles) -> None:
         """On a machine that has not seen the run, or not all of it: its rows and its W&B run."""

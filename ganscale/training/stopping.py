@@ -24,6 +24,8 @@ class StopRequest:
     """Set from anywhere, read by the training loop."""
 
     reason: StopReason = ""
+    is_training: bool = True
+    """False while no worker trains, so that a stop leaves nothing to finish or to write."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Ending:
     nimg: int
     reason: StopReason = ""
     """Empty at the end of the run."""
+    has_trained: bool = True
+    """False if it was stopped before it had workers; then nothing of the run has changed."""
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,6 @@ def test_a_run_is_given_nodes_that_were_not_there(
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     run = RunDirectory(config.run_dir)
-    events = [json.loads(line)["event"] for line in run.events.read_text().splitlines()]
-    assert "waiting" in events
+    assert "waiting for" in done.stderr
     newest = History.read(run).rows[-1]
     assert newest["workers/1/memory_gib"] > 0.0

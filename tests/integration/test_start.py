@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from ganscale.checkpoint import CheckpointStore, Holder, Session
 from ganscale.config import Config
 from ganscale.data.building import build_shards
 from ganscale.data.reader import ShardImages
@@ -24,6 +25,7 @@ from ganscale.data.shards import ShardSet
 from ganscale.data.sources import SourceSpec
 from ganscale.errors import CheckpointError, ConfigError, GanscaleError
 from ganscale.launch import start as module
+from ganscale.launch.held_run import HeldRun
 from ganscale.launch.start import prepare_shards, start, supervisor_of
 from ganscale.training.loop import Trainer
 from tests.conftest import MakeConfig
@@ -188,8 +190,14 @@ def test_the_newest_position_outlasts_a_store_that_is_away(
         return answer
 
     monkeypatch.setattr("ganscale.checkpoint.CheckpointStore.lineage", lineage)
-    newest_nimg = supervisor_of(config)._newest_nimg
+
+    def newest_nimg_of_another_start() -> Callable[[], int]:
+        store = CheckpointStore(config.checkpoints)
+        held = HeldRun(store, Session(Holder.here(config.run_dir), 0))
+        return supervisor_of(config, held, Console(quiet=True))._newest_nimg
+
+    newest_nimg = newest_nimg_of_another_start()
     assert newest_nimg() == -1
     assert newest_nimg() == -1
     with pytest.raises(GanscaleError, match="cannot be reached: refused"):
-        supervisor_of(config)._newest_nimg()
+        newest_nimg_of_another_start()()

@@ -140,14 +140,14 @@ def test_a_store_that_stays_away_ends_nothing_and_is_told_of(tmp_path: Path) -> 
     assert copy.problem == "OSError: the store is away"
 
 
-def test_missing_lines_are_added_after_half_a_line_and_only_once(tmp_path: Path) -> None:
+def test_missing_lines_are_added_once_and_in_place_of_half_a_line(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     add_missing_lines(path, b"1\n2\n")
     with path.open("ab") as file:
         file.write(b"hal")
     for _ in range(2):
         add_missing_lines(path, b"2\n3\n\n1\n")
-    assert path.read_bytes() == b"1\n2\nhal\n3\n"
+    assert path.read_bytes() == b"1\n2\n3\n"
 
 
 @pytest.fixture

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import ganscale
 from ganscale.config.models import DcganModel, SnganModel
@@ -166,6 +171,46 @@ def test_damaged_snapshot_is_one_clear_error(tmp_path: Path, content: bytes) -> 
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"broken\.safetensors is not a readable snapshot"):
         ganscale.load_generator(path)
+
+
+def snapshot(path: Path) -> Path:
+    torch.manual_seed(0)
+    save_snapshot(path, build_generator(SPEC), spec=SPEC, nimg=1)
+    return path
+
+
+@pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
+def test_weights_with_one_other_byte_are_refused(tmp_path: Path, where: float) -> None:
+    path = snapshot(tmp_path / "flipped.safetensors")
+    data = bytearray(path.read_bytes())
+    first = 8 + int.from_bytes(data[:8], "little")
+    data[first + int(where * (len(data) - 1 - first))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"flipped\.safetensors .* do not have the sha256"):
+        ganscale.load_generator(path)
+
+
+def test_a_snapshot_of_an_earlier_version_has_no_sha256_and_loads(tmp_path: Path) -> None:
+    path = snapshot(tmp_path / "new.safetensors")
+    with safe_open(path, framework="pt") as stored:
+        info = json.loads(stored.metadata()["ganscale"])
+    del info["sha256"]
+    old = tmp_path / "old.safetensors"
+    save_file(load_file(path), old, metadata={"ganscale": json.dumps(info)})
+    images = ganscale.load_generator(old).sample(2)
+    assert torch.equal(images, ganscale.load_generator(path).sample(2))
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_a_snapshot_has_the_permissions_that_the_umask_gives(
+    tmp_path: Path, umask: int, mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        path = snapshot(tmp_path / "snapshot.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
 def test_grid_shows_the_pixels(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ganscale.run_directory import RunDirectory
+from ganscale.run_directory import RunDirectory, locked
 from ganscale.tracking.console import RunFollower
 from ganscale.tracking.logs import log_event, log_row, to_stderr
 from ganscale.tracking.sinks import EventLog, FaultCounts, JsonlSink, NullSink, Sinks
@@ -44,13 +45,33 @@ def test_a_later_writer_appends(tmp_path: Path) -> None:
     assert lines(path) == ['{"step": 1}', '{"step": 2}']
 
 
-def test_half_a_line_of_a_killed_writer_spoils_no_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ['{"step": 2, "tra', "x" * 200_000])
+def test_the_part_of_a_line_that_a_kill_left_is_cut_off(tmp_path: Path, part: str) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2, "tra')
+    path.write_text('{"step": 1}\n' + part)
     sink = JsonlSink(path)
     sink.log({"step": 3})
     sink.close()
-    assert lines(path) == ['{"step": 1}', '{"step": 2, "tra', '{"step": 3}']
+    assert lines(path) == ['{"step": 1}', '{"step": 3}']
+
+
+def test_a_line_that_another_process_is_writing_is_not_cut_off(tmp_path: Path) -> None:
+    """It holds the lock until the line is complete."""
+    path = tmp_path / "events.jsonl"
+    opened: list[EventLog] = []
+    opening = threading.Thread(target=lambda: opened.append(EventLog(path)))
+    with path.open("a") as file:
+        with locked(file):
+            file.write('{"event": "fa')
+            file.flush()
+            opening.start()
+            opening.join(0.2)
+            file.write('ult"}\n')
+            file.flush()
+        opening.join()
+        opened[0].write("waiting")
+        opened[0].close()
+    assert [json.loads(line)["event"] for line in lines(path)] == ["fault", "waiting"]
 
 
 def test_opening_alone_changes_no_whole_file(tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ class Cluster:
     def room(self) -> int:
         return self.total - self.running
 
+    def explain_room(self) -> str:
+        return f"there are {self.total} places"
+
     def run(self, num_workers: int, stop: StopRequest) -> Ending:
         self.started.append(num_workers)
         self.running = num_workers
@@ -159,7 +162,25 @@ def test_a_stop_reaches_the_group_or_ends_the_wait_for_one() -> None:
     assert supervise(Cluster(asks), stop, num_workers=2) == Ending(500, "terminated")
     nothing = Cluster(total=0)
     nothing.newest = 300
-    assert supervise(nothing, StopRequest("interrupted"), num_workers=2) == Ending(
-        300, "interrupted"
-    )
+    ending = supervise(nothing, StopRequest("interrupted"), num_workers=2)
+    assert ending == Ending(300, "interrupted", has_trained=False)
     assert nothing.started == []
+
+
+def test_a_signal_has_something_to_finish_only_while_a_group_trains() -> None:
+    """Else Ctrl-C would speak of a checkpoint while the run waits for room."""
+    stop, seen = StopRequest(), []
+    cluster = Cluster(total=0)
+
+    def no_room_at_first() -> int:
+        seen.append(stop.is_training)
+        return 0 if len(seen) < 3 else 2
+
+    def group(num_workers: int, wanted: StopRequest) -> Ending:
+        seen.append(stop.is_training)
+        return Ending(1000)
+
+    cluster.room = no_room_at_first  # type: ignore[method-assign]
+    cluster.groups = [group]
+    supervise(cluster, stop, num_workers=2)
+    assert seen == [False, False, False, True]

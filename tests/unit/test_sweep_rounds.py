@@ -17,12 +17,11 @@ from ganscale.config import Config, load_config
 from ganscale.config.sweep import Sweep
 from ganscale.errors import ConfigError
 from ganscale.launch import sweep_schedulers
-from ganscale.launch.start import save_config
 from ganscale.launch.sweep_book import Book, Copy
 from ganscale.launch.sweep_schedulers import Halving, PopulationScheduler, make_copy
 from ganscale.launch.sweep_table import best_command, ranked
 from ganscale.launch.sweep_trial import durable_reports, reports, value_of
-from ganscale.run_directory import RunDirectory
+from ganscale.run_directory import RunDirectory, write_text
 from ganscale.tracking.history import read_lines
 from ganscale.tracking.sinks import EventLog, JsonlSink
 from tests.support.attempts import saved_at, state_at
@@ -317,7 +316,7 @@ def _pair(sweep: Sweep) -> tuple[Book, Copy, CheckpointStore, CheckpointStore]:
     book = opened(sweep)
     first, second = (sweep.config(t.name, t.values) for t in sweep.trials()[:2])
     mine, other = _with_checkpoints(first, 500, 1000), _with_checkpoints(second, 2000)
-    save_config(first, RunDirectory(first.run_dir))
+    write_text(RunDirectory(first.run_dir).config, first.to_yaml())
     sink = JsonlSink(RunDirectory(first.run_dir).metrics)
     sink.log({"step": 1, "nimg": 1000, "attempt": 1})
     sink.close()
@@ -367,7 +366,7 @@ def test_a_kill_in_the_middle_of_a_copy_loses_nothing(
             make_copy(book, copy)
     assert str(mine.lineage()[0]) == "nimg-000000001000-a0001"
     with monkeypatch.context() as patch:  # the checkpoint is there, its configuration is not
-        patch.setattr(sweep_schedulers, "save_config", killed)
+        patch.setattr(sweep_schedulers, "write_text", killed)
         with pytest.raises(KeyboardInterrupt):
             make_copy(book, copy)
     book.close()

@@ -1,0 +1,203 @@
+"""Which process holds a run, and whether it is alive.
+
+Every attempt names the process that started it, its holder. While that process lives it renews a
+file beside the attempts, `attempts/session-TOKEN.json`, and removes it when it ends. A start that
+finds another holder asks:
+
+- The file is gone: the holder has ended.
+- The holder ran on this machine: the operating system knows whether the process still exists.
+- Otherwise: the holder is alive if its file changes within `SILENT_SECONDS`. The observer measures
+  that with its own clock. Clocks of two hosts are compared only to save this wait: a file that was
+  renewed more than `SILENT_SECONDS + CLOCK_TOLERANCE_SECONDS` ago is not waited for.
+
+This protects against mistakes. That nothing of an older attempt is written after a newer one has
+begun does not depend on it; `store` guarantees that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from ganscale.checkpoint.places import Place
+
+__all__ = ["BEAT_SECONDS", "SILENT_SECONDS", "Heartbeat", "Holder", "Session"]
+
+BEAT_SECONDS = 10.0
+"""Between two renewals of a holder's file."""
+SILENT_SECONDS = 60.0
+"""A holder on another machine whose file has not changed for so long is dead."""
+CLOCK_TOLERANCE_SECONDS = 600.0
+"""By how much the clocks of two hosts may differ."""
+_POLL_SECONDS = 1.0
+_BEAT_FILE = re.compile(r"attempts/session-([0-9a-f]+)\.json")
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that started a run. Its attempts name it; they may run in other processes."""
+
+    session: str
+    """A random token, which all attempts of this start share."""
+    host: str
+    machine: str
+    """What process ids refer to: the boot of a machine, and the container on it."""
+    pid: int
+    process_start: str
+    """When the process began, as its machine counts; a reused pid has another."""
+    since: float
+    """When the run was started, in seconds since 1970."""
+    run_dir: str
+    """Absolute path of the run's folder on `host`."""
+
+    @classmethod
+    def here(cls, run_dir: Path) -> Self:
+        """This process."""
+        pid = os.getpid()
+        return cls(
+            session=secrets.token_hex(8),
+            host=socket.gethostname(),
+            machine=_machine(),
+            pid=pid,
+            process_start=_process_start(pid) or "",
+            since=round(time.time(), 3),
+            run_dir=str(run_dir),
+        )
+
+    def __str__(self) -> str:
+        since = datetime.fromtimestamp(self.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        return f"process {self.pid} on {self.host} since {since}"
+
+    @property
+    def beat_file(self) -> str:
+        """The file that the holder renews, relative to the run's checkpoints."""
+        return f"attempts/session-{self.session}.json"
+
+    def beat(self, place: Place) -> None:
+        """Renew the file."""
+        place.replace(self.beat_file, json.dumps({"time": time.time()}).encode())
+
+    def is_alive(self, place: Place, report: Callable[[str], None] = lambda text: None) -> bool:
+        """Whether the holder still runs; may take `SILENT_SECONDS`, which `report` is told of."""
+        seen = _contents(place, self.beat_file)
+        if seen is None:
+            return False
+        if self.machine == _machine():
+            return _process_start(self.pid) == self.process_start
+        if time.time() - _time_of(seen) > SILENT_SECONDS + CLOCK_TOLERANCE_SECONDS:
+            return False
+        report(
+            f"{place.location} was last held by {self}; waiting up to {SILENT_SECONDS:g} s for a "
+            "sign that it is alive"
+        )
+        deadline = time.monotonic() + SILENT_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            if (now := _contents(place, self.beat_file)) != seen:
+                return now is not None
+        return False
+
+
+@dataclass(frozen=True)
+class Session:
+    """One start of a run by a user, a scheduler or a sweep; it may make many attempts."""
+
+    holder: Holder
+    newest_attempt: int
+    """The number of the newest attempt when the run was free to be started, 0 without any. A later
+    attempt of another session means that this one has lost the run."""
+    copied_from: str = ""
+    """The folder of the run that this run's folder is a copy of; empty if it is none."""
+
+
+class Heartbeat:
+    """Renews the holder's file while the block runs, once the first claim has made the file."""
+
+    def __init__(self, place: Place, holder: Holder) -> None:
+        self._place = place
+        self._holder = holder
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="holder", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+        with suppress(Exception):  # of a store that is away: then the file falls silent instead
+            self._place.remove(self._holder.beat_file)
+
+    def _beat(self) -> None:
+        while not self._done.wait(BEAT_SECONDS):
+            with suppress(Exception):  # of a store that is away; the next beat may reach it
+                if self._place.exists(self._holder.beat_file):
+                    self._holder.beat(self._place)
+
+
+def beat_files(files: list[str]) -> list[str]:
+    """Those of `files` that holders renew."""
+    return [file for file in files if _BEAT_FILE.fullmatch(file)]
+
+
+def _contents(place: Place, name: str) -> bytes | None:
+    try:
+        return place.read(name)
+    except FileNotFoundError:
+        return None
+
+
+def _time_of(beat: bytes) -> float:
+    """When a file was renewed; now, if it does not say, so that it is waited for."""
+    with suppress(ValueError, KeyError, TypeError):
+        return float(json.loads(beat)["time"])
+    return time.time()
+
+
+def _machine() -> str:
+    """Differs between boots, hosts and containers with process ids of their own."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return socket.gethostname()
+
+
+def _process_start(pid: int) -> str | None:
+    """When a process began, in a unit that no change of the clock affects; None if it is gone.
+
+    A zombie, which only waits for its parent, is gone.
+    """
+    try:
+        # The name, in parentheses, may contain spaces; after it come state and 18 other fields.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return None
+    try:  # no Linux
+        process = psutil.Process(pid)
+        gone = process.status() == psutil.STATUS_ZOMBIE
+        return None if gone else f"{process.create_time():.2f}"
+    except psutil.NoSuchProcess:
+        return None

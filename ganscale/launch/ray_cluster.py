@@ -1,0 +1,148 @@
+"""The Ray cluster that a run uses: one that is joined, or one that is started on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from ganscale.config import Config
+from ganscale.errors import ConfigError, GanscaleError
+
+__all__ = ["cluster", "num_fitting", "require_capacity", "resources_text", "worker_takes"]
+
+# Read by Ray Train: workers stay where paths are valid, a fault is noticed in a second, a worker
+# that does not answer is given up in time, a group that does not fit is not waited for.
+_RAY_ENVIRONMENT = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "30",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+# Read by a cluster that is started here; one that is joined has its own.
+_OWN_CLUSTER = {"RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled"}
+_ANSWER_SECONDS = 20.0
+"""A head may be restarting; ray.init itself waits for minutes, with a page of warnings."""
+_CONNECT_SECONDS = 5.0
+# What a client of HTTP/2, and so of gRPC, says first: a fixed preface and an empty SETTINGS frame.
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+_SETTINGS_FRAME = 4
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[bool]:
+    """Be connected to Ray while the block runs; yields whether the cluster was there before and may
+    have other hosts.
+
+    Uses the cluster at `address` or RAY_ADDRESS, else starts Ray here without a dashboard and ends
+    it afterwards. Raises `GanscaleError` if no cluster answers at the address.
+    """
+    if ray.is_initialized():
+        yield True
+        return
+    setting = "launch.ray_address" if address else "RAY_ADDRESS"
+    address = address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    for name, value in {**_RAY_ENVIRONMENT, **({} if address else _OWN_CLUSTER)}.items():
+        os.environ.setdefault(name, value)
+    if address:
+        _require_answer(address, setting)
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, ValueError) as error:  # of "auto", or of no address at all
+            reason = " ".join(str(error).split())[:200]
+            raise GanscaleError(f"{setting}={address} cannot be joined: {reason}") from error
+    else:  # without "local" Ray would join what was started here last, even if that is long gone
+        ray.init(address="local", include_dashboard=False, **options)
+    try:
+        yield bool(address)
+    finally:
+        ray.shutdown()
+
+
+def worker_takes(config: Config) -> dict[str, float]:
+    """Resources of Ray that one worker of a run takes."""
+    launch = config.launch
+    return {"CPU": launch.cpus_per_worker, **({"GPU": 1.0} if launch.use_gpu else {})}
+
+
+def num_fitting(takes: Mapping[str, float], nodes: Iterable[Mapping[str, float]]) -> int:
+    """How many workers fit on nodes with these resources; a worker is on one node."""
+    # Ray's fractions are of 1/10000, so what is left may be a little less than a whole.
+    return sum(
+        int(min(node.get(kind, 0.0) / amount for kind, amount in takes.items()) + 1e-6)
+        for node in nodes
+    )
+
+
+def require_capacity(config: Config) -> None:
+    """Raise `ConfigError` if the run does not fit on a Ray that cannot grow, however long it waits.
+
+    That is one which was started here.
+    """
+    takes, launch = worker_takes(config), config.launch
+    there = ray.cluster_resources()
+    fitting = num_fitting(takes, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    if fitting >= launch.min_workers:
+        return
+    wanted = {kind: amount * launch.min_workers for kind, amount in takes.items()}
+    if launch.use_gpu and not there.get("GPU"):
+        fix = "set launch.use_gpu=false, or launch.ray_address to a cluster with GPUs"
+    elif fitting:
+        fix = f"set launch.num_workers={fitting}, or launch.ray_address to a larger cluster"
+    else:
+        fix = "set a smaller launch.cpus_per_worker, or launch.ray_address to a larger cluster"
+    raise ConfigError(
+        f"launch.num_workers={launch.min_workers} needs {resources_text(wanted, wanted)}, but this "
+        f"machine has {resources_text(there, wanted)}: {fix}"
+    )
+
+
+def resources_text(amounts: Mapping[str, float], kinds: Iterable[str]) -> str:
+    """Amounts of some kinds of resources, such as "2 CPU and 0 GPU"."""
+    return " and ".join(f"{amounts.get(kind, 0.0):g} {kind}" for kind in kinds)
+
+
+def _require_answer(address: str, setting: str) -> None:
+    """Raise an error unless something that may be the head of a cluster answers at an address."""
+    if "://" in address:
+        raise ConfigError(
+            f"{setting}={address}: expected host:port of the cluster's head, which is 6379 unless "
+            "it was started with another port; URLs are for ganscale submit --address"
+        )
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return  # "auto", which Ray looks up, or nothing that Ray takes
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    while True:
+        try:
+            problem = _problem_at(host.strip("[]"), int(port))
+        except OSError as error:
+            problem = error.strerror or str(error)
+        if not problem:
+            return
+        if time.monotonic() > deadline:
+            raise GanscaleError(
+                f"no Ray cluster answers at {setting}={address} ({problem}): start its head, "
+                f"correct the address, or unset {setting} to start Ray on this machine"
+            )
+        time.sleep(1.0)
+
+
+def _problem_at(host: str, port: int) -> str:
+    """Why what listens at a port cannot be Ray's head; empty if it can be. Raises `OSError`."""
+    with socket.create_connection((host, port), timeout=_CONNECT_SECONDS) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+            return ""  # gRPC is inside TLS, which Ray itself sets up
+        connection.sendall(_HTTP2_PREFACE)
+        answer = connection.recv(4)
+    is_grpc = len(answer) == 4 and answer[3] == _SETTINGS_FRAME
+    return "" if is_grpc else "another server listens there"
