@@ -6,7 +6,10 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["explain", "nearest", "unknown_field"]
+__all__ = ["abbreviated", "explain", "nearest", "unknown_field"]
+
+_MAX_SHOWN = 120
+"""Characters of a value that a message shows."""
 
 
 def explain(item: Any, names: Sequence[str]) -> str:
@@ -19,15 +22,28 @@ def explain(item: Any, names: Sequence[str]) -> str:
     if item["type"] == "extra_forbidden":
         return unknown_field(name, names)
     if item["type"] == "union_tag_invalid":
-        return f"model.name={item['ctx']['tag']!r}: expected {item['ctx']['expected_tags']}"
+        tag, expected = item["ctx"]["tag"], item["ctx"]["expected_tags"]
+        return f"{name}.name={abbreviated(tag)}: expected {expected}"
     if item["type"] == "value_error" and len(place) < 2:
         return message  # of a section or of the whole: it names its fields itself
-    return f"{name}={item['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{name}={abbreviated(item['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def unknown_field(name: str, names: Sequence[str]) -> str:
     """That there is no such field, and which is like it."""
-    return f"unknown field {name!r}{nearest(name, names)}"
+    if name in names:  # as a key of a file, where fields stand inside their sections
+        section, _, field = name.rpartition(".")
+        return f"field {name!r} must stand inside its section: {section}: {{{field}: ...}}"
+    return f"unknown field {abbreviated(name)}{nearest(name, names)}"
+
+
+def abbreviated(value: Any) -> str:
+    """The value as Python writes it, on one line, cut off where it is long."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply; an integer of too many digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
