@@ -30,8 +30,10 @@ def train(
 ) -> None:
     """Train, or go on with the run of that name, from its newest checkpoint that verifies."""
     from ganscale.config import load_config
+    from ganscale.tracking.wandb_settings import check_environment
 
     settings = load_config(config, overrides or [])
+    check_environment(settings.tracking.wandb)
     if dry_run:
         _print_plan(settings)
         return
@@ -46,8 +48,11 @@ def resume(
     """Go on with a run from its newest checkpoint that verifies, at any number of workers."""
     from ganscale.config import parse_overrides
     from ganscale.launch.start import resume_config
+    from ganscale.tracking.wandb_settings import check_environment
 
-    _run(resume_config(run, parse_overrides(overrides or [])))
+    settings = resume_config(run, parse_overrides(overrides or []))
+    check_environment(settings.tracking.wandb)
+    _run(settings)
 
 
 @app.command(epilog="Example: ganscale doctor --storage runs")
