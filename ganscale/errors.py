@@ -64,6 +64,8 @@ def describe_os_error(error: OSError) -> str:
     """One line that names the file, says what the system refused, and what to do about it."""
     if error.errno is None:  # a library's own error, which has no number but a message
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if error.errno == errno.ENOENT and error.filename is None:  # all but getcwd() name a file
+        return "the current folder no longer exists: change to another one"
     reason = error.strerror or os.strerror(error.errno)
     remedy = _REMEDIES.get(error.errno)
     # Creating a folder where a file is fails with EEXIST, which says nothing about folders.
@@ -74,14 +76,16 @@ def describe_os_error(error: OSError) -> str:
 
 
 @contextmanager
-def naming_file(path: str | Path) -> Iterator[None]:
-    """Put `path` into an `OSError` that names no file.
+def naming_file(path: Path) -> Iterator[None]:
+    """Let an `OSError` of the block name `path`, which the user knows.
 
     Opening names the file, but writing to it and closing it do not; a full disk shows only there.
+    A temporary file beside it, `.NAME.tmp`, is replaced by it too.
     """
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:
+        is_temporary = Path(str(error.filename)).name == f".{path.name}.tmp"
+        if error.errno is not None and (error.filename is None or is_temporary):
             error.filename = str(path)
         raise

@@ -48,7 +48,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     _show_own_warnings()
-    threading.excepthook = _thread_excepthook(debug=debug)
+    if threading.excepthook is threading.__excepthook__:  # not one of a debugger or a test
+        threading.excepthook = _thread_excepthook(debug=debug)
     # torch warns that DDP's find_unused_parameters finds nothing; distribute.py says why it is set.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     _let_waiting_threads_sleep()
@@ -61,7 +62,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _report("interrupted", None, debug=False)
     except typer.TyperException as error:
         code = 2
-        _report(f"{' '.join(error.format_message().split())} See --help.", None, debug=False)
+        text = " ".join(error.format_message().split()).rstrip(".")
+        _report(f"{text}. See --help.", None, debug=False)
     except GanscaleError as error:
         code = 2 if isinstance(error, ConfigError) else 1
         _report(str(error), error, debug=debug)
@@ -89,7 +91,7 @@ def _report(message: str, error: BaseException | None, *, debug: bool) -> None:
         import traceback
 
         traceback.print_exception(error)
-    print(f"ganscale: {message}", file=sys.stderr)
+    print(f"ganscale: {' '.join(message.splitlines())}", file=sys.stderr)
 
 
 def _brief(error: BaseException) -> str:

@@ -56,8 +56,9 @@ def sample(
     generator = load_generator(path, device=device)
     check_format(out, generator.info["model"]["img_channels"])
     if label is not None and label >= generator.num_classes:
-        known = f"0 to {generator.num_classes - 1}" if generator.num_classes else "no labels"
-        raise ConfigError(f"--label {label}: this generator knows {known}")
+        if not generator.num_classes:
+            raise ConfigError(f"--label {label}: this generator takes no labels: omit --label")
+        raise ConfigError(f"--label {label}: expected a class of 0 to {generator.num_classes - 1}")
     explorer = Explorer(generator, truncation_psi=truncation_psi)
     images = explorer.sample_seeds(list(range(seed, seed + num)), label=label)
     if suffix in GRID_FORMATS:

@@ -30,10 +30,9 @@ def train(
 ) -> None:
     """Train, or go on with the run of that name, from its newest checkpoint that verifies."""
     from ganscale.config import load_config
-    from ganscale.tracking.wandb_settings import check_environment
 
     settings = load_config(config, overrides or [])
-    check_environment(settings.tracking.wandb)
+    _check_surroundings(settings)
     if dry_run:
         _print_plan(settings)
         return
@@ -48,10 +47,9 @@ def resume(
     """Go on with a run from its newest checkpoint that verifies, at any number of workers."""
     from ganscale.config import parse_overrides
     from ganscale.launch.start import resume_config
-    from ganscale.tracking.wandb_settings import check_environment
 
     settings = resume_config(run, parse_overrides(overrides or []))
-    check_environment(settings.tracking.wandb)
+    _check_surroundings(settings)
     _run(settings)
 
 
@@ -64,6 +62,16 @@ def doctor(
 
     for name, value in findings(storage):
         typer.echo(f"{name:18} {value}")
+
+
+def _check_surroundings(config: Config) -> None:
+    """Refuse now what would end the run only after its shards have been built."""
+    from ganscale.tracking.wandb_settings import check_environment
+    from ganscale.world import check_cuda
+
+    check_environment(config.tracking.wandb)
+    if config.launch.use_gpu and config.launch.backend == "inprocess":
+        check_cuda("launch.use_gpu=true")
 
 
 def _run(config: Config) -> None:

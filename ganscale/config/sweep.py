@@ -181,8 +181,7 @@ class Sweep:
             file = SweepFile.model_validate(values)
         except ValidationError as error:
             names = list(SweepFile.model_fields)
-            told = "; ".join(explain(item, names) for item in error.errors())
-            raise ConfigError(f"{path}: {told}") from None
+            raise ConfigError(f"{path}: {explain(error.errors(), names)}") from None
         source = (
             path.parent / file.config if file.config.endswith((".yaml", ".yml")) else file.config
         )

@@ -107,7 +107,7 @@ def write_grid(image: Tensor, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with naming_file(path):
         _pillow(image).save(temporary, format=image_format, **options)
-    temporary.replace(path)
+        temporary.replace(path)
 
 
 def write_array(values: Tensor, path: Path) -> None:

@@ -86,8 +86,8 @@ def check_environment(setting: str) -> None:
         return
     problems = list(_problems())
     if problems:
-        advice = "change or unset it, or set tracking.wandb=disabled"
-        raise ConfigError(f"{'; '.join(problems)}: {advice}")
+        advice = "Change or unset what is named, or set tracking.wandb=disabled."
+        raise ConfigError(f"{'; '.join(problems)}. {advice}")
 
 
 def check_run_id(run_id: str, source: str) -> None:
