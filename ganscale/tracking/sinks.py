@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from ganscale.errors import naming_file
+
 __all__ = ["FAULTS", "WRONG", "EventLog", "FaultCounts", "JsonlSink", "NullSink", "Sink", "Sinks"]
 
 Row = Mapping[str, Any]
@@ -193,5 +195,6 @@ def _open_lines(path: Path) -> TextIO:
 
 
 def _write_line(file: TextIO, row: Row) -> None:
-    file.write(json.dumps(row) + "\n")
-    file.flush()
+    with naming_file(Path(file.name)):
+        file.write(json.dumps(row) + "\n")
+        file.flush()
