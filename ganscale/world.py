@@ -19,7 +19,7 @@ from ganscale.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["World", "launched_rank", "process_group"]
+__all__ = ["World", "check_cuda", "launched_rank", "process_group"]
 
 
 @dataclass(frozen=True)
@@ -51,21 +51,19 @@ class World:
     def detect(cls, device: str = "auto") -> World:
         """Read RANK, LOCAL_RANK and WORLD_SIZE (torchrun, Ray Train); one process without them.
 
-        `device` is "auto" (CUDA if there is one), "cpu" or "cuda". Raises `ConfigError` when CUDA
-        is asked for and absent.
+        `device` is "auto" (CUDA if there is one), "cpu" or "cuda". Raises `ConfigError` for
+        another name, and when CUDA is requested but unusable.
         """
         import torch
 
+        if device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device {device!r}: expected auto, cpu or cuda")
         rank = launched_rank()
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        has_cuda = torch.cuda.is_available()
-        if device == "cuda" and not has_cuda:
-            raise ConfigError(
-                "launch.use_gpu is true, but torch sees no CUDA device here. "
-                "Set launch.use_gpu=false or run on a machine with a GPU."
-            )
-        if device == "cpu" or not has_cuda:
+        if device == "cuda":
+            check_cuda("launch.use_gpu=true or --device cuda")
+        if device == "cpu" or not torch.cuda.is_available():
             return cls(rank, local_rank, world_size, "cpu")
         index = local_rank % torch.cuda.device_count()
         return cls(rank, local_rank, world_size, f"cuda:{index}")
@@ -74,6 +72,30 @@ class World:
 def launched_rank() -> int:
     """The rank that torchrun gave this process; 0 for one that was started alone."""
     return int(os.environ.get("RANK", "0"))
+
+
+def check_cuda(setting: str, *, index: int = 0) -> None:
+    """Raise `ConfigError` with the reason if torch cannot use CUDA device `index` here.
+
+    `setting` is what the user wrote to request the device; the message names it.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        if index < (count := torch.cuda.device_count()):
+            return
+        reason = f"this machine has {count} CUDA device(s), numbered from 0"
+    else:
+        try:
+            torch.cuda.init()
+            reason = "no CUDA device is visible (see CUDA_VISIBLE_DEVICES)"
+        except (RuntimeError, AssertionError) as error:  # "Found no NVIDIA driver", no CUDA build
+            reason = str(error).partition(". ")[0].strip()
+    raise ConfigError(
+        f"{setting}: torch {torch.__version__} cannot use this GPU: {reason}. Run where a GPU and "
+        "its driver are installed (nvidia-smi shows them), or use the CPU: --device cpu, "
+        "launch.use_gpu=false"
+    )
 
 
 @contextmanager

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ganscale import __version__
+from ganscale.errors import ConfigError, naming_file
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["JsonFile", "Overrides", "app", "stderr_console", "write_json"]
+__all__ = ["Device", "JsonFile", "Overrides", "app", "stderr_console", "write_json"]
+
+
+class _Commands(TyperGroup):
+    """Commands that print their help, with exit code 0, when nothing follows their name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args or ["--help"])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        # The groups below, such as `shards`, are found here, so they need no class of their own.
+        name, command, rest = super().resolve_command(ctx, args)
+        if isinstance(command, TyperGroup) and not rest:
+            rest = ["--help"]
+        return name, command, rest
+
 
 app = typer.Typer(
     name="ganscale",
-    help="Train GANs on images at cluster scale: exact resume, worker-independent order.",
-    no_args_is_help=True,
+    cls=_Commands,
+    help="Train GANs, VAEs, encoders and classifiers on images, at cluster scale.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -29,6 +47,19 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.field=value ...", show_default=False)
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")]
+
+
+def _check_device(device: str) -> str:
+    if device != "cpu":
+        from ganscale.world import check_cuda
+
+        if not re.fullmatch(r"cuda(:\d+)?", device):
+            raise ConfigError(f"--device {device}: expected cpu, cuda or cuda:N")
+        check_cuda(f"--device {device}", index=int(device.partition(":")[2] or 0))
+    return device
+
+
+Device = Annotated[str, typer.Option(callback=_check_device, help="cpu, cuda or cuda:N.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -52,7 +83,8 @@ def write_json(path: Path | None, values: Any) -> None:
     """For `JsonFile`: in a folder that need not be there."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values, indent=2) + "\n")
+        with naming_file(path):
+            path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def stderr_console() -> Console:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ganscale.cli.app import JsonFile, Overrides, app, stderr_console, write_json
+from ganscale.cli.app import Device, JsonFile, Overrides, app, stderr_console, write_json
 
 __all__: list[str] = []
 
@@ -20,7 +20,7 @@ app.add_typer(bench_app, name="bench")
 def bench_data(
     root: Annotated[str, typer.Argument(help="Folder or URL of a shard set.")],
     seconds: Annotated[float, typer.Option(min=0.1, help="How long each is measured.")] = 5.0,
-    device: Annotated[str, typer.Option(help="For the device cache: cpu, cuda.")] = "cpu",
+    device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
     """Images per second of each way to read a set, beside webdataset and torchvision."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ganscale.cli.app import JsonFile, app, stderr_console, write_json
+from ganscale.cli.app import Device, JsonFile, app, stderr_console, write_json
 from ganscale.errors import ConfigError, TrainingFault
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def tournament(
     num: Annotated[int, typer.Option(min=1, help="Images of each run, and real ones.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Decides samples and real images.")] = 0,
     json_file: JsonFile = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Rank runs: every discriminator judges every generator (generative adversarial metric)."""
     from ganscale.data.shards import ShardSet

@@ -13,9 +13,21 @@ from ganscale.cli.app import app, stderr_console, write_json
 __all__: list[str] = []
 
 
+def _check_project(name: str) -> str:
+    from ganscale.config.sections import valid_wandb_project
+    from ganscale.errors import ConfigError
+
+    try:
+        return valid_wandb_project(name)
+    except ValueError as error:
+        raise ConfigError(f"--project {name}: {error}") from None
+
+
 @app.command("dashboard", epilog="Example: ganscale dashboard --project ganscale --group sweep-1")
 def dashboard(
-    project: Annotated[str, typer.Option(help="W&B project.")] = "ganscale",
+    project: Annotated[
+        str, typer.Option(callback=_check_project, help="W&B project.")
+    ] = "ganscale",
     entity: Annotated[
         str | None, typer.Option(help="User or team; WANDB_ENTITY, else the key's.")
     ] = None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ganscale.cli.app import app, stderr_console
+from ganscale.cli.app import Device, app, stderr_console
 from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ _Psi = Annotated[
 ]
 _Scale = Annotated[int, typer.Option(min=1, help="Magnify the pixels so many times.")]
 _Label = Annotated[int | None, typer.Option(min=0, help="Class of all; else the seed decides it.")]
-_Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 
 
 @app.command(
@@ -49,7 +48,7 @@ def interpolate(
         Path, typer.Option(help=".png: a strip; .gif, .webp or .apng: animated.")
     ] = Path("strip.png"),
     scale: _Scale = 2,
-    device: _Device = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Go from image to image through latents, or from class to class."""
     from ganscale.generation.interpolation import class_frames, frames_between, lerp, slerp
@@ -86,7 +85,7 @@ def directions(
         "directions.png"
     ),
     scale: _Scale = 2,
-    device: _Device = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Move images along the directions that the weights say change them most (SeFa)."""
     import torch
@@ -120,7 +119,7 @@ def mix(
         "mix.png"
     ),
     scale: _Scale = 2,
-    device: _Device = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Mix the styles of images, where the generator has them (StyleGAN2)."""
     import torch
@@ -151,7 +150,7 @@ def nearest(
         "nearest.png"
     ),
     scale: _Scale = 2,
-    device: _Device = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Show generated images beside the training images most like them."""
     import torch

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ganscale.cli.app import app
+from ganscale.cli.app import Device, app
 from ganscale.errors import ConfigError
 
 __all__: list[str] = []
@@ -19,7 +19,10 @@ def sample(
     num: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first; then +1.")] = 0,
     out: Annotated[
-        Path, typer.Option(help="A .png grid, all in one .npy, or a folder of single ones.")
+        Path,
+        typer.Option(
+            help="A grid as .png or .jpg, an array as .npy, or a folder for single images."
+        ),
     ] = Path("samples.png"),
     label: Annotated[
         int | None, typer.Option(min=0, help="Class of all images; else the seed decides it.")
@@ -28,25 +31,39 @@ def sample(
         float | None,
         typer.Option(help="With w: 0 to 1, pull to its mean; else: largest |z| element."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Draw images from a snapshot; a seed's image is always the same.
 
-    Arrays of floats are drawn in colours in a .png; .npy files hold them in their own units.
+    Arrays of floats are drawn in colours in a grid; .npy files hold them in their own units.
     """
     from ganscale.generation.exploring import Explorer
-    from ganscale.generation.pictures import as_pictures, write_array, write_picture
+    from ganscale.generation.pictures import (
+        GRID_FORMATS,
+        as_pictures,
+        check_format,
+        write_array,
+        write_picture,
+    )
     from ganscale.generation.sampling import load_generator, save_grid
 
+    suffix = out.suffix.lower()
+    if suffix and suffix not in (*GRID_FORMATS, ".npy") and not out.is_dir():
+        raise ConfigError(
+            f"--out {out}: unknown suffix {out.suffix!r}; expected {', '.join(GRID_FORMATS)}, "
+            ".npy, or a folder, which has none"
+        )
     generator = load_generator(path, device=device)
+    check_format(out, generator.info["model"]["img_channels"])
     if label is not None and label >= generator.num_classes:
-        known = f"0 to {generator.num_classes - 1}" if generator.num_classes else "no labels"
-        raise ConfigError(f"--label {label}: this generator knows {known}")
+        if not generator.num_classes:
+            raise ConfigError(f"--label {label}: this generator takes no labels: omit --label")
+        raise ConfigError(f"--label {label}: expected a class of 0 to {generator.num_classes - 1}")
     explorer = Explorer(generator, truncation_psi=truncation_psi)
     images = explorer.sample_seeds(list(range(seed, seed + num)), label=label)
-    if out.suffix == ".png":
+    if suffix in GRID_FORMATS:
         save_grid(as_pictures(images, generator.values), out)
-    elif out.suffix == ".npy":
+    elif suffix == ".npy":
         write_array(images, out)
     else:
         for offset, image in enumerate(images):

@@ -10,6 +10,7 @@ import typer
 
 from ganscale.cli.app import Overrides, app
 from ganscale.cli.training import PRESETS
+from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from ganscale.launch.ray_jobs import Job, Jobs
@@ -19,9 +20,18 @@ __all__: list[str] = []
 job_app = typer.Typer(help="Look after runs on a Ray cluster.", no_args_is_help=True)
 app.add_typer(job_app, name="job")
 
+
+def _check_address(address: str) -> str:
+    scheme, separator, _ = address.partition("://")
+    if separator and scheme not in ("http", "https"):
+        raise ConfigError(f"--address {address}: expected http://HOST:8265, the dashboard's URL")
+    return address
+
+
 Address = Annotated[
     str,
     typer.Option(
+        callback=_check_address,
         envvar="RAY_API_SERVER_ADDRESS",
         help="The cluster's dashboard, such as http://HEAD:8265.",
     ),

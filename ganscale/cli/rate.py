@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ganscale.cli.app import app, stderr_console
+from ganscale.cli.app import Device, app, stderr_console
 from ganscale.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def rate(
     seed: Annotated[int, typer.Option(min=0, help="Of images and order.")] = 0,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8765,
     host: Annotated[str, typer.Option(help="Address to serve at.")] = "127.0.0.1",
-    device: Annotated[str, typer.Option(help="Draws images: cpu, cuda or cuda:N.")] = "cpu",
+    device: Device = "cpu",
     reveal: Annotated[
         bool, typer.Option("--reveal", help="Tell raters at the end how they did.")
     ] = False,

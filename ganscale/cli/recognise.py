@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ganscale.cli.app import JsonFile, app, stderr_console, write_json
+from ganscale.cli.app import Device, JsonFile, app, stderr_console, write_json
 from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ _Train = Annotated[
 ]
 _Test = Annotated[str, typer.Option(help="Labelled images that nothing was trained on.")]
 _Seeds = Annotated[int, typer.Option(min=1, help="Repeats, for the intervals.")]
-_Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 
 
 @recognise.command(
@@ -39,7 +38,7 @@ def probe(
     train: _Train = None,
     num: Annotated[int, typer.Option(min=10, help="Labelled images to train on.")] = 10_000,
     seeds: _Seeds = 3,
-    device: _Device = "cpu",
+    device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
     """Linear classifier on the discriminator's features, on an untrained one's, and on pixels."""
@@ -101,7 +100,7 @@ def augment(
     generated: Annotated[int, typer.Option(min=1, help="Images to add.")] = 10_000,
     passes: Annotated[int, typer.Option(min=1, help="Images passed in each training.")] = 250_000,
     seeds: _Seeds = 3,
-    device: _Device = "cpu",
+    device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
     """Train a classifier on few real images, and on those and generated ones."""
@@ -159,7 +158,7 @@ def augment(
 def semi_supervised(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, of any seeds.")],
     test: _Test,
-    device: _Device = "cpu",
+    device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
     """Test the classifiers of semi-supervised runs, with the game and from labels alone.

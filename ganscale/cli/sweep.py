@@ -25,8 +25,10 @@ def sweep(
     The same command goes on with a sweep that was interrupted. docs/sweeps.md describes the file.
     """
     from ganscale.config.sweep import Sweep
+    from ganscale.tracking.wandb_settings import check_environment
 
     checked = Sweep.load(file)
+    check_environment(checked.base.tracking.wandb)
     if dry_run:
         from ganscale.launch.sweep_table import settings_text
 

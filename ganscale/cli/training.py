@@ -42,6 +42,7 @@ def train(
     from ganscale.config import load_config
 
     settings = load_config(config, overrides or [])
+    _check_surroundings(settings)
     if dry_run:
         _print_plan(settings)
         return
@@ -58,7 +59,9 @@ def resume(
     from ganscale.config import parse_overrides
     from ganscale.launch.start import resume_config
 
-    _run(resume_config(run, parse_overrides(overrides or [])), take_over=take_over)
+    settings = resume_config(run, parse_overrides(overrides or []))
+    _check_surroundings(settings)
+    _run(settings, take_over=take_over)
 
 
 @app.command(epilog="Example: ganscale doctor --storage runs")
@@ -70,6 +73,16 @@ def doctor(
 
     for name, value in findings(storage):
         typer.echo(f"{name:18} {value}")
+
+
+def _check_surroundings(config: Config) -> None:
+    """Refuse now what would end the run only after its shards have been built."""
+    from ganscale.tracking.wandb_settings import check_environment
+    from ganscale.world import check_cuda
+
+    check_environment(config.tracking.wandb)
+    if config.launch.use_gpu and config.launch.backend == "inprocess":
+        check_cuda("launch.use_gpu=true")
 
 
 def _run(config: Config, *, take_over: bool) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from ganscale.config.messages import nearest
+from ganscale.config.messages import abbreviated, nearest
 from ganscale.config.run import Config, merged, validated
-from ganscale.errors import ConfigError
+from ganscale.errors import ConfigError, naming_file
 
-__all__ = ["load_config", "parse_overrides", "preset_names"]
+__all__ = ["load_config", "parse_overrides", "preset_names", "read_yaml"]
 
 
 def preset_names() -> list[str]:
@@ -28,14 +28,30 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     A preset's run is called after it unless `name` is set. Raises `ConfigError` with one line.
     """
     text, default_name = _read(source)
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml(text, source)
+    if values is None:
+        values = {}
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: expected sections of fields, got {type(values).__name__}")
     values.setdefault("name", default_name)
     return validated(merged(values, parse_overrides(overrides)))
+
+
+def read_yaml(text: str, source: str | Path) -> Any:
+    """The value of a YAML document; `source` names it in errors.
+
+    Raises `ConfigError` with one line if it is not valid YAML, or if a mapping has a key twice,
+    of which YAML would silently take the last.
+    """
+    try:
+        return yaml.load(text, _UniqueKeyLoader)
+    except _DuplicateKeyError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: not valid YAML: nested too deeply") from None
+    # The constructors of dates and numbers raise ValueError: 2001-99-99, 5,000 digits.
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -44,12 +60,38 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     for item in overrides:
         name, equals, value = item.partition("=")
         if not equals or not name:
-            raise ConfigError(f"expected section.field=value, got {item!r}")
+            raise ConfigError(f"expected section.field=value, got {abbreviated(item)}")
         try:
-            changes[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            changes[name] = yaml.load(value, _UniqueKeyLoader)
+        except _DuplicateKeyError as error:
+            raise ConfigError(f"{abbreviated(item)}: {error}") from None
+        except (yaml.YAMLError, ValueError, RecursionError):  # a path or a name need not be YAML
             changes[name] = value
     return changes
+
+
+class _DuplicateKeyError(Exception):
+    """A key that stands twice in one mapping of a YAML document."""
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe loading that refuses a key that stands twice in one mapping."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here merge keys (<<) are not resolved yet, which may rightly repeat a key.
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise _DuplicateKeyError(
+                    f"{abbreviated(key.value)} stands twice, in lines {lines[key.value]} and "
+                    f"{line}: keep one of them"
+                )
+            lines[key.value] = line
+        return node
 
 
 def _read(source: str | Path) -> tuple[str, str]:
@@ -58,14 +100,15 @@ def _read(source: str | Path) -> tuple[str, str]:
         if not path.is_file():
             raise ConfigError(f"no such config file: {path}")
         try:
-            return path.read_text(encoding="utf-8"), path.stem
+            with naming_file(path):
+                return path.read_text(encoding="utf-8"), path.stem
         except UnicodeDecodeError:
             raise ConfigError(f"{path} is not a text file; expected YAML in UTF-8") from None
     if str(source) not in preset_names():
         hint = nearest(str(source), preset_names())
         raise ConfigError(
-            f"no preset named {source!r}{hint}. Presets: {', '.join(preset_names())}; "
-            "or give a path that ends in .yaml"
+            f"no preset named {abbreviated(str(source))}{hint}. "
+            f"Presets: {', '.join(preset_names())}; or give a path that ends in .yaml"
         )
     preset = resources.files("ganscale") / "presets" / f"{source}.yaml"
     return preset.read_text(encoding="utf-8"), str(source)

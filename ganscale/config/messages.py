@@ -6,28 +6,62 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["explain", "nearest", "unknown_field"]
+__all__ = ["abbreviated", "explain", "nearest", "unknown_field"]
+
+_MAX_SHOWN = 120
+"""Characters of a value that a message shows."""
 
 
-def explain(item: Any, names: Sequence[str]) -> str:
-    """One of pydantic's errors in our words; `names` are the valid fields."""
+def explain(items: Sequence[Any], names: Sequence[str]) -> str:
+    """pydantic's errors in one line of our words; `names` are the valid fields."""
+    reasons: dict[str, dict[str, None]] = {}
+    for item in items:
+        subject, reason = _explain_one(item, names)
+        # A value that fits no type of a union has an error for each of them.
+        reasons.setdefault(subject, {})[reason] = None
+    return "; ".join(
+        subject + (f": {', or '.join(texts)}" if any(texts) else "")
+        for subject, texts in reasons.items()
+    )
+
+
+def _explain_one(item: Any, names: Sequence[str]) -> tuple[str, str]:
+    """What is wrong, and the reason; the reason is empty where the first says it."""
     place = [str(part) for part in item["loc"]]
-    if len(place) > 1 and place[0] == "model":
-        del place[1]  # which architecture
+    if len(place) > 1 and place[0] in ("model", "method"):
+        del place[1]  # which architecture or method
     name = ".".join(place)
     message: str = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        return unknown_field(name, names)
+        return unknown_field(name, names), ""
     if item["type"] == "union_tag_invalid":
-        return f"model.name={item['ctx']['tag']!r}: expected {item['ctx']['expected_tags']}"
-    if item["type"] == "value_error" and len(place) < 2:
-        return message  # of a section or of the whole: it names its fields itself
-    return f"{name}={item['input']!r}: {message[0].lower()}{message[1:]}"
+        tag, expected = item["ctx"]["tag"], item["ctx"]["expected_tags"]
+        return f"{name}.name={abbreviated(tag)}", f"expected {expected}"
+    if item["type"] == "missing":
+        return f"{name} is required", ""
+    if item["type"] == "value_error" and len(place) < 2 and name not in names:
+        return message, ""  # of a section or of the whole: it names its fields itself
+    # What follows a field's name is pydantic's: a member of a union, a place in a list.
+    ends = [end for end in range(len(place), 0, -1) if ".".join(place[:end]) in names]
+    name = ".".join(place[: ends[0]]) if ends else name
+    return f"{name}={abbreviated(item['input'])}", f"{message[0].lower()}{message[1:]}"
 
 
 def unknown_field(name: str, names: Sequence[str]) -> str:
     """That there is no such field, and which is like it."""
-    return f"unknown field {name!r}{nearest(name, names)}"
+    if name in names:  # as a key of a file, where fields stand inside their sections
+        section, _, field = name.rpartition(".")
+        return f"field {name!r} must stand inside its section: {section}: {{{field}: ...}}"
+    return f"unknown field {abbreviated(name)}{nearest(name, names)}"
+
+
+def abbreviated(value: Any) -> str:
+    """The value as Python writes it, on one line, cut off where it is long."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply; an integer of too many digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:

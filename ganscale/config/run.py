@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from ganscale.config.combinations import impossible
 from ganscale.config.messages import explain, unknown_field
@@ -34,10 +35,19 @@ from ganscale.errors import ConfigError
 __all__ = ["Config", "field_names", "merged", "validated"]
 
 
+def _valid_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
+        raise ValueError(
+            "expected at most 128 letters, digits, '.', '_' and '-', of which the first is a "
+            "letter or a digit"
+        )
+    return name
+
+
 class Config(Section):
     """Everything that defines a run."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Annotated[str, AfterValidator(_valid_name)] = "run"
     """Name of the run and of its folder."""
     storage: str = "runs"
     """Folder that holds the runs."""
@@ -141,6 +151,4 @@ def validated(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        names = list(field_names())
-        messages = [explain(item, names) for item in error.errors()]
-        raise ConfigError("; ".join(messages)) from None
+        raise ConfigError(explain(error.errors(), list(field_names()))) from None

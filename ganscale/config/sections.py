@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
 
 from ganscale.config.schedule import Schedule, within
 from ganscale.config.section import Section
@@ -24,6 +24,7 @@ __all__ = [
     "SamplesConfig",
     "TrackingConfig",
     "TrainingConfig",
+    "valid_wandb_project",
 ]
 
 
@@ -38,6 +39,15 @@ MetricName = Literal[
     "frechet_per_class",
     "c2st_1nn",
 ]
+
+
+def valid_wandb_project(name: str) -> str:
+    """The name of a W&B project; raises `ValueError` for one that wandb would refuse."""
+    if not 1 <= len(name) <= 128 or set(name) & set("/\\#?%:\r\n"):
+        raise ValueError(
+            "a W&B project has 1 to 128 characters, and none of / \\ # ? % : or line breaks"
+        )
+    return name
 
 
 class DataConfig(Section):
@@ -239,9 +249,12 @@ class SamplesConfig(Section):
 class TrackingConfig(Section):
     """Who is told what happens. metrics.jsonl and events.jsonl are always written."""
 
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto is online where an API key is known, else offline."""
-    project: str = "ganscale"
+    wandb: Annotated[
+        Literal["auto", "online", "offline", "disabled"],
+        BeforeValidator(lambda mode: "auto" if mode in (None, "") else mode),
+    ] = "auto"
+    """auto, or nothing, is WANDB_MODE, else online where an API key is known, else offline."""
+    project: Annotated[str, AfterValidator(valid_wandb_project)] = "ganscale"
     """W&B project."""
     log_every_kimg: float = Field(2.0, gt=0)
     """Distance between rows of metrics."""

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
-from ganscale.config.loading import load_config
+from ganscale.config.loading import load_config, read_yaml
 from ganscale.config.messages import explain, unknown_field
 from ganscale.config.run import Config, field_names
 from ganscale.config.schedule import Schedule
@@ -166,12 +165,12 @@ class Sweep:
         """Read and check a file. Raises `ConfigError` with one line that says what is wrong."""
         path = Path(source).expanduser()
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise ConfigError(f"no such sweep file: {path}") from None
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-        return cls.of(values, path)
+        except UnicodeDecodeError:
+            raise ConfigError(f"{path} is not a text file; expected YAML in UTF-8") from None
+        return cls.of(read_yaml(text, path), path)
 
     @classmethod
     def of(cls, values: Any, path: Path) -> Self:
@@ -182,8 +181,7 @@ class Sweep:
             file = SweepFile.model_validate(values)
         except ValidationError as error:
             names = list(SweepFile.model_fields)
-            told = "; ".join(explain(item, names) for item in error.errors())
-            raise ConfigError(f"{path}: {told}") from None
+            raise ConfigError(f"{path}: {explain(error.errors(), names)}") from None
         source = (
             path.parent / file.config if file.config.endswith((".yaml", ".yml")) else file.config
         )

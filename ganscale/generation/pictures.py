@@ -1,4 +1,4 @@
-"""Images laid out and written: grids as PNG, frames as GIF, WebP or APNG."""
+"""Images laid out and written: grids as PNG or JPEG, frames as GIF, WebP or APNG."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ from PIL import Image
 from torch import Tensor
 
 from ganscale.data.values import PIXELS, ValueRange
-from ganscale.errors import ConfigError
+from ganscale.errors import ConfigError, naming_file
 
 __all__ = [
     "ANIMATED",
+    "GRID_FORMATS",
     "as_pictures",
+    "check_format",
     "cubehelix",
     "lay_out",
     "write_animation",
     "write_array",
+    "write_grid",
     "write_picture",
 ]
+
+GRID_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+"""How a grid is written, by the suffix of its name in lower case."""
 
 ANIMATED = {".gif": "GIF", ".webp": "WEBP", ".apng": "PNG"}
 _WHITE = 255
@@ -74,13 +80,40 @@ def write_picture(image: Tensor, path: Path) -> None:
     if path.suffix != ".png":
         raise ConfigError(f"--out {path}: expected a name that ends in .png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _pillow(image).save(path, format="PNG")
+    with naming_file(path):
+        _pillow(image).save(path, format="PNG")
+
+
+def check_format(path: Path, channels: int) -> None:
+    """Raise `ConfigError` if the format of `path` cannot hold images of so many channels."""
+    if GRID_FORMATS.get(path.suffix.lower()) == "JPEG" and channels == 4:
+        raise ConfigError(
+            f"{path}: JPEG has no transparency, and these images are RGBA (4 channels): "
+            "choose a name that ends in .png"
+        )
+
+
+def write_grid(image: Tensor, path: Path) -> None:
+    """Write uint8 (C, H, W) with 1, 3 or 4 channels, completely or not at all.
+
+    The suffix of `path` chooses the format (`GRID_FORMATS`, PNG for another one). Raises
+    `ConfigError` for RGBA as JPEG.
+    """
+    check_format(path, image.shape[0])
+    image_format = GRID_FORMATS.get(path.suffix.lower(), "PNG")
+    # Pillow's defaults for JPEG halve the colour resolution, which blurs images this small.
+    options = {"quality": 95, "subsampling": 0} if image_format == "JPEG" else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with naming_file(path):
+        _pillow(image).save(temporary, format=image_format, **options)
+        temporary.replace(path)
 
 
 def write_array(values: Tensor, path: Path) -> None:
     """Write values of any shape as an .npy file, for `numpy.load`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with naming_file(path), path.open("wb") as file:
         np.save(file, values.numpy(), allow_pickle=False)
 
 
@@ -89,15 +122,16 @@ def write_animation(frames: Tensor, path: Path, *, frame_ms: int = 60) -> None:
     pictures = [_pillow(frame) for frame in frames]
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {"lossless": True} if path.suffix == ".webp" else {}
-    pictures[0].save(
-        path,
-        format=ANIMATED.get(path.suffix, "PNG"),
-        save_all=True,
-        append_images=pictures[1:],
-        duration=frame_ms,
-        loop=0,
-        **options,
-    )
+    with naming_file(path):
+        pictures[0].save(
+            path,
+            format=ANIMATED.get(path.suffix, "PNG"),
+            save_all=True,
+            append_images=pictures[1:],
+            duration=frame_ms,
+            loop=0,
+            **options,
+        )
 
 
 def _pillow(image: Tensor) -> Image.Image:

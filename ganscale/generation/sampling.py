@@ -26,6 +26,7 @@ import ganscale
 from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import CheckpointError
 from ganscale.generation.latents import seeded_labels, seeded_latents
+from ganscale.generation.pictures import write_grid
 from ganscale.models import build_classifier, build_encoder, build_generator
 from ganscale.models.classifying import ClassifyingDiscriminator
 from ganscale.run_directory import RunDirectory
@@ -178,7 +179,8 @@ def load_generator(path: str | Path, *, device: str = "cpu") -> SampleableGenera
         model = build_generator(info["model"])
         model.load_state_dict({name: t for name, t in weights.items() if "/" not in name})
         values = ValueRange.parse(info.get("values"))
-        return SampleableGenerator(model.to(device), spec=info["model"], info=info, values=values)
+    # Outside of the block, whose errors blame the snapshot: a device may be unusable.
+    return SampleableGenerator(model.to(device), spec=info["model"], info=info, values=values)
 
 
 def load_encoder(path: str | Path, *, device: str = "cpu") -> nn.Module | None:
@@ -193,7 +195,7 @@ def load_encoder(path: str | Path, *, device: str = "cpu") -> nn.Module | None:
             return None
         model = build_encoder(info["model"])
         model.load_state_dict(state)
-        return model.to(device).eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def load_classifier(path: str | Path, *, device: str = "cpu") -> ClassifyingDiscriminator | None:
@@ -208,7 +210,7 @@ def load_classifier(path: str | Path, *, device: str = "cpu") -> ClassifyingDisc
             return None
         model = build_classifier(info["model"] | {"num_classes": len(state["head.weight"])})
         model.load_state_dict(state)
-        return model.to(device).eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def snapshot_classes(path: str | Path) -> tuple[str, ...]:
@@ -251,15 +253,14 @@ def _sha256(weights: Mapping[str, Tensor]) -> str:
 
 
 def save_grid(images: Tensor, path: Path, *, columns: int | None = None, padding: int = 1) -> None:
-    """Write uint8 images (N, C, H, W) as one PNG, near square unless `columns` says otherwise."""
-    from torchvision.utils import make_grid, save_image
+    """Write uint8 images (N, C, H, W) as one picture, as `write_grid` does.
+
+    The grid is nearly square unless `columns` says otherwise.
+    """
+    from torchvision.utils import make_grid
 
     columns = columns or max(1, round(len(images) ** 0.5))
-    grid = make_grid(images.float() / 255, nrow=columns, padding=padding)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_image(grid, temporary, format="png")
-    temporary.replace(path)
+    write_grid(make_grid(images, nrow=columns, padding=padding), path)
 
 
 def snapshot_file(path: Path) -> Path:

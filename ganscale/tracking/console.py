@@ -10,6 +10,7 @@ import json
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -26,6 +27,8 @@ from ganscale.tracking.sinks import WRONG
 __all__ = ["RunFollower", "counting", "parts", "stderr_console"]
 
 _POLL_SECONDS = 0.3
+_LINE_SECONDS = 25.0
+"""Between two lines about a task where there is no terminal: at least one every half minute."""
 
 
 class RunFollower(AbstractContextManager["RunFollower"]):
@@ -137,41 +140,102 @@ def _each(row: dict[str, Any], prefix: str) -> str:
     return "/".join(f"{row[name]:g}" for name in sorted(row) if name.startswith(prefix))
 
 
+class _LineReporter:
+    """Shows tasks without a terminal: a line at the start of each, and one at least every 30 s.
+
+    The lines come from a thread, so that a task which reports nothing for minutes, such as one
+    slow file, is not taken for a hang.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._task: _Task | None = None
+        self._thread = threading.Thread(target=self._repeat, name="progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def start_task(self, description: str, total: int | None) -> Callable[[int], None]:
+        """Report another task from now on; returns what takes how many more are done."""
+        task = _Task(description, total)
+        with self._lock:
+            self._task = task
+        self._print(description if total is None else f"{description} ({total})")
+        return task.advance
+
+    def _repeat(self) -> None:
+        while not self._stop.wait(_LINE_SECONDS):
+            with self._lock:
+                task = self._task
+            if task is not None:
+                self._print(task.describe())
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class _Task:
+    """A task that a `_LineReporter` shows."""
+
+    def __init__(self, description: str, total: int | None) -> None:
+        self._description = description
+        self._total = total
+        self._done = 0
+        self._began = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self._done += count
+
+    def describe(self) -> str:
+        """How far the task is, and for how long it has run."""
+        elapsed = timedelta(seconds=round(time.monotonic() - self._began))
+        if self._total is None:
+            return f"{self._description}: {self._done} done after {elapsed}"
+        share = self._done / max(1, self._total)
+        return f"{self._description}: {self._done} of {self._total} ({share:.0%}) after {elapsed}"
+
+
 @contextmanager
-def counting(description: str, total: int | None, console: Console) -> Iterator[Any]:
+def counting(
+    description: str, total: int | None, console: Console
+) -> Iterator[Callable[[int], None]]:
     """A progress bar over `total` things; yields a function that takes how many more are done."""
-    progress = Progress(console=console, disable=not console.is_terminal)
-    if not console.is_terminal:
-        known = "" if total is None else f" ({total})"
-        console.print(f"{description}{known}", highlight=False)
-    with progress:
-        task = progress.add_task(description, total=total)
-        yield lambda count: progress.advance(task, count)
+    with parts(console) as start_task:
+        yield start_task(description, total)
 
 
 @contextmanager
 def parts(console: Console | None) -> Iterator[Callable[[str, int | None], Callable[[int], None]]]:
-    """A progress bar for each part of a long work, one after the other; none without a console.
+    """A progress bar for each part of long work, one after the other; none without a console.
 
-    Yields a function that is told of a part and of how many things it has, if that is known; what
-    it returns is told how many more are done.
+    Where the console is not a terminal, lines appear instead: one for each part, and one at least
+    every half minute. Yields a function that starts a part, given its description and its number
+    of things if that is known, and returns a function that takes how many more are done.
     """
     if console is None:
         yield lambda description, total: lambda count: None
         return
-    progress = Progress(console=console, disable=not console.is_terminal)
+    if not console.is_terminal:
+        with _LineReporter(console) as reporter:
+            yield reporter.start_task
+        return
+    progress = Progress(console=console)
 
-    def begin(description: str, total: int | None) -> Callable[[int], None]:
-        if not console.is_terminal:
-            known = "" if total is None else f" ({total})"
-            console.print(f"{description}{known}", highlight=False, soft_wrap=True)
+    def start_task(description: str, total: int | None) -> Callable[[int], None]:
         for earlier in progress.tasks:
             progress.update(earlier.id, total=earlier.total or 1, completed=earlier.total or 1)
         task = progress.add_task(description, total=total)
         return lambda count: progress.advance(task, count)
 
     with progress:
-        yield begin
+        yield start_task
 
 
 def stderr_console() -> Console:

@@ -1,7 +1,7 @@
 """The W&B workspace and report of a project: panels for what every run logs.
 
-What is shown is a table of names here, and the names are those of rows, so nothing needs editing.
-wandb-workspaces makes of it what W&B stores.
+The panels are a table of the names of a row's columns, from which wandb-workspaces makes what W&B
+stores. A test compares the table with what runs of all training methods log, in both directions.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from ganscale.errors import ConfigError
 
 __all__ = [
     "SECTIONS",
+    "WITHOUT_PANEL",
     "Curve",
     "Pictures",
     "Section",
@@ -27,17 +28,33 @@ __all__ = [
 _TIMEOUT_SECONDS = 30
 
 
+_ADVERSARIAL = ("gan", "vae-gan", "encoder", "bigan", "semi-supervised")
+_AUTOENCODING = ("vae", "vae-gan", "encoder")
+_ALL = ("gan", "vae", "vae-gan", "encoder", "bigan", "semi-supervised")
+
+WITHOUT_PANEL = {
+    "step": "the axis over which W&B stores a run",
+    "nimg": "the horizontal axis of every panel",
+    "attempt": "an attempt begins where faults/resume or faults/rollback steps up",
+    "time/unix": "W&B stores the time of each row itself",
+}
+"""Columns that no panel shows, and why."""
+
+
 @dataclass(frozen=True)
 class Curve:
     """Lines over the position; names that a run does not log are left out by W&B.
 
-    `regex` is for families of names whose members differ from run to run.
+    `regex` is for families of names whose members differ from run to run. `methods` are the
+    training methods whose runs log at least one of the names, if what it shows is switched on.
     """
 
     title: str
     names: tuple[str, ...] = ()
     regex: str | None = None
     is_logarithmic: bool = False
+    methods: tuple[str, ...] = _ALL
+    needs_gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,8 +88,19 @@ SECTIONS = (
         "Where a fault's count steps up, look for what the curves do there.",
         (
             Curve("losses", ("train/loss_D", "train/loss_G", "train/loss_E")),
-            Curve("logits", ("train/real_logits", "train/fake_logits")),
-            Curve("penalties", regex=r"train/.*_penalty"),
+            Curve("logits", ("train/real_logits", "train/fake_logits"), methods=_ADVERSARIAL),
+            Curve("penalties", regex=r"train/penalty_.*", methods=_ADVERSARIAL),
+            Curve(
+                "reconstruction and divergence",
+                ("train/squared_error", "train/kl", "train/fooling"),
+                is_logarithmic=True,
+                methods=_AUTOENCODING,
+            ),
+            Curve(
+                "classification of the labelled images",
+                ("train/cross_entropy", "train/accuracy"),
+                methods=("semi-supervised",),
+            ),
             _FAULTS,
         ),
     ),
@@ -82,6 +110,10 @@ SECTIONS = (
         (
             Curve("distances", regex=r"metrics/(fid|fd|kid|kd).*"),
             Curve("precision and recall", regex=r"metrics/(precision|recall|density|coverage).*"),
+            Curve(
+                "inception score, authenticity, two-sample tests",
+                regex=r"metrics/(inception_score|authenticity|c2st).*",
+            ),
             Curve("diversity", ("metrics/diversity",)),
             Table("evaluations"),
         ),
@@ -94,7 +126,7 @@ SECTIONS = (
             Curve("gradient norms", regex=r"train/grad_norm_.", is_logarithmic=True),
             Curve("loss scales", regex=r"train/loss_scale_.", is_logarithmic=True),
             Curve("skipped steps", regex=r"train/skips_."),
-            Curve("augmentation", ("train/augment_p",)),
+            Curve("augmentation", ("train/augment_p",), methods=_ADVERSARIAL),
         ),
     ),
     Section(
@@ -106,7 +138,9 @@ SECTIONS = (
             Curve("wait for data, by worker", regex=r"workers/.*/data_wait_seconds"),
             Curve("memory, by worker", regex=r"workers/.*/memory_gib"),
             Curve("processor, by worker", regex=r"workers/.*/cpu_percent"),
-            Curve("GPU memory, by worker", regex=r"workers/.*/gpu_memory_gib"),
+            Curve("GPU memory, by worker", regex=r"workers/.*/gpu_memory_gib", needs_gpu=True),
+            Curve("peak GPU memory of rank 0", ("gpu/peak_memory_gib",), needs_gpu=True),
+            Curve("damaged samples left out", ("data/num_skipped",)),
         ),
     ),
     Section("Faults", "What went wrong, and what was done.", (_FAULTS, Table("events"))),

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from ganscale.errors import naming_file
 from ganscale.run_directory import locked, open_lines
 
 __all__ = ["FAULTS", "WRONG", "EventLog", "FaultCounts", "JsonlSink", "NullSink", "Sink", "Sinks"]
@@ -183,6 +184,6 @@ class FaultCounts:
 
 
 def _write_line(file: TextIO, row: Row) -> None:
-    with locked(file):
+    with naming_file(Path(file.name)), locked(file):
         file.write(json.dumps(row) + "\n")
         file.flush()

@@ -5,7 +5,7 @@
 Reads a JSON object a line from standard input: first what to begin the run with, then what to
 log, last {"do": "close"}. Answers on standard output, a JSON object a line: which mode the run is
 in, and what could not be done. It ends when the other side is gone. Where W&B cannot be reached in
-time it goes on offline.
+time it goes on offline. Where W&B cannot be used at all it says why and ends.
 """
 
 from __future__ import annotations
@@ -45,7 +45,12 @@ def main() -> None:
     begun = os.environ.pop(_AGAIN_VARIABLE, "") or _first_line()
     if not begun:
         return
-    holder = _Holder(json.loads(begun), answers)
+    try:
+        holder = _Holder(json.loads(begun), answers)
+    except Exception as error:  # wandb refuses a setting; the disk is full
+        failure = f"it could not begin an offline run: {_brief(error)}"
+        _answer(answers, failure=failure, hopeless=True)
+        raise
     for line in iter(sys.stdin.buffer.readline, b""):
         message = json.loads(line)
         if message["do"] == "close":
@@ -172,6 +177,9 @@ class _Holder:
     def _do(self, message: dict[str, Any]) -> None:
         try:
             getattr(self, f"_do_{message['do']}")(message)
+        except ConnectionError as error:  # to wandb's own process, not to the server
+            self._tell(failure=f"wandb-core is gone: {_brief(error)}")
+            os._exit(1)
         except Exception as error:
             self._tell(problem=f"W&B: {message['do']} was not logged ({_brief(error)})")
 
@@ -214,8 +222,12 @@ class _Holder:
         return False
 
     def _tell(self, **what: Any) -> None:
-        with suppress(OSError):  # nobody hears it any more; what was sent before is still logged
-            self._answers.write(json.dumps(what) + "\n")
+        _answer(self._answers, **what)
+
+
+def _answer(answers: TextIO, **what: Any) -> None:
+    with suppress(OSError):  # nobody hears it any more; what was sent before is still logged
+        answers.write(json.dumps(what) + "\n")
 
 
 def _kill_service() -> None:

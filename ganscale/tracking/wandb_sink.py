@@ -12,55 +12,42 @@ import fcntl
 import json
 import os
 import secrets
-import select
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlparse
+from typing import Any
 
 import psutil
 
-from ganscale.errors import ConfigError
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.sinks import FAULTS, FaultCounts, NullSink, Row
-
-__all__ = ["ARTIFACTS_VARIABLE", "WandbSink", "resolve_mode", "variables"]
-
-ARTIFACTS_VARIABLE = "GANSCALE_WANDB_ARTIFACTS"
-"""Which snapshots become artifacts: none (the default), best or all."""
-
-_VARIABLES = (
-    "WANDB_BASE_URL",
-    "WANDB_ENTITY",
-    "WANDB_FINISH_TIMEOUT",
-    "WANDB_INIT_TIMEOUT",
-    "WANDB_JOB_TYPE",
-    "WANDB_MODE",
-    "WANDB_NOTES",
-    "WANDB_RUN_GROUP",
-    "WANDB_TAGS",
-    ARTIFACTS_VARIABLE,
+from ganscale.tracking.wandb_settings import (
+    artifacts_to_log,
+    check_run_id,
+    helper_environment,
+    resolve_mode,
+    timeout_seconds,
+    variables,
 )
 
-_INIT_SECONDS = 30.0
-_FINISH_SECONDS = 20.0
-"""For what the server must be asked, and then again for what is to be uploaded."""
+__all__ = ["WandbSink", "resolve_mode", "variables"]
+
 _MARGIN_SECONDS = 30.0
 """For starting the process, twice where the second one is to log offline, on a busy machine."""
+_MAX_STARTS = 3
+"""Processes of one run, the first included: a limit where each of them ends at once."""
+_PUSH_SECONDS = 0.05
 _PIPE_BYTES = 2**20
 _MAX_WAITING_BYTES = 2**26
 _ALERTS = ("alarm", "checkpoint_failed", "evaluation_failed", "rollback", "stall")
 _NOT_EVALUATED = ("metrics/diversity",)
 _EVENT_COLUMNS = ("time", "event", "attempt", "nimg", "step", "message")
 _MAX_EVENTS = 500
-
-Artifacts = Literal["none", "best", "all"]
 
 
 class WandbSink(NullSink):
@@ -86,33 +73,33 @@ class WandbSink(NullSink):
         run_dir.root.mkdir(parents=True, exist_ok=True)
         self.run_id = _run_id(run_dir.wandb_run_id)
         self._run_name = run_dir.name
-        self._artifacts = _wanted_artifacts()
+        self._artifacts = artifacts_to_log()
         self._faults = FaultCounts()
         self._events: list[Row] = []
         self._evaluations: list[Row] = []
         self._place = {"step": 0, "nimg": 0}
         seconds = {
-            "init": float(os.environ.get("WANDB_INIT_TIMEOUT", _INIT_SECONDS)),
-            "finish": float(os.environ.get("WANDB_FINISH_TIMEOUT", _FINISH_SECONDS)),
+            "init": timeout_seconds("WANDB_INIT_TIMEOUT"),
+            "finish": timeout_seconds("WANDB_FINISH_TIMEOUT"),
         }
         self._helper = _Helper(
             run_dir.root / "wandb" / "messages.log",
+            settings={
+                "mode": mode,
+                "seconds": seconds,
+                "pid": os.getpid(),
+                "init": {
+                    "project": project,
+                    "name": run_dir.name,
+                    "id": self.run_id,
+                    "group": os.environ.get("WANDB_RUN_GROUP") or run_dir.name,
+                    "job_type": os.environ.get("WANDB_JOB_TYPE") or "train",
+                    "dir": str(run_dir.root),
+                    "config": dict(config),
+                },
+            },
             closing_seconds=seconds["init"] + 2 * seconds["finish"] + _MARGIN_SECONDS,
             tell=tell,
-        )
-        self._helper.send(
-            mode=mode,
-            seconds=seconds,
-            pid=os.getpid(),
-            init={
-                "project": project,
-                "name": run_dir.name,
-                "id": self.run_id,
-                "group": os.environ.get("WANDB_RUN_GROUP", run_dir.name),
-                "job_type": os.environ.get("WANDB_JOB_TYPE", "train"),
-                "dir": str(run_dir.root),
-                "config": dict(config),
-            },
         )
 
     def begin(self, rows: Sequence[Row], events: Sequence[Row]) -> None:
@@ -181,36 +168,45 @@ class WandbSink(NullSink):
 
 
 class _Helper:
-    """The process that holds the W&B run: started, fed without waiting, ended in bounded time."""
+    """The process that holds the W&B run: started, fed without waiting, ended in bounded time.
 
-    def __init__(self, log: Path, *, closing_seconds: float, tell: Callable[[str], None]) -> None:
-        self._tell = tell
+    Where it ends before it is told to, another one begins an offline run, for what comes from then
+    on; what the first one had not read is lost. This happens `_MAX_STARTS` times at most.
+
+    Args:
+        log: takes what the process and wandb write on standard error.
+        settings: for `wandb_process`, as it describes them.
+        closing_seconds: how long `close` waits.
+        tell: takes what people should know, from any thread.
+    """
+
+    def __init__(
+        self,
+        log: Path,
+        *,
+        settings: Mapping[str, Any],
+        closing_seconds: float,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._log = log
+        self._settings = settings
         self._closing_seconds = closing_seconds
+        self._tell = tell
         self._waiting = bytearray()
+        self._is_mid_message = False
         self._num_left_out = 0
+        self._num_starts = 0
+        self._is_closing = False
         self._is_gone = False
+        self._ended = threading.Event()
         self._lock = threading.Lock()
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "ganscale.tracking.wandb_process"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
-        assert self._process.stdin is not None
-        self._pipe = self._process.stdin.fileno()
-        os.set_blocking(self._pipe, False)
-        with suppress(OSError):  # where the limit is lower, it is as it was
-            fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        self._listener = threading.Thread(target=self._listen, name="wandb", daemon=True)
-        self._listener.start()
+        with self._lock:
+            self._start(settings["mode"])
 
     def send(self, **message: Any) -> None:
         """Pass on a message, or keep it for later; never waits."""
-        line = json.dumps(message).encode() + b"\n"
+        line = _encoded(message)
         with self._lock:
             if self._is_gone:
                 return
@@ -223,73 +219,112 @@ class _Helper:
     def close(self) -> None:
         """Wait for the end of the process, or end it."""
         deadline = time.monotonic() + self._closing_seconds
+        with self._lock:
+            self._is_closing = True
         self.send(do="close")
-        while self._waiting and not self._is_gone and time.monotonic() < deadline:
-            select.select([], [self._pipe], [], 0.2)
+        while not self._ended.wait(_PUSH_SECONDS) and time.monotonic() < deadline:
             with self._lock:
                 self._push()
-        try:
-            self._process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            self._is_gone = True
+        if not self._ended.is_set():
+            with self._lock:
+                self._is_gone = True
             self._tell(
                 f"W&B did not finish within {self._closing_seconds:g} s, and was left; the run is "
                 "whole in metrics.jsonl"
             )
         _kill_tree(self._process)
         self._listener.join(5)
-        for pipe in (self._process.stdin, self._process.stdout):
-            with suppress(OSError):
-                assert pipe is not None
-                pipe.close()
+        _close_pipes(self._process)
         if self._num_left_out:
             self._tell(f"W&B was too slow: {self._num_left_out} messages were left out")
 
-    def _push(self) -> None:
-        try:
-            while self._waiting:
-                del self._waiting[: os.write(self._pipe, self._waiting)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._is_gone = True
-            self._waiting.clear()
+    def _start(self, mode: str) -> None:
+        """Begin a process, and a run in it; holds the lock."""
+        self._num_starts += 1
+        self._waiting[:0] = _encoded({**self._settings, "mode": mode})
+        with self._log.open("ab") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "ganscale.tracking.wandb_process"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+                env={
+                    **helper_environment(),
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                },
+            )
+        assert self._process.stdin is not None
+        pipe = self._process.stdin.fileno()
+        os.set_blocking(pipe, False)
+        with suppress(OSError):  # where the limit is lower, it is as it was
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        self._listener = threading.Thread(
+            target=self._listen, args=(self._process,), name="wandb", daemon=True
+        )
+        self._listener.start()
+        self._push()
 
-    def _listen(self) -> None:
-        assert self._process.stdout is not None
-        is_closed, told = False, set[str]()
-        for line in self._process.stdout:
-            said = json.loads(line)
-            is_closed = is_closed or said.get("closed", False)
-            message = said.get("message") or said.get("problem")
-            if message and message not in told:  # a server that is away is told of once
+    def _push(self) -> None:
+        """Write what the pipe takes; holds the lock."""
+        assert self._process.stdin is not None
+        # A broken pipe is left to the listener, which hears of the process's end, and then
+        # decides what becomes of the waiting messages.
+        with suppress(BlockingIOError, BrokenPipeError):
+            while self._waiting and not self._is_gone:
+                num = os.write(self._process.stdin.fileno(), self._waiting)
+                self._is_mid_message = self._waiting[num - 1 : num] != b"\n"
+                del self._waiting[:num]
+
+    def _listen(self, process: subprocess.Popen[bytes]) -> None:
+        """Pass on what a process answers, and see to its end."""
+        assert process.stdout is not None
+        told = set[str]()
+        is_closed, is_hopeless, failure = False, False, ""
+        for line in process.stdout:
+            answer = json.loads(line)
+            is_closed = is_closed or answer.get("closed", False)
+            failure = answer.get("failure", failure)
+            is_hopeless = is_hopeless or answer.get("hopeless", False)
+            message = answer.get("message") or answer.get("problem")
+            if message and message not in told:  # a server that is away is reported once
                 told.add(message)
                 self._tell(message)
-        if not is_closed and not self._is_gone:
-            code = self._process.wait()
-            self._tell(f"W&B's process ended (code {code}): nothing is logged there any more")
+        if not is_closed:
+            self._replace(process, failure, is_hopeless=is_hopeless)
+        if process is self._process:
+            self._ended.set()
 
-
-def resolve_mode(setting: str) -> str:
-    """What `tracking.wandb` means here: "auto" is online where an API key is known."""
-    if setting != "auto":
-        return setting
-    stated = os.environ.get("WANDB_MODE")
-    if stated in ("online", "offline", "disabled"):
-        return stated
-    return "online" if os.environ.get("WANDB_API_KEY") or _netrc_has_key() else "offline"
-
-
-def variables() -> dict[str, str]:
-    """What is set here of W&B's variables that workers on other machines should have as well."""
-    return {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
-
-
-def _wanted_artifacts() -> Artifacts:
-    stated = os.environ.get(ARTIFACTS_VARIABLE, "none")
-    if stated not in ("none", "best", "all"):
-        raise ConfigError(f"{ARTIFACTS_VARIABLE}={stated}: choose none, best or all")
-    return stated  # type: ignore[return-value]  # it was just looked at
+    def _replace(
+        self, process: subprocess.Popen[bytes], failure: str, *, is_hopeless: bool
+    ) -> None:
+        """Go on offline, in another process, after one that has ended by itself."""
+        code = process.wait()
+        why = failure or (
+            f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        )
+        with self._lock:
+            if self._is_gone:
+                return  # `close` has ended it
+            can_restart = self._num_starts < _MAX_STARTS and not is_hopeless
+            if can_restart:
+                if self._is_mid_message:  # the rest of a message of which the old one has the start
+                    del self._waiting[: self._waiting.index(b"\n") + 1]
+                if self._is_closing and not self._waiting.endswith(_CLOSE):
+                    self._waiting += _CLOSE
+                _close_pipes(process)
+                self._start("offline")
+            else:
+                self._is_gone = True
+                self._waiting.clear()
+        what = f"W&B's process ended ({why}; its log is {self._log})"
+        if can_restart:
+            self._tell(
+                f"{what}: from here on the run is logged offline and can be uploaded later: "
+                f"wandb sync {self._settings['init']['dir']}/wandb/offline-run-*"
+            )
+        else:
+            self._tell(f"{what}: nothing is logged there any more; the run is in metrics.jsonl")
 
 
 def _figures(row: Row) -> list[str]:
@@ -307,6 +342,20 @@ def _text(event: Row) -> str:
     return str(event.get("message") or json.dumps(fields))
 
 
+def _encoded(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
+_CLOSE = _encoded({"do": "close"})
+
+
+def _close_pipes(process: subprocess.Popen[bytes]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        with suppress(OSError):
+            assert pipe is not None
+            pipe.close()
+
+
 def _kill_tree(process: subprocess.Popen[bytes]) -> None:
     """The process and its children, of which wandb has one that outlives it."""
     with suppress(psutil.NoSuchProcess):
@@ -316,19 +365,12 @@ def _kill_tree(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _netrc_has_key() -> bool:
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        return host is not None and netrc(str(path)).authenticators(host) is not None
-    except (OSError, NetrcParseError):
-        return False
-
-
 def _run_id(path: Path) -> str:
     """The run's, made if there is none; a kill leaves it whole or not there."""
     if not path.is_file() or not path.read_text():
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(secrets.token_hex(4))
         temporary.replace(path)
-    return path.read_text()
+    run_id = path.read_text()
+    check_run_id(run_id, str(path))
+    return run_id

@@ -20,7 +20,8 @@ from PIL import Image
 
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.sinks import FAULTS
-from ganscale.tracking.wandb_sink import ARTIFACTS_VARIABLE, WandbSink
+from ganscale.tracking.wandb_settings import ARTIFACTS_VARIABLE
+from ganscale.tracking.wandb_sink import WandbSink
 from tests.conftest import MakeConfig
 from tests.support.runs import final_digest, read_rows, start_ranks, wait_all, wait_for_rows
 from tests.support.wandb_server import WandbFault, WandbServer, wandb_server
@@ -143,6 +144,53 @@ def test_a_sound_server_gets_rows_group_alerts_and_faults(
         f"faults/{fault}" for fault in FAULTS
     }
     assert all(row["faults/resume"] == 1 for row in full)
+
+
+@pytest.mark.parametrize("victim", ["ganscale's process", "wandb-core"])
+def test_when_the_process_is_killed_an_offline_run_takes_what_comes_from_then_on(
+    online: Any, victim: str
+) -> None:
+    run = online("killed")
+    run.log(range(5))
+    _until_begun([run])
+    while not any("train/loss_D" in row for row in run.server.rows):
+        time.sleep(0.05)  # so that wandb-core runs, and has what it was given
+    process = psutil.Process(run.sink._helper._process.pid)
+    (process if victim == "ganscale's process" else process.children()[0]).kill()
+    if victim == "wandb-core":
+        run.log(range(5, 6))  # on which ganscale's process notices
+    while not run.told:
+        time.sleep(0.05)
+    (message,) = run.told
+    why = "killed by SIGKILL" if victim == "ganscale's process" else "wandb-core is gone"
+    assert why in message
+    log = run.run_dir.root / "wandb" / "messages.log"
+    assert log.is_file()
+    assert f"its log is {log}" in message
+    assert "logged offline" in message
+    assert "wandb sync" in message
+    run.log(range(6, 9))
+    run.close()
+    assert len(run.told) == 1
+    (file,) = run.run_dir.root.glob("wandb/offline-run-*/*.wandb")
+    assert _metric_steps(file) == [6, 7, 8]
+    ids = {r["run"]["run_id"] for r in _records(file) if r["type"] == "run"}
+    assert ids == {run.sink.run_id}
+
+
+def test_a_process_that_can_never_begin_is_reported_once_with_the_reason(
+    tmp_path: Path, patience: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_RESUME", "sometimes")  # refused by wandb; not one that we check
+    told: list[str] = []
+    run_dir = RunDirectory(tmp_path / "run")
+    sink = WandbSink(run_dir, project="tests", mode="offline", config={}, tell=told.append)
+    sink.log({"step": 1, "nimg": 16})
+    sink.close()
+    (message,) = told
+    assert "could not begin an offline run" in message
+    assert "resume" in message
+    assert str(run_dir.root / "wandb" / "messages.log") in message
 
 
 def test_pictures_tables_and_artifacts_are_in_an_offline_run(

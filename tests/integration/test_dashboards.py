@@ -1,4 +1,7 @@
-"""Dashboards ask for what runs export and log: a run under Ray says what that is."""
+"""Dashboards ask for what runs export and log.
+
+Runs of all training methods say what is logged, a run under Ray what is exported.
+"""
 
 from __future__ import annotations
 
@@ -11,34 +14,61 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import pytest
+import torch
+from torch import Tensor
 
 from ganscale.cli import main
 from ganscale.config import Config
+from ganscale.config.sections import MetricName
+from ganscale.launch import ray_metrics
 from ganscale.launch.ray_metrics import prometheus_names
-from ganscale.run_directory import RunDirectory
-from ganscale.tracking.dashboard import SECTIONS, Curve, Pictures, Table, definition, workspace
-from ganscale.tracking.sinks import FAULTS
+from ganscale.tracking import wandb_sink
+from ganscale.tracking.dashboard import (
+    SECTIONS,
+    WITHOUT_PANEL,
+    Curve,
+    Pictures,
+    Table,
+    definition,
+    workspace,
+)
+from ganscale.training import evaluating
+from ganscale.training.loop import train
+from ganscale.world import World, process_group
 from tests.support.ranks import free_port
-from tests.support.runs import read_rows
+from tests.support.small_extractor import SmallExtractor
 
 GRAFANA = Path(__file__).parents[2] / "cluster" / "grafana" / "ganscale.json"
 CURVES = [panel for section in SECTIONS for panel in section.panels if isinstance(panel, Curve)]
 
-# Logged by other methods, on GPUs, or where something is evaluated.
-ELSEWHERE = {
-    "train/loss_E",
-    "train/r1_penalty",
-    "metrics/fid",
-    "metrics/kid",
-    "metrics/precision",
-    "metrics/recall",
-    "workers/0/gpu_memory_gib",
+NOT_EXPORTED = {
+    r"nimg": "is the gauge position_kimg, in thousands",
+    r"attempt": "a restart shows as a fault",
+    r"train/(real|fake)_logits": "for the study of a run; Prometheus watches its health",
+    r"train/(penalty_.*|augment_p)": "for the study of a run, as are the logits",
+    r"train/(squared_error|kl|fooling|cross_entropy|accuracy)": "for the study of a run, too",
+    r"data/num_skipped": "rows count since the last row, which a gauge would lose; an event counts",
+    r"gpu/peak_memory_gib": "worker_gpu_memory_gib shows the memory of every worker",
 }
+"""Columns that are no gauge, and why."""
+METHODS: dict[str, dict[str, Any]] = {
+    "gan": {"method": {"name": "gan"}},
+    "vae": {"method": {"name": "vae"}},
+    "vae-gan": {"method": {"name": "vae-gan"}},
+    "encoder": {"method": {"name": "encoder", "generator": "of the run gan"}},
+    "bigan": {"method": {"name": "bigan"}},
+    "semi-supervised": {
+        "method": {"name": "semi-supervised", "labels": 20},
+        "model.num_classes": 10,
+    },
+}
+METRICS = list(get_args(MetricName))
 NOT_ON_A_CPU = {"ray_ganscale_worker_gpu_memory_gib"}
 
 
@@ -120,13 +150,6 @@ def run(
     return config, found
 
 
-@pytest.fixture(scope="module")
-def logged(run: tuple[Config, Any]) -> set[str]:
-    """Columns of the run's rows, and those that its W&B run would have besides."""
-    rows = read_rows(RunDirectory(run[0].run_dir).metrics)
-    return {*(name for row in rows for name in row), *(f"faults/{fault}" for fault in FAULTS)}
-
-
 def expressions() -> list[str]:
     dashboard = json.loads(GRAFANA.read_text())
     queries = [t["expr"] for panel in dashboard["panels"] for t in panel.get("targets", [])]
@@ -154,18 +177,119 @@ def test_grafana_groups_by_labels_that_the_series_have(run: Any) -> None:
     assert all(series["run"] == "tiny" for series in found["ray_ganscale_step"])
 
 
-def test_every_curve_of_the_workspace_shows_something_that_is_logged(logged: set[str]) -> None:
+class ScoringExtractor(SmallExtractor):
+    """With logits, so that there is an inception score too."""
+
+    def logits(self, features: Tensor) -> Tensor | None:
+        return features
+
+
+@dataclass
+class Received:
+    """What a W&B run gets, in place of the process that holds it."""
+
+    columns: set[str] = field(default_factory=set)
+    pictures: set[str] = field(default_factory=set)
+    tables: set[str] = field(default_factory=set)
+
+    def send(self, **message: Any) -> None:
+        if message["do"] == "log":
+            self.columns |= set(message["row"])
+        elif message["do"] == "picture":
+            self.pictures.add(message["name"])
+        elif message["do"] == "table":
+            self.tables.add(message["name"])
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def received(procedural_shards: Path, tmp_path_factory: Any) -> dict[str, Received]:
+    """From tiny runs of all methods, with everything on that they have, that were resumed."""
+    storage, world = tmp_path_factory.mktemp("methods"), World.detect("auto")
+    base = {
+        "storage": str(storage),
+        "data.shards": str(procedural_shards),
+        "data.on_error": "skip",
+        "model": {"base_channels": 8, "z_dim": 16},
+        "training.batch_size": 16,
+        "training.total_kimg": 0.032,
+        "samples.num_images": 4,
+        "tracking.wandb": "offline",
+        "tracking.log_every_kimg": 0.016,
+        "launch.backend": "inprocess",
+    }
+    longer = {
+        "training.total_kimg": 0.064,
+        "evaluation.every_kimg": 0.064,
+        "evaluation.num_images": 100,
+        "evaluation.metrics": METRICS,
+    }
+    results: dict[str, Received] = {}
+    with pytest.MonkeyPatch.context() as patch, process_group(world):
+        patch.setenv("GANSCALE_CACHE", str(storage / "cache"))
+        patch.setattr(evaluating, "open_extractor", lambda name: ScoringExtractor())
+        for method, changes in METHODS.items():
+            results[method] = Received()
+            patch.setattr(wandb_sink, "_Helper", lambda *_, to=results[method], **__: to)
+            config = Config().with_changes({**base, "name": method, **changes})
+            if method == "encoder":
+                config = config.with_changes({"method.generator": str(storage / "gan")})
+            if method != "vae":
+                game = {"penalty.r1": 1, "augment": {"name": "ada", "p": 0.5}}
+                config = config.with_changes(game)
+            train(config, world)
+            train(config.with_changes(longer), world)
+    return results
+
+
+def matches(panel: Curve | Pictures | Table, received: Received) -> set[str]:
+    """The names among what was received that a panel shows."""
+    if isinstance(panel, Pictures):
+        return received.pictures & {panel.name}
+    if isinstance(panel, Table):
+        return received.tables & {panel.name}
+    names = received.columns & set(panel.names)
+    return names | {n for n in received.columns if re.fullmatch(panel.regex or "", n)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_panel_shows_something_and_every_column_has_a_panel(
+    received: dict[str, Received], method: str
+) -> None:
+    of_run, shown = received[method], set[str]()
+    for panel in (panel for section in SECTIONS for panel in section.panels):
+        names = matches(panel, of_run)
+        if isinstance(panel, Curve):
+            is_for = method in panel.methods
+            is_for &= torch.cuda.is_available() or not panel.needs_gpu
+            assert bool(names) == is_for, (panel.title, names)
+        else:
+            assert names, panel.name
+        shown |= names
+    assert of_run.columns - shown == set(WITHOUT_PANEL)
+    assert shown >= of_run.pictures | of_run.tables
+
+
+def test_each_name_of_a_curve_is_logged_by_some_method(received: dict[str, Received]) -> None:
+    logged = {name for of_run in received.values() for name in of_run.columns}
     for curve in CURVES:
-        assert set(curve.names) <= logged | ELSEWHERE, curve.title
-        names = [n for n in logged | ELSEWHERE if re.fullmatch(curve.regex or "", n)]
-        assert curve.names or names, curve.title
+        if torch.cuda.is_available() or not curve.needs_gpu:
+            assert set(curve.names) <= logged, curve.title
 
 
-def test_every_figure_that_is_logged_has_a_curve(logged: set[str]) -> None:
-    names = {name for curve in CURVES for name in curve.names}
-    regexes = [curve.regex for curve in CURVES if curve.regex]
-    left_out = {n for n in logged - names if not any(re.fullmatch(r, n) for r in regexes)}
-    assert left_out == {"step", "nimg", "attempt", "time/unix"}
+@pytest.mark.parametrize("method", METHODS)
+def test_every_gauge_has_a_column_and_every_column_a_gauge_or_a_reason(
+    received: dict[str, Received], method: str
+) -> None:
+    # The sink that exports counts faults itself, from events.
+    columns = {name for name in received[method].columns if not name.startswith("faults/")}
+    patterns = [pattern for pattern, _ in ray_metrics._FROM_ROW]
+    for pattern in patterns:
+        assert any(re.fullmatch(pattern, name) for name in columns), pattern
+    without = [*patterns, *NOT_EXPORTED]
+    assert [name for name in columns if not any(re.fullmatch(p, name) for p in without)] == []
 
 
 def test_the_definition_has_every_panel_and_no_server_is_asked(

@@ -322,7 +322,7 @@ def test_waiting_for_what_is_not_there_says_what_and_ends_at_once(
 def test_what_cannot_fit_on_a_ray_of_our_own_is_refused_with_the_fix(
     make_config: MakeConfig, head: str
 ) -> None:
-    refused = {
+    refused: dict[str, dict[str, Any]] = {
         "needs 1 CPU and 1 GPU, .* has 1 CPU and 0 GPU: set launch.use_gpu=false": {
             "launch__use_gpu": True
         },

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from ganscale import cli
 from ganscale.cli import main
-from ganscale.generation.sampling import save_snapshot
+from ganscale.errors import describe_os_error
+from ganscale.generation.sampling import load_generator, save_snapshot
 from ganscale.models import build_generator
-from tests.conftest import MakeConfig
+from tests.conftest import MakeConfig, Verb
 
 VERBS = (
     ("train",),
@@ -31,6 +39,15 @@ VERBS = (
     ("stability",),
     ("rate",),
 )
+
+SPEC = {
+    "name": "dcgan",
+    "resolution": 16,
+    "img_channels": 3,
+    "num_classes": 0,
+    "z_dim": 4,
+    "base_channels": 4,
+}
 
 Refusal = Callable[..., tuple[int, str]]
 
@@ -54,24 +71,239 @@ def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     return run
 
 
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the files that the commands of `MISTAKES` name; nothing changes it."""
+    root = tmp_path_factory.mktemp("workshop")
+    for name, text in FILES.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode("latin-1"))
+    (root / "empty").mkdir()
+    (root / "folder.yaml").mkdir()
+    for name, channels in (("rgb", 3), ("rgba", 4)):
+        spec = SPEC | {"img_channels": channels}
+        save_snapshot(root / f"{name}.safetensors", build_generator(spec), spec=spec, nimg=1)
+    return root
+
+
+FILES = {
+    "text": "just a file",
+    "config.txt": "seed: 1\n",
+    "list.yaml": "- a\n- b\n",
+    "tab.yaml": "training:\n\tbatch_size: 64\n",
+    "twice.yaml": "seed: 1\ntraining: {batch_size: 64}\nseed: 2\n",
+    "inner.yaml": "training:\n  batch_size: 64\n  batch_size: 32\n",
+    "dotted.yaml": "training.batch_size: 64\n",
+    "binary.yaml": "\xff\xfe\x00",
+    "typo.yaml": "traning: {batch_size: 64}\n",
+    "sweep.yaml": "name: s\nconfig: quickstart\nparameters: {optimizer.lr: [1]}\n",
+    "twice-sweep.yaml": "name: s\nname: t\n",
+    "broken.safetensors": "not a snapshot",
+    "image.png": "not an image",
+    "full/kept": "",
+    "begun/config.yaml": "seed: 0\n",
+    "old/config.yaml": "sed: 0\n",
+}
+
+INPROCESS = "train launch.backend=inprocess tracking.wandb=disabled data.source=procedural"
+
+# What a new user may type, the exit code, and what the one line must say.
+MISTAKES = [
+    # The command line itself.
+    ("nonsense", 2, "No such command 'nonsense'"),
+    ("trian", 2, "Did you mean 'train'"),
+    ("shards bild", 2, "Did you mean 'build'"),
+    ("train --nonsense", 2, "No such option: --nonsense"),
+    ("train --config", 2, "'--config' requires an argument"),
+    ("resume", 2, "Missing argument 'run'. See --help."),
+    ("sample", 2, "Missing argument 'path'"),
+    ("shards build", 2, "Missing option '--out'"),
+    ("tournament begun", 2, "Missing option '--reference'"),
+    ("evaluate", 2, "expected one of --run, --snapshot and --images"),
+    ("train seed", 2, "expected section.field=value, got 'seed'"),
+    ("train training.batch_size: 64", 2, "expected section.field=value"),
+    ("train 'method={name: vae' beta=1", 2, "method.name='{name: vae': expected 'gan', 'vae'"),
+    # Names of fields and choices.
+    ("train training.batchsize=64", 2, "did you mean 'training.batch_size'?"),
+    ("train trainning.batch_size=64", 2, "did you mean 'training.batch_size'?"),
+    ("train model.name=dcgam", 2, "model.name='dcgam': expected 'dcgan', 'sngan'"),
+    ("train method.name=gann", 2, "method.name='gann': expected 'gan', 'vae'"),
+    ("train objective.name=hing", 2, "objective.name='hing': input should be"),
+    ("train evaluation.metrics=[fud]", 2, "evaluation.metrics='fud': input should be"),
+    ("train launch.backend=slurm", 2, "launch.backend='slurm': input should be 'ray' or"),
+    ("train training.precision=fp8", 2, "training.precision='fp8': input should be 'auto'"),
+    ("train 'method={name: encoder}'", 2, "method.generator is required"),
+    # Values.
+    ("train seed=-1", 2, "seed=-1: input should be greater than or equal to 0"),
+    ("train seed=abc", 2, "seed='abc': input should be a valid integer"),
+    ("train seed=1.5", 2, "seed=1.5: input should be a valid integer"),
+    ("train seed=2026-99-99", 2, "seed='2026-99-99': input should be a valid integer"),
+    ("train training.batch_size=0", 2, "training.batch_size=0: input should be greater"),
+    ("train training.total_kimg=.nan", 2, "training.total_kimg=nan: input should be a finite"),
+    ("train optimizer.lr=fast", 2, "optimizer.lr='fast': input should be a valid number"),
+    ("train optimizer.lr=-1", 2, "optimizer.lr=-1: expected values above 0"),
+    ("train augment.p=2", 2, "augment.p=2: expected values at least 0 and at most 1"),
+    ("train model.resolution=48", 2, "must be a power of two, got 48"),
+    ("train launch.num_workers=0", 2, "launch.num_workers=0: input should be greater than or"),
+    ("train launch.num_workers=[4,2]", 2, "launch.num_workers=[4, 2] must be [min, max]"),
+    ("train launch.use_gpu=maybe", 2, "launch.use_gpu='maybe': input should be a valid bool"),
+    ("train name=a/b", 2, "name='a/b': expected at most 128 letters, digits"),
+    (f"train name={'x' * 300}", 2, "expected at most 128 letters, digits"),
+    ("train name=", 2, "name=None: input should be a valid string"),
+    # What does not go together.
+    ("train launch.num_workers=100", 2, "give each worker at least 2 images"),
+    ("train training.total_kimg=0.01", 2, "is less than one batch of 64 images"),
+    ("train model.num_classes=10", 2, "set model.num_classes=0, or model.name=sngan"),
+    ("train objective.name=wasserstein", 2, "set penalty.wgan_gp=10"),
+    ("train augment.name=ada", 2, "does nothing while augment.p=0"),
+    # Configuration files.
+    ("train --config quikstart", 2, "did you mean 'quickstart'?"),
+    ("train --config absent.yaml", 2, "no such config file: absent.yaml"),
+    ("train --config config.txt", 2, "or give a path that ends in .yaml"),
+    ("train --config folder.yaml", 2, "no such config file: folder.yaml"),
+    ("train --config list.yaml", 2, "list.yaml: expected sections of fields, got list"),
+    ("train --config tab.yaml", 2, "tab.yaml: not valid YAML"),
+    ("train --config binary.yaml", 2, "binary.yaml is not a text file"),
+    ("train --config typo.yaml", 2, "did you mean 'training"),
+    ("train --config twice.yaml", 2, "twice.yaml: 'seed' stands twice, in lines 1 and 3"),
+    ("train --config inner.yaml", 2, "'batch_size' stands twice, in lines 2 and 3"),
+    ("train --config dotted.yaml", 2, "inside its section: training: {batch_size: ...}"),
+    ("train 'model={z_dim: 4, z_dim: 8}'", 2, "'z_dim' stands twice"),
+    ("sweep absent.yaml", 2, "no such sweep file: absent.yaml"),
+    ("sweep sweep.yaml", 2, "sweep.yaml: search is required"),
+    ("sweep twice-sweep.yaml", 2, "'name' stands twice, in lines 1 and 2"),
+    ("sweep folder.yaml", 1, "folder.yaml: is a directory: a folder is where a file should be"),
+    # Settings of W&B.
+    ("train tracking.project=a/b", 2, "tracking.project='a/b': a W&B project has 1 to 128"),
+    ("train tracking.wandb=on", 2, "tracking.wandb=True: input should be 'auto', 'online'"),
+    ("WANDB_MODE=ofline train", 2, "WANDB_MODE='ofline': expected online, offline or"),
+    ("WANDB_TAGS=a,,b train", 2, "WANDB_TAGS has a tag of 0 characters"),
+    ("WANDB_ENTITY=a/b train --dry-run", 2, "WANDB_ENTITY='a/b': expected the name of a user"),
+    ("WANDB_BASE_URL=localhost train", 2, "WANDB_BASE_URL='localhost': expected http://"),
+    ("WANDB_RUN_ID=a/b train", 2, "WANDB_RUN_ID: 'a/b' is no id of a W&B run"),
+    ("WANDB_INIT_TIMEOUT=soon train", 2, "WANDB_INIT_TIMEOUT='soon': expected a number"),
+    ("dashboard --project a/b", 2, "--project a/b: a W&B project has 1 to 128"),
+    # Data.
+    ("train data.shards=absent", 1, "Build it: ganscale shards build"),
+    ("train data.shards=foo://x launch.backend=inprocess", 2, "Protocol not known: foo"),
+    ("train data.source=absent", 1, "no such image source"),
+    ("shards build --source absent --out new", 1, "no such image source"),
+    ("shards build --source text --out new", 2, "text: expected a folder or archive"),
+    ("shards build --source empty --out new", 1, "empty: no images found"),
+    ("shards build --source procedural --out full", 2, "full exists and is not empty"),
+    ("shards build --split valid --out new", 2, "'valid' is not one of 'train', 'test'"),
+    ("shards build --num-shards 0 --out new", 2, "'--num-shards'"),
+    ("shards info absent", 1, "absent. Build it: ganscale shards build"),
+    ("shards verify empty", 1, "empty is empty: not a finished shard set"),
+    ("shards index empty", 1, "empty: no .tar files to index"),
+    ("bench data absent", 1, "no such shard directory"),
+    # Runs and snapshots.
+    ("resume absent", 1, "absent is not a run: it has no config.yaml"),
+    ("resume text", 1, "text is not a run"),
+    ("resume begun", 1, "has no checkpoint that verifies"),
+    ("resume begun training.batchsize=3", 2, "did you mean 'training.batch_size'?"),
+    ("resume old", 2, "unknown field 'sed'; did you mean 'seed'?"),
+    ("checkpoint list absent", 1, "no checkpoints in"),
+    ("sample absent", 1, "no snapshot at absent"),
+    ("sample empty", 1, "no snapshot at empty"),
+    ("sample broken.safetensors", 1, "broken.safetensors is not a readable snapshot"),
+    ("recognise probe absent --test empty", 1, "absent is not a run"),
+    # What is drawn, and where to.
+    ("sample rgb.safetensors --out s.tiff", 2, "unknown suffix '.tiff'; expected .png, .jpg"),
+    ("sample rgba.safetensors --out s.jpg", 2, "JPEG has no transparency"),
+    ("sample rgb.safetensors --num 0", 2, "'--num'"),
+    ("sample rgb.safetensors --num ten", 2, "'--num': Input should be a valid integer"),
+    ("sample rgb.safetensors --seed -1", 2, "'--seed'"),
+    ("sample rgb.safetensors --label 3", 2, "takes no labels: omit --label"),
+    ("sample rgb.safetensors --device tpu", 2, "--device tpu: expected cpu, cuda or cuda:N"),
+    ("interpolate rgb.safetensors --out a.mp4", 2, "--out a.mp4: expected .png, .gif"),
+    ("interpolate rgb.safetensors --seeds 1,x", 2, "--seeds 1,x: expected numbers"),
+    ("mix rgb.safetensors", 2, "expected a stylegan2 generator"),
+    # What the system refuses.
+    ("sample rgb.safetensors --out text/s.png", 1, "text: file exists: a file is where a folder"),
+    ("sample rgb.safetensors --out text", 1, "text: file exists: a file is where a folder"),
+    (f"sample rgb.safetensors --out {'x' * 255}.png", 1, "file name too long: choose a shorter"),
+    ("sample rgb.safetensors --out /proc/s.png", 1, "/proc/s.png: no such file or directory"),
+    ("dashboard --out /dev/full", 1, "/dev/full: no space left on device: free some space"),
+    (f"{INPROCESS} storage=text", 1, "text/shards: not a directory: a file is where a folder"),
+    # Addresses.
+    ("submit --address http://127.0.0.1:9", 1, "no Ray dashboard answers at http://127.0.0.1:9"),
+    ("job list --address ray://127.0.0.1", 2, "--address ray://127.0.0.1: expected http://HOST"),
+]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["training.batchsize=3"], "did you mean 'training.batch_size'"),
-        (["training.batch_size=many"], "training.batch_size='many'"),
-        (["--config", "quikstart"], "did you mean 'quickstart'"),
-        (["--config", "absent.yaml"], "no such config file: absent.yaml"),
-        (["seed"], "expected section.field=value"),
-        (["training.batch_size=2", "launch.num_workers=2"], "at least 2 images"),
-    ],
+    ("command", "code", "words"), MISTAKES, ids=[command[:60] for command, _, _ in MISTAKES]
 )
-@pytest.mark.parametrize("options", [[], ["--dry-run"]])
-def test_a_wrong_setting_exits_with_2(
-    refusal: Refusal, arguments: list[str], words: str, options: list[str]
+def test_a_mistake_is_one_line_that_names_the_thing_and_the_way_out(
+    workshop: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    code: int,
+    words: str,
 ) -> None:
-    code, line = refusal("train", *options, *arguments)
-    assert code == 2
+    monkeypatch.chdir(workshop)
+    monkeypatch.delenv("RANK", raising=False)
+    words_of_shell = shlex.split(command)
+    while re.match(r"[A-Z_]+=", words_of_shell[0]):
+        monkeypatch.setenv(*words_of_shell.pop(0).split("=", 1))
+    with pytest.raises(SystemExit) as stop:
+        main(words_of_shell)
+    *before, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("ganscale: ")
     assert words in line
+    assert stop.value.code == code
+    # Nothing but the title of a task may come before it.
+    assert not any("Traceback" in text or text.startswith("ganscale: ") for text in before)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "command", ["sample rgb.safetensors --device cuda:1", f"{INPROCESS} launch.use_gpu=true"]
+)
+def test_without_a_gpu_the_driver_is_blamed_and_not_the_snapshot(
+    refusal: Refusal, workshop: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(workshop)
+    code, line = refusal(*command.split())
+    assert code == 2
+    assert "cannot use this GPU" in line
+    assert re.search("driver|CUDA", line.partition("GPU: ")[2])
+    assert "--device cpu" in line
+    assert "snapshot" not in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_loaded_generator_that_cannot_be_moved_does_not_blame_its_file(workshop: Path) -> None:
+    with pytest.raises((RuntimeError, AssertionError), match="NVIDIA|CUDA"):
+        load_generator(workshop / "rgb.safetensors", device="cuda")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".png"])
+def test_a_grid_has_the_format_of_its_suffix(
+    workshop: Path, tmp_path: Path, suffix: str, verb: Verb
+) -> None:
+    out = tmp_path / f"grid{suffix}"
+    code, _, errors = verb("sample", workshop / "rgb.safetensors", "--num", 4, "--out", out)
+    assert (code, errors) == (0, "")
+    reference = load_generator(workshop / "rgb.safetensors").sample(4, seed=0)
+    with Image.open(out) as picture:
+        assert picture.format == ("PNG" if suffix == ".png" else "JPEG")
+        assert picture.size == (2 * 17 + 1, 2 * 17 + 1)
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    first = reference[0].movedim(0, -1).numpy().astype(int)
+    difference = np.abs(pixels[1:17, 1:17] - first).mean()
+    assert difference == 0 if suffix == ".png" else difference < 8
+
+
+@pytest.mark.parametrize("group", ["", "shards", "checkpoint", "job", "bench", "recognise"])
+def test_a_group_alone_prints_its_help_and_exits_with_0(verb: Verb, group: str) -> None:
+    code, out, errors = verb(*group.split())
+    assert (code, errors) == (0, "")
+    assert out == verb(*group.split(), "--help")[1]
+    assert "Commands:" in out
 
 
 def train_on(refusal: Refusal, tmp_path: Path, shards: Path) -> tuple[int, str]:
@@ -109,68 +341,12 @@ def test_training_on_a_damaged_index_exits_with_1(
     assert "index.json is damaged" in line
 
 
-@pytest.mark.parametrize("verb", ["info", "verify"])
-def test_looking_at_a_folder_that_is_no_shard_set_exits_with_1(
-    refusal: Refusal, tmp_path: Path, verb: str
-) -> None:
-    code, line = refusal("shards", verb, str(tmp_path))
-    assert code == 1
-    assert str(tmp_path) in line
-
-
-def test_building_over_something_exits_with_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "kept").write_text("")
-    with pytest.raises(SystemExit) as stop:
-        main(["shards", "build", "--source", "procedural", "--out", str(tmp_path)])
-    assert stop.value.code == 2
-    last_line = capsys.readouterr().err.splitlines()[-1]
-    assert last_line.startswith(f"ganscale: {tmp_path} exists")
-
-
-def test_a_wrong_split_exits_with_2(refusal: Refusal, tmp_path: Path) -> None:
-    code, line = refusal("shards", "build", "--split", "valid", "--out", str(tmp_path / "set"))
-    assert code == 2
-    assert "valid" in line
-
-
-def test_resuming_what_is_no_run_exits_with_1(refusal: Refusal, tmp_path: Path) -> None:
-    code, line = refusal("resume", str(tmp_path))
-    assert code == 1
-    assert "is not a run" in line
-
-
-def test_resuming_a_run_without_checkpoints_exits_with_1(refusal: Refusal, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("seed: 0\n")
-    code, line = refusal("resume", str(tmp_path))
-    assert code == 1
-    assert "no checkpoint" in line
-
-
-@pytest.mark.parametrize("verb", ["list", "verify"])
-def test_asking_for_checkpoints_where_there_are_none_exits_with_1(
-    refusal: Refusal, tmp_path: Path, verb: str
-) -> None:
-    code, line = refusal("checkpoint", verb, str(tmp_path))
-    assert code == 1
-    assert "no checkpoints" in line
-
-
 @pytest.fixture(scope="module")
 def snapshot(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The bytes of a sound snapshot."""
-    spec = {
-        "name": "dcgan",
-        "resolution": 16,
-        "img_channels": 3,
-        "num_classes": 0,
-        "z_dim": 4,
-        "base_channels": 4,
-    }
     path = tmp_path_factory.mktemp("snapshot") / "sound.safetensors"
     torch.manual_seed(0)
-    save_snapshot(path, build_generator(spec), spec=spec, nimg=1)
+    save_snapshot(path, build_generator(SPEC), spec=SPEC, nimg=1)
     return path.read_bytes()
 
 
@@ -204,28 +380,6 @@ def test_sampling_from_a_damaged_snapshot_exits_with_1(
     assert code == 1
     assert str(path) in line
     assert not (tmp_path / "grid.png").exists()
-
-
-def test_sampling_from_nothing_exits_with_1(refusal: Refusal, tmp_path: Path) -> None:
-    code, line = refusal("sample", str(tmp_path / "absent"))
-    assert code == 1
-    assert str(tmp_path / "absent") in line
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["nonsense"],
-        ["train", "--nonsense"],
-        ["sample"],
-        ["sample", "runs/first", "--num", "none"],
-        ["sample", "runs/first", "--num", "0"],
-        ["shards", "build"],
-    ],
-)
-def test_wrong_use_of_the_command_line_exits_with_2(refusal: Refusal, arguments: list[str]) -> None:
-    code, _ = refusal(*arguments)
-    assert code == 2
 
 
 def test_debug_shows_the_traceback_before_the_line(
@@ -282,3 +436,81 @@ def test_waiting_threads_sleep_unless_the_user_says_how_they_wait(
         [sys.executable, "-c", code], env=unset | asked, capture_output=True, text=True, check=True
     )
     assert said.stdout.splitlines()[-1] == f"{count} False"
+
+
+@pytest.mark.parametrize(
+    ("code", "way_out"),
+    [
+        (errno.ENOSPC, "no space left on device: free some space"),
+        (errno.EDQUOT, "quota"),
+        (errno.EROFS, "read-only file system: write to a folder on another file system"),
+        (errno.EACCES, "permission denied: change its permissions"),
+        (errno.ENAMETOOLONG, "file name too long: choose a shorter name"),
+        (errno.EISDIR, "is a directory: a folder is where a file should be"),
+        (errno.ENOTDIR, "not a directory: a file is where a folder should be"),
+        (errno.EMFILE, "too many open files: raise the limit"),
+    ],
+)
+def test_an_error_of_the_system_names_the_file_and_the_way_out(code: int, way_out: str) -> None:
+    line = describe_os_error(OSError(code, os.strerror(code), "runs/a/config.yaml"))
+    assert line.startswith("runs/a/config.yaml: ")
+    assert way_out in line
+
+
+def test_a_thread_that_fails_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a/events.jsonl")
+
+    monkeypatch.setattr(threading, "excepthook", cli._thread_excepthook(debug=False))
+    thread = threading.Thread(target=fail, name="writer")
+    thread.start()
+    thread.join()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ganscale: thread 'writer' ended: runs/a/events.jsonl: no space left")
+
+
+def test_warnings_of_ours_are_shown_whatever_their_class_and_those_of_others_are_not(
+    tmp_path: Path,
+) -> None:
+    """In a process of its own, where Python's filters are those that users have."""
+    (tmp_path / "other.py").write_text(
+        "import warnings\ndef warn(c): warnings.warn('noise', c, stacklevel=2)\n"
+    )
+    (tmp_path / "script.py").write_text(
+        """
+import other, warnings
+import ganscale.errors as ours
+from ganscale import cli
+
+cli._show_own_warnings()
+source = (
+    "def own(c): warnings.warn(c.__name__ + ' of ours', c, stacklevel=1)\\n"
+    "def foreign(c): other.warn(c)\\n"
+)
+vars(ours).update(warnings=warnings, other=other)
+exec(compile(source, ours.__file__, "exec"), vars(ours))
+for category in (UserWarning, DeprecationWarning, PendingDeprecationWarning, ResourceWarning):
+    ours.own(category)
+    ours.foreign(category)  # attributed to a line of ours
+    other.warn(category)
+"""
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"}
+    result = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py")],
+        env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stderr.splitlines() == [
+        f"ganscale: warning: {name} of ours"
+        for name in (
+            "UserWarning",
+            "DeprecationWarning",
+            "PendingDeprecationWarning",
+            "ResourceWarning",
+        )
+    ]

@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,15 @@ def test_events_carry_time_name_and_fields(tmp_path: Path) -> None:
     ]
     assert [row["event"] for row in rows] == ["start", "end"]
     assert before - 0.001 <= rows[0]["time"] <= rows[1]["time"] <= time.time() + 0.001
+
+
+def test_a_full_disk_names_the_file_of_rows() -> None:
+    sink = JsonlSink(Path("/dev/full"))
+    with pytest.raises(OSError, match="No space left") as error:
+        sink.log({"step": 1})
+    assert error.value.filename == "/dev/full"
+    with suppress(OSError):  # what could not be written is tried once more
+        sink.close()
 
 
 class Recorder:
