@@ -114,7 +114,7 @@ def test_a_metric_that_says_nothing_is_skipped_or_an_error(tmp_path: Path) -> No
     b = opened(folder_of(tmp_path / "b", 40, seed=1))
     with process_group(WORLD):
         found = evaluate(a, b, SmallExtractor(), WORLD)
-        with pytest.raises(DataError, match="only inception-v3 gives an inception score"):
+        with pytest.raises(DataError, match="defined by inception-v3's classes"):
             evaluate(a, b, SmallExtractor(), WORLD, metrics=["inception_score"], required=True)
         with pytest.raises(DataError, match="40 images are too few"):
             evaluate(a, b, SmallExtractor(), WORLD, metrics=["kernel"])
