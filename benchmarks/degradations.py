@@ -34,10 +34,10 @@ from ganscale.world import World, process_group
 
 NUM_GROUPS = 50
 METRICS: tuple[MetricName, ...] = (
-    "frechet",
-    "frechet_infinity",
-    "kernel",
-    "neighbourhood",
+    "fid",
+    "fid_infinity",
+    "kid",
+    "prdc",
     "authenticity",
 )
 

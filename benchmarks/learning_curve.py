@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ganscale.config import MetricName
+from ganscale.config import ExtractorName, MetricName
 from ganscale.evaluation.distribution import evaluate
 from ganscale.evaluation.features import FeatureCache
 from ganscale.evaluation.images import GeneratedImages, open_images
@@ -27,7 +27,7 @@ from ganscale.tracking.console import parts, stderr_console
 from ganscale.tracking.history import History
 from ganscale.world import World, process_group
 
-METRICS: tuple[MetricName, ...] = ("frechet", "frechet_infinity", "kernel", "neighbourhood")
+METRICS: tuple[MetricName, ...] = ("fid", "fid_infinity", "kid", "prdc")
 BUCKET_KIMG = 25
 COLUMNS = (
     "train/loss_D",
@@ -43,12 +43,14 @@ COLUMNS = (
 Values = Mapping[str, float]
 
 
-def measured(run_dir: RunDirectory, reference: str, num: int, file: Path) -> dict[int, Any]:
+def measured(
+    run_dir: RunDirectory, reference: str, num: int, extractor_name: ExtractorName, file: Path
+) -> dict[int, Any]:
     """Every snapshot's figures, by position; written to `file` as they come."""
     known = json.loads(file.read_text())["snapshots"] if file.is_file() else []
     found: dict[int, Any] = {entry["nimg"]: entry for entry in known}
-    world, extractor = World(), open_extractor("auto")
-    real = open_images(reference, scratch=run_dir.root)
+    world, extractor = World(), open_extractor(extractor_name)
+    real, cache = open_images(reference, scratch=run_dir.root), FeatureCache()
     with process_group(world), parts(stderr_console()) as started:
         for path in sorted(run_dir.snapshots.glob("*.safetensors")):
             samples = GeneratedImages.of_snapshot(path, num)
@@ -61,7 +63,7 @@ def measured(run_dir: RunDirectory, reference: str, num: int, file: Path) -> dic
                 extractor,
                 world,
                 metrics=METRICS,
-                cache=FeatureCache(),
+                cache=cache,
                 started=started,
             )
             assert result is not None
@@ -132,11 +134,13 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--reference", required=True)
     parser.add_argument("--num", type=int, default=10_000)
+    parser.add_argument("--extractor", default="auto", help="auto may be Inception, which is slow")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     run_dir = RunDirectory(options.run.absolute())
-    snapshots = measured(run_dir, options.reference, options.num, options.out / "snapshots.json")
+    file = options.out / "snapshots.json"
+    snapshots = measured(run_dir, options.reference, options.num, options.extractor, file)
     rows = averaged(History.read(run_dir).rows)
     write_rows(rows, options.out / "rows.csv")
     draw(rows, snapshots, options.out / "curves.png")

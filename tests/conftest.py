@@ -14,6 +14,7 @@ from ganscale.cli import main
 from ganscale.config import Config
 from ganscale.data.building import build_shards
 from ganscale.data.sources import CIFAR10_ENV, SourceSpec, resolve_source
+from ganscale.metrics import extractors
 
 MakeConfig = Callable[..., Config]
 Verb = Callable[..., tuple[int, str, str]]
@@ -73,11 +74,12 @@ def make_config(tmp_path: Path, procedural_shards: Path) -> MakeConfig:
 def verb(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Verb:
-    """Runs the command, without networks it could find here; its exit code, output and errors."""
+    """Runs the command, without Inception, which is slow; its exit code, output and errors."""
     for name in ("RANK", "GANSCALE_INCEPTION"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GANSCALE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(extractors, "packaged_weights", lambda: None)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as stop:

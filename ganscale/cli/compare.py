@@ -169,8 +169,12 @@ def compare(
     num: Annotated[int, typer.Option(min=2, help="Images to reconstruct.")] = 100,
     num_samples: Annotated[int, typer.Option(min=2, help="Images to generate.")] = 10_000,
     metric: Annotated[
-        Literal["frechet", "kernel", "neighbourhood"], typer.Option(help="Of generated images.")
-    ] = "frechet",
+        Literal["fid", "kid", "prdc"], typer.Option(help="Of generated images.")
+    ] = "fid",
+    extractor: Annotated[
+        Literal["auto", "inception-v3", "efficientnet-lite0", "dinov2", "clip"],
+        typer.Option(help="Of the metric; auto: Inception if its weights are installed."),
+    ] = "auto",
     steps: Annotated[int, typer.Option(min=1, help="Of an inversion.")] = 100,
     restarts: Annotated[int, typer.Option(min=1, max=512, help="Starts of an inversion.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of images, noise and starts.")] = 0,
@@ -196,7 +200,7 @@ def compare(
     real = open_images(reference or default_reference(str(runs[0])), scratch=scratch)
     subject = Subset.random(open_images(images, split="test", scratch=scratch), num, seed=seed)
     wanted = [degradation_named(task, subject.shape, seed=seed) for task in _tasks(tasks)]
-    judges = of.Judges(open_extractor("auto"), EfficientNetLite0(), world)
+    judges = of.Judges(open_extractor(extractor), EfficientNetLite0(), world)
     judges.extractor.to(world.device)
     judges.network.to(world.device)
     with process_group(world), parts(stderr_console()) as started:

@@ -186,11 +186,12 @@ def _neighbours(
     from ganscale.evaluation.features import FeatureCache
     from ganscale.evaluation.images import open_images
     from ganscale.evaluation.nearest import features_of, nearest_in_features, nearest_in_pixels
-    from ganscale.metrics.extractors import open_extractor
+    from ganscale.metrics.extractors import EfficientNetLite0
     from ganscale.tracking.console import parts
     from ganscale.world import World, process_group
 
-    network, world, cache = open_extractor("auto"), World.detect(device), FeatureCache()
+    # Its features of all training images take minutes on a CPU; those of Inception take hours.
+    network, world, cache = EfficientNetLite0(), World.detect(device), FeatureCache()
     network.to(device)
     reference = open_images(place, scratch=cache.folder.parent)
     with process_group(world), parts(stderr_console()) as started:

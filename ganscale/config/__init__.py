@@ -17,6 +17,7 @@ from ganscale.config.models import ModelConfig
 from ganscale.config.run import Config, field_names
 from ganscale.config.schedule import Schedule
 from ganscale.config.sections import (
+    RENAMED_METRICS,
     AugmentConfig,
     CheckpointConfig,
     DataConfig,
@@ -33,6 +34,7 @@ from ganscale.config.sections import (
 )
 
 __all__ = [
+    "RENAMED_METRICS",
     "AugmentConfig",
     "CheckpointConfig",
     "Config",

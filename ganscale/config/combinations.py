@@ -160,9 +160,9 @@ def _augmentation(config: Config) -> Iterator[str]:
 
 def _evaluation(config: Config) -> Iterator[str]:
     checkpoint, evaluation = config.checkpoint, config.evaluation
-    measured = evaluation.every_kimg > 0 and "frechet" in evaluation.metrics
-    if checkpoint.best_metric == "frechet" and not measured:
+    measured = evaluation.every_kimg > 0 and "fid" in evaluation.metrics
+    if checkpoint.best_metric == "fid" and not measured:
         yield (
-            "checkpoint.best_metric=frechet needs evaluations: set evaluation.every_kimg, with "
-            "frechet among evaluation.metrics"
+            "checkpoint.best_metric=fid needs evaluations: set evaluation.every_kimg, with "
+            "fid among evaluation.metrics"
         )

@@ -21,24 +21,42 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "PenaltyConfig",
+    "RENAMED_METRICS",
     "SamplesConfig",
     "TrackingConfig",
     "TrainingConfig",
+    "refuse_old_metric",
     "valid_wandb_project",
 ]
 
 
 ExtractorName = Literal["auto", "inception-v3", "efficientnet-lite0", "dinov2", "clip"]
 MetricName = Literal[
-    "frechet",
-    "frechet_infinity",
-    "kernel",
+    "fid",
+    "fid_infinity",
+    "kid",
     "inception_score",
-    "neighbourhood",
+    "prdc",
     "authenticity",
-    "frechet_per_class",
+    "fid_per_class",
     "c2st_1nn",
 ]
+
+RENAMED_METRICS = {
+    "frechet": "fid",
+    "frechet_infinity": "fid_infinity",
+    "kernel": "kid",
+    "neighbourhood": "prdc",
+    "frechet_per_class": "fid_per_class",
+}
+"""Former names of metrics, which the files of old runs and sweeps may have, and the new ones."""
+
+
+def refuse_old_metric(value: object) -> object:
+    """Raises `ValueError` that names the new name of a metric that was renamed."""
+    if isinstance(value, str) and value in RENAMED_METRICS:
+        raise ValueError(f"this metric is now called {RENAMED_METRICS[value]}")
+    return value
 
 
 def valid_wandb_project(name: str) -> str:
@@ -203,7 +221,9 @@ class CheckpointConfig(Section):
     """Checkpoints kept; an older one goes only after a newer one is durable."""
     keep_best: int = Field(0, ge=0)
     """Further ones kept: those with the best `best_metric`."""
-    best_metric: Literal["metrics/diversity", "frechet"] = "metrics/diversity"
+    best_metric: Annotated[
+        Literal["metrics/diversity", "fid"], BeforeValidator(refuse_old_metric)
+    ] = "metrics/diversity"
     """The best have the highest diversity, or the lowest distance of the last evaluation."""
     max_staleness_minutes: float = Field(60.0, gt=0)
     """How long training goes on while the store takes no checkpoint; then the run ends."""
@@ -218,8 +238,12 @@ class EvaluationConfig(Section):
     """Distance between evaluations, and one more at the end; 0 is none."""
     num_images: int = Field(10_000, ge=100)
     """Generated images, always of the same seeds."""
-    metrics: tuple[MetricName, ...] = ("frechet", "kernel", "neighbourhood")
-    """What is measured; neighbourhood is precision, recall, density and coverage."""
+    metrics: tuple[Annotated[MetricName, BeforeValidator(refuse_old_metric)], ...] = (
+        "fid",
+        "kid",
+        "prdc",
+    )
+    """What is measured; prdc is precision, recall, density and coverage."""
     extractor: ExtractorName = "auto"
     """Network of the features; auto is Inception where its weights are, else EfficientNet."""
     reference: str | None = None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from ganscale.config.loading import load_config, read_yaml
 from ganscale.config.messages import explain, unknown_field
@@ -19,6 +19,7 @@ from ganscale.config.run import Config, field_names
 from ganscale.config.schedule import Schedule
 from ganscale.config.search_space import Domain, drawn, generator_for
 from ganscale.config.section import Section
+from ganscale.config.sections import refuse_old_metric
 from ganscale.errors import ConfigError
 
 __all__ = ["Asha", "NoScheduler", "Population", "Sweep", "SweepFile", "Trial"]
@@ -107,8 +108,8 @@ class SweepFile(Section):
     """Dotted fields that all trials have."""
     search: dict[str, Domain] = Field(min_length=1)
     """Dotted fields that vary."""
-    metric: str = "metrics/diversity"
-    """Column of metrics.jsonl, or `frechet` for the distance of the evaluations."""
+    metric: Annotated[str, BeforeValidator(refuse_old_metric)] = "metrics/diversity"
+    """Column of metrics.jsonl, or `fid` for the Frechet distance of the evaluations."""
     mode: Literal["min", "max"]
     """Whether low or high is good."""
     scheduler: Scheduler = NoScheduler()
@@ -201,7 +202,7 @@ class Sweep:
         base = self.base
         if self.file.metric == "metrics/diversity":
             return max(base.samples.every_kimg, base.tracking.log_every_kimg)
-        if self.file.metric == "frechet" or self.file.metric.startswith("metrics/"):
+        if self.file.metric == "fid" or self.file.metric.startswith("metrics/"):
             return max(base.evaluation.every_kimg, base.tracking.log_every_kimg)
         return base.tracking.log_every_kimg
 
@@ -289,9 +290,9 @@ class Sweep:
         if file.num_trials % file.num_points:
             yield f"trials={file.trials}: expected a multiple of {file.num_points} points of grids"
         evaluated = base.evaluation.metrics if base.evaluation.every_kimg else ()
-        needs = file.metric == "frechet" or file.metric.startswith("metrics/")
+        needs = file.metric == "fid" or file.metric.startswith("metrics/")
         if (needs and not evaluated and file.metric != "metrics/diversity") or (
-            file.metric == "frechet" and "frechet" not in evaluated
+            file.metric == "fid" and "fid" not in evaluated
         ):
             yield (
                 f"metric={file.metric} needs evaluations: set evaluation.every_kimg in overrides, "

@@ -1,7 +1,10 @@
-"""How far generated images are from real ones: the distances and shares of the field.
+"""How far generated images are from real ones: FID, KID, precision, recall and their kin.
 
 One call gives all of them, with the protocol they were measured by: network, resizing, reference
 and numbers of images move them by more than most improvements do.
+
+Metrics that compare distributions by their moments use those of the whole reference. Metrics that
+look at single images use as many of the reference as there are samples, drawn with a fixed seed.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -20,7 +23,13 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ganscale.config import MetricName
 from ganscale.errors import DataError
-from ganscale.evaluation.features import FeatureCache, Features, extract
+from ganscale.evaluation.features import (
+    FeatureCache,
+    Features,
+    Started,
+    extract,
+    plan_reference,
+)
 from ganscale.evaluation.images import ImageSet
 from ganscale.evaluation.two_sample import neighbour_two_sample
 from ganscale.metrics.extractors import FeatureExtractor
@@ -28,15 +37,13 @@ from ganscale.metrics.frechet import frechet_distance, frechet_estimate, frechet
 from ganscale.metrics.inception_score import inception_score
 from ganscale.metrics.intervals import Estimate, of_repeats
 from ganscale.metrics.kernel import kernel_distance
-from ganscale.metrics.neighbours import authenticity, neighbourhood
+from ganscale.metrics.neighbours import authenticity, prdc
 from ganscale.metrics.statistics import Moments
 from ganscale.world import World
 
-__all__ = ["METRICS", "Evaluation", "Protocol", "evaluate", "frechet_name"]
+__all__ = ["METRICS", "Evaluation", "Protocol", "Started", "Workload", "column_of", "evaluate"]
 
 METRICS: tuple[MetricName, ...] = get_args(MetricName)
-
-Started = Callable[[str, int | None], Callable[[int], None]]
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,21 @@ class Protocol:
     reference: str
     reference_digest: str
     num_reference: int
+    reference_statistics: str
+    """Where the moments of all reference images are from: "extracted", or the included file's."""
+    num_reference_rows: int
+    """Reference images that metrics of single images use; 0 where no such metric is asked for."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The images that go through the network, known before any does."""
+
+    num_samples: int
+    num_reference: int
+    """Those whose features are neither included nor cached."""
+    statistics: str
+    """What the included statistics are of; empty where none are used."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +103,13 @@ class Evaluation:
         return {f"metrics/{name}": value.value for name, value in self.metrics.items()}
 
 
-def frechet_name(extractor: FeatureExtractor) -> str:
-    """What the Frechet distance is called: fid with Inception, fd_... with others."""
-    return f"{_stem('frechet', extractor)}{extractor.suffix}"
+def column_of(metric: str, extractor: FeatureExtractor) -> str:
+    """What a figure is called: `fid` and `kid` are Inception's, others are `fd_...`, `kd_...`."""
+    if not extractor.suffix:
+        return metric
+    first, _, rest = metric.partition("_")
+    stem = {"fid": "fd", "kid": "kd"}.get(first, first)
+    return f"{stem}_{rest}{extractor.suffix}" if rest else f"{stem}{extractor.suffix}"
 
 
 def evaluate(
@@ -93,8 +119,10 @@ def evaluate(
     world: World,
     *,
     metrics: Sequence[MetricName] = METRICS,
+    num_reference_rows: int | None = None,
     required: bool = False,
     cache: FeatureCache | None = None,
+    planned: Callable[[Workload], None] = lambda workload: None,
     started: Started = lambda what, total: lambda num: None,
     device: str = "cpu",
 ) -> Evaluation | None:
@@ -105,9 +133,14 @@ def evaluate(
         extractor: of the features.
         world: of the process group; all its ranks share the work.
         metrics: which.
-        required: whether a metric that cannot be had is an error; else it is skipped with a reason.
+        num_reference_rows: how many images of the reference the metrics of single images use; as
+            many as there are samples unless given.
+        required: whether a metric that cannot be computed is an error; else it is skipped with a
+            reason.
         cache: keeps the reference's features.
-        started: told of each part and its number of images; what it returns is told of progress.
+        planned: called on every rank when it is known how many images will be extracted.
+        started: called with each part and its number of images; what it returns is called with
+            progress.
         device: where distances between features are computed.
 
     Raises:
@@ -119,6 +152,9 @@ def evaluate(
             f"{samples.description} have shape {samples.shape}, {reference.description} "
             f"{reference.shape}: only images of one shape can be compared"
         )
+    num_rows = num_reference_rows or len(samples)
+    if not any(metric in _USING_ROWS for metric in metrics):
+        num_rows = 0
     protocol = Protocol(
         extractor=extractor.name,
         extractor_digest=extractor.digest,
@@ -128,15 +164,25 @@ def evaluate(
         reference=reference.description,
         reference_digest=reference.digest,
         num_reference=len(reference),
+        reference_statistics="extracted",
+        num_reference_rows=0,
     )
     if not metrics:
         return Evaluation(protocol, {}, {}) if world.is_main else None
     _check_same_on_all_ranks(extractor.digest, len(samples), len(reference))
     seconds: dict[str, float] = {}
     with _timed("reference", seconds):
-        progress = started(reference.description, len(reference))
-        keep = cache.extract if cache is not None else extract
-        of_reference = keep(reference, extractor, world, progress=progress)
+        plan = plan_reference(
+            reference, extractor, world, num_rows=num_rows, cache=cache, started=started
+        )
+        statistics = "" if plan.statistics is None else plan.statistics.name
+        planned(Workload(len(samples), plan.num_missing, statistics))
+        of_reference = plan.features(extractor, world, cache=cache, started=started)
+    protocol = replace(
+        protocol,
+        reference_statistics=statistics or protocol.reference_statistics,
+        num_reference_rows=len(plan.row_indices),
+    )
     with _timed("samples", seconds):
         progress = started(samples.description, len(samples))
         of_samples = extract(samples, extractor, world, progress=progress)
@@ -175,17 +221,17 @@ class _Comparison:
     device: str
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Features of both, equally many, on the device."""
+        """Features of equally many images of both, on the device."""
         mine, other = self.samples.rows, self.reference.rows
         num = min(len(mine), len(other))
         return self._some(mine, num), self._some(other, num)
 
     def all_rows(self) -> tuple[Tensor, Tensor]:
-        """All that were kept, on the device."""
+        """Features of all samples and of the reference's drawn images, on the device."""
         return self.samples.rows.to(self.device), self.reference.rows.to(self.device)
 
     def named(self, *stems: tuple[str, Estimate]) -> dict[str, Estimate]:
-        return {f"{_stem(s, self.extractor)}{self.extractor.suffix}": value for s, value in stems}
+        return {column_of(name, self.extractor): value for name, value in stems}
 
     def _some(self, rows: Tensor, num: int) -> Tensor:
         if len(rows) > num:
@@ -194,28 +240,25 @@ class _Comparison:
         return rows.to(self.device)
 
 
-def _frechet(both: _Comparison) -> dict[str, Estimate]:
-    return both.named(("frechet", frechet_estimate(both.samples.rows, both.reference.moments)))
+def _fid(both: _Comparison) -> dict[str, Estimate]:
+    return both.named(("fid", frechet_estimate(both.samples.rows, both.reference.moments)))
 
 
-def _frechet_infinity(both: _Comparison) -> dict[str, Estimate]:
+def _fid_infinity(both: _Comparison) -> dict[str, Estimate]:
     value = frechet_infinity(both.samples.rows, both.reference.moments)
-    return both.named(("frechet_infinity", value))
+    return both.named(("fid_infinity", value))
 
 
-def _kernel(both: _Comparison) -> dict[str, Estimate]:
-    return both.named(("kernel", kernel_distance(*both.all_rows())))
+def _kid(both: _Comparison) -> dict[str, Estimate]:
+    return both.named(("kid", kernel_distance(*both.all_rows())))
 
 
 def _inception_score(both: _Comparison) -> dict[str, Estimate]:
-    logits = both.extractor.logits(both.samples.rows)
-    if logits is None:
-        raise DataError(f"only inception-v3 gives an inception score, not {both.extractor.name}")
-    return {"inception_score": inception_score(logits)}
+    return {"inception_score": inception_score(both.extractor.logits(both.samples.rows))}
 
 
-def _neighbourhood(both: _Comparison) -> dict[str, Estimate]:
-    found = neighbourhood(*both.rows())
+def _prdc(both: _Comparison) -> dict[str, Estimate]:
+    found = prdc(*both.rows())
     return both.named(
         ("precision", found.precision),
         ("recall", found.recall),
@@ -228,7 +271,7 @@ def _authenticity(both: _Comparison) -> dict[str, Estimate]:
     return both.named(("authenticity", authenticity(*both.all_rows())))
 
 
-def _frechet_per_class(both: _Comparison) -> dict[str, Estimate]:
+def _fid_per_class(both: _Comparison) -> dict[str, Estimate]:
     mine, other = both.samples.labels, both.reference.labels
     if mine is None or other is None:
         raise DataError("a Frechet distance per class needs labels of samples and reference")
@@ -242,7 +285,7 @@ def _frechet_per_class(both: _Comparison) -> dict[str, Estimate]:
             distances.append(frechet_distance(*parts))
         except DataError as error:
             raise DataError(f"class {label}: {error}") from None
-    return both.named(("frechet_per_class", of_repeats(distances)))
+    return both.named(("fid_per_class", of_repeats(distances)))
 
 
 def _nearest_neighbour_test(both: _Comparison) -> dict[str, Estimate]:
@@ -251,24 +294,19 @@ def _nearest_neighbour_test(both: _Comparison) -> dict[str, Estimate]:
 
 
 _FIGURES: dict[MetricName, Callable[[_Comparison], dict[str, Estimate]]] = {
-    "frechet": _frechet,
-    "frechet_infinity": _frechet_infinity,
-    "kernel": _kernel,
+    "fid": _fid,
+    "fid_infinity": _fid_infinity,
+    "kid": _kid,
     "inception_score": _inception_score,
-    "neighbourhood": _neighbourhood,
+    "prdc": _prdc,
     "authenticity": _authenticity,
-    "frechet_per_class": _frechet_per_class,
+    "fid_per_class": _fid_per_class,
     "c2st_1nn": _nearest_neighbour_test,
 }
-_STEMS = {"frechet": "fd", "kernel": "kd"}
-_INCEPTION_STEMS = {"frechet": "fid", "kernel": "kid"}
-
-
-def _stem(name: str, extractor: FeatureExtractor) -> str:
-    """The field's name of a figure: fid and kid are those with Inception."""
-    stems = _STEMS if extractor.suffix else _INCEPTION_STEMS
-    first, _, rest = name.partition("_")
-    return "_".join([stems.get(first, first), *([rest] if rest else [])])
+_USING_ROWS: frozenset[MetricName] = frozenset(
+    {"kid", "prdc", "authenticity", "fid_per_class", "c2st_1nn"}
+)
+"""Metrics that look at single images of the reference, not only at the moments of all."""
 
 
 @contextmanager

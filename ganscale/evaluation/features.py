@@ -1,18 +1,22 @@
-"""Features of an image set, extracted by all ranks together, and kept by digest.
+"""Features of image sets, extracted by all ranks together, and cached by digest.
 
 Images go through the network in fixed groups, whichever rank has them, and rank 0 puts their
 features together in the order of the images. So features, and whatever is computed from them, are
 the same for any number of ranks, bit for bit on one kind of machine.
+
+A comparison needs two things of its reference: the moments of all images, and the features of some
+(`plan_reference`). The moments of well-known sets ship with the package, so that only those few
+images have to go through the network.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,23 +27,36 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch import distributed as dist
 
-from ganscale.errors import DataError
-from ganscale.evaluation.images import ImageSet
+from ganscale.evaluation.blocks import BLOCK, map_blocks
+from ganscale.evaluation.images import ImageSet, Subset
+from ganscale.evaluation.precomputed import (
+    PrecomputedStatistics,
+    content_digest,
+    precomputed_candidates,
+)
 from ganscale.metrics.extractors import FeatureExtractor, as_rgb
 from ganscale.metrics.statistics import Moments, check_features
 from ganscale.world import World
 
-__all__ = ["FeatureCache", "Features", "extract"]
+__all__ = [
+    "FeatureCache",
+    "Features",
+    "ReferencePlan",
+    "extract",
+    "images_per_second",
+    "plan_reference",
+]
 
 CACHE_ENV = "GANSCALE_CACHE"
 _ROWS = 50
 """Images of every forward; an incomplete group is filled with black."""
-_BLOCK = 500
-"""Images that a rank works through before their features are gathered."""
+_TIMED_ROWS = 10
 _MAX_KEPT = 50_000
 _FORMAT = 1
 
 Progress = Callable[[int], None]
+Started = Callable[[str, int | None], Progress]
+"""Called with a part of the work and its number of images, if known; returns its progress."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +66,18 @@ class Features:
     moments: Moments
     """Of all images."""
     rows: Tensor
-    """float32, (n, d): of all images, or of 50,000 of them drawn at random."""
+    """float32, (n, d): of all images, or of some of them drawn at random."""
     indices: NDArray[np.int64]
-    """(n,) which images those are."""
+    """(n,) which images those are, ascending."""
     labels: NDArray[np.int64] | None
     """(n,) their classes."""
+
+    def with_rows_of(self, indices: NDArray[np.int64]) -> Features:
+        """The same moments, and the rows of some of the images that there are rows of."""
+        places = np.searchsorted(self.indices, indices)
+        assert np.array_equal(self.indices[places], indices)
+        labels = None if self.labels is None else self.labels[places]
+        return Features(self.moments, self.rows[torch.from_numpy(places)], indices, labels)
 
 
 def extract(
@@ -68,37 +92,44 @@ def extract(
     Raises `DataError`, on every rank alike, if an image cannot be read on any of them, has other
     than one or three channels, or gets a feature that is not finite.
     """
-    kept = _kept(len(images))
+    kept = _drawn(len(images), _MAX_KEPT)
     rows = torch.empty(len(kept) if world.is_main else 0, extractor.num_features)
     moments = Moments.none(extractor.num_features)
-    num_blocks = -(-len(images) // _BLOCK)
-    for first in range(0, num_blocks, world.world_size):
-        mine = _block(first + world.rank, len(images))
-        block = _agreed(partial(_features, images, extractor, mine), images.description)
-        for number, part in enumerate(_gathered(block, world)):
-            where = _block(first + number, len(images))
-            if not len(where):
-                continue
-            part = part[: len(where)]
-            moments = moments.merged(Moments.of(part))
-            start, end = np.searchsorted(kept, [where[0], where[-1] + 1]).tolist()
-            rows[start:end] = part[torch.from_numpy(kept[start:end] - where[0])]
-            progress(len(where))
+
+    def features(indices: NDArray[np.int64]) -> Tensor:
+        return _features(images, extractor, indices)
+
+    for where, part in map_blocks(features, images, world):
+        moments = moments.merged(Moments.of(part))
+        start, end = np.searchsorted(kept, [where[0], where[-1] + 1]).tolist()
+        rows[start:end] = part[torch.from_numpy(kept[start:end] - where[0])]
+        progress(len(where))
     if not world.is_main:
         return None
     labels = images.labels
     return Features(moments, rows, kept, None if labels is None else labels[kept])
 
 
+def images_per_second(extractor: FeatureExtractor, shape: tuple[int, int, int]) -> float:
+    """How fast one rank extracts features of images of a shape (C, H, W), by a small batch."""
+    images = as_rgb(torch.zeros(_TIMED_ROWS, *shape, dtype=torch.uint8))
+    extractor.features(images).cpu()  # the first call also sets libraries up
+    began = time.perf_counter()
+    extractor.features(images).cpu()
+    return _TIMED_ROWS / (time.perf_counter() - began)
+
+
 class FeatureCache:
     """Features of references in a folder, by what they are of and by what they were made with.
 
-    The default folder is GANSCALE_CACHE, else `~/.cache/ganscale`.
+    The default folder is GANSCALE_CACHE, else `~/.cache/ganscale`. Digests of references' content
+    are remembered as long as the object lives.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         default = os.environ.get(CACHE_ENV) or Path.home() / ".cache" / "ganscale"
         self.folder = Path(folder or default).expanduser() / "features"
+        self._content: dict[str, str] = {}
 
     def extract(
         self,
@@ -111,15 +142,24 @@ class FeatureCache:
         """As `extract`, from the folder if they are there; rank 0 alone reads and writes it."""
         path = self._path(images, extractor)
         found = self._load(path) if world.is_main else None
-        known = [found is not None]
-        dist.broadcast_object_list(known, src=0)
-        if known[0]:
+        if _from_rank_0(found is not None):
             progress(len(images))
             return found
         features = extract(images, extractor, world, progress=progress)
         if features is not None:
             self._save(path, features)
         return features
+
+    def has(self, images: ImageSet, extractor: FeatureExtractor) -> bool:
+        """Whether rank 0 has the features of these images, on all ranks alike."""
+        return _from_rank_0(self._path(images, extractor).is_file())
+
+    def content_digest(self, images: ImageSet, world: World, started: Started) -> str:
+        """As the function of the same name, computed once for each set."""
+        if images.digest not in self._content:
+            progress = started("comparing the reference with included statistics", len(images))
+            self._content[images.digest] = content_digest(images, world, progress=progress)
+        return self._content[images.digest]
 
     def _path(self, images: ImageSet, extractor: FeatureExtractor) -> Path:
         key = f"{_FORMAT} {extractor.digest} {images.digest}"
@@ -158,20 +198,113 @@ class FeatureCache:
             warnings.warn(f"features of {path} could not be kept: {error}", stacklevel=2)
 
 
-def _kept(num_images: int) -> NDArray[np.int64]:
-    """Which images' features are kept, in order."""
-    if num_images <= _MAX_KEPT:
+@dataclass(frozen=True)
+class ReferencePlan:
+    """Where a reference's moments come from, and of which images features are needed."""
+
+    images: ImageSet
+    """The reference."""
+    statistics: PrecomputedStatistics | None
+    """Of all images, where the package includes them."""
+    row_indices: NDArray[np.int64]
+    """(n,) the images whose own features are needed, ascending."""
+    extracted: ImageSet | None
+    """Whose features are extracted or read from the cache; None if the statistics suffice."""
+    num_missing: int
+    """Images that will go through the network, since no cache has their features."""
+
+    def features(
+        self,
+        extractor: FeatureExtractor,
+        world: World,
+        *,
+        cache: FeatureCache | None,
+        started: Started,
+    ) -> Features | None:
+        """Moments of all images and rows of some, on rank 0; every rank calls this."""
+        extracted = None
+        if self.extracted is not None:
+            progress = started(self.extracted.description, len(self.extracted))
+            keep = extract if cache is None else cache.extract
+            extracted = keep(self.extracted, extractor, world, progress=progress)
+        if not world.is_main:
+            return None
+        if self.statistics is None:
+            assert extracted is not None
+            return extracted.with_rows_of(self.row_indices)
+        moments, labels = self.statistics.moments(), self.images.labels
+        if extracted is None:
+            rows = torch.empty(0, extractor.num_features)
+        elif self.extracted is self.images:
+            rows = extracted.with_rows_of(self.row_indices).rows
+        else:
+            rows = extracted.rows
+        labels = None if labels is None else labels[self.row_indices]
+        return Features(moments, rows, self.row_indices, labels)
+
+
+def plan_reference(
+    images: ImageSet,
+    extractor: FeatureExtractor,
+    world: World,
+    *,
+    num_rows: int,
+    cache: FeatureCache | None = None,
+    started: Started = lambda what, total: lambda num_images: None,
+) -> ReferencePlan:
+    """Decide how the moments of all images, and the features of `num_rows`, are come by.
+
+    The rows are of the same images, drawn with a fixed seed, whether or not the moments of all are
+    included. Where they are, only those images' features are extracted, else those of all; what is
+    in the cache already is not extracted again.
+
+    All ranks call this inside a process group. Raises `DataError` if an image cannot be read.
+    """
+    row_indices = _drawn(len(images), min(num_rows, _MAX_KEPT))
+    statistics = _statistics(images, extractor, world, cache, started)
+    extracted: ImageSet | None = images
+    if statistics is not None and not len(row_indices):
+        extracted = None
+    elif statistics is not None and len(row_indices) < len(images):
+        has_all = cache is not None and cache.has(images, extractor)
+        extracted = images if has_all else Subset(images, row_indices)
+    num_missing = 0
+    if extracted is not None and not (cache is not None and cache.has(extracted, extractor)):
+        num_missing = len(extracted)
+    return ReferencePlan(images, statistics, row_indices, extracted, num_missing)
+
+
+def _statistics(
+    images: ImageSet,
+    extractor: FeatureExtractor,
+    world: World,
+    cache: FeatureCache | None,
+    started: Started,
+) -> PrecomputedStatistics | None:
+    # Decoding all images takes seconds, so it is done only where number and shape agree.
+    for candidate in precomputed_candidates(images, extractor):
+        remembered = cache or FeatureCache()
+        if remembered.content_digest(images, world, started) == candidate.content_digest:
+            return candidate
+    return None
+
+
+def _drawn(num_images: int, num_drawn: int) -> NDArray[np.int64]:
+    """Numbers of images drawn without replacement, ascending; fewer ones are among more."""
+    if num_images <= num_drawn:
         return np.arange(num_images)
-    return np.sort(np.random.default_rng(0).permutation(num_images)[:_MAX_KEPT])
+    return np.sort(np.random.default_rng(0).permutation(num_images)[:num_drawn])
 
 
-def _block(number: int, num_images: int) -> NDArray[np.int64]:
-    return np.arange(min(number * _BLOCK, num_images), min((number + 1) * _BLOCK, num_images))
+def _from_rank_0(value: bool) -> bool:
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def _features(images: ImageSet, extractor: FeatureExtractor, indices: NDArray[np.int64]) -> Tensor:
-    """Of some images, (_BLOCK, d); rows beyond them are 0."""
-    found = torch.zeros(_BLOCK, extractor.num_features)
+    """Of some images, (BLOCK, d); rows beyond them are 0."""
+    found = torch.zeros(BLOCK, extractor.num_features)
     for start in range(0, len(indices), _ROWS):
         group = as_rgb(images.read(indices[start : start + _ROWS]))
         filled = group.new_zeros(_ROWS, *group.shape[1:])
@@ -180,31 +313,3 @@ def _features(images: ImageSet, extractor: FeatureExtractor, indices: NDArray[np
         check_features(rows, images.description)
         found[start : start + len(group)] = rows
     return found
-
-
-def _agreed(action: Callable[[], Tensor], description: str) -> Tensor:
-    """What `action` returns, or the same `DataError` on all ranks if it fails on any."""
-    found, problem = torch.empty(0), ""
-    try:
-        found = action()
-    except DataError as error:
-        problem = str(error)
-    except (OSError, RuntimeError) as error:
-        problem = f"{description}: {type(error).__name__}: {error}"
-    failed = torch.tensor(int(bool(problem)))
-    dist.all_reduce(failed, dist.ReduceOp.MAX)
-    if failed:
-        problems: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        raise DataError(next(text for text in problems if text))
-    return found
-
-
-def _gathered(block: Tensor, world: World) -> list[Tensor]:
-    """All ranks' blocks on rank 0, in order; nothing on others."""
-    if not world.is_main:
-        dist.gather(block, dst=0)
-        return []
-    blocks = [torch.empty_like(block) for _ in range(world.world_size)]
-    dist.gather(block, blocks, dst=0)
-    return blocks

@@ -38,7 +38,7 @@ __all__ = ["GROUP_VARIABLE", "Surroundings", "TrialActor", "durable_reports", "r
 
 GROUP_VARIABLE = "WANDB_RUN_GROUP"
 _POLL_SECONDS = 0.2
-_FRECHET = re.compile(r"metrics/(fid|fd_(?!infinity|per_class)\w+)")
+_FID = re.compile(r"metrics/(fid|fd_(?!infinity|per_class)\w+)")
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ def durable_reports(
 
 def value_of(metric: str, row: Mapping[str, Any]) -> str | None:
     """The column of a row that has the metric; None if it was not measured."""
-    if metric != "frechet":
+    if metric != "fid":
         return metric if metric in row else None
-    return next((name for name in row if _FRECHET.fullmatch(name)), None)
+    return next((name for name in row if _FID.fullmatch(name)), None)
 
 
 class TrialActor(tune.Trainable):  # type: ignore[misc]

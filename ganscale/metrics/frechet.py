@@ -27,8 +27,10 @@ _SMALLEST_PART = 0.5
 def frechet_distance(samples: Moments, reference: Moments) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
 
-    Raises `DataError` if either has no more rows than features, for then its covariance is
-    singular whatever the images are, or if all of its rows are alike.
+    The samples may be fewer than the features: the distance is defined for a singular covariance,
+    but its bias is then a large part of it, so that only distances of equally many samples can be
+    compared. Raises `DataError` if the reference has no more rows than features, for then its
+    covariance is singular whatever the images are, or if all rows of either are equal.
     """
     return _distance(samples, _root(reference), reference)
 
@@ -54,8 +56,14 @@ def frechet_infinity(features: Tensor, reference: Moments, *, seed: int = 0) -> 
     """
     from scipy.stats import linregress, t
 
-    num = len(features)
+    num, num_features = features.shape
     smallest = math.ceil(_SMALLEST_PART * num)
+    if smallest <= num_features:
+        # The distance is not linear in 1 / n there.
+        raise DataError(
+            f"the samples: {num} images are too few for {num_features} features: an extrapolated "
+            "Frechet distance needs more than twice as many"
+        )
     inverse = np.linspace(1 / num, 1 / smallest, _SIZES)
     random = np.random.default_rng(seed)
     root = _root(reference)
@@ -72,6 +80,12 @@ def frechet_infinity(features: Tensor, reference: Moments, *, seed: int = 0) -> 
 def _root(moments: Moments) -> Tensor:
     """R (d, d) with R R^T the covariance."""
     _check(moments, "the reference")
+    num_features = len(moments.mean)
+    if moments.count <= num_features:
+        raise DataError(
+            f"the reference: {moments.count} images are too few for {num_features} features: a "
+            "Frechet distance needs a reference of more images than features"
+        )
     values, vectors = torch.linalg.eigh(moments.covariance)
     root: Tensor = vectors * values.clamp(min=0).sqrt()
     return root
@@ -89,11 +103,8 @@ def _distance(samples: Moments, root: Tensor, reference: Moments) -> float:
 
 
 def _check(moments: Moments, whose: str) -> None:
-    if moments.count <= len(moments.mean):
-        raise DataError(
-            f"{whose}: {moments.count} images are too few for {len(moments.mean)} features: "
-            "a Frechet distance needs more images than features"
-        )
+    if moments.count < 2:
+        raise DataError(f"{whose}: {moments.count} images are too few for a covariance")
     if not moments.scatter.trace() > 0:
         raise DataError(f"{whose}: all {moments.count} images have the same features")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ganscale.errors import DataError
 from ganscale.metrics.intervals import Estimate, bootstrap, of_successes
 
-__all__ = ["Neighbourhood", "authenticity", "nearest", "neighbourhood"]
+__all__ = ["Prdc", "authenticity", "nearest", "prdc"]
 
 _ROWS = 1024
 _K_PRECISION = 3
@@ -24,7 +24,7 @@ _K_DENSITY = 5
 
 
 @dataclass(frozen=True)
-class Neighbourhood:
+class Prdc:
     """Precision and recall with k = 3, density and coverage with k = 5, as published."""
 
     precision: Estimate
@@ -37,7 +37,7 @@ class Neighbourhood:
     """Share of the reference's balls that hold a sample."""
 
 
-def neighbourhood(samples: Tensor, reference: Tensor, *, seed: int = 0) -> Neighbourhood:
+def prdc(samples: Tensor, reference: Tensor, *, seed: int = 0) -> Prdc:
     """All four for (n, d) and (m, d); Naeem et al. 2020, arXiv 2002.09797, equations 1 to 4.
 
     Raises `DataError` if either has no more than five rows.
@@ -56,7 +56,7 @@ def neighbourhood(samples: Tensor, reference: Tensor, *, seed: int = 0) -> Neigh
         covered |= inside.any(0)
         recalled |= (distances <= fake_radii[rows, None]).any(0)
     density = counts.double().cpu().numpy() / _K_DENSITY
-    return Neighbourhood(
+    return Prdc(
         precision=of_successes(int(precise.sum()), len(precise)),
         recall=of_successes(int(recalled.sum()), len(recalled)),
         density=bootstrap(len(density), lambda rows: float(density[rows].mean()), seed=seed),

@@ -13,7 +13,7 @@ from torch import nn
 from ganscale.config import Config
 from ganscale.data.shards import ShardSet
 from ganscale.errors import DataError
-from ganscale.evaluation.distribution import Evaluation, evaluate, frechet_name
+from ganscale.evaluation.distribution import Evaluation, column_of, evaluate
 from ganscale.evaluation.features import FeatureCache
 from ganscale.evaluation.images import GeneratedImages, ImageSet, ImagesOfShards, open_images
 from ganscale.generation.sampling import SampleableGenerator
@@ -29,8 +29,8 @@ class Measured:
 
     row: dict[str, float]
     """Columns of metrics, and the seconds that it took."""
-    frechet: float | None
-    """The Frechet distance, by which the best generator is told."""
+    fid: float | None
+    """The Frechet distance by the run's extractor, by which the best generator is chosen."""
     problem: str
     """Why nothing could be measured, in one line; else empty."""
     skipped: dict[str, str]
@@ -93,8 +93,8 @@ class Evaluator:
             problem = str(error)
         row = {} if found is None else found.row()
         row["time/evaluation_seconds"] = time.perf_counter() - began
-        frechet = row.get(f"metrics/{frechet_name(self.extractor)}")
+        fid = row.get(f"metrics/{column_of('fid', self.extractor)}")
         skipped = {} if found is None else dict(found.skipped)
-        measured = [Measured(row, frechet, problem, skipped)]
+        measured = [Measured(row, fid, problem, skipped)]
         dist.broadcast_object_list(measured, src=0)
         return measured[0]

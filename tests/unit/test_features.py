@@ -114,12 +114,12 @@ def test_a_metric_that_says_nothing_is_skipped_or_an_error(tmp_path: Path) -> No
     b = opened(folder_of(tmp_path / "b", 40, seed=1))
     with process_group(WORLD):
         found = evaluate(a, b, SmallExtractor(), WORLD)
-        with pytest.raises(DataError, match="only inception-v3 gives an inception score"):
+        with pytest.raises(DataError, match="defined by inception-v3's classes"):
             evaluate(a, b, SmallExtractor(), WORLD, metrics=["inception_score"], required=True)
         with pytest.raises(DataError, match="40 images are too few"):
-            evaluate(a, b, SmallExtractor(), WORLD, metrics=["kernel"])
+            evaluate(a, b, SmallExtractor(), WORLD, metrics=["kid"])
     assert found is not None
-    assert set(found.skipped) == {"kernel", "inception_score", "frechet_per_class"}
+    assert set(found.skipped) == {"kid", "inception_score", "fid_per_class"}
     assert {"fd_small", "fd_infinity_small", "recall_small"} <= set(found.metrics)
     assert found.row()["metrics/fd_small"] == found.metrics["fd_small"].value
     assert found.protocol.num_samples == 40
@@ -137,10 +137,10 @@ def test_a_decomposition_that_fails_is_a_reason_too(
     monkeypatch.setattr(torch.linalg, "eigh", fail)
     with process_group(WORLD):
         found = evaluate(images, images, SmallExtractor(), WORLD)
-        with pytest.raises(DataError, match="frechet: failed to converge"):
-            evaluate(images, images, SmallExtractor(), WORLD, metrics=["frechet"], required=True)
+        with pytest.raises(DataError, match="fid: failed to converge"):
+            evaluate(images, images, SmallExtractor(), WORLD, metrics=["fid"], required=True)
     assert found is not None
-    assert found.skipped["frechet"] == "failed to converge"
+    assert found.skipped["fid"] == "failed to converge"
     assert "recall_small" in found.metrics
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ganscale.errors import DataError
-from ganscale.metrics.neighbours import authenticity, nearest, neighbourhood
+from ganscale.metrics.neighbours import authenticity, nearest, prdc
 
 
 def draws(num: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -32,7 +32,7 @@ def radius(x: Tensor, k: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
 def test_all_four_are_those_of_the_definitions(num: int, other: int, shift: float) -> None:
     fake, real = draws(num, 1, shift), draws(other, 2)
     distances = brute(fake, real)
-    found = neighbourhood(fake, real)
+    found = prdc(fake, real)
     three, five = radius(real, 3), radius(real, 5)
     precision = (distances <= three).any(1).mean()
     recall = (distances <= radius(fake, 3)[:, None]).any(0).mean()
@@ -49,14 +49,14 @@ def test_all_four_are_those_of_the_definitions(num: int, other: int, shift: floa
 def test_precision_and_recall_are_those_of_torch_fidelity() -> None:
     fake, real = draws(1500, 1, 0.4), draws(1500, 2)
     theirs = prc_features_to_metric(fake, real, verbose=False)
-    found = neighbourhood(fake, real)
+    found = prdc(fake, real)
     assert found.precision.value == pytest.approx(theirs["precision"], rel=1e-3)
     assert found.recall.value == pytest.approx(theirs["recall"], rel=1e-3)
 
 
 def test_far_from_the_origin_nothing_changes() -> None:
     fake, real = draws(400, 1, 0.3), draws(400, 2)
-    near, far = neighbourhood(fake, real), neighbourhood(fake + 300, real + 300)
+    near, far = prdc(fake, real), prdc(fake + 300, real + 300)
     assert near.density.value == pytest.approx(far.density.value, rel=0.01)
     assert near.recall.value == pytest.approx(far.recall.value, abs=0.01)
 
@@ -66,8 +66,8 @@ def test_dropped_modes_cost_recall_and_noise_costs_precision() -> None:
     real = draws(800, 1) + modes.repeat(100, 1)
     dropped = draws(800, 2) + modes[:2].repeat(400, 1)
     noisy = draws(800, 3) * 6 + modes.repeat(100, 1)
-    same = neighbourhood(draws(800, 4) + modes.repeat(100, 1), real)
-    few, loud = neighbourhood(dropped, real), neighbourhood(noisy, real)
+    same = prdc(draws(800, 4) + modes.repeat(100, 1), real)
+    few, loud = prdc(dropped, real), prdc(noisy, real)
     assert few.recall.value < 0.4 < 0.7 < same.recall.value
     assert few.precision.value > 0.7
     assert few.coverage.value < 0.4
@@ -98,4 +98,4 @@ def test_the_nearest_reference_is_found() -> None:
 @pytest.mark.parametrize(("num", "other"), [(5, 300), (300, 5), (3, 300)])
 def test_too_few_images_are_an_error(num: int, other: int) -> None:
     with pytest.raises(DataError, match=r"\d images are too few for \d neighbours"):
-        neighbourhood(draws(min(num, 3) if num < 6 else num, 1), draws(other, 2))
+        prdc(draws(min(num, 3) if num < 6 else num, 1), draws(other, 2))

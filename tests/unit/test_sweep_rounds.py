@@ -421,7 +421,7 @@ def test_the_frechet_distance_is_found_under_any_network() -> None:
         "metrics/kd_dinov2": 1.0,
         "metrics/fd_dinov2": 2.0,
     }
-    assert value_of("frechet", row) == "metrics/fd_dinov2"
-    assert value_of("frechet", {"metrics/fid_infinity": 1.0, "metrics/fid": 2.0}) == "metrics/fid"
-    assert value_of("frechet", {"metrics/diversity": 1.0}) is None
+    assert value_of("fid", row) == "metrics/fd_dinov2"
+    assert value_of("fid", {"metrics/fid_infinity": 1.0, "metrics/fid": 2.0}) == "metrics/fid"
+    assert value_of("fid", {"metrics/diversity": 1.0}) is None
     assert value_of("train/loss_D", {"train/loss_D": 1.0}) == "train/loss_D"
