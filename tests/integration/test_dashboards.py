@@ -176,6 +176,13 @@ def test_grafana_groups_by_labels_that_the_series_have(run: Any) -> None:
     assert all(series["run"] == "tiny" for series in found["ray_ganscale_step"])
 
 
+class ScoringExtractor(SmallExtractor):
+    """With logits, so that there is an inception score too."""
+
+    def logits(self, features: Tensor) -> Tensor:
+        return features
+
+
 @dataclass
 class Received:
     """What a W&B run gets, in place of the process that holds it."""
@@ -221,7 +228,7 @@ def received(procedural_shards: Path, tmp_path_factory: Any) -> dict[str, Receiv
     results: dict[str, Received] = {}
     with pytest.MonkeyPatch.context() as patch, process_group(world):
         patch.setenv("GANSCALE_CACHE", str(storage / "cache"))
-        patch.setattr(evaluating, "open_extractor", lambda name: SmallExtractor())
+        patch.setattr(evaluating, "open_extractor", lambda name: ScoringExtractor())
         for method, changes in METHODS.items():
             results[method] = Received()
             patch.setattr(wandb_sink, "_Helper", lambda *_, to=results[method], **__: to)
