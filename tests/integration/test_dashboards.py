@@ -21,6 +21,7 @@ from typing import Any, get_args
 import psutil
 import pytest
 import torch
+from torch import Tensor
 
 from ganscale.cli import main
 from ganscale.config import Config
