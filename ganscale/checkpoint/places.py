@@ -136,8 +136,12 @@ class LocalPlace:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Two processes of one run may replace a file at once.
         temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
     def remove(self, name: str) -> None:
         (self.root / name).unlink(missing_ok=True)

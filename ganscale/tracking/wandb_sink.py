@@ -228,7 +228,7 @@ class _Helper:
         if not self._ended.is_set():
             with self._lock:
                 self._is_gone = True
-            self._tell(
+            self._report(
                 f"W&B did not finish within {self._closing_seconds:g} s, and was left; the run is "
                 "whole in metrics.jsonl"
             )
@@ -236,7 +236,12 @@ class _Helper:
         self._listener.join(5)
         _close_pipes(self._process)
         if self._num_left_out:
-            self._tell(f"W&B was too slow: {self._num_left_out} messages were left out")
+            self._report(f"W&B was too slow: {self._num_left_out} messages were left out")
+
+    def _report(self, message: str) -> None:
+        # What takes it writes a file; a full disk must not end the thread that reports.
+        with suppress(OSError):
+            self._tell(message)
 
     def _start(self, mode: str) -> None:
         """Begin a process, and a run in it; holds the lock."""
@@ -289,7 +294,7 @@ class _Helper:
             message = answer.get("message") or answer.get("problem")
             if message and message not in told:  # a server that is away is reported once
                 told.add(message)
-                self._tell(message)
+                self._report(message)
         if not is_closed:
             self._replace(process, failure, is_hopeless=is_hopeless)
         if process is self._process:
@@ -319,12 +324,12 @@ class _Helper:
                 self._waiting.clear()
         what = f"W&B's process ended ({why}; its log is {self._log})"
         if can_restart:
-            self._tell(
+            self._report(
                 f"{what}: from here on the run is logged offline and can be uploaded later: "
                 f"wandb sync {self._settings['init']['dir']}/wandb/offline-run-*"
             )
         else:
-            self._tell(f"{what}: nothing is logged there any more; the run is in metrics.jsonl")
+            self._report(f"{what}: nothing is logged there any more; the run is in metrics.jsonl")
 
 
 def _figures(row: Row) -> list[str]:

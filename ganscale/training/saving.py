@@ -87,7 +87,8 @@ class Saving:
                 ),
                 self._policy(),
             )
-            write_text(self.run_dir.config, self.config.to_yaml())
+            if _text(self.run_dir.config) != (config := self.config.to_yaml()):
+                write_text(self.run_dir.config, config)
             self._begin_writing()
             header = [(self.attempt, None if files is None else files.name)]
             if files is not None:

@@ -91,7 +91,8 @@ class Witness:
         """Claims and checkpoints never change, and the newest of the run are always there."""
         for file in self.store.place.files():
             folder, _, last = file.rpartition("/")
-            if folder == "attempts" or (CheckpointName.parse(folder) and last == "manifest.json"):
+            is_claim = folder == "attempts" and last.startswith("a")
+            if is_claim or (CheckpointName.parse(folder) and last == "manifest.json"):
                 self._look_at(file)
         # A listing is not of one moment: what is missing must be missing in the next one too.
         for name in self._missing() & self._missing():

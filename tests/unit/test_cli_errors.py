@@ -19,9 +19,10 @@ from PIL import Image
 
 from ganscale import cli
 from ganscale.cli import main
-from ganscale.errors import describe_os_error
+from ganscale.errors import ConfigError, describe_os_error
 from ganscale.generation.sampling import load_generator, save_snapshot
 from ganscale.models import build_generator
+from ganscale.world import check_cuda
 from tests.conftest import MakeConfig, Verb
 
 VERBS = (
@@ -279,6 +280,16 @@ def test_without_a_gpu_the_driver_is_blamed_and_not_the_snapshot(
 def test_a_loaded_generator_that_cannot_be_moved_does_not_blame_its_file(workshop: Path) -> None:
     with pytest.raises((RuntimeError, AssertionError), match="NVIDIA|CUDA"):
         load_generator(workshop / "rgb.safetensors", device="cuda")
+
+
+def test_a_gpu_that_is_there_is_taken_and_one_more_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_cuda("--device cuda:1", index=1)
+    with pytest.raises(ConfigError, match=r"--device cuda:2: .* has 2 CUDA device\(s\)"):
+        check_cuda("--device cuda:2", index=2)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".png"])
