@@ -159,8 +159,9 @@ class TorchFidelity:
         self.num_features = self.features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
 
     def to(self, device: str) -> None:
-        # Inception on one core: 1.6 times as fast with channels last and ten images at a time as
-        # with contiguous tensors and fifty; features differ by less than 1e-5.
+        # Inception on one core is 1.7 times as fast with channels last and ten images at a time as
+        # with contiguous tensors and fifty. Features of 500 images, up to 8.4, then differ by at
+        # most 1.5e-5.
         is_cpu = torch.device(device).type == "cpu"
         self._device = device
         self._rows = 10 if is_cpu else 50
