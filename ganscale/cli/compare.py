@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -168,6 +169,9 @@ def compare(
     ),
     num: Annotated[int, typer.Option(min=2, help="Images to reconstruct.")] = 100,
     num_samples: Annotated[int, typer.Option(min=2, help="Images to generate.")] = 10_000,
+    num_reference: Annotated[
+        int | None, typer.Option(min=2, help="Only so many of the reference, at random.")
+    ] = None,
     metric: Annotated[
         Literal["fid", "kid", "prdc"], typer.Option(help="Of generated images.")
     ] = "fid",
@@ -181,6 +185,7 @@ def compare(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Put runs beside each other: what they cost, generate and bring back (VAE against GAN)."""
+    from ganscale.cli.duration import announce
     from ganscale.evaluation import comparison as of
     from ganscale.evaluation.features import FeatureCache
     from ganscale.evaluation.images import Subset, open_images
@@ -198,27 +203,36 @@ def compare(
     entries = [of.enter(str(run), search, device=world.device) for run in runs]
     scratch = FeatureCache().folder.parent
     real = open_images(reference or default_reference(str(runs[0])), scratch=scratch)
+    if num_reference is not None:
+        real = Subset.random(real, num_reference, seed=0)
     subject = Subset.random(open_images(images, split="test", scratch=scratch), num, seed=seed)
     wanted = [degradation_named(task, subject.shape, seed=seed) for task in _tasks(tasks)]
-    judges = of.Judges(open_extractor(extractor), EfficientNetLite0(), world)
+    judges = of.Judges(open_extractor("auto"), EfficientNetLite0(), world)
     judges.extractor.to(world.device)
     judges.network.to(world.device)
     with process_group(world), parts(stderr_console()) as started:
-        costs = [of.cost_of(entry) for entry in entries]
-        qualities = [
-            of.quality(entry, real, judges, metric=metric, num_images=num_samples, started=started)
-            for entry in entries
-        ]
-        found = {
-            degradation.name: of.restored(
+        found = {}
+        for degradation in wanted:  # pictures first: features of samples take far longer
+            task = degradation.name
+            found[task] = of.restored(
                 entries, subject, degradation, judges, seed=seed, started=started
             )
-            for degradation in wanted
-        }
+            _print_task(task, found[task][1])
+            _draw(*found[task], out / f"{task.replace(' ', '-')}.png")
+        costs = [of.cost_of(entry) for entry in entries]
+        qualities = [
+            of.quality(
+                entry,
+                real,
+                judges,
+                metric=metric,
+                num_images=num_samples,
+                planned=partial(announce, network=judges.extractor, shape=real.shape, world=world),
+                started=started,
+            )
+            for entry in entries
+        ]
     _print_costs(entries, costs, qualities)
-    for task, (truth, ways) in found.items():
-        _print_task(task, ways)
-        _draw(truth, ways, out / f"{task.replace(' ', '-')}.png")
     figures = {
         "runs": [of.Entry.to_json(*each) for each in zip(entries, costs, qualities, strict=True)],
         "samples": num_samples,
@@ -245,7 +259,7 @@ def _print_costs(
     head = (
         f"{'run':24} {'method':10} {'kimg':>7} {'hours':>6} {'img/s':>6} {'GiB':>5} {'M par.':>6}"
     )
-    typer.echo(f"{head}   {', '.join(qualities[0])}")
+    typer.echo(f"\n{head}   {', '.join(qualities[0])}")
     for entry, cost, quality in zip(entries, costs, qualities, strict=True):
         peak = "-" if cost.peak_memory_gib is None else f"{cost.peak_memory_gib:.1f}"
         typer.echo(
@@ -258,7 +272,7 @@ def _print_costs(
 def _print_task(task: str, ways: list[Restored]) -> None:
     names = list(ways[0].figures)
     typer.echo(
-        f"\n{task:34}" + "".join(f"{name.split('_')[0]:>12}" for name in names) + "     s/image"
+        f"{task:34}" + "".join(f"{name.split('_')[0]:>12}" for name in names) + "     s/image"
     )
     for way in ways:
         values = "".join(f"{way.figures[name].value:12.4g}" for name in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -13,7 +14,7 @@ from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from ganscale.config import MetricName
-    from ganscale.evaluation.distribution import Evaluation, Protocol, Workload
+    from ganscale.evaluation.distribution import Evaluation, Protocol
     from ganscale.evaluation.images import ImageSet
 
 __all__ = ["print_table"]
@@ -88,9 +89,10 @@ def evaluate(
 ) -> None:
     """Compare generated images with real ones: FID, KID, precision, recall, copies."""
 
+    from ganscale.cli.duration import announce
     from ganscale.evaluation.distribution import METRICS
     from ganscale.evaluation.distribution import evaluate as compare
-    from ganscale.evaluation.features import FeatureCache, images_per_second
+    from ganscale.evaluation.features import FeatureCache
     from ganscale.evaluation.images import GeneratedImages, Subset, open_images
     from ganscale.evaluation.judgements import JUDGEMENTS, judged
     from ganscale.evaluation.runs import default_reference, note_in_run
@@ -117,11 +119,6 @@ def evaluate(
         samples = GeneratedImages.of_snapshot(Path(subject), num, seed=seed, device=world.device)
     console = stderr_console()
 
-    def announce(workload: Workload) -> None:
-        speed = images_per_second(network, samples.shape) * world.world_size
-        if world.is_main:
-            typer.echo(_duration(workload, speed, world.device), err=True)
-
     with process_group(world), parts(console if world.is_main else None) as started:
         found = compare(
             samples,
@@ -132,7 +129,8 @@ def evaluate(
             num_reference_rows=reference_rows,
             required=metrics is not None,
             cache=FeatureCache(),
-            planned=announce,
+            resume_samples=True,
+            planned=partial(announce, network=network, shape=samples.shape, world=world),
             started=started,
             device=world.device,
         )
@@ -202,19 +200,3 @@ def _better(column: str, protocol: Protocol) -> str:
     if column.startswith("c2st"):
         return "lower: 0.5 is indistinguishable"
     return "higher"
-
-
-def _duration(workload: Workload, images_per_second: float, device: str) -> str:
-    """How long the network will take, in a line."""
-    note = f" (statistics of {workload.statistics} are included)" if workload.statistics else ""
-    seconds = (workload.num_samples + workload.num_reference) / images_per_second
-    if seconds < 90:
-        about = f"{seconds:.0f} seconds"
-    elif seconds < 90 * 60:
-        about = f"{seconds / 60:.0f} minutes"
-    else:
-        about = f"{seconds / 3600:.1f} hours"
-    return (
-        f"{workload.num_samples:,} samples + {workload.num_reference:,} reference images{note} at "
-        f"{images_per_second:.3g} images/s on {device}: about {about}"
-    )

@@ -145,6 +145,9 @@ def nearest(
     num: Annotated[int, typer.Option(min=1, help="How many generated images.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first; then +1.")] = 0,
     neighbours: Annotated[int, typer.Option(min=1, help="Of each, by either distance.")] = 4,
+    num_reference: Annotated[
+        int, typer.Option(min=2, help="Look at so many of the reference at most, at random.")
+    ] = 10_000,
     truncation_psi: _Psi = None,
     out: Annotated[Path, typer.Option(help="A .png; a row: image, by features, by pixels.")] = Path(
         "nearest.png"
@@ -160,7 +163,9 @@ def nearest(
     explorer = _explorer(path, truncation_psi, device)
     seeds = list(range(seed, seed + num))
     images = explorer.sample_seeds(seeds)
-    by_features, by_pixels, shown = _neighbours(images, reference, neighbours, device)
+    by_features, by_pixels, shown = _neighbours(
+        images, reference, num_reference, neighbours, device
+    )
     gap = torch.full_like(images[:, None], 255)
     write_picture(
         lay_out(torch.cat([images[:, None], gap, shown[0], gap, shown[1]], 1), scale=scale), out
@@ -180,11 +185,13 @@ def nearest(
 
 
 def _neighbours(
-    images: Tensor, place: str, k: int, device: str
+    images: Tensor, place: str, num_reference: int, k: int, device: str
 ) -> tuple[Nearest, Nearest, tuple[Tensor, Tensor]]:
     """By features and by pixels, and the images themselves, (n, k, C, H, W)."""
+    from ganscale.cli.duration import announce
+    from ganscale.evaluation.distribution import Workload
     from ganscale.evaluation.features import FeatureCache
-    from ganscale.evaluation.images import open_images
+    from ganscale.evaluation.images import Subset, open_images
     from ganscale.evaluation.nearest import features_of, nearest_in_features, nearest_in_pixels
     from ganscale.metrics.extractors import EfficientNetLite0
     from ganscale.tracking.console import parts
@@ -193,11 +200,21 @@ def _neighbours(
     # Its features of all training images take minutes on a CPU; those of Inception take hours.
     network, world, cache = EfficientNetLite0(), World.detect(device), FeatureCache()
     network.to(device)
-    reference = open_images(place, scratch=cache.folder.parent)
+    whole = open_images(place, scratch=cache.folder.parent)
+    reference = Subset.random(whole, num_reference, seed=0)
+    if len(reference) < len(whole):
+        typer.echo(
+            f"looking at {len(reference):,} of {len(whole):,} reference images "
+            f"(--num-reference {len(whole)} looks at all)",
+            err=True,
+        )
     with process_group(world), parts(stderr_console()) as started:
         by_pixels = nearest_in_pixels(
             images, reference, k, progress=started("pixels", len(reference))
         )
+        missing = 0 if cache.has(reference, network) else len(reference)
+        workload = Workload(len(images), missing, statistics="")
+        announce(workload, network=network, shape=reference.shape, world=world)
         progress = started("reference features", len(reference))
         known = cache.extract(reference, network, world, progress=progress)
     assert known is not None

@@ -112,7 +112,9 @@ def reconstruct(
     degradation = degradation_named(
         task, subject.shape, mask=mask, scale=scale, blur=blur, noise=noise, seed=seed
     )
-    compared = _restore_and_compare(reconstructor, subject, degradation, world, seed, extractor)
+    compared = _restore_and_compare(
+        reconstructor, subject, degradation, world, seed, extractor, out
+    )
     if compared is None:
         return
     protocol: dict[str, Any] = {
@@ -129,7 +131,7 @@ def reconstruct(
     }
     if reconstructor.by == "inversion":
         protocol["search"] = {**vars(search), "prior": search.prior_for(degradation)}
-    _write(compared, protocol, out)
+    _write_figures(compared, protocol, out)
     _print(compared.figures, protocol)
     typer.echo(f"wrote {len(compared.found.images)} images, grid.png and figures.json to {out}")
 
@@ -148,8 +150,9 @@ def _restore_and_compare(
     world: World,
     seed: int,
     extractor: ExtractorName,
+    out: Path,
 ) -> _Compared | None:
-    """On rank 0; None on others."""
+    """On rank 0; None on others. The images are written before they are measured."""
     from ganscale.evaluation.reconstruction import likeness, reconstruct
     from ganscale.metrics.extractors import EfficientNetLite0, open_extractor
     from ganscale.tracking.console import parts
@@ -162,6 +165,7 @@ def _restore_and_compare(
         found = reconstruct(reconstructor, images, degradation, world, seed=seed, progress=progress)
         if found is None:
             return None
+        _write_pictures(found, out)
         network, features = EfficientNetLite0(), open_extractor(extractor)
         network.to(world.device)
         features.to(world.device)
@@ -173,19 +177,22 @@ def _restore_and_compare(
     return _Compared(found, figures, features)
 
 
-def _write(compared: _Compared, protocol: dict[str, Any], out: Path) -> None:
-    from dataclasses import asdict
-
+def _write_pictures(found: Reconstructed, out: Path) -> None:
     import torch
 
     from ganscale.generation.pictures import lay_out, write_picture
-    from ganscale.metrics.intervals import of_repeats
 
-    found = compared.found
     for number, image in enumerate(found.images):
         write_picture(image, out / "images" / f"{number:06d}.png")
     shown = torch.stack([found.inputs, found.images, found.truth])[:, :_COLUMNS]
     write_picture(lay_out(shown, scale=2), out / "grid.png")
+
+
+def _write_figures(compared: _Compared, protocol: dict[str, Any], out: Path) -> None:
+    from dataclasses import asdict
+
+    from ganscale.metrics.intervals import of_repeats
+
     values = {
         kind: {
             name: {**asdict(of_repeats(each.tolist())), "of_each": each.tolist()}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ganscale.config import MetricName, load_config
 from ganscale.errors import ConfigError
-from ganscale.evaluation.distribution import evaluate
+from ganscale.evaluation.distribution import Workload, evaluate
 from ganscale.evaluation.features import FeatureCache
 from ganscale.evaluation.images import GeneratedImages, ImageSet
 from ganscale.evaluation.reconstruction import By, Reconstructor, likeness, reconstruct
@@ -159,6 +159,7 @@ def quality(
     *,
     metric: MetricName,
     num_images: int,
+    planned: Callable[[Workload], None],
     started: Started,
 ) -> Mapping[str, Estimate]:
     """What a metric says of `num_images` samples, for seeds from 0, beside the reference."""
@@ -171,6 +172,8 @@ def quality(
         metrics=[metric],
         required=True,
         cache=FeatureCache(),
+        resume_samples=True,
+        planned=planned,
         started=started,
         device=judges.world.device,
     )

@@ -30,7 +30,7 @@ from ganscale.evaluation.features import (
     extract,
     plan_reference,
 )
-from ganscale.evaluation.images import ImageSet
+from ganscale.evaluation.images import ImageSet, with_classes_of
 from ganscale.evaluation.two_sample import neighbour_two_sample
 from ganscale.metrics.extractors import FeatureExtractor
 from ganscale.metrics.frechet import frechet_distance, frechet_estimate, frechet_infinity
@@ -122,6 +122,7 @@ def evaluate(
     num_reference_rows: int | None = None,
     required: bool = False,
     cache: FeatureCache | None = None,
+    resume_samples: bool = False,
     planned: Callable[[Workload], None] = lambda workload: None,
     started: Started = lambda what, total: lambda num: None,
     device: str = "cpu",
@@ -138,6 +139,8 @@ def evaluate(
         required: whether a metric that cannot be computed is an error; else it is skipped with a
             reason.
         cache: keeps the reference's features.
+        resume_samples: whether an interrupted pass over the samples goes on, by the cache; their
+            digest must then tell different samples apart.
         planned: called on every rank when it is known how many images will be extracted.
         started: called with each part and its number of images; what it returns is called with
             progress.
@@ -152,6 +155,15 @@ def evaluate(
             f"{samples.description} have shape {samples.shape}, {reference.description} "
             f"{reference.shape}: only images of one shape can be compared"
         )
+    skipped: dict[str, str] = {}
+    if "fid_per_class" in metrics:
+        try:
+            samples = with_classes_of(samples, reference.classes, reference.description)
+        except DataError as error:
+            if required:
+                raise
+            skipped["fid_per_class"] = str(error)
+            metrics = [metric for metric in metrics if metric != "fid_per_class"]
     num_rows = num_reference_rows or len(samples)
     if not any(metric in _USING_ROWS for metric in metrics):
         num_rows = 0
@@ -185,11 +197,13 @@ def evaluate(
     )
     with _timed("samples", seconds):
         progress = started(samples.description, len(samples))
-        of_samples = extract(samples, extractor, world, progress=progress)
+        if cache is not None and resume_samples:
+            of_samples = cache.extract(samples, extractor, world, keep=False, progress=progress)
+        else:
+            of_samples = extract(samples, extractor, world, progress=progress)
     if of_samples is None or of_reference is None:
         return None
     found: dict[str, Estimate] = {}
-    skipped: dict[str, str] = {}
     comparison = _Comparison(of_samples, of_reference, extractor, device)
     for metric in metrics:
         with _timed(metric, seconds):

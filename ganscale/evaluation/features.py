@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch import distributed as dist
 
-from ganscale.evaluation.blocks import BLOCK, map_blocks
+from ganscale.evaluation.blocks import BLOCK, map_blocks, numbers_of_block
 from ganscale.evaluation.images import ImageSet, Subset
 from ganscale.evaluation.precomputed import (
     PrecomputedStatistics,
@@ -41,6 +44,7 @@ from ganscale.world import World
 __all__ = [
     "FeatureCache",
     "Features",
+    "PartialFeatures",
     "ReferencePlan",
     "extract",
     "images_per_second",
@@ -52,8 +56,10 @@ _ROWS = 50
 """Images of every forward; an incomplete group is filled with black."""
 _TIMED_ROWS = 10
 _MAX_KEPT = 50_000
-_FORMAT = 1
+_FORMAT = 2
+"""Counts up when the same images and network give other features than before, if only by bits."""
 
+T = TypeVar("T")
 Progress = Callable[[int], None]
 Started = Callable[[str, int | None], Progress]
 """Called with a part of the work and its number of images, if known; returns its progress."""
@@ -80,17 +86,50 @@ class Features:
         return Features(self.moments, self.rows[torch.from_numpy(places)], indices, labels)
 
 
+class PartialFeatures:
+    """Features of an unfinished pass, a file for each block: an interrupted pass goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def read(self) -> list[Tensor]:
+        """The blocks from the first to the last before one that is missing, each (n, d)."""
+        blocks: list[Tensor] = []
+        with suppress(OSError, SafetensorError, KeyError):
+            while True:
+                blocks.append(load_file(self._path(len(blocks)))["features"])
+        return blocks
+
+    def add(self, block: int, features: Tensor) -> None:
+        """Keep a block's features; without room for them the pass goes on unkept."""
+        path = self._path(block)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        with suppress(OSError, SafetensorError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_file({"features": features.contiguous()}, temporary)
+            temporary.replace(path)
+
+    def remove(self) -> None:
+        """Remove all blocks, when the pass is complete."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, block: int) -> Path:
+        return self._folder / f"{block:06d}.safetensors"
+
+
 def extract(
     images: ImageSet,
     extractor: FeatureExtractor,
     world: World,
     *,
+    partial: PartialFeatures | None = None,
     progress: Progress = lambda num_images: None,
 ) -> Features | None:
     """The features of all images, on rank 0; every rank calls this inside a process group.
 
-    Raises `DataError`, on every rank alike, if an image cannot be read on any of them, has other
-    than one or three channels, or gets a feature that is not finite.
+    With `partial`, blocks that an interrupted pass left there are not extracted again. Raises
+    `DataError`, on every rank alike, if an image cannot be read on any of them, has other than one
+    or three channels, or gets a feature that is not finite.
     """
     kept = _drawn(len(images), _MAX_KEPT)
     rows = torch.empty(len(kept) if world.is_main else 0, extractor.num_features)
@@ -99,7 +138,17 @@ def extract(
     def features(indices: NDArray[np.int64]) -> Tensor:
         return _features(images, extractor, indices)
 
-    for where, part in map_blocks(features, images, world):
+    def all_blocks() -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+        done = partial.read() if partial is not None and world.is_main else []
+        for block, part in enumerate(done):
+            yield numbers_of_block(block, len(images)), part
+        first = _from_rank_0(len(done))
+        for where, part in map_blocks(features, images, world, first_block=first):
+            if partial is not None:
+                partial.add(int(where[0]) // BLOCK, part)
+            yield where, part
+
+    for where, part in all_blocks():
         moments = moments.merged(Moments.of(part))
         start, end = np.searchsorted(kept, [where[0], where[-1] + 1]).tolist()
         rows[start:end] = part[torch.from_numpy(kept[start:end] - where[0])]
@@ -137,17 +186,25 @@ class FeatureCache:
         extractor: FeatureExtractor,
         world: World,
         *,
+        keep: bool = True,
         progress: Progress = lambda num_images: None,
     ) -> Features | None:
-        """As `extract`, from the folder if they are there; rank 0 alone reads and writes it."""
+        """As `extract`, from the folder if they are there; rank 0 alone reads and writes it.
+
+        An interrupted pass goes on where it was. Without `keep`, features that are complete are
+        removed again: those of a generator's images are rarely needed twice.
+        """
         path = self._path(images, extractor)
         found = self._load(path) if world.is_main else None
         if _from_rank_0(found is not None):
             progress(len(images))
             return found
-        features = extract(images, extractor, world, progress=progress)
+        partial = PartialFeatures(path.with_suffix(".partial"))
+        features = extract(images, extractor, world, partial=partial, progress=progress)
         if features is not None:
-            self._save(path, features)
+            if keep:
+                self._save(path, features)
+            partial.remove()
         return features
 
     def has(self, images: ImageSet, extractor: FeatureExtractor) -> bool:
@@ -296,7 +353,7 @@ def _drawn(num_images: int, num_drawn: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(0).permutation(num_images)[:num_drawn])
 
 
-def _from_rank_0(value: bool) -> bool:
+def _from_rank_0(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
