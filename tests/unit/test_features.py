@@ -136,7 +136,7 @@ def test_what_cannot_be_compared_is_told_in_one_line(tmp_path: Path) -> None:
             evaluate(small, good, SmallExtractor(), WORLD)
         with pytest.raises(DataError, match="images of 4 channels have no features"):
             extract(clear, SmallExtractor(), WORLD)
-        with pytest.raises(DataError, match="000003 is 9x16 with 3 channels, the first 16x16"):
+        with pytest.raises(DataError, match="010.png is 9x16 with 3 channels, the first 16x16"):
             extract(opened(mixed), SmallExtractor(), WORLD)
         with pytest.raises(DataError, match="empty"):
             opened(empty)
