@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -322,7 +323,7 @@ def test_waiting_for_what_is_not_there_says_what_and_ends_at_once(
 def test_what_cannot_fit_on_a_ray_of_our_own_is_refused_with_the_fix(
     make_config: MakeConfig, head: str
 ) -> None:
-    refused = {
+    refused: dict[str, dict[str, Any]] = {
         "needs 1 CPU and 1 GPU, .* has 1 CPU and 0 GPU: set launch.use_gpu=false": {
             "launch__use_gpu": True
         },
