@@ -36,15 +36,26 @@ def spectrogram_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def real_source() -> str:
+    """CIFAR-10 where GANSCALE_CIFAR10 names it, else the procedural set of the same shape."""
+    return "cifar10" if os.environ.get(CIFAR10_ENV) else "procedural"
+
+
 @pytest.fixture(scope="session")
-def cifar10_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """2,000 real CIFAR-10 images in 16 shards, where GANSCALE_CIFAR10 says they are."""
-    if not os.environ.get(CIFAR10_ENV):
-        pytest.skip(f"{CIFAR10_ENV} is not set")
-    root = tmp_path_factory.mktemp("shards") / "cifar10"
-    spec, _ = resolve_source("cifar10", "train", download_dir=root)
+def image_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2,000 images of `real_source` in 16 shards."""
+    root = tmp_path_factory.mktemp("shards") / "images"
+    spec, _ = resolve_source(real_source(), "train", download_dir=root)
     build_shards(spec, root, num_shards=16, limit=2000)
     return root
+
+
+@pytest.fixture(scope="session")
+def cifar10_shards(image_shards: Path) -> Path:
+    """Those, where they are real CIFAR-10 images, for what only these show."""
+    if real_source() != "cifar10":
+        pytest.skip(f"{CIFAR10_ENV} is not set")
+    return image_shards
 
 
 @pytest.fixture

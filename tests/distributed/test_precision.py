@@ -18,15 +18,13 @@ from tests.support.runs import read_rows
 
 
 @on_each_device
-def test_fp16_losses_follow_fp32(
-    make_config: MakeConfig, cifar10_shards: Path, device: str
-) -> None:
+def test_fp16_losses_follow_fp32(make_config: MakeConfig, image_shards: Path, device: str) -> None:
     world = World(device=device)
     curves = {}
     for precision in ("fp32", "fp16"):
         config = make_config(
             name=precision,
-            data__shards=str(cifar10_shards),
+            data__shards=str(image_shards),
             training__precision=precision,
             training__batch_size=8,
             training__total_kimg=0.24,

@@ -60,7 +60,7 @@ def _losses(config: Config, *legs: tuple[int, float]) -> torch.Tensor:
     "num_steps", [24, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 )
 def test_loss_curve_is_that_of_one_worker_with_batch_norm(
-    make_config: MakeConfig, cifar10_shards: Path, num_steps: int
+    make_config: MakeConfig, image_shards: Path, num_steps: int
 ) -> None:
     """With two, with three, and while their number changes; at 5e-6, where nothing is chaotic yet.
 
@@ -70,7 +70,7 @@ def test_loss_curve_is_that_of_one_worker_with_batch_norm(
     """
     size = 64
     config = make_config(
-        data__shards=str(cifar10_shards),
+        data__shards=str(image_shards),
         optimizer__lr=5e-6,
         training__batch_size=size,
         training__total_kimg=num_steps * size / 1000,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +16,13 @@ from _pytest.mark import ParameterSet
 import ganscale
 from ganscale.config import Config
 from ganscale.data.building import build_shards
-from ganscale.data.sources import CIFAR10_ENV, resolve_source
+from ganscale.data.sources import resolve_source
 from ganscale.errors import ConfigError
 from ganscale.objectives.adversarial import OBJECTIVES
 from ganscale.run_directory import RunDirectory
 from ganscale.training.loop import train
 from ganscale.world import World, process_group
-from tests.conftest import MakeConfig
+from tests.conftest import MakeConfig, real_source
 from tests.support.devices import on_each_device
 from tests.support.runs import final_digest, read_rows
 from tests.support.small_models import SMALL_MODELS
@@ -61,11 +60,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def shards_16(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 CIFAR-10 images at 16x16 in 4 shards."""
-    if not os.environ.get(CIFAR10_ENV):
-        pytest.skip(f"{CIFAR10_ENV} is not set")
+    """200 images of 16x16 in 4 shards."""
     root = tmp_path_factory.mktemp("shards") / "16"
-    spec, _ = resolve_source("cifar10", "train", download_dir=root)
+    spec, _ = resolve_source(real_source(), "train", download_dir=root)
     build_shards(spec, root, num_shards=4, limit=200, resolution=16)
     return root
 

@@ -110,17 +110,17 @@ def test_an_archive_of_another_network_is_refused(tmp_path: Path) -> None:
 
 
 def test_features_are_those_of_torch_fidelity(
-    archive: Path, theirs: nn.Module, cifar10_shards: Path
+    archive: Path, theirs: nn.Module, image_shards: Path
 ) -> None:
-    _compare_features(archive, theirs, cifar10_shards, 16)
+    _compare_features(archive, theirs, image_shards, 16)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_features_of_500_images_are_those_of_torch_fidelity(
-    archive: Path, theirs: nn.Module, cifar10_shards: Path
+    archive: Path, theirs: nn.Module, image_shards: Path
 ) -> None:
-    _compare_features(archive, theirs, cifar10_shards, 500)
+    _compare_features(archive, theirs, image_shards, 500)
 
 
 def _compare_features(archive: Path, theirs: nn.Module, shards: Path, num: int) -> None:
