@@ -26,7 +26,7 @@ from ganscale.data.sources import SourceSpec
 from ganscale.errors import CheckpointError, ConfigError, GanscaleError
 from ganscale.launch import start as module
 from ganscale.launch.held_run import HeldRun
-from ganscale.launch.start import prepare_shards, start, supervisor_of
+from ganscale.launch.start import prepare_shards, resume_config, start, supervisor_of
 from ganscale.training.loop import Trainer
 from tests.conftest import MakeConfig
 
@@ -131,6 +131,20 @@ def test_a_run_that_has_begun_keeps_its_shards_and_says_that_its_source_changed(
     assert "has changed since" in output.getvalue()
     other = config.with_changes({"name": "other"})
     assert prepare_shards(other, Console(quiet=True)).data.shards != kept
+
+
+def test_a_run_whose_whole_storage_was_moved_finds_its_shards(
+    make_config: MakeConfig, procedural_shards: Path, tmp_path: Path
+) -> None:
+    storage = tmp_path / "storage"
+    shards = storage / "shards" / "procedural-train"
+    shutil.copytree(procedural_shards, shards)
+    config = make_config(storage=str(storage), data__shards=str(shards))
+    start(config, Console(quiet=True))
+    moved = storage.rename(tmp_path / "moved")
+    longer = resume_config(str(moved / config.name), {"training.total_kimg": 0.32})
+    assert longer.data.shards == str(moved / "shards" / "procedural-train")
+    assert start(longer, Console(quiet=True)).nimg == 320
 
 
 def test_a_run_keeps_its_shards_whatever_its_source_would_be_today(
