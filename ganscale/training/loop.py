@@ -20,10 +20,8 @@ from torch import distributed as dist
 
 from ganscale.checkpoint import Session
 from ganscale.config import Config, SemiSupervisedMethod
-from ganscale.data.reader import Batch
 from ganscale.data.shards import ShardSet
 from ganscale.errors import CheckpointError, ConfigError, TrainingFault
-from ganscale.generation.latents import StepRandomness, seed_for
 from ganscale.tracking.sinks import Sink
 from ganscale.tracking.step_times import StepTimes
 from ganscale.tracking.workers import WorkerFigures, merged
@@ -32,18 +30,17 @@ from ganscale.training.build import (
     build_state,
     check_against_shards,
     check_generator,
-    ema_names,
     load_shards,
 )
 from ganscale.training.distribute import gather_objects, sum_over_ranks
 from ganscale.training.evaluating import Evaluator
 from ganscale.training.guard import Alarm, Guard
+from ganscale.training.inputs import HostInputs, InputPreparer
 from ganscale.training.kernels import use_exact_kernels
 from ganscale.training.labelled import LabelledPool
 from ganscale.training.outputs import Outputs
 from ganscale.training.precision import Precision
 from ganscale.training.saving import Saving, non_finite
-from ganscale.training.share import Moment, Share, network_input
 from ganscale.training.stopping import Agreement, Ending, StopRequest, Wishes
 from ganscale.training.watchdog import Phase, Watchdog
 from ganscale.world import World
@@ -133,31 +130,29 @@ class Trainer:
         with self.watchdog:
             while True:
                 batches = self.reader.batches(self.state.nimg, self.config.training.batch_size)
-                with closing(batches):
-                    outcome = self._follow(batches)
+                with closing(
+                    self.inputs.ahead(batches, self.state.nimg, self.state.step)
+                ) as inputs:
+                    outcome = self._follow(inputs)
                 if isinstance(outcome, Ending):
                     return outcome
                 self._roll_back(outcome)
 
-    def step(self, batch: Batch) -> None:
-        """A step on a global batch, of which this rank has `batch`.
-
-        In a game the discriminator has `training.discriminator_steps` for one of the others.
-        """
-        state, training = self.state, self.config.training
+    def step(self, host: HostInputs) -> None:
+        """One step of the method on a global batch, and the averages after it."""
+        state, size = self.state, self.config.training.batch_size
         self._times.enter("prepare")
-        self._skipped += [str(error) for error in batch.skipped]
-        generator_learns = (state.step + 1) % training.discriminator_steps == 0
-        moment = Moment(
-            state.nimg, state.step, training.batch_size, self._lr_factor, generator_learns
-        )
-        seen = state.method.step(self._share(batch), moment, self._mark)
+        self._skipped += [str(error) for error in host.batch.skipped]
+        inputs = self.inputs.to_device(host)
+        state.method.set_betas(host.context)
+        statistics = state.method.step(inputs, host.variant, self._mark)
         self._times.enter("average")
-        state.means.add({f"train/{name}": value for name, value in seen.items()})
-        state.nimg += training.batch_size
+        state.means.add({f"train/{name}": value for name, value in statistics.items()})
+        state.nimg += size
         state.step += 1
-        if generator_learns:
-            self._average()
+        if host.variant.generator_turn:
+            for name, ema in state.emas.items():
+                ema.update(state.averaged, inputs.schedules[f"ema_weight/{name}"])
         state.means.num_steps += 1
         self._times.num_steps += 1
 
@@ -166,7 +161,7 @@ class Trainer:
         self.saving.close()
         self.outputs.close()
 
-    def _follow(self, batches: Iterator[Batch]) -> Ending | Alarm:
+    def _follow(self, batches: Iterator[HostInputs]) -> Ending | Alarm:
         """Step after step, to the end, a stop, or an alarm that asks for a rollback."""
         while True:
             wishes = self._agreement.result()
@@ -186,7 +181,7 @@ class Trainer:
         self.state = build_state(self.config, self.precision, self.world)
         self.guard = Guard(
             self.config.objective.name,
-            players=self.state.method.players,
+            players=self.state.method.models,
             scaled=self.precision.name == "fp16",
         )
         self._skipped: list[str] = []
@@ -204,7 +199,14 @@ class Trainer:
                     "of another version of ganscale, which can go on with it"
                 ) from None
         self._began_at = self.state.nimg if saved is not None else -1
-        self._lr_factor = self.config.guard.rollback_lr_factor**self.saving.attempt.salt
+        self.inputs = InputPreparer(
+            self.config,
+            self.world,
+            self.state.method,
+            values=self.values,
+            num_rollbacks=self.saving.attempt.salt,
+            labelled=self._labelled,
+        )
         session = self.saving.session
         self.outputs.open(
             self.saving.attempt,
@@ -250,31 +252,6 @@ class Trainer:
         if world.is_main:
             self._skipped = [text for rank in ranks for text in rank["skipped"]]
 
-    def _share(self, batch: Batch) -> Share:
-        device, size = self.world.torch_device, self.config.training.batch_size
-        stored = batch.images.to(device, non_blocking=True)
-        images = network_input(stored, self.values)
-        labels = batch.labels.to(device, non_blocking=True)
-        salt, seed = self.saving.attempt.salt, self.config.seed
-        seed = seed_for(seed, "rollback", salt) if salt else seed
-        random = StepRandomness(seed, self.state.nimg, size, batch.slots, device)
-        return Share(
-            real_images=images,
-            labels=labels if self.config.generator_spec["num_classes"] else None,
-            random=random,
-            z_dim=self.config.model.z_dim,
-            weight=self.world.world_size / size,
-            labelled=None if self._labelled is None else self._labelled.draw(random),
-        )
-
-    def _average(self) -> None:
-        state, training = self.state, self.config.training
-        num_images = training.discriminator_steps * training.batch_size
-        halflives = {"": 1000 * training.ema_halflife_kimg.at(state.nimg)}
-        halflives |= ema_names(self.config)
-        for name, ema in state.emas.items():
-            ema.update(state.averaged, num_images, halflife_nimg=halflives[name])
-
     def _write_what_is_due(self, wishes: Wishes, *, done: bool) -> Alarm | None:
         """Samples, a row, snapshots, a checkpoint; an alarm if the row asks for a rollback."""
         self._report_checkpoints()
@@ -317,10 +294,12 @@ class Trainer:
         seconds = time.perf_counter() - self._clock
         self._clock = time.perf_counter()
         row: dict[str, float] = {"step": state.step, "nimg": state.nimg, **means, **self._unlogged}
-        for letter, player in state.method.players.items():
-            row[f"train/loss_scale_{letter}"] = player.scaler.scale
-            row[f"train/skips_{letter}"] = int(player.num_skips)
-        row |= {f"train/{name}": value for name, value in state.method.figures(state.nimg).items()}
+        for letter, model in state.method.models.items():
+            row[f"train/loss_scale_{letter}"] = model.scaler.scale
+            row[f"train/skips_{letter}"] = int(model.num_skips)
+        row |= {
+            f"train/{name}": value for name, value in state.method.extra_metrics(state.nimg).items()
+        }
         row |= merged(gather_objects(self._worker.measure(self._times.means())))
         row["time/images_per_second"] = steps * self.config.training.batch_size / seconds
         if self.config.data.on_error == "skip":

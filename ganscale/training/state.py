@@ -1,4 +1,4 @@
-"""Everything about a run that changes: the players, the averaged networks, the position.
+"""Everything about a run that changes: the models, the averaged networks, the position.
 
 What is random or ordered is not here: it follows from (seed, position).
 """
@@ -12,7 +12,7 @@ from torch import nn
 
 from ganscale.ema import Ema
 from ganscale.tracking.stats import RunningMeans
-from ganscale.training.methods import Method
+from ganscale.training.steps import TrainingMethod
 
 __all__ = ["TrainingState"]
 
@@ -25,7 +25,11 @@ class TrainingState:
     """
 
     def __init__(
-        self, method: Method, averaged: nn.ModuleDict, emas: dict[str, Ema], device: torch.device
+        self,
+        method: TrainingMethod,
+        averaged: nn.ModuleDict,
+        emas: dict[str, Ema],
+        device: torch.device,
     ) -> None:
         self.method = method
         self.averaged = averaged
@@ -48,7 +52,7 @@ class TrainingState:
     def state_dict(self) -> dict[str, Any]:
         """All of it, as nested dictionaries of tensors and numbers."""
         return {
-            **{letter: player.state_dict() for letter, player in self.method.players.items()},
+            **{letter: model.state_dict() for letter, model in self.method.models.items()},
             "averages": {
                 average: {name: m.state_dict() for name, m in self.networks(average).items()}
                 for average in self.emas
@@ -59,12 +63,12 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state in place."""
-        for letter, player in self.method.players.items():
-            player.load_state_dict(state[letter])
+        """Load a saved state in place."""
+        for letter, model in self.method.models.items():
+            model.load_state_dict(state[letter])
         for average in self.emas:
-            for name, model in self.networks(average).items():
-                model.load_state_dict(state["averages"][average][name])
+            for name, network in self.networks(average).items():
+                network.load_state_dict(state["averages"][average][name])
         self.method.load_state_dict(state["method"])
         self.nimg = state["nimg"]
         self.step = state["step"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ from ganscale.errors import TrainingFault
 from ganscale.run_directory import RunDirectory
 from ganscale.training import loop
 from ganscale.training.build import load_shards
+from ganscale.training.inputs import HostInputs, StepInputs
 from ganscale.training.saving import non_finite
-from ganscale.training.share import Share
 from ganscale.world import World
 from tests.conftest import MakeConfig
 from tests.support.ranks import run_ranks
@@ -28,12 +28,18 @@ class Poisoned(loop.Trainer):
 
     times = 1
 
-    def _share(self, batch: Any) -> Share:
-        share = super()._share(batch)
-        if self.world.rank == 1 and self.state.nimg == BAD_NIMG and self.times:
-            self.times -= 1
-            share.real_images[0, 0, 0, 0] = torch.nan
-        return share
+    def step(self, host: HostInputs) -> None:
+        to_device = self.inputs.to_device
+
+        def poisoned(host: HostInputs) -> StepInputs:
+            inputs = to_device(host)
+            if self.world.rank == 1 and self.state.nimg == BAD_NIMG and self.times:
+                self.times -= 1
+                inputs.batch.real_images[0, 0, 0, 0] = torch.nan
+            return inputs
+
+        with patch.object(self.inputs, "to_device", poisoned):
+            super().step(host)
 
 
 def _train_poisoned(world: World, config: Config, times: int) -> tuple[str, int, float]:
@@ -48,7 +54,7 @@ def _train_poisoned(world: World, config: Config, times: int) -> tuple[str, int,
         ending = str(fault)
     finally:
         trainer.close()
-    lr = trainer.state.method.players["G"].optimizer.param_groups[0]["lr"]
+    lr = float(trainer.state.method.models["G"].lr)
     return ending, trainer.saving.attempt.salt, lr
 
 
