@@ -38,5 +38,5 @@ class Ema:
         """
         for average, current in zip(self.model.parameters(), model.parameters(), strict=True):
             average.lerp_(current, weight)
-        for average, current in zip(self.model.buffers(), model.buffers(), strict=True):
-            average.copy_(current)
+        for kept, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            kept.copy_(buffer)

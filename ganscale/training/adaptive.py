@@ -24,7 +24,9 @@ class AdaController:
     """
 
     def __init__(self, config: AugmentConfig, device: torch.device) -> None:
-        self.config = config
+        assert config.target is not None
+        self.target = config.target
+        self.nimg_to_full = 1000 * config.adapt_kimg
         self.p = torch.tensor(config.p.at(0), device=device)
         self._signs = torch.zeros((), device=device)
 
@@ -32,12 +34,12 @@ class AdaController:
         """How far p may move in update number `step` (0, 1, ...) of a global batch; often 0."""
         if step % _STEPS_PER_ADAPTATION != _STEPS_PER_ADAPTATION - 1:
             return 0.0
-        return batch_size * _STEPS_PER_ADAPTATION / (1000 * self.config.adapt_kimg)
+        return batch_size * _STEPS_PER_ADAPTATION / self.nimg_to_full
 
     def update(self, mean_sign: Tensor, p_step: Tensor) -> None:
         """Take in the mean sign of the logits at real images, (), and move p by `p_step`, ()."""
         self._signs += mean_sign
-        excess = self._signs / _STEPS_PER_ADAPTATION - self.config.target
+        excess = self._signs / _STEPS_PER_ADAPTATION - self.target
         self.p.add_(excess.sign() * p_step).clamp_(0, 1)
         self._signs.mul_(p_step == 0)  # a new sum begins where p has moved
 

@@ -56,7 +56,7 @@ def build_state(config: Config, precision: Precision, world: World) -> TrainingS
         for network in networks.values():
             network.compile()
     method = kind(config, networks, precision, world)
-    return TrainingState(method, averaged, emas, world.torch_device)
+    return TrainingState(method, averaged, emas, world)
 
 
 def load_shards(config: Config) -> ShardSet:

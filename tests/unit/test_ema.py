@@ -26,7 +26,7 @@ def test_halflife_zero_follows_at_once_and_buffers_are_copied() -> None:
     assert model.running_mean is not None
     model.running_mean.fill_(7.0)
     ema.update(model, torch.tensor(ema_weight(64, 0)))
-    assert torch.equal(ema.model.weight, model.weight.detach())
+    torch.testing.assert_close(ema.model.weight, model.weight.detach(), rtol=0, atol=0)
     torch.testing.assert_close(ema.model.running_mean, model.running_mean)
 
 

@@ -42,6 +42,8 @@ class _Pairs(nn.Module):
 class Bigan(TrainingMethod):
     """Encoder and generator learn as one, against a discriminator of pairs."""
 
+    discriminator: DiscriminatorTrainer
+
     def __init__(
         self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
     ) -> None:

@@ -46,6 +46,8 @@ class _Inverse(nn.Module):
 class InDomainEncoder(TrainingMethod):
     """The encoder learns, against a discriminator of its reconstructions."""
 
+    discriminator: DiscriminatorTrainer
+
     def __init__(
         self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
     ) -> None:

@@ -24,6 +24,8 @@ __all__ = ["Gan"]
 class Gan(TrainingMethod):
     """Both networks learn in turn, each on latents of its own."""
 
+    discriminator: DiscriminatorTrainer
+
     def __init__(
         self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
     ) -> None:

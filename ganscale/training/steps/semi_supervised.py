@@ -43,6 +43,8 @@ class SemiSupervised(TrainingMethod):
     the two can be compared.
     """
 
+    discriminator: DiscriminatorTrainer
+
     def __init__(
         self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
     ) -> None:

@@ -33,6 +33,8 @@ __all__ = ["VaeGan"]
 class VaeGan(TrainingMethod):
     """Encoder and generator learn as one, against the discriminator."""
 
+    discriminator: DiscriminatorTrainer
+
     def __init__(
         self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
     ) -> None:
