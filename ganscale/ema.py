@@ -13,7 +13,15 @@ import copy
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Ema"]
+__all__ = ["Ema", "ema_weight"]
+
+
+def ema_weight(batch_size: int, halflife_nimg: float) -> float:
+    """1 - beta, the weight of the new weights in one update of `batch_size` images.
+
+    With a half-life of 0 it is 1: the average follows the weights at once.
+    """
+    return 1.0 - 0.5 ** (batch_size / halflife_nimg) if halflife_nimg > 0 else 1.0
 
 
 class Ema:
@@ -23,11 +31,12 @@ class Ema:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, model: nn.Module, batch_size: int, *, halflife_nimg: float) -> None:
-        """Move towards `model` by one step of `batch_size` images; with 0, follow it at once."""
-        beta = 0.5 ** (batch_size / halflife_nimg) if halflife_nimg > 0 else 0.0
-        averages: list[Tensor] = list(self.model.parameters())
-        weights: list[Tensor] = list(model.parameters())
-        torch._foreach_lerp_(averages, weights, 1.0 - beta)
-        for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
-            average.copy_(buffer)
+    def update(self, model: nn.Module, weight: Tensor) -> None:
+        """Move towards `model` by `weight`, a 0-dim tensor in [0, 1] on the model's device.
+
+        The weight is a tensor and not a number, so that a captured graph sees its schedule.
+        """
+        for average, current in zip(self.model.parameters(), model.parameters(), strict=True):
+            average.lerp_(current, weight)
+        for kept, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            kept.copy_(buffer)

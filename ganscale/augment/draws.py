@@ -29,12 +29,9 @@ class Draws:
         """Choose samples: `rows` are their places (int64) or a mask (bool)."""
         return Draws(self.uniform[rows], self.normal[rows])
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Draws:
-        """Return the same numbers on `device`."""
-        return Draws(
-            self.uniform.to(device, non_blocking=non_blocking),
-            self.normal.to(device, non_blocking=non_blocking),
-        )
+    def packed(self) -> Tensor:
+        """Return all numbers as one table, (n, K_u + K_n): a step's inputs are plain tensors."""
+        return torch.cat((self.uniform, self.normal), 1)
 
 
 @dataclass(frozen=True)

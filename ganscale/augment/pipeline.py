@@ -145,6 +145,11 @@ class Augmentation:
             torch.randn(normal, generator=generator, device=generator.device),
         )
 
+    def unpacked(self, table: Tensor) -> Draws:
+        """Return the draws whose `packed` table, or some rows of it, this is."""
+        num_uniform, num_normal = self._columns.num_uniform, self._columns.num_normal
+        return Draws(*table.split((num_uniform, num_normal), 1))
+
     def __call__(self, images: Tensor, draws: Draws, p: Tensor | float) -> Tensor:
         """Augment n images with n rows of draws, all on one device; p is within [0, 1]."""
         if not isinstance(p, Tensor) and not 0 <= p <= 1:

@@ -13,7 +13,7 @@ from ganscale.cli.app import Overrides, app, stderr_console
 
 if TYPE_CHECKING:
     from ganscale.config import Config
-    from ganscale.training.stopping import Ending
+    from ganscale.training.stopping import TrainResult
 
 __all__ = ["PRESETS"]
 
@@ -101,7 +101,7 @@ def _run(config: Config, *, take_over: bool) -> None:
         raise typer.Exit(EXIT_CODES[ending.reason])
 
 
-def _print_results(config: Config, ending: Ending) -> None:
+def _print_results(config: Config, ending: TrainResult) -> None:
     from ganscale.checkpoint import CheckpointStore
     from ganscale.run_directory import RunDirectory
 

@@ -116,7 +116,7 @@ def summarise_run(root: Path, metric: str) -> RunSummary:
         nimg=max((row["nimg"] for row in history.rows), default=0),
         finished=max(ends, default=0) >= config.total_nimg,
         collapses=_collapses(history),
-        rollbacks=max((event.get("salt", 0) for event in history.events), default=0),
+        rollbacks=max((event.get("num_rollbacks", 0) for event in history.events), default=0),
         value=values[-1][1] if values else None,
         images_per_second=float(np.median([v for _, v in speeds])) if speeds else None,
     )

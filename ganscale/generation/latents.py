@@ -7,13 +7,20 @@ what one would have drawn.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from typing import Protocol, Self, TypeVar
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-__all__ = ["StepRandomness", "seed_for", "seeded_labels", "seeded_latents"]
+__all__ = [
+    "Draw",
+    "draw_noise",
+    "normal",
+    "seed_for",
+    "seeded_labels",
+    "seeded_latents",
+    "uniform",
+]
 
 
 def seed_for(*key: int | str) -> int:
@@ -21,59 +28,34 @@ def seed_for(*key: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
 
 
-class _Rows(Protocol):
-    def __getitem__(self, rows: Tensor) -> Self: ...
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> Self: ...
+Draw = Callable[[int, torch.Generator], Tensor]
+"""Draws the random numbers of one purpose for a whole batch: (batch_size, generator) to rows."""
 
 
-Rows = TypeVar("Rows", bound=_Rows)
+def normal(*shape: int) -> Draw:
+    """Draws N(0, 1), (batch_size, *shape)."""
+    return lambda batch_size, generator: torch.randn(batch_size, *shape, generator=generator)
 
 
-class StepRandomness:
-    """Random numbers of one step: what is drawn is for the global batch, of which a rank gets its.
+def uniform(*shape: int) -> Draw:
+    """Draws from [0, 1), (batch_size, *shape)."""
+    return lambda batch_size, generator: torch.rand(batch_size, *shape, generator=generator)
 
-    Args:
-        seed: of the run.
-        position: of the step's global batch.
-        batch_size: of the global batch.
-        slots: (n,) which of its places are this rank's.
-        device: where the numbers are wanted; they are drawn on the CPU, alike everywhere.
+
+def draw_noise(
+    draws: Mapping[str, Draw], *, seed: int, position: int, batch_size: int, slots: Tensor
+) -> dict[str, Tensor]:
+    """The random numbers of one step by purpose, on the CPU; each (n, ...).
+
+    They are drawn for the global batch of `batch_size` that starts at `position`, and this rank
+    gets the rows of its `slots` (n,). The purpose is part of the seed, so a purpose that is left
+    out changes no other.
     """
-
-    def __init__(
-        self, seed: int, position: int, batch_size: int, slots: Tensor, device: torch.device
-    ) -> None:
-        self._key = (seed, position)
-        self.batch_size = batch_size
-        self._slots = slots
-        self._device = device
-
-    def generator(self, purpose: str) -> torch.Generator:
-        """The generator of one purpose, at its beginning."""
-        return torch.Generator().manual_seed(seed_for(*self._key, purpose))
-
-    def normal(self, purpose: str, *shape: int) -> Tensor:
-        """N(0, 1), (n, *shape)."""
-        return self._mine(torch.randn(self.batch_size, *shape, generator=self.generator(purpose)))
-
-    def uniform(self, purpose: str, *shape: int) -> Tensor:
-        """In [0, 1), (n, *shape)."""
-        return self._mine(torch.rand(self.batch_size, *shape, generator=self.generator(purpose)))
-
-    def rows_of(self, draw: Callable[[int, torch.Generator], Rows], purpose: str) -> Rows:
-        """This rank's rows of what `draw(batch_size, generator)` draws for the global batch."""
-        rows = draw(self.batch_size, self.generator(purpose))
-        return rows[self._slots].to(self._device, non_blocking=True)
-
-    def table(self, values: Tensor, *, fill: float) -> Tensor:
-        """This rank's values (n,) at their places of the global batch, (B,)."""
-        table = values.new_full((self.batch_size,), fill)
-        table[self._slots.to(values.device)] = values
-        return table
-
-    def _mine(self, values: Tensor) -> Tensor:
-        return values[self._slots].to(self._device, non_blocking=True)
+    noise = {}
+    for purpose, draw in draws.items():
+        generator = torch.Generator().manual_seed(seed_for(seed, position, purpose))
+        noise[purpose] = draw(batch_size, generator)[slots]
+    return noise
 
 
 def seeded_latents(seeds: list[int], z_dim: int) -> Tensor:

@@ -12,7 +12,7 @@ from rich.console import Console
 from ganscale.checkpoint import CheckpointStore, Heartbeat, Holder, Session
 from ganscale.config import Config
 from ganscale.data.storage import RetryPolicy
-from ganscale.training.saving import patiently
+from ganscale.training.checkpoints import retry
 
 __all__ = ["HeldRun", "hold"]
 
@@ -52,12 +52,12 @@ def hold(config: Config, console: Console, *, take_over: bool) -> Iterator[HeldR
 
     store, holder = CheckpointStore(config.checkpoints), Holder.here(config.run_dir)
     policy = RetryPolicy(deadline_seconds=config.data.store_deadline_seconds)
-    original = patiently(lambda: _original_of(config, store), policy)
+    original = retry(lambda: _original_of(config, store), policy)
     if original:
         report(f"{config.run_dir} is a copy of {original}: it goes on as a run of its own")
     # What holds the original does not hold its copy.
     known = sys.maxsize if take_over or original else 0
-    newest = patiently(lambda: store.require_free(holder, known, report), policy)
+    newest = retry(lambda: store.require_free(holder, known, report), policy)
     with Heartbeat(store.place, holder):
         yield HeldRun(store, Session(holder, newest, original))
 

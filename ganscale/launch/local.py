@@ -9,14 +9,17 @@ from ganscale.config import Config
 from ganscale.errors import ConfigError
 from ganscale.launch.signals import stopping_on_signals
 from ganscale.tracking.sinks import Sink
+from ganscale.training.callbacks import Callback
 from ganscale.training.loop import train
-from ganscale.training.stopping import Ending, StopRequest
+from ganscale.training.stopping import StopRequest, TrainResult
 from ganscale.world import World, process_group
 
 __all__ = ["train_here", "train_in_process"]
 
 
-def train_in_process(config: Config, session: Session | None = None) -> Ending:
+def train_in_process(
+    config: Config, session: Session | None = None, callbacks: Sequence[Callback] = ()
+) -> TrainResult:
     """Run the training loop in this process, whose start of the run is `session`.
 
     Raises `ConfigError` if `launch.num_workers` is not the number of processes there are.
@@ -30,7 +33,7 @@ def train_in_process(config: Config, session: Session | None = None) -> Ending:
         )
     stop = StopRequest()
     with stopping_on_signals(stop, config.launch.grace_seconds):
-        return train_here(config, world, stop, session=session)
+        return train_here(config, world, stop, session=session, callbacks=callbacks)
 
 
 def train_here(
@@ -39,7 +42,8 @@ def train_here(
     stop: StopRequest,
     sinks: Sequence[Sink] = (),
     session: Session | None = None,
-) -> Ending:
+    callbacks: Sequence[Callback] = (),
+) -> TrainResult:
     """Run the training loop in this thread, to its end or until `stop` is set."""
     with process_group(world, timeout_seconds=config.launch.timeout_seconds):
-        return train(config, world, stop, sinks, session)
+        return train(config, world, stop, sinks, session, callbacks)

@@ -49,7 +49,7 @@ from ganscale.launch.signals import stopping_on_signals
 from ganscale.launch.supervisor import Failure, Supervisor
 from ganscale.tracking.logs import to_stderr
 from ganscale.tracking.wandb_sink import variables
-from ganscale.training.stopping import Ending, StopRequest
+from ganscale.training.stopping import StopRequest, TrainResult
 from ganscale.world import World
 
 __all__ = ["tell", "told", "train_in_groups", "train_on_ray"]
@@ -57,7 +57,7 @@ __all__ = ["tell", "told", "train_in_groups", "train_on_ray"]
 _POLL_SECONDS = 0.3
 
 
-def train_on_ray(config: Config, supervisor: Supervisor, held: HeldRun) -> Ending:
+def train_on_ray(config: Config, supervisor: Supervisor, held: HeldRun) -> TrainResult:
     """Run the training loop in Ray workers, restarted after faults, and wait for the end.
 
     Uses the cluster at `launch.ray_address` or RAY_ADDRESS, else starts Ray here without a
@@ -75,7 +75,7 @@ def train_on_ray(config: Config, supervisor: Supervisor, held: HeldRun) -> Endin
 
 def train_in_groups(
     config: Config, supervisor: Supervisor, stop: StopRequest, held: HeldRun, *, is_joined: bool
-) -> Ending:
+) -> TrainResult:
     """Run the training loop in workers of the Ray that this process is connected to."""
     if not is_joined:
         require_capacity(config)
@@ -142,7 +142,7 @@ class RayWorkers:
             f"{num_nodes} node(s), of which {resources_text(free, self._takes)} free"
         )
 
-    def run(self, num_workers: int, stop: StopRequest) -> Ending:
+    def run(self, num_workers: int, stop: StopRequest) -> TrainResult:
         """Train with a group of workers until it ends, passing on `stop`.
 
         Raises `Failure` when a worker, its node or the controller is gone, the cause of an error
@@ -155,20 +155,22 @@ class RayWorkers:
         with marked(self.config.run_dir, token):
             ended = self._fit(trainer, token, stop)
         self._token, self._missing = "", self.config.launch.max_workers
-        if isinstance(ended, Ending):
+        if isinstance(ended, TrainResult):
             return ended
         raise self._explained(ended) from ended
 
-    def _fit(self, trainer: TorchTrainer, token: str, stop: StopRequest) -> Ending | BaseException:
+    def _fit(
+        self, trainer: TorchTrainer, token: str, stop: StopRequest
+    ) -> TrainResult | BaseException:
         """How the group ended; meanwhile pass on `stop`, and note what the controller tells."""
-        outcome: list[Ending | BaseException] = []
+        outcome: list[TrainResult | BaseException] = []
 
         def fit() -> None:
             try:
                 trainer.fit()
                 if error := told(token, "error"):
                     raise GanscaleError(f"training failed on {error}")
-                outcome.append(Ending(**json.loads(told(token, "ending"))))
+                outcome.append(TrainResult(**json.loads(told(token, "ending"))))
             except BaseException as error:
                 outcome.append(error)
 

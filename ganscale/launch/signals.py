@@ -22,7 +22,7 @@ from ganscale.world import launched_rank
 __all__ = ["EXIT_CODES", "stopping_on_signals"]
 
 EXIT_CODES = {"terminated": 128 + signal.SIGTERM, "interrupted": 128 + signal.SIGINT}
-"""The exit code of a run that was stopped, by the reason in its `Ending`."""
+"""The exit code of a run that was stopped, by the reason in its `TrainResult`."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SAME_SECONDS = 0.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -34,8 +34,9 @@ from ganscale.run_directory import RunDirectory
 from ganscale.tracking.console import RunFollower, counting, describe_event
 from ganscale.tracking.sinks import EventLog
 from ganscale.training.build import check_against_shards, load_shards
-from ganscale.training.saving import patiently
-from ganscale.training.stopping import Ending
+from ganscale.training.callbacks import Callback
+from ganscale.training.checkpoints import retry
+from ganscale.training.stopping import TrainResult
 from ganscale.world import launched_rank
 
 __all__ = [
@@ -79,12 +80,24 @@ _MAY_CHANGE = (
 )
 
 
-def start(config: Config, console: Console, *, take_over: bool = False) -> Ending:
+def start(
+    config: Config,
+    console: Console,
+    *,
+    take_over: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> TrainResult:
     """Train as configured, on from the newest checkpoint if the run exists; waits for the end.
 
     SIGTERM and Ctrl-C end it early, with a checkpoint. Raises `RunInUse` if another process that is
-    alive trains the run, unless `take_over`: then that one ends.
+    alive trains the run, unless `take_over`: then that one ends. `callbacks` are run by workers in
+    this process; with others, `ConfigError` is raised.
     """
+    if callbacks and config.launch.backend != "inprocess":
+        raise ConfigError(
+            f"callbacks are run in this process, but launch.backend={config.launch.backend}: "
+            "set launch.backend=inprocess"
+        )
     receive()
     if launched_rank():  # torchrun starts many, of which one speaks
         console = Console(quiet=True)
@@ -97,7 +110,8 @@ def start(config: Config, console: Console, *, take_over: bool = False) -> Endin
         if held is None or config.launch.backend == "inprocess":
             from ganscale.launch.local import train_in_process
 
-            return train_in_process(config, None if held is None else held.session)
+            session = None if held is None else held.session
+            return train_in_process(config, session, callbacks)
         from ganscale.launch.ray_train import train_on_ray
 
         return train_on_ray(config, supervisor_of(config, held, console), held)
@@ -177,7 +191,7 @@ def supervisor_of(config: Config, held: HeldRun, console: Console) -> Supervisor
 
     def newest_nimg() -> int:
         try:
-            seen.append(patiently(lambda: next((n.nimg for n in store.lineage()), -1), policy))
+            seen.append(retry(lambda: next((n.nimg for n in store.lineage()), -1), policy))
         except GanscaleError:
             if not seen:
                 raise

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from ganscale.config import Config
 from ganscale.errors import GanscaleError
-from ganscale.training.stopping import Ending, StopRequest
+from ganscale.training.stopping import StopRequest, TrainResult
 
 __all__ = ["Failure", "Supervisor", "Workers"]
 
@@ -47,7 +47,7 @@ class Workers(Protocol):
         """What a worker takes and what there is of it, in a few words."""
         ...
 
-    def run(self, num_workers: int, stop: StopRequest) -> Ending:
+    def run(self, num_workers: int, stop: StopRequest) -> TrainResult:
         """Train until the end, a stop, or a fault: raises `Failure`, or an error for good."""
         ...
 
@@ -68,7 +68,7 @@ class Supervisor:
         self._newest_nimg = newest_nimg
         self.note = note
 
-    def run(self, workers: Workers, stop: StopRequest) -> Ending:
+    def run(self, workers: Workers, stop: StopRequest) -> TrainResult:
         """To the end of the run, or to a stop that `stop` asks for.
 
         Raises `GanscaleError` after more than `launch.max_failures` faults without progress.
@@ -79,7 +79,7 @@ class Supervisor:
             num_workers = self._wait_for_room(workers, stop)
             if not num_workers:
                 position = self._newest_nimg() if has_trained else reached
-                return Ending(max(0, position), stop.reason, has_trained)
+                return TrainResult(max(0, position), stop.reason, has_trained)
             has_trained = True
             try:
                 ending = self._run_group(workers, num_workers, stop)
@@ -94,7 +94,7 @@ class Supervisor:
             if ending.reason != "regroup":
                 return ending
 
-    def _run_group(self, workers: Workers, num_workers: int, stop: StopRequest) -> Ending:
+    def _run_group(self, workers: Workers, num_workers: int, stop: StopRequest) -> TrainResult:
         """One group, that is asked to make way when there is room for a larger one."""
         wanted = StopRequest()
         ended = threading.Event()

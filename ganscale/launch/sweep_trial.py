@@ -31,7 +31,7 @@ from ganscale.run_directory import RunDirectory
 from ganscale.tracking.console import stderr_console
 from ganscale.tracking.history import History
 from ganscale.tracking.logs import to_stderr
-from ganscale.training.stopping import Ending, StopRequest
+from ganscale.training.stopping import StopRequest, TrainResult
 from ganscale.world import World
 
 __all__ = ["GROUP_VARIABLE", "Surroundings", "TrialActor", "durable_reports", "reports", "value_of"]
@@ -175,9 +175,9 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
     def _ended(self, training: _Training) -> dict[str, Any]:
         """What became of a run that reports nothing more."""
         outcome = training.outcome
-        if isinstance(outcome, Ending) and outcome.reason:
+        if isinstance(outcome, TrainResult) and outcome.reason:
             return {"done": True, "state": "interrupted", "message": ""}
-        if isinstance(outcome, Ending):
+        if isinstance(outcome, TrainResult):
             metric = self._around.sweep.file.metric
             message = f"no row of {self._config.run_dir}/metrics.jsonl has {metric} at the end"
             return {"done": True, "state": "failed", "message": message}
@@ -190,7 +190,7 @@ class _Training:
     """A run that trains in a thread of this process."""
 
     def __init__(self, config: Config, *, is_joined: bool) -> None:
-        self.outcome: Ending | BaseException = Ending(0)
+        self.outcome: TrainResult | BaseException = TrainResult(0)
         self.seen_bytes = -1
         """Size of metrics.jsonl when it was last looked at."""
         attempts = CheckpointStore(config.checkpoints).attempts()
@@ -222,7 +222,7 @@ class _Training:
             self.outcome = error
 
 
-def _train(config: Config, stop: StopRequest, *, is_joined: bool) -> Ending:
+def _train(config: Config, stop: StopRequest, *, is_joined: bool) -> TrainResult:
     console = stderr_console()
     # Tune runs each trial once; an actor that it has given up must not keep the next one out.
     with run_session(config, console, take_over=True) as held:

@@ -1,4 +1,4 @@
-"""Penalties on the discriminator: functions of what it saw, one value per sample.
+"""Penalties on the discriminator: functions of its images and logits, one value per sample.
 
 Squared gradients are those of the logit with respect to the image before augmentation:
 
@@ -26,24 +26,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "PENALTIES",
-    "Judge",
+    "LogitsFn",
     "Penalty",
-    "Played",
-    "Randomness",
+    "PenaltyInputs",
     "gradient_normalised",
     "input_gradient",
     "orthogonal_penalty",
 ]
 
-Judge = Callable[[Tensor], Tensor]
-"""Images (n, C, H, W) to logits (n,), through the augmentation, with the labels."""
+LogitsFn = Callable[[Tensor], Tensor]
+"""Images (n, C, H, W) to logits (n,), through the augmentation, with the images' condition."""
 
 DRAGAN_STD = 0.25
 """c: half the standard deviation of the pixels of natural images in [-1, 1]."""
@@ -51,32 +49,23 @@ FINITE_DIFFERENCE_STEP = 0.01
 """s, in units of pixels in [-1, 1]."""
 
 
-class Randomness(Protocol):
-    """Random numbers for this rank's samples, decided by the position and the purpose."""
-
-    def normal(self, purpose: str, *shape: int) -> Tensor:
-        """N(0, 1), (n, *shape)."""
-        ...
-
-    def uniform(self, purpose: str, *shape: int) -> Tensor:
-        """In [0, 1), (n, *shape)."""
-        ...
-
-
 @dataclass(frozen=True)
-class Played:
-    """What the discriminator saw in this phase, and how to ask it again."""
+class PenaltyInputs:
+    """The discriminator's phase as a penalty sees it: images, their logits, a way to get more."""
 
-    judge_real: Judge
-    judge_fake: Judge
+    real_logits_fn: LogitsFn
+    fake_logits_fn: LogitsFn
     real_images: Tensor
+    """(n, C, H, W) in [-1, 1]; requires a gradient if one of the penalties asks for it."""
     fake_images: Tensor
     real_logits: Tensor
+    """(n,)"""
     fake_logits: Tensor
-    random: Randomness
+    noise: Mapping[str, Tensor]
+    """Random numbers by purpose, those that the penalties in use name."""
     inner_scale: float = 1.0
-    """Of the logits in inner gradients."""
-    perturb: Judge = lambda images: images
+    """What logits are multiplied by while their gradient by the images is taken."""
+    perturb: Callable[[Tensor], Tensor] = lambda images: images
     """Flips and shifts images, for `consistency`."""
     anchors: Tensor | None = None
     """Running means of real and fake logits, (2,), for `lecam`."""
@@ -84,11 +73,15 @@ class Played:
 
 @dataclass(frozen=True)
 class Penalty:
-    """A penalty (n,) and which images it differentiates the logits by."""
+    """A penalty (n,), the images it differentiates the logits by, and the noise that it needs."""
 
-    value: Callable[[Played], Tensor]
+    value: Callable[[PenaltyInputs], Tensor]
     real_gradient: bool = False
     fake_gradient: bool = False
+    pixel_noise: str = ""
+    """Purpose of N(0, 1) noise with the shape of the images; empty for none."""
+    image_noise: str = ""
+    """Purpose of uniform noise, one number an image, (n, 1, 1, 1); empty for none."""
 
 
 def input_gradient(logits: Tensor, images: Tensor, scale: float = 1.0) -> Tensor:
@@ -101,13 +94,13 @@ def input_gradient(logits: Tensor, images: Tensor, scale: float = 1.0) -> Tensor
     return _wide(scaled) / scale
 
 
-def gradient_normalised(judge: Judge, scale: float = 1.0) -> Judge:
+def gradient_normalised(logits_fn: LogitsFn, scale: float = 1.0) -> LogitsFn:
     """D(x) / (||grad D(x)|| + |D(x)|): Wu et al. (2021, arXiv 2109.02235), equation 9."""
 
     def normalised(images: Tensor) -> Tensor:
         if not images.requires_grad:
             images = images.detach().requires_grad_()
-        logits = judge(images)
+        logits = logits_fn(images)
         norm = _norm(input_gradient(logits, images, scale))
         return _wide(logits) / (norm + _wide(logits).abs())
 
@@ -129,44 +122,44 @@ def orthogonal_penalty(parameters: Mapping[str, Tensor]) -> Tensor:
     return total
 
 
-def _r1(played: Played) -> Tensor:
-    return _half_squared_gradient(played.real_logits, played.real_images, played.inner_scale)
+def _r1(inputs: PenaltyInputs) -> Tensor:
+    return _half_squared_gradient(inputs.real_logits, inputs.real_images, inputs.inner_scale)
 
 
-def _r2(played: Played) -> Tensor:
-    return _half_squared_gradient(played.fake_logits, played.fake_images, played.inner_scale)
+def _r2(inputs: PenaltyInputs) -> Tensor:
+    return _half_squared_gradient(inputs.fake_logits, inputs.fake_images, inputs.inner_scale)
 
 
-def _r1_finite_difference(played: Played) -> Tensor:
-    u = played.random.normal("r1", *played.real_images.shape[1:])
-    return _half_squared_slope(played.judge_real, played.real_images, played.real_logits, u)
+def _r1_finite_difference(inputs: PenaltyInputs) -> Tensor:
+    u = inputs.noise["r1"]
+    return _half_squared_slope(inputs.real_logits_fn, inputs.real_images, inputs.real_logits, u)
 
 
-def _r2_finite_difference(played: Played) -> Tensor:
-    u = played.random.normal("r2", *played.fake_images.shape[1:])
-    return _half_squared_slope(played.judge_fake, played.fake_images, played.fake_logits, u)
+def _r2_finite_difference(inputs: PenaltyInputs) -> Tensor:
+    u = inputs.noise["r2"]
+    return _half_squared_slope(inputs.fake_logits_fn, inputs.fake_images, inputs.fake_logits, u)
 
 
-def _wgan_gp(played: Played) -> Tensor:
-    share = played.random.uniform("wgan_gp", 1, 1, 1)
-    between = torch.lerp(played.real_images.detach(), played.fake_images.detach(), share)
-    return _distance_from_unit_slope(played, between)
+def _wgan_gp(inputs: PenaltyInputs) -> Tensor:
+    real, fake = inputs.real_images.detach(), inputs.fake_images.detach()
+    between = torch.lerp(real, fake, inputs.noise["wgan_gp"])
+    return _distance_from_unit_slope(inputs, between)
 
 
-def _dragan(played: Played) -> Tensor:
-    noise = DRAGAN_STD * played.random.normal("dragan", *played.real_images.shape[1:])
-    return _distance_from_unit_slope(played, played.real_images.detach() + noise)
+def _dragan(inputs: PenaltyInputs) -> Tensor:
+    noise = DRAGAN_STD * inputs.noise["dragan"]
+    return _distance_from_unit_slope(inputs, inputs.real_images.detach() + noise)
 
 
-def _consistency(played: Played) -> Tensor:
-    perturbed = played.judge_real(played.perturb(played.real_images.detach()))
-    return (_wide(played.real_logits) - _wide(perturbed)).square()
+def _consistency(inputs: PenaltyInputs) -> Tensor:
+    perturbed = inputs.real_logits_fn(inputs.perturb(inputs.real_images.detach()))
+    return (_wide(inputs.real_logits) - _wide(perturbed)).square()
 
 
-def _lecam(played: Played) -> Tensor:
-    assert played.anchors is not None
-    real = (_wide(played.real_logits) - played.anchors[1]).square()
-    fake = (_wide(played.fake_logits) - played.anchors[0]).square()
+def _lecam(inputs: PenaltyInputs) -> Tensor:
+    assert inputs.anchors is not None
+    real = (_wide(inputs.real_logits) - inputs.anchors[1]).square()
+    fake = (_wide(inputs.fake_logits) - inputs.anchors[0]).square()
     return real + fake
 
 
@@ -174,15 +167,15 @@ def _half_squared_gradient(logits: Tensor, images: Tensor, scale: float) -> Tens
     return input_gradient(logits, images, scale).square().sum(dim=(1, 2, 3)) / 2
 
 
-def _half_squared_slope(judge: Judge, images: Tensor, logits: Tensor, u: Tensor) -> Tensor:
-    moved = judge(images.detach() + FINITE_DIFFERENCE_STEP * u)
+def _half_squared_slope(logits_fn: LogitsFn, images: Tensor, logits: Tensor, u: Tensor) -> Tensor:
+    moved = logits_fn(images.detach() + FINITE_DIFFERENCE_STEP * u)
     slope = (_wide(moved) - _wide(logits)) / FINITE_DIFFERENCE_STEP
     return slope.square() / 2
 
 
-def _distance_from_unit_slope(played: Played, images: Tensor) -> Tensor:
+def _distance_from_unit_slope(inputs: PenaltyInputs, images: Tensor) -> Tensor:
     images.requires_grad_()
-    gradient = input_gradient(played.judge_real(images), images, played.inner_scale)
+    gradient = input_gradient(inputs.real_logits_fn(images), images, inputs.inner_scale)
     return (_norm(gradient) - 1).square()
 
 
@@ -198,10 +191,10 @@ def _wide(values: Tensor) -> Tensor:
 PENALTIES = {
     "r1": Penalty(_r1, real_gradient=True),
     "r2": Penalty(_r2, fake_gradient=True),
-    "r1_finite_difference": Penalty(_r1_finite_difference),
-    "r2_finite_difference": Penalty(_r2_finite_difference),
-    "wgan_gp": Penalty(_wgan_gp),
-    "dragan": Penalty(_dragan),
+    "r1_finite_difference": Penalty(_r1_finite_difference, pixel_noise="r1"),
+    "r2_finite_difference": Penalty(_r2_finite_difference, pixel_noise="r2"),
+    "wgan_gp": Penalty(_wgan_gp, image_noise="wgan_gp"),
+    "dragan": Penalty(_dragan, pixel_noise="dragan"),
     "consistency": Penalty(_consistency),
     "lecam": Penalty(_lecam),
 }

@@ -92,7 +92,7 @@ SECTIONS = (
             Curve("penalties", regex=r"train/penalty_.*", methods=_ADVERSARIAL),
             Curve(
                 "reconstruction and divergence",
-                ("train/squared_error", "train/kl", "train/fooling"),
+                ("train/squared_error", "train/kl", "train/adversarial_loss"),
                 is_logarithmic=True,
                 methods=_AUTOENCODING,
             ),

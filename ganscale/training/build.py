@@ -26,9 +26,10 @@ from ganscale.ema import Ema
 from ganscale.errors import ConfigError
 from ganscale.generation.latents import seed_for
 from ganscale.generation.sampling import load_generator
-from ganscale.training.methods import AVERAGED, METHODS
+from ganscale.training.inputs import ema_halflives
 from ganscale.training.precision import Precision
 from ganscale.training.state import TrainingState
+from ganscale.training.steps import AVERAGED, METHODS
 from ganscale.world import World
 
 __all__ = [
@@ -37,7 +38,6 @@ __all__ = [
     "build_state",
     "check_against_shards",
     "check_generator",
-    "ema_names",
     "load_shards",
 ]
 
@@ -49,19 +49,14 @@ def build_state(config: Config, precision: Precision, world: World) -> TrainingS
         torch.manual_seed(seed_for(config.seed, "weights"))
         networks = kind.networks(config)
     averaged = nn.ModuleDict({name: networks[name] for name in AVERAGED if name in networks})
-    emas = {name: Ema(averaged) for name in ("", *ema_names(config))}
+    emas = {name: Ema(averaged) for name in ema_halflives(config, 0)}
     for ema in emas.values():
         ema.model.to(world.torch_device)
     if config.training.compile:
         for network in networks.values():
             network.compile()
     method = kind(config, networks, precision, world)
-    return TrainingState(method, averaged, emas, world.torch_device)
-
-
-def ema_names(config: Config) -> dict[str, float]:
-    """Half-lives in images of the further averages, by the names of their snapshots."""
-    return {f"ema-{kimg:g}": 1000 * kimg for kimg in config.training.extra_ema_halflives_kimg}
+    return TrainingState(method, averaged, emas, world)
 
 
 def load_shards(config: Config) -> ShardSet:
@@ -128,13 +123,13 @@ def _local_or_cached(config: Config, shard_set: ShardSet) -> Store:
 
 
 def check_generator(config: Config, shard_set: ShardSet) -> None:
-    """Raise `ConfigError` if an encoder's generator means something else by -1 and 1."""
+    """Raise `ConfigError` if an encoder's generator was trained with a different value range."""
     if not isinstance(config.method, EncoderMethod):
         return
-    theirs = load_generator(config.method.generator).values
-    if theirs != shard_set.values:
+    values = load_generator(config.method.generator).values
+    if values != shard_set.values:
         raise ConfigError(
-            f"the generator in {config.method.generator} makes {theirs}, {shard_set.location} has "
+            f"the generator in {config.method.generator} makes {values}, {shard_set.location} has "
             f"{shard_set.values}: build the set with the same --value-range"
         )
 

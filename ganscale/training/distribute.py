@@ -1,7 +1,7 @@
-"""Distribution applied from outside to finished models: global batch norm, then DDP.
+"""Distribution applied from outside to finished models: global batch statistics, then DDP.
 
-Models know nothing of ranks. `distribute` returns the two faces of a player: the module that owns
-the weights, and its DDP wrapper, which averages gradients. Both are made for one process as well.
+Models know nothing of ranks. `distribute` returns the module that owns the weights and its DDP
+wrapper, which averages gradients. One process uses both as well, so there is one code path.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ __all__ = [
     "broadcast_bytes",
     "GlobalBatchNorm2d",
     "GlobalMinibatchStd",
+    "convert_batch_statistics",
     "distribute",
     "gather_objects",
     "global_mean",
@@ -85,17 +86,18 @@ class GlobalMinibatchStd(MinibatchStd):
 
 def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance of each channel over all ranks' x, (C,), and the count, ()."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
     channels = x.shape[1]
     # A view in channels_last. Two passes over rows are three times as fast on the CPU as var_mean,
-    # and an empty share, at the end of an epoch, needs no case of its own.
+    # and a rank without samples, at the end of an epoch, needs no case of its own.
     rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
     local_mean = rows.sum(0) / max(len(rows), 1)
     local_squares = (rows - local_mean).square().sum(0)
-    mine = torch.zeros(world_size, 1, device=x.device)
-    mine[rank] = 1.0
-    entry = torch.cat([local_mean, local_squares, x.new_tensor([float(len(rows))])])
-    table = _sum_over_ranks_with_gradient(mine * entry)
+    # The count is filled in on the device: a tensor from host memory would make CUDA wait for the
+    # copy, once a layer and forward, and could not be captured in a graph.
+    entry = torch.cat([local_mean, local_squares, x.new_full((1,), len(rows))])
+    table = entry.new_zeros(dist.get_world_size(), len(entry))
+    table.select(0, dist.get_rank()).copy_(entry)
+    table = _sum_over_ranks_with_gradient(table)
     means, squares, counts = table.split([channels, channels, 1], dim=1)
     count = counts.sum()
     mean = (counts * means).sum(0) / count
@@ -120,18 +122,35 @@ def _sum_over_ranks_with_gradient(values: Tensor) -> Tensor:
     return total
 
 
-_GLOBAL: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm2d: GlobalBatchNorm2d,
-    MinibatchStd: GlobalMinibatchStd,
-}
+def convert_batch_statistics(module: nn.Module) -> nn.Module:
+    """Replace batch norms and minibatch deviations in `module` by those of the global batch.
+
+    Children are replaced in place, as `nn.SyncBatchNorm.convert_sync_batchnorm` does; parameters,
+    buffers and names in state dictionaries stay the same. Returns the replacement of `module`.
+    """
+    replacement = module
+    if type(module) is nn.BatchNorm2d:
+        replacement = GlobalBatchNorm2d(
+            module.num_features,
+            module.eps,
+            module.momentum,
+            module.affine,
+            module.track_running_stats,
+        )
+        replacement._parameters = module._parameters
+        replacement._buffers = module._buffers
+        replacement.train(module.training)
+    elif type(module) is MinibatchStd:
+        replacement = GlobalMinibatchStd().train(module.training)
+    for name, child in module.named_children():
+        replacement.add_module(name, convert_batch_statistics(child))
+    return replacement
 
 
 def distribute(model: nn.Module, world: World) -> tuple[nn.Module, DistributedDataParallel]:
     """Move to the device, make batch statistics global and wrap in DDP: (module, wrapper)."""
-    module = model.to(world.torch_device).to(memory_format=torch.channels_last)
-    for part in module.modules():
-        if type(part) in _GLOBAL:
-            part.__class__ = _GLOBAL[type(part)]  # the same parameters, buffers and state keys
+    module = convert_batch_statistics(model.to(world.torch_device))
+    module = module.to(memory_format=torch.channels_last)
     wrapper = DistributedDataParallel(
         module,
         gradient_as_bucket_view=True,
@@ -150,15 +169,22 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total
 
 
-def global_mean(values: Tensor, weight: float) -> Tensor:
-    """Mean over the global batch of all ranks' values (n,), (), with its gradient; weight = W/B."""
-    return _sum_over_ranks_with_gradient(values.sum() * (weight / dist.get_world_size()))
+def global_mean(values: Tensor, loss_weight: float) -> Tensor:
+    """Mean over the global batch of all ranks' values (n,), (), with its gradient.
+
+    `loss_weight` is W / B, as in `LocalBatch`.
+    """
+    return _sum_over_ranks_with_gradient(values.sum() * (loss_weight / dist.get_world_size()))
 
 
-def kth_largest(table: Tensor, k: int) -> Tensor:
-    """The k-th largest of the elementwise maximum over all ranks' tables, ()."""
+def kth_largest(table: Tensor, k: Tensor) -> Tensor:
+    """The k-th largest of the elementwise maximum over all ranks' tables (B,), (1,).
+
+    `k` is an int64 tensor (), which follows a schedule; so the table is sorted instead of `topk`,
+    whose k is a number of the host. `table` is changed.
+    """
     dist.all_reduce(table, dist.ReduceOp.MAX)
-    return table.topk(k).values[-1]
+    return table.sort(descending=True).values.index_select(0, k.reshape(1) - 1)
 
 
 def gather_objects(value: Any) -> list[Any]:

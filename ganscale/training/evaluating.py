@@ -63,8 +63,8 @@ class Evaluator:
         """Figures of the averaged generator `model`; all ranks call this together.
 
         `alive` is called again and again while there is progress. The samples are of the same seeds
-        each time. A generator that has no figures, since all its images are alike, is a problem to
-        be told, not the end of the run.
+        each time. A generator that cannot be measured, since all its images are alike, is reported
+        as a problem and does not end the run.
         """
 
         def started(what: str, total: int | None) -> Callable[[int], None]:
@@ -75,11 +75,11 @@ class Evaluator:
         settings = self.config.evaluation
         generator = SampleableGenerator(model, spec=self.config.generator_spec, info={})
         samples = GeneratedImages(generator, settings.num_images, 0, self.config.name, str(nimg))
-        found: Evaluation | None = None
+        evaluation: Evaluation | None = None
         problem = ""
         try:
             with torch.no_grad():
-                found = evaluate(
+                evaluation = evaluate(
                     samples,
                     self._reference,
                     self.extractor,
@@ -91,10 +91,10 @@ class Evaluator:
                 )
         except DataError as error:
             problem = str(error)
-        row = {} if found is None else found.row()
+        row = {} if evaluation is None else evaluation.row()
         row["time/evaluation_seconds"] = time.perf_counter() - began
         fid = row.get(f"metrics/{column_of('fid', self.extractor)}")
-        skipped = {} if found is None else dict(found.skipped)
+        skipped = {} if evaluation is None else dict(evaluation.skipped)
         measured = [Measured(row, fid, problem, skipped)]
         dist.broadcast_object_list(measured, src=0)
         return measured[0]

@@ -57,13 +57,13 @@ class Guard:
 
     Args:
         objective: name of the adversarial objective, which decides whether logits have a bound.
-        players: the letters of those who learn.
+        models: the letters of the networks that learn.
         scaled: whether gradients are scaled (fp16), where an overflow now and then is normal.
     """
 
-    def __init__(self, objective: str, *, players: Iterable[str], scaled: bool) -> None:
+    def __init__(self, objective: str, *, models: Iterable[str], scaled: bool) -> None:
         self._bounded = objective in _BOUNDED_OBJECTIVES
-        self._players = tuple(players)
+        self._models = tuple(models)
         self._scaled = scaled
         self._counts = dict.fromkeys(_PATIENCE, 0)
         self._healthy_nimg = dict.fromkeys(_PATIENCE, 0)
@@ -124,25 +124,25 @@ class Guard:
     def _signs(self, row: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         """What looks wrong in this row, and how to say it."""
         skipped = self._skipped(row)
-        for player in self._players:
-            loss = row.get(f"train/loss_{player}", 0.0)
+        for model in self._models:
+            loss = row.get(f"train/loss_{model}", 0.0)
             if not math.isfinite(loss):
-                yield "non_finite", f"the loss of {player} is {loss}"
-            elif skipped[player] and not self._scaled:
+                yield "non_finite", f"the loss of {model} is {loss}"
+            elif skipped[model] and not self._scaled:
                 yield (
                     "non_finite",
-                    f"a gradient of {player} was not finite in {skipped[player]:g} steps",
+                    f"a gradient of {model} was not finite in {skipped[model]:g} steps",
                 )
-            scale = row.get(f"train/loss_scale_{player}", 1.0)
+            scale = row.get(f"train/loss_scale_{model}", 1.0)
             steps = row["step"] - self._last_step
             if self._scaled and scale < 1:
-                yield "scale_collapse", f"the loss scale of {player} has fallen to {scale:g}"
-            elif self._scaled and 2 * skipped[player] > steps:
+                yield "scale_collapse", f"the loss scale of {model} has fallen to {scale:g}"
+            elif self._scaled and 2 * skipped[model] > steps:
                 yield (
                     "scale_collapse",
-                    f"{skipped[player]:g} of {steps:g} steps of {player} overflowed",
+                    f"{skipped[model]:g} of {steps:g} steps of {model} overflowed",
                 )
-            yield from self._norm_signs(player, row.get(f"train/grad_norm_{player}"))
+            yield from self._norm_signs(model, row.get(f"train/grad_norm_{model}"))
         gap = row.get("train/real_logits", 0.0) - row.get("train/fake_logits", 0.0)
         if self._bounded and math.isfinite(gap) and abs(gap) > _LOGIT_GAP:
             winner = "discriminator" if gap > 0 else "generator"
@@ -155,32 +155,30 @@ class Guard:
                 f"it was {self._best_diversity:.3f}",
             )
 
-    def _norm_signs(self, player: str, norm: float | None) -> Iterator[tuple[str, str]]:
-        usual = self._norms.get(player)
+    def _norm_signs(self, model: str, norm: float | None) -> Iterator[tuple[str, str]]:
+        usual = self._norms.get(model)
         if norm is None or usual is None or self._num_rows < _WARM_UP_ROWS:
             return
         if not math.isfinite(norm):
             return  # a skipped step, which has a sign of its own
-        text = f"the gradient norm of {player} is {norm:.2g}; it used to be {usual:.2g}"
+        text = f"the gradient norm of {model} is {norm:.2g}; it used to be {usual:.2g}"
         if norm > _NORM_FACTOR * usual:
             yield "exploding", text
         elif norm * _NORM_FACTOR < usual:
             yield "vanishing", text
 
     def _skipped(self, row: Mapping[str, float]) -> dict[str, float]:
-        """Steps of each player that were skipped since the row before."""
-        return {
-            p: row.get(f"train/skips_{p}", 0.0) - self._skips.get(p, 0.0) for p in self._players
-        }
+        """Steps of each model that were skipped since the row before."""
+        return {p: row.get(f"train/skips_{p}", 0.0) - self._skips.get(p, 0.0) for p in self._models}
 
     def _remember(self, row: Mapping[str, float], signs: Mapping[str, str]) -> None:
         self._num_rows += 1
         self._last_step = row["step"]
         self._best_diversity = max(self._best_diversity, row.get("metrics/diversity", 0.0))
-        for player in self._players:
-            self._skips[player] = row.get(f"train/skips_{player}", 0.0)
-            norm = row.get(f"train/grad_norm_{player}")
+        for model in self._models:
+            self._skips[model] = row.get(f"train/skips_{model}", 0.0)
+            norm = row.get(f"train/grad_norm_{model}")
             if norm and math.isfinite(norm) and not {"exploding", "vanishing"} & set(signs):
-                usual = self._norms.get(player, norm)
+                usual = self._norms.get(model, norm)
                 mean = _NORM_MEMORY * math.log(usual) + (1 - _NORM_MEMORY) * math.log(norm)
-                self._norms[player] = math.exp(mean)
+                self._norms[model] = math.exp(mean)

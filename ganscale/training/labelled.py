@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ganscale.data.reader import ImageReader
 from ganscale.data.shards import ShardSet
 from ganscale.errors import ConfigError
-from ganscale.generation.latents import StepRandomness, seed_for
-from ganscale.training.share import Labelled, network_input
+from ganscale.generation.latents import seed_for
+from ganscale.training.inputs import Labelled, network_input
 
 __all__ = ["LabelledPool", "labelled_samples"]
 
@@ -39,9 +40,9 @@ class LabelledPool:
         labels = shard_set.samples["label"][samples].astype(np.int64)
         self._labels = torch.from_numpy(labels).to(device)
 
-    def draw(self, random: StepRandomness) -> Labelled:
-        """One image for each place of the global batch, with replacement; a rank gets its own."""
-        places = random.uniform("labelled", 1)[:, 0] * len(self._labels)
+    def pick(self, numbers: Tensor) -> Labelled:
+        """One image for each of `numbers` (n, 1), uniform in [0, 1); with replacement."""
+        places = numbers[:, 0] * len(self._labels)
         chosen = places.long().clamp(max=len(self._labels) - 1)  # a product may be rounded up
         images = network_input(self._pixels[chosen], self._values)
         return Labelled(images, self._labels[chosen])

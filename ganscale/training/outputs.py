@@ -58,7 +58,13 @@ class Outputs:
         self._lock = threading.Lock()
 
     def open(
-        self, attempt: Attempt, state: TrainingState, precision: str, copied_from: str = ""
+        self,
+        attempt: Attempt,
+        state: TrainingState,
+        precision: str,
+        *,
+        num_rollbacks: int,
+        copied_from: str = "",
     ) -> None:
         """Begin to write, after what earlier attempts wrote.
 
@@ -75,7 +81,7 @@ class Outputs:
             nimg=state.nimg,
             step=state.step,
             checkpoint=None if attempt.start is None else str(attempt.start),
-            salt=attempt.salt,
+            num_rollbacks=num_rollbacks,
             world_size=self.world.world_size,
             pid=os.getpid(),
             precision=precision,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ganscale.config import Config
 from ganscale.training.build import build_order, load_shards
-from ganscale.training.methods import AVERAGED, METHODS
+from ganscale.training.steps import AVERAGED, METHODS
 
 __all__ = ["describe_plan"]
 

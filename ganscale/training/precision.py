@@ -1,8 +1,8 @@
 """Which arithmetic the forwards use, and the scaler that goes with it.
 
 There is one kind of GradScaler whatever the precision: under fp16 its scale moves, under fp32 and
-bf16 it stays at 1, where scaling is exact and free. So a non-finite gradient skips a player's step
-by the same mechanism everywhere.
+bf16 it stays at 1, where scaling is exact and free. So a non-finite gradient skips a network's
+update by the same mechanism everywhere.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Precision:
         return _INNER_FP16_SCALE if self.name == "fp16" else 1.0
 
     def scaler(self) -> LossScaler:
-        """A fresh scaler for one player."""
+        """A fresh scaler for one network."""
         return LossScaler(self.device_type, moves=self.name == "fp16")
 
 

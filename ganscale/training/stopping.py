@@ -1,7 +1,7 @@
 """How a run is asked to stop, and how its ranks agree on what is asked of one of them.
 
 A signal handler or another thread sets a `StopRequest`; the loop sees it after a step, checkpoints
-and returns. Ranks see it at the same step: what each wants is combined once a step, in a collective
+and returns. Ranks see it at the same step: their requests are combined once a step, in a collective
 that is started before the step and read after it, so that nobody waits for it.
 """
 
@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import distributed as dist
 
-__all__ = ["Agreement", "Ending", "StopRequest", "Wishes"]
+__all__ = ["RankRequests", "StopConsensus", "StopRequest", "TrainResult"]
 
 StopReason = Literal["", "regroup", "terminated", "interrupted"]
 _REASONS: tuple[StopReason, ...] = ("", "regroup", "terminated", "interrupted")
@@ -29,8 +29,8 @@ class StopRequest:
 
 
 @dataclass(frozen=True)
-class Ending:
-    """How `train` came back: at the end of the run, or before it because it was asked to stop."""
+class TrainResult:
+    """Where `train` ended: at the end of the run, or before it because it was asked to stop."""
 
     nimg: int
     reason: StopReason = ""
@@ -40,31 +40,31 @@ class Ending:
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What one rank wants, or all have agreed on."""
+class RankRequests:
+    """What one rank asks for, or all have agreed on."""
 
     stop: StopReason = ""
     checkpoint: bool = False
 
 
-class Agreement:
-    """Every rank's wishes combined: the strongest reason to stop, a checkpoint if any wants one."""
+class StopConsensus:
+    """All ranks' requests combined: the strongest reason to stop, a checkpoint if one asks."""
 
     def __init__(self) -> None:
         self._values = torch.zeros(2, dtype=torch.int64)
         self._work: dist.Work | None = None
 
-    def propose(self, wishes: Wishes) -> None:
-        """Tell the others, without waiting; all ranks call this before the same step."""
-        values = [_REASONS.index(wishes.stop), int(wishes.checkpoint)]
+    def propose(self, requests: RankRequests) -> None:
+        """Send this rank's requests without waiting; all ranks call this before the same step."""
+        values = [_REASONS.index(requests.stop), int(requests.checkpoint)]
         self._values = torch.tensor(values, dtype=torch.int64)
         self._work = dist.all_reduce(self._values, dist.ReduceOp.MAX, async_op=True)
 
-    def result(self) -> Wishes:
+    def result(self) -> RankRequests:
         """What all proposed before the step."""
         if self._work is None:
-            return Wishes()
+            return RankRequests()
         self._work.wait()
         self._work = None
         stop, checkpoint = self._values.tolist()
-        return Wishes(_REASONS[stop], bool(checkpoint))
+        return RankRequests(_REASONS[stop], bool(checkpoint))

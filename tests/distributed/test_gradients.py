@@ -11,15 +11,14 @@ import torch
 from torch import nn
 
 from ganscale.config import Config
-from ganscale.generation.latents import StepRandomness
 from ganscale.models import build_discriminator, build_encoder, build_generator
-from ganscale.training.methods import METHODS, Method
-from ganscale.training.opponent import Opponent
+from ganscale.training.inputs import Labelled, LocalBatch
 from ganscale.training.precision import Precision
-from ganscale.training.share import Labelled, Moment, Share
+from ganscale.training.steps import METHODS, TrainingMethod
 from ganscale.world import World, process_group
 from tests.support.ranks import run_ranks
 from tests.support.small_models import SMALL_MODELS
+from tests.support.steps import local_batch, step_inputs
 
 BATCH_SIZE = 10
 STILL = {"optimizer": {"eps": 1e6}}  # updates too small to matter to who learns next
@@ -116,31 +115,31 @@ def _gradients(world: World) -> dict[str, dict[str, bytes]]:
         precision = Precision.resolve("fp32", device)
         method = METHODS[config.method.name](config, _networks(config), precision, world)
         torch.manual_seed(8)  # not 7, where rounding moves a ReLU of sngan over its kink
-        for player in method.players.values():
-            for parameter in player.module.parameters():  # zeros of an initialisation hide much
+        for model in method.models.values():
+            for parameter in model.module.parameters():  # zeros of an initialisation hide much
                 parameter.data.add_(0.1 * torch.randn(parameter.shape).to(device))
-        opponent = getattr(method, "opponent", None)
-        if isinstance(opponent, Opponent):
-            opponent.feedback.anchors.copy_(torch.tensor([0.3, -0.2]))
-        share = Share(
-            real_images=images[slots],
-            labels=labels[slots] if config.generator_spec["num_classes"] else None,
-            random=StepRandomness(3, 640, BATCH_SIZE, slots, device),
-            z_dim=config.model.z_dim,
-            weight=world.world_size / BATCH_SIZE,
+        discriminator = method.discriminator
+        if discriminator is not None and discriminator.lecam is not None:
+            discriminator.lecam.values.copy_(torch.tensor([0.3, -0.2]))
+        batch = local_batch(
+            images[slots],
+            labels[slots] if config.generator_spec["num_classes"] else None,
+            slots=slots,
+            global_size=BATCH_SIZE,
+            world_size=world.world_size,
             labelled=Labelled(images.flip(0)[slots], labels[slots]),
         )
-        found[name] = _gradients_of_step(method, share)
+        found[name] = _gradients_of_step(method, batch)
     return found
 
 
-def _gradients_of_step(method: Method, share: Share) -> dict[str, bytes]:
-    """By the players' letters."""
+def _gradients_of_step(method: TrainingMethod, batch: LocalBatch) -> dict[str, bytes]:
+    """By the models' letters."""
     found: dict[str, bytes] = {}
-    for letter, player in method.players.items():
-        player.optimizer.register_step_pre_hook(functools.partial(_record, found, letter))
-    method.step(share, Moment(), lambda phase: None)
-    assert found.keys() == method.players.keys()
+    for letter, model in method.models.items():
+        model.optimizer.register_step_pre_hook(functools.partial(_record, found, letter))
+    method.step(*step_inputs(method, batch, seed=3, nimg=640))
+    assert found.keys() == method.models.keys()
     return found
 
 

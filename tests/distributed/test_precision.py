@@ -15,6 +15,7 @@ from tests.conftest import MakeConfig
 from tests.support.devices import on_each_device
 from tests.support.ranks import run_ranks
 from tests.support.runs import read_rows
+from tests.support.steps import next_inputs
 
 
 @on_each_device
@@ -47,19 +48,19 @@ def _overflow_on_one_rank(world: World, config: Config) -> dict[str, list[float]
     """Three steps; in the second, one gradient of rank 1's discriminator overflows."""
     assert config.data.shards is not None
     trainer = Trainer(config, world, ShardSet.load(config.data.shards))
-    state, size = trainer.state, config.training.batch_size
+    state = trainer.state
     seen: dict[str, list[float]] = {"D": [], "G": [], "weight": []}
     for step in range(3):
-        weight = next(state.method.players["D"].module.parameters())
+        weight = next(state.method.models["D"].module.parameters())
         hook = None
         if step == 1 and world.rank == 1:
             hook = weight.register_hook(lambda grad: torch.full_like(grad, torch.inf))
         before = weight.detach().clone()
-        trainer.step(trainer.reader.read(state.nimg, size))
+        trainer.step(next_inputs(trainer))
         if hook is not None:
             hook.remove()
-        for letter, player in state.method.players.items():
-            seen[letter] += [player.scaler.scale, int(player.num_skips)]
+        for letter, model in state.method.models.items():
+            seen[letter] += [model.scaler.scale, int(model.num_skips)]
         seen["weight"].append(float((weight.detach() - before).abs().max()))
     trainer.close()
     return seen

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from ganscale.config import Config
-from ganscale.data.reader import Batch
 from ganscale.run_directory import RunDirectory
 from ganscale.training.build import load_shards
 from ganscale.training.distribute import GlobalBatchNorm2d
+from ganscale.training.inputs import HostInputs
 from ganscale.training.loop import Trainer
 from ganscale.world import World
 from tests.conftest import MakeConfig
@@ -29,8 +29,8 @@ class TrainerUntil(Trainer):
 
     until = math.inf
 
-    def step(self, batch: Batch) -> None:
-        super().step(batch)
+    def step(self, host: HostInputs) -> None:
+        super().step(host)
         if self.state.nimg >= self.until:
             self.stop.reason = "regroup"
 

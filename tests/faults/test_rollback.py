@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ from ganscale.errors import TrainingFault
 from ganscale.run_directory import RunDirectory
 from ganscale.training import loop
 from ganscale.training.build import load_shards
-from ganscale.training.saving import non_finite
-from ganscale.training.share import Share
+from ganscale.training.checkpoints import non_finite
+from ganscale.training.inputs import HostInputs, StepInputs
 from ganscale.world import World
 from tests.conftest import MakeConfig
 from tests.support.ranks import run_ranks
@@ -24,22 +24,28 @@ BAD_NIMG = 256
 
 
 class Poisoned(loop.Trainer):
-    """One image of rank 1 is not a number at one position, as often as `times`."""
+    """One image of rank 1 is not a number at one position, as often as `num_faults`."""
 
-    times = 1
+    num_faults = 1
 
-    def _share(self, batch: Any) -> Share:
-        share = super()._share(batch)
-        if self.world.rank == 1 and self.state.nimg == BAD_NIMG and self.times:
-            self.times -= 1
-            share.real_images[0, 0, 0, 0] = torch.nan
-        return share
+    def step(self, host: HostInputs) -> None:
+        to_device = self.inputs.to_device
+
+        def poisoned(host: HostInputs) -> StepInputs:
+            inputs = to_device(host)
+            if self.world.rank == 1 and self.state.nimg == BAD_NIMG and self.num_faults:
+                self.num_faults -= 1
+                inputs.batch.real_images[0, 0, 0, 0] = torch.nan
+            return inputs
+
+        with patch.object(self.inputs, "to_device", poisoned):
+            super().step(host)
 
 
-def _train_poisoned(world: World, config: Config, times: int) -> tuple[str, int, float]:
+def _train_poisoned(world: World, config: Config, num_faults: int) -> tuple[str, int, float]:
     """(what ended it, rollbacks, learning rate at the end) on this rank."""
     shard_set = load_shards(config)
-    Poisoned.times = times
+    Poisoned.num_faults = num_faults
     trainer = Poisoned(config, world, shard_set)
     try:
         trainer.run()
@@ -48,8 +54,8 @@ def _train_poisoned(world: World, config: Config, times: int) -> tuple[str, int,
         ending = str(fault)
     finally:
         trainer.close()
-    lr = trainer.state.method.players["G"].optimizer.param_groups[0]["lr"]
-    return ending, trainer.saving.attempt.salt, lr
+    lr = float(trainer.state.method.models["G"].lr)
+    return ending, trainer.checkpoints.num_rollbacks, lr
 
 
 @pytest.fixture
@@ -77,7 +83,7 @@ def test_rollback_ends_in_a_healthy_run(config: Config) -> None:
         "rollback",
     )
     (rollback,) = [e for e in events if e["event"] == "rollback"]
-    assert (rollback["nimg"], rollback["salt"], rollback["attempt"]) == (BAD_NIMG, 1, 2)
+    assert (rollback["nimg"], rollback["num_rollbacks"], rollback["attempt"]) == (BAD_NIMG, 1, 2)
     rows = read_rows(run_dir.metrics)
     assert rows[-1]["nimg"] == 640
     (bad,) = [r for r in rows if r["train/loss_D"] is None]
@@ -109,7 +115,7 @@ def test_a_fault_that_comes_again_ends_the_run_after_max_rollbacks(config: Confi
     (ending,) = endings
     assert "after 2 rollbacks" in ending
     assert "256" not in ending or "0.256" in ending
-    assert [salt for _, salt, _ in results] == [2, 2]
+    assert [num_rollbacks for _, num_rollbacks, _ in results] == [2, 2]
 
 
 @pytest.mark.parametrize("policy", ["warn", "stop"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -15,8 +17,6 @@ from ganscale.data.reader import Batch
 from ganscale.run_directory import RunDirectory
 from ganscale.training import loop
 from ganscale.training.build import load_shards
-from ganscale.training.guard import Alarm
-from ganscale.training.stopping import Ending
 from ganscale.training.watchdog import Beat, Phase, laggards
 from ganscale.world import World
 from tests.conftest import MakeConfig
@@ -72,20 +72,19 @@ class Sleeper(loop.Trainer):
     def _begin_to_doze(self) -> None:
         time.sleep(4)
 
-    def _follow(self, batches: Iterator[Batch]) -> Ending | Alarm:
-        def slow() -> Iterator[Batch]:
-            for number, batch in enumerate(batches):
-                if number == 5 and self.world.rank == 1:
-                    self._begin_to_doze()
-                yield batch
-
-        return super()._follow(slow())
+    def slowly(self, nimg: int, batch_size: int) -> Generator[Batch]:
+        """The reader's batches, one of which comes late on rank 1."""
+        for number in itertools.count():
+            if number == 5 and self.world.rank == 1:
+                self._begin_to_doze()
+            yield self.reader.read(nimg + number * batch_size, batch_size)
 
 
 def _train_asleep(world: World, config: Config) -> None:
     trainer = Sleeper(config, world, load_shards(config))
     try:
-        trainer.run()
+        with patch.object(trainer.reader, "batches", trainer.slowly):
+            trainer.run()
     finally:
         trainer.close()
 

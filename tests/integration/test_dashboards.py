@@ -52,7 +52,7 @@ NOT_EXPORTED = {
     r"attempt": "a restart shows as a fault",
     r"train/(real|fake)_logits": "for the study of a run; Prometheus watches its health",
     r"train/(penalty_.*|augment_p)": "for the study of a run, as are the logits",
-    r"train/(squared_error|kl|fooling|cross_entropy|accuracy)": "for the study of a run, too",
+    r"train/(squared_error|kl|adversarial_loss|cross_entropy|accuracy)": "for studies of a run",
     r"data/num_skipped": "rows count since the last row, which a gauge would lose; an event counts",
     r"gpu/peak_memory_gib": "worker_gpu_memory_gib shows the memory of every worker",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ganscale.ema import Ema
+from ganscale.ema import Ema, ema_weight
 
 
 def test_halflife_is_in_images_whatever_the_batch() -> None:
@@ -15,7 +15,7 @@ def test_halflife_is_in_images_whatever_the_batch() -> None:
         ema = Ema(model)
         nn.init.ones_(model.weight)
         for _ in range(100 // batch_size):
-            ema.update(model, batch_size, halflife_nimg=100)
+            ema.update(model, torch.tensor(ema_weight(batch_size, 100)))
         torch.testing.assert_close(ema.model.weight, torch.tensor([[0.5]]))
 
 
@@ -25,8 +25,8 @@ def test_halflife_zero_follows_at_once_and_buffers_are_copied() -> None:
     nn.init.constant_(model.weight, 3.0)
     assert model.running_mean is not None
     model.running_mean.fill_(7.0)
-    ema.update(model, 64, halflife_nimg=0)
-    torch.testing.assert_close(ema.model.weight, model.weight.detach())
+    ema.update(model, torch.tensor(ema_weight(64, 0)))
+    torch.testing.assert_close(ema.model.weight, model.weight.detach(), rtol=0, atol=0)
     torch.testing.assert_close(ema.model.running_mean, model.running_mean)
 
 

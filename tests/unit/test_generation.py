@@ -17,7 +17,13 @@ import ganscale
 from ganscale.config.models import DcganModel, SnganModel
 from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import CheckpointError
-from ganscale.generation.latents import StepRandomness, seeded_labels, seeded_latents
+from ganscale.generation.latents import (
+    draw_noise,
+    normal,
+    seeded_labels,
+    seeded_latents,
+    uniform,
+)
 from ganscale.generation.pictures import as_pictures, cubehelix
 from ganscale.generation.sampling import (
     SampleableGenerator,
@@ -32,36 +38,38 @@ SPEC = DcganModel(z_dim=16, base_channels=8).model_dump()
 CPU = torch.device("cpu")
 
 
-def randomness(seed: int, position: int, slots: torch.Tensor, batch_size: int) -> StepRandomness:
-    return StepRandomness(seed, position, batch_size, slots, CPU)
+def latents(
+    seed: int = 0, position: int = 0, purpose: str = "D", *, batch_size: int = 4
+) -> torch.Tensor:
+    noise = draw_noise(
+        {purpose: normal(8)},
+        seed=seed,
+        position=position,
+        batch_size=batch_size,
+        slots=torch.arange(batch_size),
+    )
+    return noise[purpose]
 
 
 def test_ranks_slice_what_one_process_would_draw() -> None:
-    everything = randomness(1, 640, torch.arange(10), 10)
-    odd = randomness(1, 640, torch.tensor([1, 3, 5]), 10)
-    for kind in ("normal", "uniform"):
-        expected = getattr(everything, kind)("D", 4, 2)[[1, 3, 5]]
-        assert torch.equal(getattr(odd, kind)("D", 4, 2), expected)
-
-
-def test_a_ranks_values_stand_at_their_slots() -> None:
-    table = randomness(1, 0, torch.tensor([4, 1]), 5).table(torch.tensor([7.0, 8.0]), fill=0.0)
-    assert table.tolist() == [0, 8, 0, 0, 7]
+    slots = torch.tensor([1, 3, 5])
+    draws = {"D": normal(4, 2), "wgan_gp": uniform(1)}
+    place = {"seed": 1, "position": 640, "batch_size": 10}
+    whole = draw_noise(draws, slots=torch.arange(10), **place)
+    part = draw_noise(draws, slots=slots, **place)
+    for name in draws:
+        assert torch.equal(part[name], whole[name][slots])
 
 
 def test_latents_differ_by_seed_position_and_purpose() -> None:
-    slots = torch.arange(4)
-    draws = [
-        randomness(seed, position, slots, 4).normal(purpose, 8)
-        for seed, position, purpose in ((0, 0, "D"), (1, 0, "D"), (0, 4, "D"), (0, 0, "G"))
-    ]
+    draws = [latents(), latents(seed=1), latents(position=4), latents(purpose="G")]
     for i, one in enumerate(draws):
         for other in draws[i + 1 :]:
             assert not torch.equal(one, other)
 
 
 def test_latents_are_standard_normal() -> None:
-    z = randomness(0, 0, torch.arange(4096), 4096).normal("D", 32)
+    z = latents(batch_size=16384)
     assert abs(z.mean().item()) < 0.01
     assert abs(z.std().item() - 1) < 0.01
 

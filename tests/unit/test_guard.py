@@ -43,7 +43,7 @@ def healthy(count: int) -> list[dict[str, float]]:
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_run_that_goes_well_gives_no_alarm(scaled: bool) -> None:
     rng = random.Random(0)
-    guard = Guard("nonsaturating", players="DG", scaled=scaled)
+    guard = Guard("nonsaturating", models="DG", scaled=scaled)
     for number in range(1, 3000):
         noise = math.exp(rng.gauss(0, 1))
         gap = rng.uniform(0, 30)
@@ -61,7 +61,7 @@ def test_a_run_that_goes_well_gives_no_alarm(scaled: bool) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("player", "DG")
 def test_a_loss_that_is_no_number_is_an_alarm_at_once(player: str, value: float) -> None:
-    guard = Guard("hinge", players="DG", scaled=True)
+    guard = Guard("hinge", models="DG", scaled=True)
     bad = row(4, **{f"train__loss_{player}": value})
     ((number, alarm),) = alarms(guard, *healthy(3), bad)
     assert (number, alarm.kind, alarm.healthy_nimg) == (4, "non_finite", 3000)
@@ -70,20 +70,20 @@ def test_a_loss_that_is_no_number_is_an_alarm_at_once(player: str, value: float)
 
 def test_a_skipped_step_is_an_alarm_unless_gradients_are_scaled() -> None:
     rows = [*healthy(3), row(4, train__skips_D=1), row(5, train__skips_D=1)]
-    ((number, alarm),) = alarms(Guard("hinge", players="DG", scaled=False), *rows)
+    ((number, alarm),) = alarms(Guard("hinge", models="DG", scaled=False), *rows)
     assert (number, alarm.kind) == (4, "non_finite")
-    assert alarms(Guard("hinge", players="DG", scaled=True), *rows) == []
+    assert alarms(Guard("hinge", models="DG", scaled=True), *rows) == []
 
 
 def test_a_scale_that_has_collapsed_is_an_alarm_after_three_rows() -> None:
     rows = [*healthy(2), *(row(n, train__loss_scale_G=0.5) for n in range(3, 9))]
-    ((number, alarm),) = alarms(Guard("hinge", players="DG", scaled=True), *rows)
+    ((number, alarm),) = alarms(Guard("hinge", models="DG", scaled=True), *rows)
     assert (number, alarm.kind, alarm.healthy_nimg) == (5, "scale_collapse", 2000)
 
 
 def test_steps_that_overflow_again_and_again_are_an_alarm() -> None:
     rows = [*healthy(2), *(row(n, train__skips_D=5.0 * (n - 2)) for n in range(3, 9))]
-    ((number, alarm),) = alarms(Guard("hinge", players="DG", scaled=True), *rows)
+    ((number, alarm),) = alarms(Guard("hinge", models="DG", scaled=True), *rows)
     assert (number, alarm.kind) == (5, "scale_collapse")
     assert alarm.message == "5 of 8 steps of D overflowed"
 
@@ -95,14 +95,14 @@ def test_gradients_a_thousand_times_off_their_past_are_an_alarm(norm: float, kin
     rows = [*healthy(25), *(row(n, train__grad_norm_D=norm) for n in range(26, 32))]
     found = [
         (n, a.kind, a.healthy_nimg)
-        for n, a in alarms(Guard("hinge", players="DG", scaled=False), *rows)
+        for n, a in alarms(Guard("hinge", models="DG", scaled=False), *rows)
     ]
     assert found == ([(30, kind, 25_000)] if kind else [])
 
 
 def test_gradients_have_no_past_in_the_first_rows() -> None:
     rows = [row(n, train__grad_norm_D=1e-6 if n > 5 else 2.0) for n in range(1, 15)]
-    assert alarms(Guard("hinge", players="DG", scaled=False), *rows) == []
+    assert alarms(Guard("hinge", models="DG", scaled=False), *rows) == []
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_logits_far_apart_are_an_alarm_where_the_loss_has_a_bound(
     objective: str, gap: float, expected: bool
 ) -> None:
     rows = [*healthy(2), *(row(n, train__real_logits=gap - 1.5) for n in range(3, 20))]
-    found = alarms(Guard(objective, players="DG", scaled=False), *rows)
+    found = alarms(Guard(objective, models="DG", scaled=False), *rows)
     assert [(n, a.kind) for n, a in found] == ([(12, "stuck")] if expected else [])
 
 
@@ -123,24 +123,24 @@ def test_images_that_become_alike_are_an_alarm_at_the_second_drawing() -> None:
     rows = [
         row(n, **({"metrics__diversity": drawn[n]} if n in drawn else {})) for n in range(1, 31)
     ]
-    ((number, alarm),) = alarms(Guard("hinge", players="DG", scaled=False), *rows)
+    ((number, alarm),) = alarms(Guard("hinge", models="DG", scaled=False), *rows)
     assert (number, alarm.kind, alarm.healthy_nimg) == (25, "collapse", 15_000)
 
 
 def test_images_that_were_never_diverse_are_none() -> None:
     rows = [row(n, metrics__diversity=2.0 + n / 10) for n in range(1, 31)]
-    assert alarms(Guard("hinge", players="DG", scaled=False), *rows) == []
+    assert alarms(Guard("hinge", models="DG", scaled=False), *rows) == []
 
 
 def test_an_alarm_is_raised_again_only_after_its_sign_has_gone() -> None:
     bad = {"train__loss_D": math.nan}
     rows = [row(1), row(2, **bad), row(3, **bad), row(4), row(5, **bad), row(6, **bad)]
-    found = alarms(Guard("hinge", players="DG", scaled=False), *rows)
+    found = alarms(Guard("hinge", models="DG", scaled=False), *rows)
     assert [n for n, _ in found] == [2, 5]
 
 
 def test_the_healthy_position_is_before_the_first_sign_of_anything() -> None:
-    guard = Guard("hinge", players="DG", scaled=True)
+    guard = Guard("hinge", models="DG", scaled=True)
     alarms(guard, *healthy(3))
     assert guard.healthy_nimg(3000) == 3000
     alarms(guard, row(4, train__loss_scale_D=0.5), row(5, train__loss_scale_D=0.5))
@@ -157,13 +157,13 @@ def test_a_guard_that_was_saved_goes_on_as_if_nothing_had_happened() -> None:
         changes["train__skips_D"] = float(5 * n if n > 30 else 0)
         changes["metrics__diversity"] = rng.choice([80.0, 3.0])
         rows.append(row(n, **changes))
-    whole = Guard("hinge", players="DG", scaled=True)
+    whole = Guard("hinge", models="DG", scaled=True)
     expected = [whole.look(r) for r in rows]
     assert any(expected[50:])
     for cut in (1, 22, 33, 50):
         first, second = (
-            Guard("hinge", players="DG", scaled=True),
-            Guard("hinge", players="DG", scaled=True),
+            Guard("hinge", models="DG", scaled=True),
+            Guard("hinge", models="DG", scaled=True),
         )
         before = [first.look(r) for r in rows[:cut]]
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))

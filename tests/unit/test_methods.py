@@ -14,23 +14,29 @@ from ganscale.config import Config
 from ganscale.data.reader import ShardImages
 from ganscale.data.shards import ShardSet
 from ganscale.errors import ConfigError
-from ganscale.generation.latents import StepRandomness
+from ganscale.generation.latents import draw_noise, uniform
 from ganscale.models import build_classifier
 from ganscale.models.autoencoder import Autoencoder, sampled
 from ganscale.models.classifying import ClassifyingDiscriminator
 from ganscale.objectives.reconstruction import gaussian_kl, gaussian_nll
-from ganscale.training.adversarial_step import Shown, discriminator_phase
 from ganscale.training.build import build_state, load_shards
+from ganscale.training.inputs import Labelled, LocalBatch
 from ganscale.training.labelled import LabelledPool, labelled_samples
 from ganscale.training.loop import Trainer
-from ganscale.training.methods.bigan import Bigan
-from ganscale.training.methods.semi_supervised import SemiSupervised
-from ganscale.training.methods.vae import Vae
 from ganscale.training.precision import Precision
-from ganscale.training.share import Labelled, Moment, Share
+from ganscale.training.steps.bigan import Bigan
+from ganscale.training.steps.discriminator import Samples
+from ganscale.training.steps.semi_supervised import SemiSupervised
+from ganscale.training.steps.vae import Vae
 from ganscale.world import World, process_group
 from tests.conftest import MakeConfig
 from tests.support.small_models import SMALL_MODELS
+from tests.support.steps import (
+    local_batch,
+    next_inputs,
+    recorded_gradients,
+    step_inputs,
+)
 
 CPU = torch.device("cpu")
 FP32 = Precision.resolve("fp32", CPU)
@@ -44,22 +50,23 @@ def group() -> Iterator[None]:
         yield
 
 
-def started(method: dict[str, Any], model: dict[str, Any] | None = None) -> tuple[Any, Share]:
+def method_and_batch(
+    method: dict[str, Any], model: dict[str, Any] | None = None
+) -> tuple[Any, LocalBatch]:
     """A method with weights that are not those of an initialisation, and a batch of eight."""
     config = Config(
         model=model or SMALL_MODELS["dcgan"],
         method=method,
         training={"batch_size": BATCH_SIZE, "precision": "fp32"},
     )
-    found = build_state(config, FP32, World()).method
+    built = build_state(config, FP32, World()).method
     torch.manual_seed(3)
-    for player in found.players.values():
-        for parameter in player.module.parameters():
+    for network in built.models.values():
+        for parameter in network.module.parameters():
             parameter.data.add_(0.1 * torch.randn(parameter.shape))
     images = torch.rand(BATCH_SIZE, 3, 16, 16) * 2 - 1
-    random = StepRandomness(0, 0, BATCH_SIZE, torch.arange(BATCH_SIZE), CPU)
     labelled = Labelled(images.flip(0), torch.arange(BATCH_SIZE))
-    return found, Share(images, None, random, config.model.z_dim, 1 / BATCH_SIZE, labelled)
+    return built, local_batch(images, labelled=labelled)
 
 
 def test_the_divergence_is_that_of_torch_distributions() -> None:
@@ -99,22 +106,22 @@ def test_latents_are_drawn_with_mean_and_variance_of_the_posterior() -> None:
 
 
 def test_the_loss_of_a_vae_is_the_negative_bound_per_dimension() -> None:
-    vae, share = started({"name": "vae", "beta": 0.3})
+    vae, batch = method_and_batch({"name": "vae", "beta": 0.3})
     assert isinstance(vae, Vae)
-    seen = vae.phase(share)
-    noise = share.random.normal("posterior", share.z_dim)
-    made = vae.player.module(share.real_images, noise)
-    error = (made.images.double() - share.real_images.double()).square().mean()
+    inputs, variant = step_inputs(vae, batch)
+    made = vae.autoencoder.module(batch.real_images, inputs.noise["posterior"])
+    statistics = vae.update(inputs, variant)
+    error = (made.images.double() - batch.real_images.double()).square().mean()
     normal = torch.distributions.Normal(made.images.double(), error.sqrt())
     posterior = torch.distributions.Normal(made.mean, torch.exp(made.log_variance / 2))
     prior = torch.distributions.Normal(torch.zeros(()), torch.ones(()))
     divergence = torch.distributions.kl_divergence(posterior, prior).sum(1).mean().item()
-    nll = -normal.log_prob(share.real_images.double()).mean().item()
-    assert seen["kl"].item() == pytest.approx(divergence, rel=1e-5)
-    assert seen["loss_G"].item() == pytest.approx(nll + 0.3 * divergence / 768, rel=1e-5)
+    nll = -normal.log_prob(batch.real_images.double()).mean().item()
+    assert statistics["kl"].item() == pytest.approx(divergence, rel=1e-5)
+    assert statistics["loss_G"].item() == pytest.approx(nll + 0.3 * divergence / 768, rel=1e-5)
 
 
-def test_what_is_decoded_to_fool_teaches_the_encoder_nothing() -> None:
+def test_fakes_give_the_encoder_no_gradient() -> None:
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
 
     class Halves(nn.Module):
@@ -139,19 +146,20 @@ def test_what_is_decoded_to_fool_teaches_the_encoder_nothing() -> None:
     assert all(parameter.grad is not None for parameter in encoder.parameters())
 
 
-def test_encoder_and_generator_of_a_bigan_fool_from_both_sides() -> None:
-    bigan, share = started({"name": "bigan"})
+def test_encoder_and_generator_of_a_bigan_learn_from_both_sides() -> None:
+    bigan, batch = method_and_batch({"name": "bigan"})
     assert isinstance(bigan, Bigan)
-    judge = bigan.opponent.player.module.eval()  # spectral norm stands still
-    found = bigan.generator_phase(share, bigan.opponent.rules(Moment()))
-    noise = share.random.normal("G posterior", share.z_dim)
-    z = share.random.normal("G z", share.z_dim)
-    encoded, made = bigan.player.module(share.real_images, noise, z)
-    real, fake = judge(share.real_images, encoded), judge(made, z)
+    discriminator = bigan.discriminator.model.module.eval()  # spectral norm stands still
+    inputs, variant = step_inputs(bigan, batch)
+    noise = inputs.noise
+    encoded, made = bigan.pairs.module(batch.real_images, noise["G posterior"], noise["G z"])
+    real, fake = discriminator(batch.real_images, encoded), discriminator(made, noise["G z"])
     expected = nn.functional.softplus(-fake) + nn.functional.softplus(real)
-    torch.testing.assert_close(found, expected.mean())
-    gradients = [p.grad for p in bigan.player.module.parameters()]
-    assert all(g is not None and g.norm() > 0 for g in gradients)
+    with recorded_gradients(bigan.pairs) as gradients:
+        statistics = bigan.update_pairs(inputs, variant)
+    torch.testing.assert_close(statistics["loss_G"], expected.mean())
+    assert len(gradients) == len(list(bigan.pairs.module.parameters()))
+    assert all(gradient.norm() > 0 for gradient in gradients)
 
 
 def test_being_real_is_to_be_of_some_class_and_not_the_one_of_fakes() -> None:
@@ -164,46 +172,49 @@ def test_being_real_is_to_be_of_some_class_and_not_the_one_of_fakes() -> None:
 
 
 def test_the_generator_matches_mean_features() -> None:
-    method, share = started({"name": "semi-supervised", "labels": 20}, CLASSES)
+    method, batch = method_and_batch({"name": "semi-supervised", "labels": 20}, CLASSES)
     assert isinstance(method, SemiSupervised)
-    found = method.generator_phase(share, method.opponent.rules(Moment()))
-    gradients = [p.grad for p in method.generator.module.parameters()]
-    method.generator.optimizer.zero_grad()
-
-    classifier = method.opponent.player.module
+    inputs, variant = step_inputs(method, batch)
+    classifier = method.discriminator.model.module
     assert isinstance(classifier, ClassifyingDiscriminator)
-    made = method.generator.module(share.random.normal("G z", share.z_dim))
-    apart = classifier.features(made).mean(0) - classifier.features(share.real_images).mean(0)
+    made = method.generator.module(inputs.noise["G z"])
+    apart = classifier.features(made).mean(0) - classifier.features(batch.real_images).mean(0)
     loss = apart.square().sum()
-    loss.backward()
-    torch.testing.assert_close(found, loss.detach())
-    for mine, parameter in zip(gradients, method.generator.module.parameters(), strict=True):
-        torch.testing.assert_close(mine, parameter.grad, rtol=1e-4, atol=1e-7)
+    expected = torch.autograd.grad(loss, list(method.generator.module.parameters()))
+    with recorded_gradients(method.generator) as gradients:
+        statistics = method.update_generator(inputs, variant)
+    torch.testing.assert_close(statistics["loss_G"], loss.detach())
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-7)
 
 
-def test_labels_are_learnt_by_cross_entropy_beside_the_game() -> None:
-    method, share = started({"name": "semi-supervised", "labels": 20}, CLASSES)
+def test_labels_are_learnt_by_cross_entropy_beside_the_adversarial_loss() -> None:
+    method, batch = method_and_batch({"name": "semi-supervised", "labels": 20}, CLASSES)
     assert isinstance(method, SemiSupervised)
-    loss, accuracy = method.supervised(share)
-    assert share.labelled is not None
-    # A batch without its augmentation: the loss is near that of the images as they are.
-    logits = method.opponent.player.module(share.labelled.images, classes=True)
-    chosen = logits.log_softmax(1)[torch.arange(BATCH_SIZE), share.labelled.labels]
+    inputs, variant = step_inputs(method, batch)
+    loss, accuracy = method.supervised_loss(inputs)
+    assert batch.labelled is not None
+    # The images are flipped and shifted: the loss is near that of the images as they are.
+    logits = method.discriminator.model.module(batch.labelled.images, classes=True)
+    chosen = logits.log_softmax(1)[torch.arange(BATCH_SIZE), batch.labelled.labels]
     assert loss.item() == pytest.approx(-chosen.mean().item(), rel=0.2)
     assert 0 <= accuracy <= 1
 
-    method, share = started({"name": "semi-supervised", "labels": 20}, CLASSES)
-    found = {}
-    for name, also in (("game", 0.0), ("both", method.supervised(share)[0])):
-        rules = method.opponent.rules(Moment())
-        real, fake = share.real_images, torch.zeros_like(share.real_images)
-        player = method.opponent.player
-        discriminator_phase(player, rules, share, Shown(real), Shown(fake), also=also)
-        found[name] = torch.cat([p.grad.flatten() for p in player.module.parameters()])
-        player.optimizer.zero_grad()
-    method.supervised(share)[0].backward()
-    alone = torch.cat([p.grad.flatten() for p in player.module.parameters()])
-    torch.testing.assert_close(found["both"] - found["game"], alone, rtol=1e-3, atol=1e-5)
+    parameters = list(method.discriminator.model.module.parameters())
+    alone = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+    gradients = {}
+    for name in ("adversarial", "both"):
+        method, batch = method_and_batch({"name": "semi-supervised", "labels": 20}, CLASSES)
+        inputs, variant = step_inputs(method, batch)
+        extra_loss = method.supervised_loss(inputs)[0] if name == "both" else 0.0
+        real, fake = batch.real_images, torch.zeros_like(batch.real_images)
+        with recorded_gradients(method.discriminator.model) as recorded:
+            method.discriminator.update(
+                inputs, variant, Samples(real), Samples(fake), extra_loss=extra_loss
+            )
+        gradients[name] = torch.cat([g.flatten() for g in recorded])
+    difference = gradients["both"] - gradients["adversarial"]
+    torch.testing.assert_close(difference, alone, rtol=1e-3, atol=1e-5)
 
 
 def test_labelled_samples_are_as_many_of_each_class(procedural_shards: Any) -> None:
@@ -223,7 +234,9 @@ def test_ranks_together_draw_the_labelled_images_of_one_process(procedural_shard
     pool = LabelledPool(shard_set, ShardImages(shard_set), 20, seed=1, device=CPU)
 
     def drawn(slots: torch.Tensor) -> Labelled:
-        return pool.draw(StepRandomness(5, 640, 9, slots, CPU))
+        draws = {"labelled": uniform(1)}
+        noise = draw_noise(draws, seed=5, position=640, batch_size=9, slots=slots)
+        return pool.pick(noise["labelled"])
 
     whole = drawn(torch.arange(9))
     chosen = labelled_samples(shard_set, 20, seed=1)
@@ -244,8 +257,8 @@ def test_the_labels_of_the_other_images_are_kept_from_it(make_config: MakeConfig
         method={"name": "semi-supervised", "labels": 20}, model={"num_classes": 10, "z_dim": 16}
     )
     trainer = Trainer(config, World(), load_shards(config))
-    share = trainer._share(trainer.reader.read(0, config.training.batch_size))
+    batch = trainer.inputs.to_device(next_inputs(trainer)).batch
     trainer.close()
-    assert share.labels is None
-    assert share.labelled is not None
-    assert len(share.labelled.labels) == config.training.batch_size
+    assert batch.labels is None
+    assert batch.labelled is not None
+    assert len(batch.labelled.labels) == config.training.batch_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from ganscale.objectives.penalties import (
     DRAGAN_STD,
     FINITE_DIFFERENCE_STEP,
     PENALTIES,
-    Played,
+    PenaltyInputs,
     gradient_normalised,
     input_gradient,
     orthogonal_penalty,
@@ -27,16 +27,11 @@ SHAPE = (3, 2, 3, 3)
 STEP = 1e-5
 
 
-class Fixed:
-    """Randomness that is the same whenever it is asked for."""
-
-    def normal(self, purpose: str, *shape: int) -> Tensor:
-        generator = torch.Generator().manual_seed(len(purpose))
-        return torch.randn(SHAPE[0], *shape, generator=generator, dtype=torch.float64)
-
-    def uniform(self, purpose: str, *shape: int) -> Tensor:
-        generator = torch.Generator().manual_seed(len(purpose))
-        return torch.rand(SHAPE[0], *shape, generator=generator, dtype=torch.float64)
+def noise(shape: tuple[int, ...] = SHAPE) -> dict[str, Tensor]:
+    """What the penalties need for images of this shape, always the same."""
+    generator = torch.Generator().manual_seed(5)
+    numbers = {name: torch.randn(shape, generator=generator) for name in ("r1", "r2", "dragan")}
+    return {**numbers, "wgan_gp": torch.rand(shape[0], 1, 1, 1, generator=generator)}
 
 
 @pytest.fixture(autouse=True)
@@ -57,30 +52,32 @@ def images(seed: int) -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
-def play(discriminator: nn.Module, *, real_gradient: bool, fake_gradient: bool) -> Played:
+def phase(discriminator: nn.Module, *, real_gradient: bool, fake_gradient: bool) -> PenaltyInputs:
     """A phase in which only the images that a penalty names ask for gradients."""
 
-    def judge(x: Tensor) -> Tensor:
+    def logits_fn(x: Tensor) -> Tensor:
         logits: Tensor = discriminator(x).squeeze(1)
         return logits
 
     real, fake = images(1).requires_grad_(real_gradient), images(2).requires_grad_(fake_gradient)
-    return Played(
-        judge_real=judge,
-        judge_fake=judge,
+    return PenaltyInputs(
+        real_logits_fn=logits_fn,
+        fake_logits_fn=logits_fn,
         real_images=real,
         fake_images=fake,
-        real_logits=judge(real),
-        fake_logits=judge(fake),
-        random=Fixed(),
+        real_logits=logits_fn(real),
+        fake_logits=logits_fn(fake),
+        noise=noise(),
         perturb=lambda x: x.flip(3),
         anchors=torch.tensor([0.4, -0.7]),
     )
 
 
-def played_for(name: str, discriminator: nn.Module) -> Played:
+def inputs_for(name: str, discriminator: nn.Module) -> PenaltyInputs:
     entry = PENALTIES[name]
-    return play(discriminator, real_gradient=entry.real_gradient, fake_gradient=entry.fake_gradient)
+    return phase(
+        discriminator, real_gradient=entry.real_gradient, fake_gradient=entry.fake_gradient
+    )
 
 
 def differentiated(function: Callable[[], Tensor], at: Tensor) -> Tensor:
@@ -105,8 +102,8 @@ def squared_slopes(discriminator: nn.Module, at: Tensor) -> Tensor:
 
 def test_gradient_penalties_are_those_of_finite_differences() -> None:
     discriminator = smooth_discriminator()
-    between = torch.lerp(images(1), images(2), Fixed().uniform("wgan_gp", 1, 1, 1))
-    around = images(1) + DRAGAN_STD * Fixed().normal("dragan", *SHAPE[1:])
+    between = torch.lerp(images(1), images(2), noise()["wgan_gp"])
+    around = images(1) + DRAGAN_STD * noise()["dragan"]
     expected = {
         "r1": squared_slopes(discriminator, images(1)) / 2,
         "r2": squared_slopes(discriminator, images(2)) / 2,
@@ -114,7 +111,7 @@ def test_gradient_penalties_are_those_of_finite_differences() -> None:
         "dragan": (squared_slopes(discriminator, around).sqrt() - 1).square(),
     }
     for name, value in expected.items():
-        found = PENALTIES[name].value(played_for(name, discriminator))
+        found = PENALTIES[name].value(inputs_for(name, discriminator))
         torch.testing.assert_close(found.detach(), value, rtol=1e-6, atol=0)
 
 
@@ -125,7 +122,7 @@ def test_penalties_without_gradients_are_their_formulas() -> None:
     }
 
     def slope(name: str, seed: int) -> Tensor:
-        u = Fixed().normal(name, *SHAPE[1:])
+        u = noise()[name]
         moved: Tensor = discriminator(images(seed) + FINITE_DIFFERENCE_STEP * u).squeeze(1).detach()
         return ((moved - logits[seed]) / FINITE_DIFFERENCE_STEP).square() / 2
 
@@ -138,18 +135,18 @@ def test_penalties_without_gradients_are_their_formulas() -> None:
     }
     assert set(expected) | {"r1", "r2", "wgan_gp", "dragan"} == set(PENALTIES)
     for name, value in expected.items():
-        found = PENALTIES[name].value(played_for(name, discriminator)).detach()
+        found = PENALTIES[name].value(inputs_for(name, discriminator)).detach()
         torch.testing.assert_close(found, value)
 
 
 @pytest.mark.parametrize("name", PENALTIES)
 def test_a_penaltys_gradient_in_the_weights_is_that_of_finite_differences(name: str) -> None:
     discriminator = smooth_discriminator()
-    PENALTIES[name].value(played_for(name, discriminator)).sum().backward()
+    PENALTIES[name].value(inputs_for(name, discriminator)).sum().backward()
     largest = 0.0
     for weight in discriminator.parameters():
         expected = differentiated(
-            lambda: PENALTIES[name].value(played_for(name, discriminator)).sum(), weight.data
+            lambda: PENALTIES[name].value(inputs_for(name, discriminator)).sum(), weight.data
         )
         assert weight.grad is not None or not expected.any()
         found = torch.zeros_like(weight) if weight.grad is None else weight.grad
@@ -160,16 +157,12 @@ def test_a_penaltys_gradient_in_the_weights_is_that_of_finite_differences(name: 
 
 def test_the_mean_of_finite_differences_is_the_squared_gradient() -> None:
     discriminator = smooth_discriminator()
-    played = played_for("r1_finite_difference", discriminator)
+    inputs = inputs_for("r1_finite_difference", discriminator)
     exact = squared_slopes(discriminator, images(1)) / 2
-
-    class Counted(Fixed):
-        def normal(self, purpose: str, *shape: int) -> Tensor:
-            return torch.randn(SHAPE[0], *shape)
-
     torch.manual_seed(1)
     penalty = PENALTIES["r1_finite_difference"].value
-    draws = torch.stack([penalty(replace(played, random=Counted())).detach() for _ in range(4000)])
+    noises = [{"r1": torch.randn(SHAPE)} for _ in range(4000)]
+    draws = torch.stack([penalty(replace(inputs, noise=noise)).detach() for noise in noises])
     # One draw's standard deviation is sqrt(2) times its mean; five of those of the mean's.
     torch.testing.assert_close(draws.mean(0), exact, rtol=5 * (2 / 4000) ** 0.5, atol=0)
 
@@ -177,33 +170,36 @@ def test_the_mean_of_finite_differences_is_the_squared_gradient() -> None:
 @pytest.mark.parametrize("scale", [2.0**-8, 1.0, 2.0**20])
 def test_the_inner_scale_cancels(scale: float) -> None:
     discriminator = smooth_discriminator()
-    played = played_for("r1", discriminator)
-    logits = discriminator(played.real_images).squeeze(1)
-    plain = input_gradient(played.real_logits, played.real_images)
-    torch.testing.assert_close(input_gradient(logits, played.real_images, scale), plain)
+    inputs = inputs_for("r1", discriminator)
+    logits = discriminator(inputs.real_images).squeeze(1)
+    plain = input_gradient(inputs.real_logits, inputs.real_images)
+    torch.testing.assert_close(input_gradient(logits, inputs.real_images, scale), plain)
 
 
 def test_gradient_normalised_logits_are_their_formula_and_bounded() -> None:
     discriminator = smooth_discriminator()
-    judge = gradient_normalised(lambda x: discriminator(x).squeeze(1), scale=8.0)
+    normalised = gradient_normalised(lambda x: discriminator(x).squeeze(1), scale=8.0)
     at = images(1)
     logits = discriminator(at).squeeze(1).detach()
     expected = logits / (squared_slopes(discriminator, at).sqrt() + logits.abs())
-    torch.testing.assert_close(judge(at).detach(), expected, rtol=1e-6, atol=0)
-    assert judge(1000 * at).abs().max() <= 1
+    torch.testing.assert_close(normalised(at).detach(), expected, rtol=1e-6, atol=0)
+    assert normalised(1000 * at).abs().max() <= 1
 
 
 def test_gradients_of_normalised_logits_are_those_of_finite_differences() -> None:
     discriminator = smooth_discriminator()
-    judge = gradient_normalised(lambda x: discriminator(x).squeeze(1))
+    normalised = gradient_normalised(lambda x: discriminator(x).squeeze(1))
     at = images(1).requires_grad_()
-    judge(at).sum().backward()
+    normalised(at).sum().backward()
     assert at.grad is not None
     torch.testing.assert_close(
-        at.grad.flatten(), differentiated(lambda: judge(at).sum(), at.data), rtol=1e-6, atol=1e-9
+        at.grad.flatten(),
+        differentiated(lambda: normalised(at).sum(), at.data),
+        rtol=1e-6,
+        atol=1e-9,
     )
     for weight in discriminator.parameters():
-        expected = differentiated(lambda: judge(images(1)).sum(), weight.data)
+        expected = differentiated(lambda: normalised(images(1)).sum(), weight.data)
         assert weight.grad is not None
         torch.testing.assert_close(weight.grad.flatten(), expected, rtol=1e-6, atol=1e-9)
 
@@ -226,22 +222,12 @@ def test_the_orthogonal_penalty_sums_squared_products_of_different_filters() -> 
 def test_a_penalty_needs_gradients_of_exactly_the_images_its_entry_names(name: str) -> None:
     entry, discriminator = PENALTIES[name], smooth_discriminator()
     for real, fake in itertools.product((False, True), repeat=2):
-        played = play(discriminator, real_gradient=real, fake_gradient=fake)
+        inputs = phase(discriminator, real_gradient=real, fake_gradient=fake)
         if (real or not entry.real_gradient) and (fake or not entry.fake_gradient):
-            assert entry.value(played).shape == (SHAPE[0],)
+            assert entry.value(inputs).shape == (SHAPE[0],)
         else:
             with pytest.raises(RuntimeError, match="does not require grad|not have been used"):
-                entry.value(played)
-
-
-class Direction(Fixed):
-    """Moves every sample by the same u, given flat."""
-
-    def __init__(self, flat: Tensor) -> None:
-        self.flat = flat
-
-    def normal(self, purpose: str, *shape: int) -> Tensor:
-        return self.flat.view(shape).expand(SHAPE[0], *shape)
+                entry.value(inputs)
 
 
 @pytest.mark.parametrize(("side", "seed"), [("r1", 1), ("r2", 2)])
@@ -251,14 +237,15 @@ def test_a_finite_difference_errs_by_the_square_of_its_step(
     """Over +-sqrt(n) times each unit vector, u has the moments that r1 needs, without noise."""
     discriminator = smooth_discriminator()
     exact = squared_slopes(discriminator, images(seed)) / 2
-    played = played_for(f"{side}_finite_difference", discriminator)
+    inputs = inputs_for(f"{side}_finite_difference", discriminator)
     n = images(seed)[0].numel()
     corners = n**0.5 * torch.cat([torch.eye(n), -torch.eye(n)])
     errors = []
     for step in (0.02, 0.01, 0.005):
         monkeypatch.setattr(penalties, "FINITE_DIFFERENCE_STEP", step)
         value = PENALTIES[f"{side}_finite_difference"].value
-        mean = torch.stack([value(replace(played, random=Direction(u))) for u in corners]).mean(0)
+        noises = [{side: u.view(SHAPE[1:]).expand(SHAPE)} for u in corners]  # alike in all samples
+        mean = torch.stack([value(replace(inputs, noise=noise)) for noise in noises]).mean(0)
         errors.append(float(((mean.detach() - exact) / exact).abs().max()))
     assert 1e-5 < errors[1] < 3e-3  # at the step in use
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.02)
@@ -273,8 +260,8 @@ def test_a_flat_discriminators_norms_have_finite_gradients_in_its_weights() -> N
 
     logits = gradient_normalised(flat)(images(1))
     torch.testing.assert_close(logits.detach(), level.sign(), rtol=0, atol=1e-5)
-    played = replace(played_for("wgan_gp", smooth_discriminator()), judge_real=flat)
-    penalty = PENALTIES["wgan_gp"].value(played)
+    inputs = replace(inputs_for("wgan_gp", smooth_discriminator()), real_logits_fn=flat)
+    penalty = PENALTIES["wgan_gp"].value(inputs)
     torch.testing.assert_close(penalty.detach(), torch.ones(3), rtol=0, atol=1e-5)
     for out in (logits, penalty):
         (gradient,) = torch.autograd.grad(out.sum(), slope)
@@ -311,7 +298,7 @@ def half_precision_case(
     discriminator.head.linear.weight.data.mul_(head)  # type: ignore[union-attr, operator]
     discriminator.to(device)
 
-    def judge(x: Tensor) -> Tensor:
+    def logits_fn(x: Tensor) -> Tensor:
         with torch.autocast(torch.device(device).type, torch.float16, enabled=half):
             seen: Tensor = discriminator(x)
         return seen.float()
@@ -320,25 +307,21 @@ def half_precision_case(
     real, fake = ((torch.rand(SHAPE[0], 3, 16, 16) * 2 - 1).to(device) for _ in range(2))
     real.requires_grad_(entry.real_gradient)
     fake.requires_grad_(entry.fake_gradient)
-    played = Played(judge, judge, real, fake, judge(real), judge(fake), Single(device))
-    value = entry.value(replace(played, inner_scale=inner_scale))
+    inputs = PenaltyInputs(
+        logits_fn,
+        logits_fn,
+        real,
+        fake,
+        logits_fn(real),
+        logits_fn(fake),
+        {purpose: n.float().to(device) for purpose, n in noise(real.shape).items()},
+        inner_scale,
+    )
+    value = entry.value(inputs)
     (value.mean() * outer_scale).backward()
     weights = list(discriminator.parameters())
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
     return value.detach(), torch.cat([g.flatten() for g in gradients]) / outer_scale
-
-
-@dataclass(frozen=True)
-class Single(Fixed):
-    """The same numbers in fp32, on a device."""
-
-    device: str
-
-    def normal(self, purpose: str, *shape: int) -> Tensor:
-        return super().normal(purpose, *shape).float().to(self.device)
-
-    def uniform(self, purpose: str, *shape: int) -> Tensor:
-        return super().uniform(purpose, *shape).float().to(self.device)
 
 
 OVERFLOWS: dict[str, set[int]] = {"r1": set(), "r2": set(), "wgan_gp": {20}, "dragan": {20}}

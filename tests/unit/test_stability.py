@@ -74,7 +74,7 @@ def test_each_kind_of_alarm_is_named_once(tmp_path: Path) -> None:
 def test_an_alarm_that_a_rollback_undid_is_no_collapse(tmp_path: Path) -> None:
     events = [
         {"event": "alarm", "kind": "stuck", "attempt": 1, "nimg": 128},
-        {"event": "rollback", "attempt": 2, "nimg": 64, "salt": 1},
+        {"event": "rollback", "attempt": 2, "nimg": 64, "num_rollbacks": 1},
     ]
     summary = summarise_run(write_run(tmp_path / "run", [50.0], events), DIVERSITY)
     assert summary.collapses == ()

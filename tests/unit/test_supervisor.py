@@ -12,9 +12,9 @@ from ganscale.config import Config
 from ganscale.errors import DataError, GanscaleError
 from ganscale.launch import supervisor as module
 from ganscale.launch.supervisor import Failure, Supervisor
-from ganscale.training.stopping import Ending, StopRequest
+from ganscale.training.stopping import StopRequest, TrainResult
 
-Group = Callable[[int, StopRequest], Ending]
+Group = Callable[[int, StopRequest], TrainResult]
 
 
 class Cluster:
@@ -34,7 +34,7 @@ class Cluster:
     def explain_room(self) -> str:
         return f"there are {self.total} places"
 
-    def run(self, num_workers: int, stop: StopRequest) -> Ending:
+    def run(self, num_workers: int, stop: StopRequest) -> TrainResult:
         self.started.append(num_workers)
         self.running = num_workers
         try:
@@ -45,7 +45,7 @@ class Cluster:
     def fails(
         self, *, checkpoint: int | None = None, left: int | None = None, faults: int = 1
     ) -> Group:
-        def group(num_workers: int, stop: StopRequest) -> Ending:
+        def group(num_workers: int, stop: StopRequest) -> TrainResult:
             self.newest = self.newest if checkpoint is None else checkpoint
             self.total = self.total if left is None else left
             raise Failure("rank 1 is gone", faults=faults)
@@ -53,19 +53,19 @@ class Cluster:
         return group
 
 
-def finishes(num_workers: int, stop: StopRequest) -> Ending:
-    return Ending(1000)
+def finishes(num_workers: int, stop: StopRequest) -> TrainResult:
+    return TrainResult(1000)
 
 
-def until_asked(num_workers: int, stop: StopRequest) -> Ending:
+def until_asked(num_workers: int, stop: StopRequest) -> TrainResult:
     deadline = time.monotonic() + 10
     while not stop.reason:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    return Ending(500, stop.reason)
+    return TrainResult(500, stop.reason)
 
 
-def supervise(cluster: Cluster, stop: StopRequest | None = None, **launch: Any) -> Ending:
+def supervise(cluster: Cluster, stop: StopRequest | None = None, **launch: Any) -> TrainResult:
     config = Config().with_changes({f"launch.{name}": value for name, value in launch.items()})
     supervisor = Supervisor(
         config, lambda: cluster.newest, lambda event, **_: cluster.notes.append(event)
@@ -80,7 +80,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_group_that_finishes_ends_the_run() -> None:
     cluster = Cluster(finishes)
-    assert supervise(cluster, num_workers=2) == Ending(1000)
+    assert supervise(cluster, num_workers=2) == TrainResult(1000)
     assert cluster.started == [2]
 
 
@@ -96,7 +96,7 @@ def test_faults_without_progress_are_limited(max_failures: int) -> None:
 def test_a_newer_checkpoint_makes_up_for_a_fault() -> None:
     cluster = Cluster()
     cluster.groups = [*(cluster.fails(checkpoint=100 * n) for n in range(1, 9)), finishes]
-    assert supervise(cluster, num_workers=2, max_failures=1) == Ending(1000)
+    assert supervise(cluster, num_workers=2, max_failures=1) == TrainResult(1000)
     assert len(cluster.started) == 9
 
 
@@ -110,13 +110,13 @@ def test_restarts_within_a_group_count_as_many() -> None:
 def test_minus_one_is_without_limit_and_a_lost_node_is_nobodys_fault() -> None:
     cluster = Cluster()
     cluster.groups = [*(cluster.fails() for _ in range(20)), finishes]
-    assert supervise(cluster, num_workers=2, max_failures=-1) == Ending(1000)
+    assert supervise(cluster, num_workers=2, max_failures=-1) == TrainResult(1000)
     cluster.groups = [*(cluster.fails(faults=0) for _ in range(20)), finishes]
-    assert supervise(cluster, num_workers=2, max_failures=0) == Ending(1000)
+    assert supervise(cluster, num_workers=2, max_failures=0) == TrainResult(1000)
 
 
 def test_an_error_that_would_come_again_ends_the_run_at_once() -> None:
-    def group(num_workers: int, stop: StopRequest) -> Ending:
+    def group(num_workers: int, stop: StopRequest) -> TrainResult:
         raise DataError("shard 3 is damaged")
 
     cluster = Cluster(group, finishes)
@@ -128,12 +128,12 @@ def test_an_error_that_would_come_again_ends_the_run_at_once() -> None:
 def test_an_elastic_run_takes_what_is_left_and_grows_at_a_checkpoint() -> None:
     cluster = Cluster(total=4)
 
-    def grows(num_workers: int, stop: StopRequest) -> Ending:
+    def grows(num_workers: int, stop: StopRequest) -> TrainResult:
         cluster.total = 3
         return until_asked(num_workers, stop)
 
     cluster.groups = [cluster.fails(left=2), grows, finishes]
-    assert supervise(cluster, num_workers=(1, 4)) == Ending(1000)
+    assert supervise(cluster, num_workers=(1, 4)) == TrainResult(1000)
     assert cluster.started == [4, 2, 3]
     assert "regroup" in cluster.notes
 
@@ -148,22 +148,22 @@ def test_a_fixed_run_waits_for_room_and_never_grows() -> None:
     looks: list[int] = []
     cluster.groups = [finishes]
     cluster.room = later  # type: ignore[method-assign]
-    assert supervise(cluster, num_workers=2) == Ending(1000)
+    assert supervise(cluster, num_workers=2) == TrainResult(1000)
     assert (cluster.started, cluster.notes) == ([2], ["waiting"])
 
 
 def test_a_stop_reaches_the_group_or_ends_the_wait_for_one() -> None:
     stop = StopRequest()
 
-    def asks(num_workers: int, wanted: StopRequest) -> Ending:
+    def asks(num_workers: int, wanted: StopRequest) -> TrainResult:
         stop.reason = "terminated"
         return until_asked(num_workers, wanted)
 
-    assert supervise(Cluster(asks), stop, num_workers=2) == Ending(500, "terminated")
+    assert supervise(Cluster(asks), stop, num_workers=2) == TrainResult(500, "terminated")
     nothing = Cluster(total=0)
     nothing.newest = 300
     ending = supervise(nothing, StopRequest("interrupted"), num_workers=2)
-    assert ending == Ending(300, "interrupted", has_trained=False)
+    assert ending == TrainResult(300, "interrupted", has_trained=False)
     assert nothing.started == []
 
 
@@ -176,9 +176,9 @@ def test_a_signal_has_something_to_finish_only_while_a_group_trains() -> None:
         seen.append(stop.is_training)
         return 0 if len(seen) < 3 else 2
 
-    def group(num_workers: int, wanted: StopRequest) -> Ending:
+    def group(num_workers: int, wanted: StopRequest) -> TrainResult:
         seen.append(stop.is_training)
-        return Ending(1000)
+        return TrainResult(1000)
 
     cluster.room = no_room_at_first  # type: ignore[method-assign]
     cluster.groups = [group]

@@ -36,16 +36,17 @@ from ganscale.run_directory import RunDirectory, add_missing_lines, write_text
 from ganscale.training.distribute import broadcast_bytes
 from ganscale.world import World
 
-__all__ = ["Saving", "non_finite", "patiently"]
+__all__ = ["CheckpointManager", "non_finite", "retry"]
 
 Result = TypeVar("Result")
 
 
-class Saving:
+class CheckpointManager:
     """Checkpoints of one rank's run.
 
     `attempt` is the current one, on every rank. `session` is the start of the run to which all
-    attempts belong; without one the run is not protected from a second start.
+    attempts belong; without one the run is not protected from a second start. `start_nimg` is the
+    position of the checkpoint that the attempt began with, -1 without one.
     """
 
     attempt: Attempt
@@ -57,6 +58,7 @@ class Saving:
         self.run_dir = RunDirectory(config.run_dir)
         self.store = CheckpointStore(config.checkpoints) if world.is_main else None
         self._writer: BackgroundWriter | None = None
+        self.start_nimg = -1
         self._last_nimg = -1
         self._last_time = time.monotonic()
 
@@ -78,7 +80,7 @@ class Saving:
             store, token, session = self.store, secrets.token_hex(8), self.session
             if session is not None and session.copied_from:
                 self._leave_wandb_run_of_the_original(session)
-            self.attempt, files = patiently(
+            self.attempt, files = retry(
                 lambda: store.claim(
                     lambda: store.newest(up_to=up_to, accept=accept),
                     reason=reason,
@@ -96,7 +98,7 @@ class Saving:
         dist.broadcast_object_list(header, src=0)
         name: CheckpointName | None
         self.attempt, name = header[0]
-        self._last_nimg = -1 if name is None else name.nimg
+        self.start_nimg = self._last_nimg = -1 if name is None else name.nimg
         if name is None:
             return None
         tree = broadcast_bytes(None if files is None else files.tree)
@@ -143,6 +145,11 @@ class Saving:
         """Raise `Superseded` if another attempt has begun, before files of the run are written."""
         if self.store is not None:
             self.store.check_current(self.attempt)
+
+    @property
+    def num_rollbacks(self) -> int:
+        """Rollbacks of the run so far."""
+        return self.attempt.salt
 
     def outcomes(self) -> list[Outcome]:
         """What became of checkpoints since the last call."""
@@ -224,8 +231,12 @@ def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
         yield from chain.from_iterable(_tensors(v, f"{path}/{i}") for i, v in enumerate(value))
 
 
-def patiently(action: Callable[[], Result], policy: RetryPolicy) -> Result:
-    """What `action` returns, asked again while the store fails; at the end `GanscaleError`."""
+def retry(action: Callable[[], Result], policy: RetryPolicy) -> Result:
+    """Call `action` again while it fails, as the store's policy says; returns its result.
+
+    Raises `GanscaleError` when the policy's time is over. Errors of ganscale and of programming are
+    raised at once.
+    """
     delays = policy.delays()
     while True:
         try:

@@ -1,4 +1,4 @@
-"""A player: a network with its optimizer, its loss scaler and its count of skipped steps."""
+"""A network with its optimizer, its loss scaler and its count of skipped steps."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ganscale.training.distribute import distribute
 from ganscale.training.precision import Precision
 from ganscale.world import World
 
-__all__ = ["Player"]
+__all__ = ["OptimizedModel"]
 
 
-class Player:
-    """How one of the two networks learns.
+class OptimizedModel:
+    """A network that learns: forward through `network`, then `backward`, then `step`.
 
-    `module` owns the weights: use it where no gradient of this player is wanted. `network` is the
-    same in its DDP wrapper: a forward through it, then `backward`, averages gradients over ranks.
+    `module` owns the weights; use it where no gradient of this network is wanted. `network` is the
+    same in its DDP wrapper, so that `backward` averages the gradients over ranks.
     """
 
     module: nn.Module
@@ -39,38 +39,50 @@ class Player:
     ) -> None:
         self.module, self.network = distribute(model, world)
         self.config = config
-        self.lr = lr or config.lr
+        self.lr_schedule = lr or config.lr
         self.clip_weights = clip_weights
+        # The fused kernel reads float32 on CUDA. On the CPU it reads a double, as it does a number.
+        on_cpu = world.torch_device.type == "cpu"
+        self.lr = torch.tensor(
+            self.lr_schedule.at(0),
+            dtype=torch.float64 if on_cpu else torch.float32,
+            device=world.torch_device,
+        )
         self.optimizer = torch.optim.Adam(
             self.module.parameters(),
-            lr=self.lr.at(0),
+            lr=self.lr,
             betas=(config.beta1, config.beta2.at(0)),
             eps=config.eps,
-            fused=True,  # skips on the device when told of a non-finite gradient: no host sync
+            fused=True,  # with a gradient that is not finite it skips on the device: no host sync
         )
         self.scaler = precision.scaler()
         self.num_skips = torch.zeros((), dtype=torch.int64, device=world.torch_device)
 
+    def set_betas(self, nimg: int) -> None:
+        """Set Adam's decay rates to those of position `nimg`; call it before the step.
+
+        Fused Adam turns betas that are tensors into numbers by a host read, so they stay numbers
+        and cannot be inputs of the step, as the learning rate is.
+        """
+        for group in self.optimizer.param_groups:
+            group["betas"] = (self.config.beta1, self.config.beta2.at(nimg))
+
     def backward(self, loss: Tensor) -> None:
-        """Scaled backward; gradients are averaged over the ranks meanwhile."""
+        """Scaled backward; meanwhile gradients are averaged over the ranks."""
         self.scaler.backward(loss)
 
-    def step(self, nimg: int, lr_factor: float = 1.0) -> Tensor:
+    def step(self, lr: Tensor) -> Tensor:
         """Update the weights and clear the gradients; returns the unclipped gradients' L2 norm, ().
 
-        Rates are those of position `nimg`, the learning rate times `lr_factor`.
-
-        With a non-finite gradient the weights stay and the skip is counted. All ranks hold the same
-        averaged gradients, so they agree on this without asking each other.
+        `lr` is the learning rate, (). With a non-finite gradient the weights stay and the skip is
+        counted. All ranks hold the same averaged gradients, so they agree without communication.
         """
+        self.lr.copy_(lr)
         self.scaler.unscale(self.optimizer)
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         largest = get_total_norm(gradients, norm_type=torch.inf)
         norm = get_total_norm(gradients)
         self._clip(gradients, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr.at(nimg) * lr_factor
-            group["betas"] = (self.config.beta1, self.config.beta2.at(nimg))
         self.scaler.step(self.optimizer)
         if self.clip_weights is not None:
             limit = self.clip_weights
@@ -99,9 +111,11 @@ class Player:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state in place."""
+        """Load a saved state in place."""
         self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr  # loading has put another tensor in its place
         self._lay_out_moments()
         self.scaler.load_state_dict(state["scaler"])
         self.num_skips.copy_(state["num_skips"])

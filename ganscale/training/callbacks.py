@@ -1,0 +1,62 @@
+"""What is done now and then between steps: the face of the built-in actions and of a user's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ganscale.training.state import TrainingState
+
+__all__ = ["Callback", "Rollback"]
+
+
+class Rollback(Exception):  # noqa: N818 - not an error: the loop goes on from a checkpoint
+    """Asks the loop to go on from the newest checkpoint up to `healthy_nimg`.
+
+    All ranks have to raise it at the same position. Latents are others than the first time.
+    """
+
+    def __init__(self, healthy_nimg: int) -> None:
+        super().__init__(f"back to {healthy_nimg / 1000:g} kimg")
+        self.healthy_nimg = healthy_nimg
+
+
+class Callback:
+    """Something that is done between steps, every so many thousands of real images.
+
+    Subclass it and pass objects to `ganscale.train(config, callbacks=[...])`:
+
+        class LogWeightNorm(Callback):
+            every_kimg = 2.0
+
+            def run(self, state):
+                weights = state.generator.parameters()
+                norm = sum(float(w.square().sum()) for w in weights) ** 0.5
+                state.next_row["train/weight_norm"] = norm
+
+    When it is run follows from the position alone, so a resumed run does what an uninterrupted one
+    does. All ranks run it at the same step.
+    """
+
+    every_kimg: float = 1.0
+    """Distance between runs; there is one more at the end of the run."""
+    at_start: bool = False
+    """Whether it is run before the first step as well."""
+
+    def is_due(self, state: TrainingState) -> bool:
+        """Whether the last step crossed a multiple of `every_kimg`, or was the last one."""
+        if state.nimg == 0:
+            return self.at_start
+        every_nimg = 1000 * self.every_kimg
+        return state.done or state.nimg // every_nimg > state.previous_nimg // every_nimg
+
+    def run(self, state: TrainingState) -> None:
+        """Do it. Metrics put into `state.next_row` are logged; `Rollback` may be raised."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, of tensors, numbers, strings, lists and dictionaries."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned when the checkpoint was saved."""

@@ -1,0 +1,297 @@
+"""What a step is given: everything that changes from one step to the next, as tensors.
+
+Images, labels, random numbers and the values of all schedules are prepared on the host, ahead of
+the step and in a thread of their own, packed into one buffer, and cross to the device in one copy.
+So a step reads nothing from the host and can be captured as a graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ganscale.data.reader import Batch
+from ganscale.data.values import PIXELS, ValueRange
+from ganscale.ema import ema_weight
+from ganscale.generation.latents import draw_noise, seed_for, uniform
+from ganscale.world import World
+
+if TYPE_CHECKING:
+    from ganscale.config import Config
+    from ganscale.training.labelled import LabelledPool
+    from ganscale.training.steps import TrainingMethod
+
+__all__ = [
+    "HostInputs",
+    "InputPreparer",
+    "Labelled",
+    "LocalBatch",
+    "StepContext",
+    "StepInputs",
+    "StepVariant",
+    "ema_halflives",
+    "network_input",
+    "scalar",
+]
+
+_ALIGNMENT = 16
+"""Bytes; a view of a buffer has to begin at a multiple of its type's size."""
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Where in the run a step is taken. Its variant and its inputs follow from this, on the host;
+    the step itself does not see it."""
+
+    nimg: int = 0
+    """The position before the step."""
+    step: int = 0
+    """Steps before it."""
+    batch_size: int = 1
+    """Of the global batch."""
+    lr_factor: float = 1.0
+    """What learning rates are multiplied by."""
+    discriminator_steps: int = 1
+    """The discriminator's updates for one of the other networks."""
+
+    @property
+    def nimg_after(self) -> int:
+        """The position after the step."""
+        return self.nimg + self.batch_size
+
+    @property
+    def generator_turn(self) -> bool:
+        """Whether the other networks learn in this step too."""
+        return (self.step + 1) % self.discriminator_steps == 0
+
+
+@dataclass(frozen=True)
+class StepVariant:
+    """Which form of the step runs; there are few, and each is one graph."""
+
+    generator_turn: bool = True
+    """False in those steps of which the discriminator has more than the others."""
+    penalties: tuple[str, ...] = ()
+    """The discriminator's penalties in this step, of `PENALTIES`; lazy ones are left out."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images with labels to learn from, where most images have none; one for each real image."""
+
+    images: Tensor
+    """(n, C, H, W) in [-1, 1]"""
+    labels: Tensor
+    """int64 (n,)"""
+
+
+@dataclass(frozen=True)
+class LocalBatch:
+    """This rank's part of one global batch, of any size.
+
+    Losses are summed over the samples and multiplied by `loss_weight`, so that the gradient that
+    DDP averages over W ranks is that of the mean over the global batch of B.
+    """
+
+    real_images: Tensor
+    """(n, C, H, W) in [-1, 1]"""
+    labels: Tensor | None
+    """int64 (n,), of the real images and of the fakes beside them; None without classes."""
+    slots: Tensor
+    """int64 (n,), the places of these samples in the global batch."""
+    global_size: int
+    """B."""
+    loss_weight: float
+    """W / B."""
+    labelled: Labelled | None = None
+    """For methods that learn from some labels only."""
+
+    def in_global_batch(self, values: Tensor, *, fill: float) -> Tensor:
+        """This rank's values (n,) at their places of the global batch, (B,); `fill` elsewhere."""
+        return values.new_full((self.global_size,), fill).index_copy(0, self.slots, values)
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """The arguments of one step; all tensors are on the device."""
+
+    batch: LocalBatch
+    noise: Mapping[str, Tensor]
+    """Random numbers by purpose, each (n, ...): latents, augmentation rows, noise of penalties."""
+    schedules: Mapping[str, Tensor]
+    """Values that follow the position, each (): learning rates, penalty weights, ..."""
+
+
+@dataclass(frozen=True)
+class HostInputs:
+    """A step's inputs on the host, packed, before they go to the device."""
+
+    variant: StepVariant
+    context: StepContext
+    batch: Batch
+    buffer: Tensor
+    """uint8, all other tensors one after the other; in page-locked memory if they go to CUDA."""
+    layout: Mapping[str, tuple[int, torch.dtype, torch.Size]]
+    """Where in the buffer a tensor begins, its type and its shape."""
+
+    def to_device(self, device: torch.device) -> dict[str, Tensor]:
+        """The tensors by name, views of one buffer on the device."""
+        buffer = self.buffer.to(device, non_blocking=True)
+        tensors = {}
+        for name, (start, dtype, shape) in self.layout.items():
+            end = start + shape.numel() * dtype.itemsize
+            tensors[name] = buffer[start:end].view(dtype).view(shape)
+        return tensors
+
+
+class InputPreparer:
+    """Prepares the inputs of a method's steps on one rank.
+
+    Args:
+        config: of the run.
+        world: this rank among the others.
+        method: says which noise and which schedules its steps need.
+        values: what stored pixels mean.
+        num_rollbacks: rollbacks so far; they change the random numbers and the learning rates.
+        labelled: images with labels, for methods that learn from some labels only.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        method: TrainingMethod,
+        *,
+        values: ValueRange = PIXELS,
+        num_rollbacks: int = 0,
+        labelled: LabelledPool | None = None,
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.method = method
+        self.values = values
+        self.labelled = labelled
+        seed = config.seed
+        self.seed = seed_for(seed, "rollback", num_rollbacks) if num_rollbacks else seed
+        self.lr_factor = config.guard.rollback_lr_factor**num_rollbacks
+
+    def ahead(self, batches: Generator[Batch], nimg: int, step: int) -> Generator[HostInputs]:
+        """The inputs of the steps from (nimg, step) on, prepared one step ahead in a thread.
+
+        An error is raised when its step is due, so the steps before it are taken.
+        """
+        size = self.config.training.batch_size
+
+        def prepare_next(number: int) -> HostInputs:
+            return self.prepare(next(batches), nimg + number * size, step + number)
+
+        with closing(batches), ThreadPoolExecutor(1, thread_name_prefix="inputs") as pool:
+            number = 0
+            waiting: Future[HostInputs] = pool.submit(prepare_next, number)
+            while True:
+                ready = waiting.result()
+                number += 1
+                waiting = pool.submit(prepare_next, number)
+                yield ready
+
+    def prepare(self, batch: Batch, nimg: int, step: int) -> HostInputs:
+        """The inputs of the step at (nimg, step) on `batch`, packed on the host."""
+        training = self.config.training
+        context = StepContext(
+            nimg, step, training.batch_size, self.lr_factor, training.discriminator_steps
+        )
+        variant = self.method.variant(context)
+        draws = dict(self.method.draws(variant))
+        if self.labelled is not None:
+            draws["labelled"] = uniform(1)
+        noise = draw_noise(
+            draws,
+            seed=self.seed,
+            position=nimg,
+            batch_size=training.batch_size,
+            slots=batch.slots,
+        )
+        schedules = {**self.method.schedules(context), **self._ema_weights(context)}
+        tensors = {"labels": batch.labels, "slots": batch.slots}
+        if batch.images.device.type == "cpu":  # decoded images may be cached on the device
+            tensors["images"] = batch.images
+        tensors |= {f"noise/{name}": value for name, value in noise.items()}
+        tensors |= {f"schedules/{name}": value for name, value in schedules.items()}
+        buffer, layout = _packed(tensors, pin_memory=self.world.torch_device.type == "cuda")
+        return HostInputs(variant, context, batch, buffer, layout)
+
+    def to_device(self, host: HostInputs) -> StepInputs:
+        """What the step is called with."""
+        tensors = host.to_device(self.world.torch_device)
+        noise = _with_prefix(tensors, "noise/")
+        has_classes = bool(self.config.generator_spec["num_classes"])
+        return StepInputs(
+            batch=LocalBatch(
+                real_images=network_input(tensors.get("images", host.batch.images), self.values),
+                labels=tensors["labels"] if has_classes else None,
+                slots=tensors["slots"],
+                global_size=host.context.batch_size,
+                loss_weight=self.world.world_size / host.context.batch_size,
+                labelled=None if self.labelled is None else self.labelled.pick(noise["labelled"]),
+            ),
+            noise=noise,
+            schedules=_with_prefix(tensors, "schedules/"),
+        )
+
+    def _ema_weights(self, context: StepContext) -> dict[str, Tensor]:
+        if not context.generator_turn:
+            return {}
+        num_images = context.discriminator_steps * context.batch_size
+        halflives = ema_halflives(self.config, context.nimg_after)
+        return {
+            f"ema_weight/{name}": scalar(ema_weight(num_images, halflife))
+            for name, halflife in halflives.items()
+        }
+
+
+def ema_halflives(config: Config, nimg: int) -> dict[str, float]:
+    """Half-lives in images of the averages, by the names of their snapshots; "" is the main one."""
+    training = config.training
+    extra = {f"ema-{kimg:g}": 1000 * kimg for kimg in training.extra_ema_halflives_kimg}
+    return {"": 1000 * training.ema_halflife_kimg.at(nimg), **extra}
+
+
+def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A value of a schedule as an input of the step, ()."""
+    return torch.tensor(value, dtype=dtype)
+
+
+def network_input(pixels: Tensor, values: ValueRange = PIXELS) -> Tensor:
+    """Stored (n, C, H, W) to [-1, 1], with the channels last in memory."""
+    return values.to_network(pixels).contiguous(memory_format=torch.channels_last)
+
+
+def _packed(
+    tensors: Mapping[str, Tensor], *, pin_memory: bool
+) -> tuple[Tensor, dict[str, tuple[int, torch.dtype, torch.Size]]]:
+    """All tensors in one buffer of bytes, and where each of them lies."""
+    layout = {}
+    size = 0
+    for name, tensor in tensors.items():
+        layout[name] = (size, tensor.dtype, tensor.shape)
+        size += math.ceil(tensor.nbytes / _ALIGNMENT) * _ALIGNMENT
+    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory)
+    for name, (start, dtype, shape) in layout.items():
+        part = buffer[start : start + tensors[name].nbytes]
+        part.view(dtype).view(shape).copy_(tensors[name])
+    return buffer, layout
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }

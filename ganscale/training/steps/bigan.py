@@ -1,0 +1,102 @@
+"""Generator and encoder against a discriminator of pairs.
+
+It tells (x, E(x)) from (G(z), z); at the optimum the two inverse each other (Donahue et al. 2017,
+arXiv 1605.09782; Dumoulin et al. 2017, arXiv 1606.00704, whose encoder draws its latents, as here).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ganscale.config import Config
+from ganscale.generation.latents import Draw, normal
+from ganscale.models import build_encoder, build_generator, build_joint_discriminator
+from ganscale.models.autoencoder import sampled
+from ganscale.training.inputs import StepInputs, StepVariant
+from ganscale.training.optimized_model import OptimizedModel
+from ganscale.training.precision import Precision
+from ganscale.training.steps.discriminator import DiscriminatorTrainer, Samples, orthogonal_loss
+from ganscale.training.steps.generator import generator_loss
+from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
+from ganscale.world import World
+
+__all__ = ["Bigan"]
+
+
+class _Pairs(nn.Module):
+    """Both ways at once: images to latents, latents to images."""
+
+    def __init__(self, encoder: nn.Module, generator: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.generator = generator
+
+    def forward(self, images: Tensor, noise: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_variance = self.encoder(images)
+        return sampled(mean, log_variance, noise), self.generator(z)
+
+
+class Bigan(TrainingMethod):
+    """Encoder and generator learn as one, against a discriminator of pairs."""
+
+    discriminator: DiscriminatorTrainer
+
+    def __init__(
+        self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
+    ) -> None:
+        self.z_dim = config.model.z_dim
+        self.orthogonal = config.penalty.orthogonal
+        self.precision = precision
+        pairs = _Pairs(networks["encoder"], networks["generator"])
+        self.pairs = OptimizedModel(pairs, config.optimizer, precision, world)
+        self.discriminator = DiscriminatorTrainer(
+            config, networks["discriminator"], precision, world
+        )
+        self.models = {"G": self.pairs, "D": self.discriminator.model}
+        self.statistics = (*self.discriminator.statistics, "loss_G", "grad_norm_G")
+
+    @staticmethod
+    def networks(config: Config) -> dict[str, nn.Module]:
+        spec = config.generator_spec
+        return {
+            "generator": build_generator(spec),
+            "encoder": build_encoder(spec),
+            "discriminator": build_joint_discriminator(spec),
+        }
+
+    def draws(self, variant: StepVariant) -> dict[str, Draw]:
+        draws = self.discriminator.draws(variant, judges_real=True)
+        for phase in ("D", "G") if variant.generator_turn else ("D",):
+            draws[f"{phase} posterior"] = normal(self.z_dim)
+            draws[f"{phase} z"] = normal(self.z_dim)
+        return draws
+
+    def phases(self, variant: StepVariant) -> list[PhaseUpdate]:
+        phases: list[PhaseUpdate] = [("discriminator", self.update_discriminator)]
+        if variant.generator_turn:
+            phases.append(("generator and encoder", self.update_pairs))
+        return phases
+
+    def update_discriminator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
+        """One update of the discriminator on pairs (x, E(x)) and (G(z), z)."""
+        with torch.no_grad():
+            real, fake = self._make_pairs(self.pairs.module, inputs, "D")
+        return self.discriminator.update(inputs, variant, real, fake)
+
+    def update_pairs(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
+        """One update of generator and encoder, who make each other's pairs alike."""
+        real, fake = self._make_pairs(self.pairs.network, inputs, "G")
+        loss = generator_loss(self.discriminator, inputs, real, fake, real_learns=True)
+        self.pairs.backward(loss + orthogonal_loss(self.pairs.module, self.orthogonal))
+        return {"loss_G": loss.detach(), "grad_norm_G": self.pairs.step(inputs.schedules["lr_G"])}
+
+    def _make_pairs(
+        self, network: nn.Module, inputs: StepInputs, phase: str
+    ) -> tuple[Samples, Samples]:
+        real_images, z = inputs.batch.real_images, inputs.noise[f"{phase} z"]
+        with self.precision.autocast():
+            encoded, fake_images = network(real_images, inputs.noise[f"{phase} posterior"], z)
+        return Samples(real_images, encoded), Samples(fake_images, z)

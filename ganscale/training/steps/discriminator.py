@@ -1,0 +1,323 @@
+"""The discriminator's phase: forward, loss, penalties, backward, update.
+
+Whatever makes fakes can be judged here: a generator, an encoder and a generator, pairs of images
+and latents. The method decides which samples are shown; everything that changes from step to step
+comes in `StepInputs`, and detached statistics on the device come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ganscale.augment.pipeline import AUGMENTATIONS, Augmentation
+from ganscale.config import Config
+from ganscale.generation.latents import Draw, normal, uniform
+from ganscale.models.activations import middle_features
+from ganscale.objectives.adversarial import OBJECTIVES, Objective
+from ganscale.objectives.penalties import (
+    PENALTIES,
+    LogitsFn,
+    PenaltyInputs,
+    gradient_normalised,
+    orthogonal_penalty,
+)
+from ganscale.training.adaptive import AdaController, LecamAnchors
+from ganscale.training.distribute import global_mean, sum_over_ranks
+from ganscale.training.inputs import LocalBatch, StepContext, StepInputs, StepVariant, scalar
+from ganscale.training.optimized_model import OptimizedModel
+from ganscale.training.precision import Precision
+from ganscale.world import World
+
+__all__ = [
+    "DiscriminatorTrainer",
+    "Samples",
+    "augmentation_draw",
+    "center_logits",
+    "frozen",
+    "orthogonal_loss",
+    "penalty_weights",
+]
+
+FLIP_AND_SHIFT = Augmentation(AUGMENTATIONS["flip_translate"])
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images that a discriminator judges, each with its condition."""
+
+    images: Tensor
+    """(n, C, H, W)"""
+    condition: Tensor | None = None
+    """Labels, int64 (n,), or latents, (n, z_dim); None for images alone."""
+
+
+class DiscriminatorTrainer:
+    """A discriminator that learns to tell real samples from fake ones."""
+
+    def __init__(
+        self, config: Config, network: nn.Module, precision: Precision, world: World
+    ) -> None:
+        self.config = config
+        self.precision = precision
+        self.world_size = world.world_size
+        self.objective = OBJECTIVES[config.objective.name]
+        top_k = config.objective.top_k
+        self.uses_top_k = (top_k.start, top_k.end) != (1, 1)
+        self.model = OptimizedModel(
+            network,
+            config.optimizer,
+            precision,
+            world,
+            lr=config.optimizer.lr_discriminator,
+            clip_weights=config.optimizer.clip_weights,
+        )
+        self.augmentation: Augmentation | None = None
+        if config.augment.name != "none":
+            self.augmentation = Augmentation(AUGMENTATIONS[config.augment.name])
+        self.ada: AdaController | None = None
+        if config.augment.target is not None:
+            self.ada = AdaController(config.augment, world.torch_device)
+        self.lecam = LecamAnchors(world.torch_device) if config.penalty.lecam else None
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Names of what `update` returns; a lazy penalty is missing in some steps."""
+        names = ("loss_D", "real_logits", "fake_logits", "grad_norm_D")
+        return (*names, *(f"penalty_{name}" for name in self.config.penalty.names))
+
+    def update(
+        self,
+        inputs: StepInputs,
+        variant: StepVariant,
+        real: Samples,
+        fake: Samples,
+        *,
+        extra_loss: Tensor | float = 0.0,
+        loss_factor: float = 1.0,
+    ) -> dict[str, Tensor]:
+        """One update on real samples and as many fakes, which are constants here.
+
+        It minimises `loss_factor` times the adversarial loss with its penalties, plus `extra_loss`.
+        Returns statistics, each (); averaged over ranks they are those of the global batch.
+        """
+        batch, schedules = inputs.batch, inputs.schedules
+        penalties = {name: PENALTIES[name] for name in variant.penalties}
+        real_images = real.images.detach()
+        real_images.requires_grad_(any(p.real_gradient for p in penalties.values()))
+        fake_images = fake.images.detach().float()
+        fake_images.requires_grad_(any(p.fake_gradient for p in penalties.values()))
+
+        with self.precision.autocast():
+            # Forward.
+            real_logits_fn = self.logits_fn(inputs, "D real", real.condition, learns=True)
+            fake_logits_fn = self.logits_fn(inputs, "D fake", fake.condition, learns=True)
+            real_logits, fake_logits = real_logits_fn(real_images), fake_logits_fn(fake_images)
+
+            # Loss.
+            centered = center_logits(self.objective, batch, real_logits, fake_logits)
+            loss = self.objective.discriminator(*centered).sum() * batch.loss_weight
+
+            # Penalties.
+            penalty_inputs = PenaltyInputs(
+                real_logits_fn=real_logits_fn,
+                fake_logits_fn=fake_logits_fn,
+                real_images=real_images,
+                fake_images=fake_images,
+                real_logits=real_logits,
+                fake_logits=fake_logits,
+                noise=inputs.noise,
+                inner_scale=self.precision.inner_scale,
+                perturb=lambda images: flip_and_shift(images, inputs.noise["perturb"]),
+                anchors=None if self.lecam is None else self.lecam.values,
+            )
+            means = {
+                name: penalty.value(penalty_inputs).sum() * batch.loss_weight
+                for name, penalty in penalties.items()
+            }
+        total = loss
+        for name, mean in means.items():
+            total = total + schedules[f"penalty/{name}"] * mean
+
+        # Backward; DDP averages the gradients over the ranks.
+        orthogonal = orthogonal_loss(self.model.module, self.config.penalty.orthogonal)
+        self.model.backward(loss_factor * total + extra_loss + orthogonal)
+
+        # Update.
+        grad_norm = self.model.step(schedules["lr_D"])
+        logits = self._follow_logits(inputs, real_logits.detach(), fake_logits.detach())
+        return {
+            "loss_D": loss.detach(),
+            "real_logits": logits[0],
+            "fake_logits": logits[1],
+            "grad_norm_D": grad_norm,
+            **{f"penalty_{name}": mean.detach() for name, mean in means.items()},
+        }
+
+    def logits_fn(
+        self, inputs: StepInputs, purpose: str, condition: Tensor | None, *, learns: bool
+    ) -> LogitsFn:
+        """The discriminator behind the augmentation, as a function of images alone.
+
+        `purpose` names the random numbers of the augmentation. With `learns` a backward averages
+        the discriminator's gradients over ranks; without, they are not wanted.
+        """
+        network = self.model.network if learns else self.model.module
+
+        def logits(images: Tensor) -> Tensor:
+            values: Tensor = network(self.augment(inputs, purpose, images), condition)
+            return values
+
+        if self.config.penalty.gradient_normalisation:
+            return gradient_normalised(logits, self.precision.inner_scale)
+        return logits
+
+    def augment(self, inputs: StepInputs, purpose: str, images: Tensor) -> Tensor:
+        """Images as the discriminator sees them in this step."""
+        if self.augmentation is None:
+            return images
+        p = inputs.schedules["augment_p"] if self.ada is None else self.ada.p
+        return self.augmentation(images, self.augmentation.unpacked(inputs.noise[purpose]), p)
+
+    def features(self, samples: Samples) -> Tensor:
+        """Its features of images, (n, C, h, w), through which gradients reach the images."""
+        with self.precision.autocast(), frozen(self.model.module):
+            return middle_features(self.model.module, samples.images, samples.condition)
+
+    def _follow_logits(self, inputs: StepInputs, real: Tensor, fake: Tensor) -> Tensor:
+        """Update ADA and LeCam; returns this rank's part of the mean real and fake logits, (3,)."""
+        real, fake = real.float(), fake.float()
+        sums = torch.stack([real.sum(), fake.sum(), real.sign().sum()])
+        local = sums * inputs.batch.loss_weight
+        if self.ada is None and self.lecam is None:
+            return local
+        means = sum_over_ranks(local) / self.world_size
+        # A step that is skipped for non-finite gradients must leave no trace here either.
+        is_finite = means.isfinite().all()
+        if self.lecam is not None:
+            self.lecam.update(torch.where(is_finite, means[:2], self.lecam.values))
+        if self.ada is not None:
+            mean_sign = torch.where(is_finite, means[2], 0.0)
+            self.ada.update(mean_sign, inputs.schedules["ada_p_step"])
+        return local
+
+    def penalties(self, context: StepContext) -> tuple[str, ...]:
+        """Names of the penalties on logits that are on in a step."""
+        return tuple(penalty_weights(self.config, nimg=context.nimg, step=context.step))
+
+    def draws(self, variant: StepVariant, *, judges_real: bool = False) -> dict[str, Draw]:
+        """Random numbers that its update and the generator's loss need, by purpose.
+
+        `judges_real` says that the generator's phase judges real images whatever the objective is.
+        """
+        draws: dict[str, Draw] = {}
+        model = self.config.model
+        for penalty in (PENALTIES[name] for name in variant.penalties):
+            if penalty.pixel_noise:
+                shape = (model.img_channels, model.resolution, model.resolution)
+                draws[penalty.pixel_noise] = normal(*shape)
+            if penalty.image_noise:
+                draws[penalty.image_noise] = uniform(1, 1, 1)
+        if "consistency" in variant.penalties:
+            draws["perturb"] = augmentation_draw(FLIP_AND_SHIFT)
+        if self.augmentation is not None:
+            purposes = ["D real", "D fake"]
+            if variant.generator_turn:
+                purposes.append("G fake")
+                if judges_real or self.objective.generator_sees_real:
+                    purposes.append("G real")
+            draws |= dict.fromkeys(purposes, augmentation_draw(self.augmentation))
+        return draws
+
+    def schedules(self, context: StepContext) -> dict[str, Tensor]:
+        """What its update and the generator's loss need besides the learning rate, each ()."""
+        config, nimg, size = self.config, context.nimg, context.batch_size
+        weights = penalty_weights(config, nimg=nimg, step=context.step)
+        values = {f"penalty/{name}": scalar(weight) for name, weight in weights.items()}
+        if self.ada is not None:
+            values["ada_p_step"] = scalar(self.ada.p_step(context.step, size))
+        elif self.augmentation is not None:
+            values["augment_p"] = scalar(config.augment.p.at(nimg))
+        if self.uses_top_k:
+            k = max(1, round(config.objective.top_k.at(nimg) * size))
+            values["top_k"] = scalar(k, torch.int64)
+            values["top_k_scale"] = scalar(size / k)
+        return values
+
+    def extra_metrics(self, nimg: int) -> dict[str, float]:
+        """What a row of metrics has of it besides its statistics; reads from the device."""
+        if self.augmentation is None:
+            return {}
+        p = self.config.augment.p.at(nimg) if self.ada is None else float(self.ada.p)
+        return {"augment_p": p}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What follows the logits; the model is saved with the other models."""
+        parts = {"ada": self.ada, "lecam": self.lecam}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load a saved state in place."""
+        for name, part in (("ada", self.ada), ("lecam", self.lecam)):
+            if part is not None:
+                part.load_state_dict(state[name])
+
+
+def center_logits(
+    objective: Objective, batch: LocalBatch, real_logits: Tensor, fake_logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Real and fake logits (n,), minus the other side's global mean where the objective asks."""
+    if not objective.centred:
+        return real_logits, fake_logits
+    real, fake = real_logits.float(), fake_logits.float()
+    real_centered = real - global_mean(fake, batch.loss_weight)
+    return real_centered, fake - global_mean(real, batch.loss_weight)
+
+
+def penalty_weights(config: Config, *, nimg: int, step: int) -> dict[str, float]:
+    """The penalties on logits that are on in a step, and their weights.
+
+    Lazy ones are on at every `interval`-th step only, with `interval` times their weight.
+    """
+    penalty = config.penalty
+    lazy = penalty.interval if step % penalty.interval == 0 else 0
+    suffix = "_finite_difference" if penalty.form == "finite_difference" else ""
+    weights = {
+        f"r1{suffix}": lazy * penalty.r1.at(nimg),
+        f"r2{suffix}": lazy * penalty.r2.at(nimg),
+        "wgan_gp": lazy * penalty.wgan_gp,
+        "dragan": lazy * penalty.dragan,
+        "consistency": penalty.consistency,
+        "lecam": penalty.lecam,
+    }
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+def orthogonal_loss(module: nn.Module, weight: float) -> Tensor | float:
+    """The weighted orthogonal penalty of a network, (); 0 where the weight is 0."""
+    return weight * orthogonal_penalty(dict(module.named_parameters())) if weight else 0.0
+
+
+def flip_and_shift(images: Tensor, noise: Tensor) -> Tensor:
+    """Images (n, C, H, W), each flipped and shifted as its row of `noise` says."""
+    return FLIP_AND_SHIFT(images, FLIP_AND_SHIFT.unpacked(noise), 1.0)
+
+
+def augmentation_draw(augmentation: Augmentation) -> Draw:
+    """Draws an augmentation's random numbers as rows of a tensor."""
+    return lambda batch_size, generator: augmentation.draw(batch_size, generator).packed()
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter of the module asks for a gradient while a forward is recorded."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)

@@ -1,0 +1,121 @@
+"""An encoder for a generator that is trained already (Zhu et al. 2020, arXiv 2004.00049).
+
+The generator, which stays as it is, is to reconstruct what it encodes: in pixels, in the
+features of a discriminator, and so that the discriminator takes it for real (equations 2 and 3;
+features of the discriminator in place of an ImageNet network's, which not everybody has).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ganscale.config import Config, EncoderMethod
+from ganscale.errors import ConfigError
+from ganscale.generation.latents import Draw
+from ganscale.generation.sampling import load_generator
+from ganscale.models import build_discriminator, build_encoder
+from ganscale.training.inputs import StepInputs, StepVariant
+from ganscale.training.optimized_model import OptimizedModel
+from ganscale.training.precision import Precision
+from ganscale.training.steps.discriminator import DiscriminatorTrainer, Samples, orthogonal_loss
+from ganscale.training.steps.generator import generator_loss
+from ganscale.training.steps.likelihood import likeness
+from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
+from ganscale.world import World
+
+__all__ = ["InDomainEncoder"]
+
+
+class _Inverse(nn.Module):
+    """Images through the encoder and a generator that does not learn."""
+
+    def __init__(self, encoder: nn.Module, generator: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.generator = generator.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        mean, _ = self.encoder(images)
+        made: Tensor = self.generator(mean, labels)
+        return made
+
+
+class InDomainEncoder(TrainingMethod):
+    """The encoder learns, against a discriminator of its reconstructions."""
+
+    discriminator: DiscriminatorTrainer
+
+    def __init__(
+        self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
+    ) -> None:
+        assert isinstance(config.method, EncoderMethod)
+        self.adversarial = config.method.adversarial
+        self.orthogonal = config.penalty.orthogonal
+        self.precision = precision
+        inverse = _Inverse(networks["encoder"], networks["generator"])
+        self.inverse = OptimizedModel(inverse, config.optimizer, precision, world)
+        self.discriminator = DiscriminatorTrainer(
+            config, networks["discriminator"], precision, world
+        )
+        self.models = {"E": self.inverse, "D": self.discriminator.model}
+        own = ("loss_E", "grad_norm_E", "adversarial_loss", "squared_error")
+        self.statistics = (*self.discriminator.statistics, *own)
+
+    @staticmethod
+    def networks(config: Config) -> dict[str, nn.Module]:
+        assert isinstance(config.method, EncoderMethod)
+        spec = config.generator_spec
+        trained = load_generator(config.method.generator)
+        theirs = trained.info["model"]
+        if theirs != spec:
+            other = [
+                f"model.{name}={theirs[name]}" for name in theirs if theirs[name] != spec.get(name)
+            ]
+            raise ConfigError(
+                f"the generator in {config.method.generator} is another model: "
+                f"set {' '.join(other)}"
+            )
+        return {
+            "generator": trained.model,
+            "encoder": build_encoder(spec),
+            "discriminator": build_discriminator(spec),
+        }
+
+    def draws(self, variant: StepVariant) -> dict[str, Draw]:
+        return self.discriminator.draws(variant)
+
+    def phases(self, variant: StepVariant) -> list[PhaseUpdate]:
+        phases: list[PhaseUpdate] = [("discriminator", self.update_discriminator)]
+        if variant.generator_turn:
+            phases.append(("encoder", self.update_encoder))
+        return phases
+
+    def update_discriminator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
+        """One update of the discriminator on reconstructions."""
+        batch = inputs.batch
+        with self.precision.autocast(), torch.no_grad():
+            fake_images = self.inverse.module(batch.real_images, batch.labels)
+        real, fake = Samples(batch.real_images, batch.labels), Samples(fake_images, batch.labels)
+        return self.discriminator.update(inputs, variant, real, fake)
+
+    def update_encoder(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
+        """One update of the encoder."""
+        batch = inputs.batch
+        with self.precision.autocast():
+            fake_images = self.inverse.network(batch.real_images, batch.labels)
+        real, fake = Samples(batch.real_images, batch.labels), Samples(fake_images, batch.labels)
+        pixels = likeness(batch, real.images, fake_images)
+        real_features = self.discriminator.features(real).detach()
+        features = likeness(batch, real_features, self.discriminator.features(fake))
+        adversarial = generator_loss(self.discriminator, inputs, real, fake)
+        loss = pixels.nll + features.nll + self.adversarial * adversarial
+        self.inverse.backward(loss + orthogonal_loss(self.inverse.module, self.orthogonal))
+        return {
+            "loss_E": loss.detach(),
+            "adversarial_loss": adversarial.detach(),
+            "squared_error": pixels.squared_error.detach(),
+            "grad_norm_E": self.inverse.step(inputs.schedules["lr_E"]),
+        }

@@ -1,0 +1,68 @@
+"""A generator against a discriminator (Goodfellow et al. 2014, arXiv 1406.2661)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ganscale.config import Config
+from ganscale.generation.latents import Draw, normal
+from ganscale.models import build_discriminator, build_generator
+from ganscale.training.inputs import StepInputs, StepVariant
+from ganscale.training.optimized_model import OptimizedModel
+from ganscale.training.precision import Precision
+from ganscale.training.steps.discriminator import DiscriminatorTrainer, Samples
+from ganscale.training.steps.generator import update_generator
+from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
+from ganscale.world import World
+
+__all__ = ["Gan"]
+
+
+class Gan(TrainingMethod):
+    """Both networks learn in turn, each on latents of its own."""
+
+    discriminator: DiscriminatorTrainer
+
+    def __init__(
+        self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
+    ) -> None:
+        self.z_dim = config.model.z_dim
+        self.precision = precision
+        self.generator = OptimizedModel(networks["generator"], config.optimizer, precision, world)
+        self.discriminator = DiscriminatorTrainer(
+            config, networks["discriminator"], precision, world
+        )
+        self.models = {"G": self.generator, "D": self.discriminator.model}
+        self.statistics = (*self.discriminator.statistics, "loss_G", "grad_norm_G")
+
+    @staticmethod
+    def networks(config: Config) -> dict[str, nn.Module]:
+        spec = config.generator_spec
+        return {"generator": build_generator(spec), "discriminator": build_discriminator(spec)}
+
+    def draws(self, variant: StepVariant) -> dict[str, Draw]:
+        latents = {"D z": normal(self.z_dim)}
+        if variant.generator_turn:
+            latents["G z"] = normal(self.z_dim)
+        return latents | self.discriminator.draws(variant)
+
+    def phases(self, variant: StepVariant) -> list[PhaseUpdate]:
+        phases: list[PhaseUpdate] = [("discriminator", self.update_discriminator)]
+        if variant.generator_turn:
+            phases.append(("generator", self.update_generator))
+        return phases
+
+    def update_discriminator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
+        """One update of the discriminator on fakes of its own latents."""
+        batch = inputs.batch
+        with self.precision.autocast(), torch.no_grad():
+            fake_images = self.generator.module(inputs.noise["D z"], batch.labels)
+        real, fake = Samples(batch.real_images, batch.labels), Samples(fake_images, batch.labels)
+        return self.discriminator.update(inputs, variant, real, fake)
+
+    def update_generator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
+        """One update of the generator."""
+        return update_generator(self.generator, self.discriminator, inputs)

@@ -1,0 +1,89 @@
+"""The generator's phase: forward, loss against the discriminator, backward, update.
+
+`generator_loss` is also that of the methods whose fakes come from elsewhere: an encoder and a
+generator, pairs of images and latents.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ganscale.training.distribute import kth_largest
+from ganscale.training.inputs import StepInputs
+from ganscale.training.optimized_model import OptimizedModel
+from ganscale.training.steps.discriminator import (
+    DiscriminatorTrainer,
+    Samples,
+    center_logits,
+    frozen,
+    orthogonal_loss,
+)
+
+__all__ = ["generator_loss", "top_k_weights", "update_generator"]
+
+
+def update_generator(
+    generator: OptimizedModel, discriminator: DiscriminatorTrainer, inputs: StepInputs
+) -> dict[str, Tensor]:
+    """One update of a generator(z, labels) on latents of its own; returns statistics, each ()."""
+    batch = inputs.batch
+
+    # Forward.
+    with discriminator.precision.autocast():
+        fake_images = generator.network(inputs.noise["G z"], batch.labels)
+
+    # Loss.
+    real, fake = Samples(batch.real_images, batch.labels), Samples(fake_images, batch.labels)
+    loss = generator_loss(discriminator, inputs, real, fake)
+
+    # Penalty and backward; DDP averages the gradients over the ranks.
+    orthogonal = orthogonal_loss(generator.module, discriminator.config.penalty.orthogonal)
+    generator.backward(loss + orthogonal)
+
+    # Update.
+    return {"loss_G": loss.detach(), "grad_norm_G": generator.step(inputs.schedules["lr_G"])}
+
+
+def generator_loss(
+    discriminator: DiscriminatorTrainer,
+    inputs: StepInputs,
+    real: Samples,
+    fake: Samples,
+    *,
+    real_learns: bool = False,
+) -> Tensor:
+    """The adversarial loss of whoever made the fakes, (); the discriminator gets no gradients.
+
+    Averaged over ranks it is the mean over the global batch. With `real_learns` the condition of
+    the real images learns too, to be taken for that of fakes. Otherwise real images are judged for
+    relativistic objectives only, which compare with them.
+    """
+    batch, objective = inputs.batch, discriminator.objective
+    real_logits = None
+    with discriminator.precision.autocast(), frozen(discriminator.model.module):
+        if objective.generator_sees_real or real_learns:
+            real_logits_fn = discriminator.logits_fn(inputs, "G real", real.condition, learns=False)
+            real_logits = real_logits_fn(real.images)
+            real_logits = real_logits if real_learns else real_logits.detach()
+        fake_logits_fn = discriminator.logits_fn(inputs, "G fake", fake.condition, learns=False)
+        fake_logits = fake_logits_fn(fake.images)
+        if real_logits is not None:
+            real_logits, fake_logits = center_logits(objective, batch, real_logits, fake_logits)
+        loss = objective.generator(real_logits, fake_logits)
+        if real_learns and real_logits is not None and not objective.generator_sees_real:
+            loss = loss + objective.generator(None, -real_logits)
+        if discriminator.uses_top_k:
+            loss = loss * top_k_weights(inputs, fake_logits)
+        return loss.sum() * batch.loss_weight
+
+
+def top_k_weights(inputs: StepInputs, fake_logits: Tensor) -> Tensor:
+    """Weights of the generator's samples, (n,): B / k for the k best of the global batch, else 0.
+
+    Sinha et al. (2020, arXiv 2002.06224).
+    """
+    logits = fake_logits.detach().float()
+    table = inputs.batch.in_global_batch(logits, fill=-torch.inf)
+    threshold = kth_largest(table, inputs.schedules["top_k"])
+    return (logits >= threshold) * inputs.schedules["top_k_scale"]

@@ -1,0 +1,135 @@
+"""What a training method is: the networks that learn, and what one step does to them.
+
+The loop knows nothing else of it. So a GAN, a variational autoencoder and what lies between are
+fed, averaged, checkpointed, guarded, rolled back and launched by the same code.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ganscale.config import Config
+from ganscale.generation.latents import Draw
+from ganscale.generation.sampling import OTHERS
+from ganscale.training.inputs import StepContext, StepInputs, StepVariant, scalar
+from ganscale.training.optimized_model import OptimizedModel
+from ganscale.training.precision import Precision
+from ganscale.training.steps.discriminator import DiscriminatorTrainer
+from ganscale.training.watchdog import Phase
+from ganscale.world import World
+
+__all__ = ["AVERAGED", "MethodClass", "PhaseUpdate", "TrainingMethod"]
+
+AVERAGED = ("generator", *OTHERS)
+"""Networks that are averaged and, with that, part of snapshots."""
+
+PhaseUpdate = tuple[Phase, Callable[[StepInputs, StepVariant], dict[str, Tensor]]]
+"""A part of a step by the name that the watchdog and the step times know it by, and its update."""
+
+
+class TrainingMethod(ABC):
+    """A way to train a generator: `step(inputs, variant)` is a function of tensors.
+
+    Inside a step no value is read from the device, no tensor is made of values of the host, and
+    nothing is drawn. What changes from step to step is in the inputs; what lasts is state that
+    `state_dict` returns.
+    """
+
+    models: Mapping[str, OptimizedModel]
+    """The networks that learn, by the letter of their statistics and in checkpoints."""
+    statistics: tuple[str, ...]
+    """Names of all that `step` may return."""
+    discriminator: DiscriminatorTrainer | None = None
+    """Its discriminator, for methods that have one; it is one of the models, with the letter D."""
+
+    @staticmethod
+    @abstractmethod
+    def networks(config: Config) -> dict[str, nn.Module]:
+        """Fresh networks by name, on the CPU; torch's global generator decides their weights.
+
+        Raises `ConfigError` if one that is to be loaded does not fit the configuration.
+        """
+
+    @abstractmethod
+    def draws(self, variant: StepVariant) -> dict[str, Draw]:
+        """The random numbers that a step needs, by purpose."""
+
+    @abstractmethod
+    def phases(self, variant: StepVariant) -> Sequence[PhaseUpdate]:
+        """The updates that make a step, in their order."""
+
+    def step(
+        self,
+        inputs: StepInputs,
+        variant: StepVariant,
+        enter: Callable[[Phase], None] = lambda phase: None,
+    ) -> dict[str, Tensor]:
+        """Update all networks on a part of a global batch.
+
+        Returns statistics, each (): averaged over ranks they are those of the global batch. `enter`
+        is called before each phase, for the watchdog and the step times.
+        """
+        statistics: dict[str, Tensor] = {}
+        for name, update in self.phases(variant):
+            enter(name)
+            statistics |= update(inputs, variant)
+        return statistics
+
+    def variant(self, context: StepContext) -> StepVariant:
+        """Which form of the step is taken at a position."""
+        penalties = () if self.discriminator is None else self.discriminator.penalties(context)
+        return StepVariant(context.generator_turn, penalties)
+
+    def schedules(self, context: StepContext) -> dict[str, Tensor]:
+        """The values of all schedules in a step, on the host, each ()."""
+        values: dict[str, Tensor] = {}
+        for letter, model in self.models.items():
+            lr = model.lr_schedule.at(self._nimg_of_update(letter, context)) * context.lr_factor
+            values[f"lr_{letter}"] = scalar(lr, torch.float64)
+        if self.discriminator is not None:
+            values |= self.discriminator.schedules(context)
+        return values
+
+    def set_betas(self, context: StepContext) -> None:
+        """Set Adam's decay rates before a step; `OptimizedModel` says why they are no inputs."""
+        for letter, model in self.models.items():
+            model.set_betas(self._nimg_of_update(letter, context))
+
+    def extra_metrics(self, nimg: int) -> dict[str, float]:
+        """What a row of metrics has besides the statistics, the same on all ranks."""
+        return {} if self.discriminator is None else self.discriminator.extra_metrics(nimg)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes besides the models."""
+        return {} if self.discriminator is None else self.discriminator.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load a saved state in place."""
+        if self.discriminator is not None:
+            self.discriminator.load_state_dict(state)
+
+    def _nimg_of_update(self, letter: str, context: StepContext) -> int:
+        """The position whose rates an update has: after the batch for who follows a discriminator,
+        which has learnt from it by then."""
+        follows = self.discriminator is not None and letter != "D"
+        return context.nimg_after if follows else context.nimg
+
+
+class MethodClass(Protocol):
+    """The constructor of a method, as the table of methods has it."""
+
+    @staticmethod
+    def networks(config: Config) -> dict[str, nn.Module]:
+        """As `TrainingMethod.networks`."""
+        ...
+
+    def __call__(
+        self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
+    ) -> TrainingMethod:
+        """The method with these networks, which it moves to the device."""
+        ...

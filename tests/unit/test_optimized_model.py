@@ -1,0 +1,76 @@
+"""Loss scaling and skipped steps of a model, in one process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from ganscale.config import OptimizerConfig, Schedule
+from ganscale.training.optimized_model import OptimizedModel
+from ganscale.training.precision import Precision
+from ganscale.world import World, process_group
+
+
+@pytest.fixture(autouse=True)
+def group() -> Iterator[None]:
+    with process_group(World()):
+        yield
+
+
+def _model(precision: str) -> OptimizedModel:
+    torch.manual_seed(0)
+    policy = Precision.resolve(precision, torch.device("cpu"))
+    return OptimizedModel(
+        nn.Linear(3, 1), OptimizerConfig(lr=Schedule.constant(0.1)), policy, World()
+    )
+
+
+def _update(model: OptimizedModel, factor: float) -> torch.Tensor:
+    model.backward(model.network(torch.ones(2, 3)).sum() * factor)
+    return model.step(torch.tensor(0.1, dtype=torch.float64))
+
+
+def test_step_is_adams_whatever_the_scale() -> None:
+    for precision in ("fp32", "bf16", "fp16"):
+        model = _model(precision)
+        before = model.module.weight.detach().clone()  # type: ignore[operator]
+        norm = _update(model, 1.0)
+        # The gradient of each weight is 2, of the bias 2; Adam's first step is lr * sign.
+        torch.testing.assert_close(norm, torch.tensor(4.0))
+        torch.testing.assert_close(model.module.weight, before - 0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+def test_non_finite_gradient_skips_counts_and_recovers(precision: str, factor: float) -> None:
+    model = _model(precision)
+    _update(model, 1.0)
+    weights = {k: v.clone() for k, v in model.module.state_dict().items()}
+    scale = model.scaler.scale
+    norm = _update(model, factor)
+    assert not torch.isfinite(norm)
+    for name, value in model.module.state_dict().items():
+        assert torch.equal(value, weights[name])
+    assert int(model.num_skips) == 1
+    assert model.scaler.scale == (scale / 2 if precision == "fp16" else 1.0)
+    _update(model, 1.0)
+    assert int(model.num_skips) == 1
+    assert not torch.equal(model.module.weight, weights["weight"])  # type: ignore[arg-type]
+    steps = [int(s["step"]) for s in model.optimizer.state.values()]
+    assert steps == [2, 2]
+
+
+def test_state_round_trip_continues_identically() -> None:
+    one, other = _model("fp16"), _model("fp16")
+    _update(one, 1.0)
+    _update(one, float("inf"))
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    for model in (one, other):
+        _update(model, 0.5)
+    assert torch.equal(one.module.weight, other.module.weight)  # type: ignore[arg-type]
+    assert one.scaler.state_dict() == other.scaler.state_dict()
+    assert int(other.num_skips) == 1
