@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ganscale.generation.sampling import SampleableGenerator
+    from ganscale.generation.sampler import SampleableGenerator
 
 __all__ = ["__version__", "load_generator"]
 
@@ -19,6 +19,6 @@ __version__ = "0.1.0"
 
 def load_generator(path: str | Path, *, device: str = "cpu") -> SampleableGenerator:
     """Load a snapshot file, or the newest snapshot of a run's folder, ready to sample from."""
-    from ganscale.generation import sampling
+    from ganscale.generation import snapshot
 
-    return sampling.load_generator(path, device=device)
+    return snapshot.load_generator(path, device=device)

@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 
 from ganscale.checkpoint.holder import Holder
 
-__all__ = ["Attempt", "CheckpointName", "doomed", "lineage"]
+__all__ = ["Attempt", "CheckpointName", "prunable", "lineage"]
 
 _NAME = re.compile(r"nimg-(\d{12})-a(\d{4,})")
 
@@ -101,7 +101,7 @@ def lineage(names: Iterable[CheckpointName], attempts: Sequence[Attempt]) -> lis
     return found
 
 
-def doomed(
+def prunable(
     names: Iterable[CheckpointName],
     kept_line: Sequence[CheckpointName],
     *,

@@ -37,7 +37,7 @@ def bench_data(
         ShardSet.load(root),
         seconds=seconds,
         device=device,
-        started=lambda name: console.print(f"measuring {name} ...", highlight=False),
+        report=lambda name: console.print(f"measuring {name} ...", highlight=False),
     )
     typer.echo(f"{'':40} {'images/s':>12} {'MB/s':>9} {'ratio':>8}")
     for row in rows:

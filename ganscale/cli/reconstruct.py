@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import typer
 
 from ganscale.cli.app import app, stderr_console, write_json
+from ganscale.config import ExtractorName
 from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ganscale.config import ExtractorName
-    from ganscale.evaluation.images import ImageSet
-    from ganscale.evaluation.reconstruction import Reconstructed, Reconstructor
+    from ganscale.evaluation.image_sets import ImageSet
+    from ganscale.evaluation.reconstruction.reconstruct import Reconstructed, Reconstructor
     from ganscale.generation.degradations import Degradation
     from ganscale.metrics.extractors import FeatureExtractor
     from ganscale.world import World
@@ -80,15 +80,16 @@ def reconstruct(
     ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of images, noise and starts.")] = 0,
     extractor: Annotated[
-        Literal["auto", "inception-v3", "efficientnet-lite0", "dinov2", "clip"],
+        ExtractorName,
         typer.Option(help="Of the feature distance; auto: Inception if its weights are there."),
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Reconstruct images, whole or degraded, from what a run has learnt."""
-    from ganscale.evaluation.features import FeatureCache
-    from ganscale.evaluation.images import Subset, open_images
-    from ganscale.evaluation.reconstruction import Reconstructor
+    from ganscale.evaluation.distributions.features import FeatureCache
+    from ganscale.evaluation.image_sets import open_images
+    from ganscale.evaluation.image_views import Subset
+    from ganscale.evaluation.reconstruction.reconstruct import Reconstructor
     from ganscale.generation.degradations import degradation_named
     from ganscale.generation.inversion import Search
     from ganscale.world import World
@@ -153,15 +154,15 @@ def _restore_and_compare(
     out: Path,
 ) -> _Compared | None:
     """On rank 0; None on others. The images are written before they are measured."""
-    from ganscale.evaluation.reconstruction import likeness, reconstruct
+    from ganscale.evaluation.reconstruction.reconstruct import reconstruct, similarity
     from ganscale.metrics.extractors import EfficientNetLite0, open_extractor
-    from ganscale.tracking.console import parts
+    from ganscale.tracking.console import progress_bars
     from ganscale.world import process_group
 
     console = stderr_console() if world.is_main else None
-    with process_group(world), parts(console) as started:
+    with process_group(world), progress_bars(console) as start_task:
         total = reconstructor.num_steps(len(images))
-        progress = started(f"{degradation.name} by {reconstructor.by}", total)
+        progress = start_task(f"{degradation.name} by {reconstructor.by}", total)
         found = reconstruct(reconstructor, images, degradation, world, seed=seed, progress=progress)
         if found is None:
             return None
@@ -169,10 +170,10 @@ def _restore_and_compare(
         network, features = EfficientNetLite0(), open_extractor(extractor)
         network.to(world.device)
         features.to(world.device)
-        started("comparing", None)
+        start_task("comparing", None)
         figures = {
-            "trivial": likeness(found.trivial, found.truth, features, network),
-            "reconstruction": likeness(found.images, found.truth, features, network),
+            "trivial": similarity(found.trivial, found.truth, features, network),
+            "reconstruction": similarity(found.images, found.truth, features, network),
         }
     return _Compared(found, figures, features)
 

@@ -22,10 +22,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ganscale.generation.batched_optimizers import adam, lbfgs
 from ganscale.generation.degradations import Degradation
 from ganscale.generation.latents import seed_for
-from ganscale.generation.minimisers import adam, lbfgs
-from ganscale.generation.sampling import SampleableGenerator
+from ganscale.generation.sampler import SampleableGenerator
 
 __all__ = ["GROUP", "Inverted", "Search", "encoded", "invert"]
 

@@ -20,6 +20,7 @@ __all__ = [
     "check_format",
     "cubehelix",
     "lay_out",
+    "save_grid",
     "write_animation",
     "write_array",
     "write_grid",
@@ -108,6 +109,17 @@ def write_grid(image: Tensor, path: Path) -> None:
     with naming_file(path):
         _pillow(image).save(temporary, format=image_format, **options)
         temporary.replace(path)
+
+
+def save_grid(images: Tensor, path: Path, *, columns: int | None = None, padding: int = 1) -> None:
+    """Write uint8 images (N, C, H, W) as one picture, as `write_grid` does.
+
+    The grid is nearly square unless `columns` says otherwise.
+    """
+    from torchvision.utils import make_grid
+
+    columns = columns or max(1, round(len(images) ** 0.5))
+    write_grid(make_grid(images, nrow=columns, padding=padding), path)
 
 
 def write_array(values: Tensor, path: Path) -> None:

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from ganscale.run_directory import RunDirectory, end_of_lines
 from ganscale.tracking.sinks import WRONG
 
-__all__ = ["RunFollower", "counting", "parts", "stderr_console"]
+__all__ = ["RunFollower", "counting", "progress_bars", "stderr_console"]
 
 _POLL_SECONDS = 0.3
 _LINE_SECONDS = 25.0
@@ -207,12 +207,14 @@ def counting(
     description: str, total: int | None, console: Console
 ) -> Iterator[Callable[[int], None]]:
     """A progress bar over `total` things; yields a function that takes how many more are done."""
-    with parts(console) as start_task:
+    with progress_bars(console) as start_task:
         yield start_task(description, total)
 
 
 @contextmanager
-def parts(console: Console | None) -> Iterator[Callable[[str, int | None], Callable[[int], None]]]:
+def progress_bars(
+    console: Console | None,
+) -> Iterator[Callable[[str, int | None], Callable[[int], None]]]:
     """A progress bar for each part of long work, one after the other; none without a console.
 
     Where the console is not a terminal, lines appear instead: one for each part, and one at least

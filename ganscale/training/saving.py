@@ -195,7 +195,7 @@ class Saving:
         Before the attempt: from then on the folder no longer counts as a copy.
         """
         assert self.store is not None
-        has_begun = self.store.place.exists(session.holder.beat_file)
+        has_begun = self.store.backend.exists(session.holder.beat_file)
         if not has_begun and self.run_dir.wandb_run_id.is_file():
             write_text(self.run_dir.wandb_run_id, secrets.token_hex(4))
 

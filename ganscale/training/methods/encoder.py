@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ganscale.config import Config, EncoderMethod
 from ganscale.errors import ConfigError
-from ganscale.generation.sampling import load_generator
+from ganscale.generation.snapshot import load_generator
 from ganscale.models import build_discriminator, build_encoder
 from ganscale.training.adversarial_step import Rules, Shown, orthogonal
 from ganscale.training.methods.likelihood import likeness

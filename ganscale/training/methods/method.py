@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ganscale.config import Config
-from ganscale.generation.sampling import OTHERS
+from ganscale.generation.snapshot import OTHERS
 from ganscale.training.players import Player
 from ganscale.training.precision import Precision
 from ganscale.training.share import Moment, Share

@@ -20,15 +20,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ganscale.errors import ConfigError, DataError
-from ganscale.evaluation.classifier import (
+from ganscale.errors import DataError
+from ganscale.evaluation.image_sets import ImageSet, required_labels
+from ganscale.evaluation.image_views import with_classes_of
+from ganscale.evaluation.recognition.classifier import (
     ClassifierRecipe,
     Labels,
     Progress,
     predict,
     train_classifier,
 )
-from ganscale.evaluation.images import ImageSet, with_classes_of
 from ganscale.metrics.intervals import Estimate, of_successes
 
 __all__ = [
@@ -49,6 +50,7 @@ LONG_SCORE = ClassifierRecipe(
 )
 """For GPUs: 100 epochs of 50,000 images."""
 
+_NAME = "the classification accuracy score"
 _NORMAL_QUANTILE = 1.959963984540054
 
 
@@ -153,7 +155,7 @@ def gap_of_independent(hits: NDArray[np.bool_], other_hits: NDArray[np.bool_]) -
     The interval squares up the distances to Wilson's bounds (Newcombe 1998, Statistics in Medicine
     17, p. 873, method 10).
     """
-    one, other = (of_successes(int(found.sum()), len(found)) for found in (hits, other_hits))
+    one, other = (of_successes(int(correct.sum()), len(correct)) for correct in (hits, other_hits))
     assert one.low is not None
     assert one.high is not None
     assert other.low is not None
@@ -165,14 +167,9 @@ def gap_of_independent(hits: NDArray[np.bool_], other_hits: NDArray[np.bool_]) -
 
 
 def _labels_of(images: ImageSet) -> Labels:
-    labels = images.labels
-    if labels is None:
-        raise ConfigError(
-            f"the classification accuracy score needs labels: {images.description} have none (a "
-            "generator has them if it was trained with model.num_classes > 0)"
-        )
+    labels = required_labels(images, _NAME)
     if not len(labels):
-        raise DataError(f"{images.description}: the classification accuracy score needs images")
+        raise DataError(f"{images.description}: {_NAME} needs images")
     return labels
 
 
@@ -182,7 +179,7 @@ def _fitting(images: ImageSet, train: ImageSet) -> ImageSet:
     if images.shape != train.shape:
         raise DataError(
             f"{images.description} have shape {images.shape}, {train.description} have "
-            f"{train.shape}; the classification accuracy score needs one shape"
+            f"{train.shape}; {_NAME} needs one shape"
         )
     return with_classes_of(images, train.classes, train.description)
 

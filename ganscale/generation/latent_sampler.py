@@ -17,17 +17,16 @@ from torch.nn import functional as F
 from ganscale.errors import ConfigError
 from ganscale.generation.latents import seeded_labels, seeded_latents
 from ganscale.generation.pictures import as_pictures
-from ganscale.generation.sampling import SampleableGenerator
+from ganscale.generation.sampler import FORWARD_ROWS, SampleableGenerator
 from ganscale.generation.truncation import truncated_latents, truncated_styles
 
-__all__ = ["Explorer"]
+__all__ = ["LatentSampler"]
 
-_ROWS = 16
 _MEAN_SEEDS = 1024
 """Latents that the mean of w is estimated from."""
 
 
-class Explorer:
+class LatentSampler:
     """A generator that also takes mixtures of classes, styles, and a truncation.
 
     Args:
@@ -100,7 +99,7 @@ class Explorer:
     def draw_styles(self, w: Tensor) -> Tensor:
         """Images of styles, (n, w_dim) or one for each layer, (n, num_layers, w_dim)."""
         images = []
-        for part in w.split(_ROWS):
+        for part in w.split(FORWARD_ROWS):
             with ExitStack() as stack:
                 stack.enter_context(_styled(self.model, _padded(part)))
                 z = torch.zeros(len(part), self.generator.z_dim)
@@ -121,12 +120,12 @@ class Explorer:
     def _forward(self, module: nn.Module, z: Tensor, classes: Tensor | None) -> Tensor:
         device = next(self.model.parameters()).device
         found = []
-        for start in range(0, len(z), _ROWS):
-            rows = _padded(z[start : start + _ROWS]).to(device)
-            labels = torch.zeros(_ROWS, dtype=torch.int64, device=device)
+        for start in range(0, len(z), FORWARD_ROWS):
+            rows = _padded(z[start : start + FORWARD_ROWS]).to(device)
+            labels = torch.zeros(FORWARD_ROWS, dtype=torch.int64, device=device)
             with ExitStack() as stack:
                 if classes is not None:
-                    weights = _padded(classes[start : start + _ROWS]).to(device)
+                    weights = _padded(classes[start : start + FORWARD_ROWS]).to(device)
                     stack.enter_context(_mixed_classes(self.model, weights))
                 found.append(module(rows, labels)[: len(z) - start])
         return torch.cat(found)
@@ -154,7 +153,7 @@ class Explorer:
 
 
 def _padded(rows: Tensor) -> Tensor:
-    return torch.cat([rows, rows.new_zeros(_ROWS - len(rows), *rows.shape[1:])])
+    return torch.cat([rows, rows.new_zeros(FORWARD_ROWS - len(rows), *rows.shape[1:])])
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ganscale.errors import DataError
-from ganscale.evaluation.images import ImageSet
+from ganscale.evaluation.image_sets import ImageSet
 from ganscale.world import World
 
 __all__ = ["BLOCK", "map_blocks", "numbers_of_block"]

@@ -1,7 +1,8 @@
-"""Images to be judged or compared with: a generator's, a shard set's, a folder's.
+"""Sets of images that are evaluated or serve as a reference: of a generator, shards or a folder.
 
-Each kind has a length, a digest that tells equal images, and reads any of its images by number, so
-any number of ranks can share the work and nothing is held in memory that is not being looked at.
+Each set has a length and a digest, which is equal for sets of equal images, and reads any of its
+images by index. So any number of ranks can share the work, and only the images that are being
+processed are in memory.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from ganscale.data.shards import INDEX_NAME, ShardSet
 from ganscale.data.sources import Source, open_source, resolve_source
 from ganscale.data.storage import is_url
 from ganscale.data.values import PIXELS, ValueRange
-from ganscale.errors import DataError
+from ganscale.errors import ConfigError, DataError
 from ganscale.generation.latents import seeded_labels
-from ganscale.generation.sampling import SampleableGenerator, load_generator, snapshot_file
+from ganscale.generation.sampler import SampleableGenerator
+from ganscale.generation.snapshot import load_generator, snapshot_file
 
 __all__ = [
     "FileImages",
@@ -36,16 +38,14 @@ __all__ = [
     "ImageSet",
     "ImagesOfShards",
     "Indices",
-    "Subset",
     "open_images",
-    "with_classes_of",
+    "required_labels",
 ]
 
 Indices = NDArray[np.int64]
-_NUM_SHOWN = 12
 
 _ARRAYS = (
-    "has arrays of floats: features, distances and judgements are of 8-bit images. "
+    "has arrays of floats: features and metrics are defined for 8-bit images only. "
     "ganscale sample writes such arrays and pictures of them"
 )
 
@@ -99,40 +99,35 @@ class ImagesOfShards:
 
     @property
     def description(self) -> str:
-        """Source, split and place of the set."""
         shards = self.shard_set
         return f"{len(self)} images of {shards.location} ({shards.source}, {shards.split})"
 
     @property
     def digest(self) -> str:
-        """That of the set's index, which holds a hash of every shard."""
+        """The digest of the set's index, which holds a hash of every shard."""
         return self.shard_set.digest
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """As the index says."""
         return self.shard_set.image_shape
 
     @cached_property
     def labels(self) -> NDArray[np.int64] | None:
-        """Those of the index."""
         labels = self.shard_set.samples["label"].astype(np.int64)
         return labels if len(labels) and labels.min() >= 0 else None
 
     @property
     def classes(self) -> Sequence[str]:
-        """Those of the index."""
         return self.shard_set.classes
 
     def __len__(self) -> int:
         return self.shard_set.num_samples
 
     def read(self, indices: Indices) -> Tensor:
-        """Read and decode."""
-        found = self._reader.read(indices)
-        if found.damaged:
-            raise found.damaged[0]
-        return found.pixels
+        images = self._reader.read(indices)
+        if images.damaged:
+            raise images.damaged[0]
+        return images.pixels
 
     @cached_property
     def _reader(self) -> ShardImages:
@@ -157,12 +152,11 @@ class FileImages:
 
     @property
     def description(self) -> str:
-        """Number and place."""
         return f"{len(self)} images of {self._place}"
 
     @cached_property
     def digest(self) -> str:
-        """Over all files' bytes."""
+        """The sha256 over the bytes and labels of all files."""
         digest = hashlib.sha256()
         for index in range(len(self)):
             data = self._source.read(index)
@@ -172,21 +166,20 @@ class FileImages:
 
     @cached_property
     def labels(self) -> NDArray[np.int64] | None:
-        """Numbers of the class folders."""
+        """Indices of the class folders; None without such folders."""
         if not self._source.classes:
             return None
         return np.array([self._source.label(i) for i in range(len(self))], dtype=np.int64)
 
     @property
     def classes(self) -> Sequence[str]:
-        """Those of the source."""
         return self._source.classes
 
     def __len__(self) -> int:
         return len(self._source)
 
     def read(self, indices: Indices) -> Tensor:
-        """Read and decode; gray and RGBA images are themselves."""
+        """Keeps the channels of gray and RGBA images as they are."""
         pixels = np.stack([self._pixels(int(index)) for index in indices])
         return torch.from_numpy(pixels)
 
@@ -223,12 +216,11 @@ class GeneratedImages:
 
     @property
     def description(self) -> str:
-        """Number, generator and first seed."""
         return f"{self.num_images} samples of {self.name}, seeds from {self.seed}"
 
     @property
     def digest(self) -> str:
-        """Of weights, number and seed."""
+        """The sha256 of what decides the images: weights, number and first seed."""
         key = f"{self.identity} {self.num_images} {self.seed}"
         return hashlib.sha256(key.encode()).hexdigest()
 
@@ -236,7 +228,7 @@ class GeneratedImages:
     def of_snapshot(
         cls, path: Path, num_images: int, *, seed: int = 0, device: str = "cpu"
     ) -> GeneratedImages:
-        """Of a snapshot file, or of the newest one in a run's folder."""
+        """Images of a snapshot file, or of the newest snapshot in a run's folder."""
         file = snapshot_file(path.expanduser())
         with file.open("rb") as stored:
             identity = hashlib.file_digest(stored, "sha256").hexdigest()
@@ -244,13 +236,13 @@ class GeneratedImages:
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
-        """Of the first image."""
+        """The shape of the first image, which is drawn to find it."""
         channels, height, width = self.read(np.array([0]))[0].shape
         return channels, height, width
 
     @cached_property
     def labels(self) -> NDArray[np.int64] | None:
-        """What the seeds decide, for a generator with classes."""
+        """The labels that the seeds decide; None if the generator has no classes."""
         if not self.generator.num_classes:
             return None
         seeds = list(range(self.seed, self.seed + self.num_images))
@@ -258,138 +250,14 @@ class GeneratedImages:
 
     @property
     def classes(self) -> Sequence[str]:
-        """Those of the set that the generator was trained on."""
+        """The classes of the set that the generator was trained on."""
         return self.generator.classes
 
     def __len__(self) -> int:
         return self.num_images
 
     def read(self, indices: Indices) -> Tensor:
-        """Draw them."""
         return self.generator.sample_seeds([self.seed + int(index) for index in indices])
-
-
-@dataclass(frozen=True, eq=False)
-class Subset:
-    """Some images of a set, in the order of `indices`."""
-
-    whole: ImageSet
-    indices: Indices
-
-    @classmethod
-    def random(cls, whole: ImageSet, num_images: int, *, seed: int) -> ImageSet:
-        """`num_images` drawn without replacement; the whole set if it has no more."""
-        if num_images >= len(whole):
-            return whole
-        chosen = np.random.default_rng(seed).permutation(len(whole))[:num_images]
-        return cls(whole, np.sort(chosen))
-
-    @property
-    def description(self) -> str:
-        """How many of what."""
-        return f"{len(self)} of {self.whole.description}"
-
-    @cached_property
-    def digest(self) -> str:
-        """Of the set and of which."""
-        return hashlib.sha256(self.whole.digest.encode() + self.indices.tobytes()).hexdigest()
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """That of the whole."""
-        return self.whole.shape
-
-    @property
-    def labels(self) -> NDArray[np.int64] | None:
-        """Those of the chosen."""
-        labels = self.whole.labels
-        return None if labels is None else labels[self.indices]
-
-    @property
-    def classes(self) -> Sequence[str]:
-        """Those of the whole set."""
-        return self.whole.classes
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read(self, indices: Indices) -> Tensor:
-        """From the whole set."""
-        return self.whole.read(self.indices[indices])
-
-
-@dataclass(frozen=True, eq=False)
-class _Relabelled:
-    """The images of a set with labels that count other classes."""
-
-    whole: ImageSet
-    classes: Sequence[str]
-    numbers: Indices
-    """The new label of each old one."""
-
-    @property
-    def description(self) -> str:
-        return self.whole.description
-
-    @cached_property
-    def digest(self) -> str:
-        key = f"{self.whole.digest} {self.numbers.tolist()}"
-        return hashlib.sha256(key.encode()).hexdigest()
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.whole.shape
-
-    @property
-    def labels(self) -> NDArray[np.int64] | None:
-        labels = self.whole.labels
-        return None if labels is None else self.numbers[labels]
-
-    def __len__(self) -> int:
-        return len(self.whole)
-
-    def read(self, indices: Indices) -> Tensor:
-        return self.whole.read(indices)
-
-
-def with_classes_of(images: ImageSet, classes: Sequence[str], owner: str) -> ImageSet:
-    """The images with labels that count `classes`, matched by name; unlabelled ones as they are.
-
-    Two sets number their classes each for itself, so equal numbers need not be equal classes: a
-    folder without one class counts the rest one lower.
-
-    Args:
-        images: any; each class that occurs in it must be one of `classes`.
-        classes: names by label.
-        owner: whose they are, for the message.
-
-    Raises:
-        DataError: for classes that `classes` lacks, or that have no names to compare.
-    """
-    labels = images.labels
-    if labels is None or tuple(images.classes) == tuple(classes):
-        return images
-    if not images.classes or not classes:
-        nameless = owner if images.classes else images.description
-        raise DataError(
-            f"classes are matched by name, and {nameless} has none: it was written by an earlier "
-            "version of ganscale"
-        )
-    occurring = [images.classes[label] for label in np.unique(labels)]
-    unknown = [name for name in occurring if name not in classes]
-    if unknown:
-        raise DataError(
-            f"{images.description} have classes that {owner} has not: {_shown(unknown)}; there the "
-            f"classes are {_shown(classes)}. Classes are matched by name: rename "
-            "the folders, or give names with ganscale shards build --class-names"
-        )
-    place = {name: number for number, name in enumerate(classes)}
-    numbers = np.array([place.get(name, -1) for name in images.classes], dtype=np.int64)
-    return _Relabelled(images, tuple(classes), numbers)
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NUM_SHOWN]) + (", ..." if len(names) > _NUM_SHOWN else "")
 
 
 def open_images(place: str, *, split: Split = "train", scratch: Path) -> ImageSet:
@@ -402,6 +270,17 @@ def open_images(place: str, *, split: Split = "train", scratch: Path) -> ImageSe
         return ImagesOfShards(ShardSet.load(place))
     spec, _ = resolve_source(place, split, download_dir=scratch)
     return FileImages(open_source(spec), str(spec))
+
+
+def required_labels(images: ImageSet, purpose: str) -> Indices:
+    """The labels of a set, (N,). Raises `ConfigError` that names the purpose if it has none."""
+    labels = images.labels
+    if labels is None:
+        raise ConfigError(
+            f"{purpose} needs labels, and {images.description} have none (a generator has them if "
+            "it was trained with model.num_classes > 0)"
+        )
+    return labels
 
 
 def _check_pixels(values: ValueRange, place: str) -> None:

@@ -1,4 +1,4 @@
-"""Snapshots and what is drawn from them: `load_generator(path).sample(16, seed=0)`.
+"""Snapshot files: how trained networks are written for inference, and how they are loaded.
 
 A snapshot is one safetensors file: the averaged generator's weights, those of its encoder if it has
 one, and as JSON metadata the model's description, the sha256 of the weights and, where images are
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,113 +24,25 @@ from torch import Tensor, nn
 import ganscale
 from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import CheckpointError
-from ganscale.generation.latents import seeded_labels, seeded_latents
-from ganscale.generation.pictures import write_grid
+from ganscale.generation.sampler import SampleableGenerator
 from ganscale.models import build_classifier, build_encoder, build_generator
 from ganscale.models.classifying import ClassifyingDiscriminator
 from ganscale.run_directory import RunDirectory
 
 __all__ = [
     "OTHERS",
-    "SampleableGenerator",
-    "diversity",
     "load_classifier",
     "load_encoder",
     "load_generator",
-    "save_grid",
     "save_snapshot",
     "snapshot_classes",
     "snapshot_file",
-    "to_uint8",
 ]
 
 OTHERS = ("encoder", "classifier")
 """What a snapshot may hold beside the generator."""
 
 _METADATA_KEY = "ganscale"
-# Every forward has this many rows, so that an image does not depend on what is drawn beside it:
-# kernels choose their arithmetic by the batch size.
-_ROWS = 16
-
-
-class SampleableGenerator:
-    """A generator in evaluation mode and what is known about it.
-
-    Its images are those of the set it has learnt from: uint8 pixels, or float32 in the set's units.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        spec: dict[str, Any],
-        info: dict[str, Any],
-        values: ValueRange = PIXELS,
-    ) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.values = values
-        self.z_dim: int = spec["z_dim"]
-        self.num_classes: int = spec["num_classes"]
-        """0 for a generator that takes no labels."""
-        self.classes = tuple(info.get("classes", ())) if self.num_classes else ()
-        """Names of the classes by label, as in the set that it was trained on; snapshots from
-        before names were kept have none."""
-        self.info = info
-        """`model` (its description), `nimg`, `version`, `classes`; `values` of arrays of floats."""
-
-    def sample(self, num_images: int, *, seed: int = 0, label: int | None = None) -> Tensor:
-        """Images for the seeds seed, seed + 1, ...: (num_images, C, H, W), on the CPU."""
-        return self.sample_seeds(list(range(seed, seed + num_images)), label=label)
-
-    def sample_seeds(self, seeds: list[int], *, label: int | None = None) -> Tensor:
-        """One image for each seed, (len(seeds), C, H, W); a seed's image is always itself.
-
-        Where there are classes, a seed also decides its label, unless all are to have `label`.
-        Raises `ValueError` without a seed, or for a label that the generator does not know.
-        """
-        if not seeds:
-            raise ValueError("expected at least one seed")
-        z = seeded_latents(seeds, self.z_dim)
-        labels = self._labels(seeds, label)
-        parts = zip(z.split(_ROWS), labels.split(_ROWS), strict=True)
-        return torch.cat([self._rows(*part) for part in parts])
-
-    def _labels(self, seeds: list[int], label: int | None) -> Tensor:
-        if label is not None and not 0 <= label < self.num_classes:
-            known = f"0 to {self.num_classes - 1}" if self.num_classes else "no labels"
-            raise ValueError(f"label {label}: this generator knows {known}")
-        if label is None and self.num_classes:
-            return seeded_labels(seeds, self.num_classes)
-        return torch.full((len(seeds),), label or 0)
-
-    @torch.no_grad()
-    def _rows(self, z: Tensor, labels: Tensor) -> Tensor:
-        device = next(self.model.parameters()).device
-        padding = _ROWS - len(z)
-        z = torch.cat([z, torch.zeros(padding, self.z_dim)])
-        labels = torch.cat([labels, torch.zeros(padding, dtype=torch.int64)])
-        images: Tensor = self.model(z.to(device), labels.to(device))[: _ROWS - padding]
-        return self.values.from_network(images).cpu()
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as uint8 in 0..255, rounded to nearest, what is outside clamped."""
-    return PIXELS.from_network(images)
-
-
-def diversity(images: Tensor, values: ValueRange = PIXELS) -> float:
-    """How different images are: the mean over pairs of their root mean square distance.
-
-    Args:
-        images: (N, C, H, W) with N > 1.
-        values: what they hold.
-
-    Returns:
-        A number from 0, all alike, to 255, which is the whole range of values. 64 real CIFAR-10
-        images have about 88 (82 to 93).
-    """
-    flat = images.flatten(1).double() * (255 / (values.high - values.low))
-    return float(torch.pdist(flat).mean()) / math.sqrt(flat.shape[1])
 
 
 def save_snapshot(
@@ -250,17 +161,6 @@ def _sha256(weights: Mapping[str, Tensor]) -> str:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def save_grid(images: Tensor, path: Path, *, columns: int | None = None, padding: int = 1) -> None:
-    """Write uint8 images (N, C, H, W) as one picture, as `write_grid` does.
-
-    The grid is nearly square unless `columns` says otherwise.
-    """
-    from torchvision.utils import make_grid
-
-    columns = columns or max(1, round(len(images) ** 0.5))
-    write_grid(make_grid(images, nrow=columns, padding=padding), path)
 
 
 def snapshot_file(path: Path) -> Path:

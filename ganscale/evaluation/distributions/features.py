@@ -30,13 +30,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch import distributed as dist
 
-from ganscale.evaluation.blocks import BLOCK, map_blocks, numbers_of_block
-from ganscale.evaluation.images import ImageSet, Subset
-from ganscale.evaluation.precomputed import (
+from ganscale.evaluation.distributions.blocks import BLOCK, map_blocks, numbers_of_block
+from ganscale.evaluation.distributions.precomputed import (
     PrecomputedStatistics,
     content_digest,
     precomputed_candidates,
 )
+from ganscale.evaluation.image_sets import ImageSet
+from ganscale.evaluation.image_views import Subset
 from ganscale.metrics.extractors import FeatureExtractor, as_rgb
 from ganscale.metrics.statistics import Moments, check_features
 from ganscale.world import World
@@ -61,7 +62,7 @@ _FORMAT = 2
 
 T = TypeVar("T")
 Progress = Callable[[int], None]
-Started = Callable[[str, int | None], Progress]
+StartTask = Callable[[str, int | None], Progress]
 """Called with a part of the work and its number of images, if known; returns its progress."""
 
 
@@ -211,10 +212,10 @@ class FeatureCache:
         """Whether rank 0 has the features of these images, on all ranks alike."""
         return _from_rank_0(self._path(images, extractor).is_file())
 
-    def content_digest(self, images: ImageSet, world: World, started: Started) -> str:
+    def content_digest(self, images: ImageSet, world: World, start_task: StartTask) -> str:
         """As the function of the same name, computed once for each set."""
         if images.digest not in self._content:
-            progress = started("comparing the reference with included statistics", len(images))
+            progress = start_task("comparing the reference with included statistics", len(images))
             self._content[images.digest] = content_digest(images, world, progress=progress)
         return self._content[images.digest]
 
@@ -276,12 +277,12 @@ class ReferencePlan:
         world: World,
         *,
         cache: FeatureCache | None,
-        started: Started,
+        start_task: StartTask,
     ) -> Features | None:
         """Moments of all images and rows of some, on rank 0; every rank calls this."""
         extracted = None
         if self.extracted is not None:
-            progress = started(self.extracted.description, len(self.extracted))
+            progress = start_task(self.extracted.description, len(self.extracted))
             keep = extract if cache is None else cache.extract
             extracted = keep(self.extracted, extractor, world, progress=progress)
         if not world.is_main:
@@ -307,7 +308,7 @@ def plan_reference(
     *,
     num_rows: int,
     cache: FeatureCache | None = None,
-    started: Started = lambda what, total: lambda num_images: None,
+    start_task: StartTask = lambda what, total: lambda num_images: None,
 ) -> ReferencePlan:
     """Decide how the moments of all images, and the features of `num_rows`, are come by.
 
@@ -318,7 +319,7 @@ def plan_reference(
     All ranks call this inside a process group. Raises `DataError` if an image cannot be read.
     """
     row_indices = _drawn(len(images), min(num_rows, _MAX_KEPT))
-    statistics = _statistics(images, extractor, world, cache, started)
+    statistics = _statistics(images, extractor, world, cache, start_task)
     extracted: ImageSet | None = images
     if statistics is not None and not len(row_indices):
         extracted = None
@@ -336,12 +337,12 @@ def _statistics(
     extractor: FeatureExtractor,
     world: World,
     cache: FeatureCache | None,
-    started: Started,
+    start_task: StartTask,
 ) -> PrecomputedStatistics | None:
     # Decoding all images takes seconds, so it is done only where number and shape agree.
     for candidate in precomputed_candidates(images, extractor):
         remembered = cache or FeatureCache()
-        if remembered.content_digest(images, world, started) == candidate.content_digest:
+        if remembered.content_digest(images, world, start_task) == candidate.content_digest:
             return candidate
     return None
 

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch import distributed as dist
 
-from ganscale.evaluation.blocks import BLOCK, map_blocks
-from ganscale.evaluation.images import ImageSet
+from ganscale.evaluation.distributions.blocks import BLOCK, map_blocks
+from ganscale.evaluation.image_sets import ImageSet
 from ganscale.metrics.extractors import FeatureExtractor
 from ganscale.metrics.statistics import Moments
 from ganscale.world import World
@@ -90,7 +90,7 @@ def precomputed_candidates(
     images: ImageSet, extractor: FeatureExtractor
 ) -> Iterator[PrecomputedStatistics]:
     """Statistics that are of these images if their content turns out to be the same."""
-    folder = Path(str(resources.files("ganscale.evaluation") / "statistics"))
+    folder = Path(str(resources.files("ganscale.evaluation.distributions") / "statistics"))
     for path in sorted(folder.glob("*.safetensors")):
         known = PrecomputedStatistics.load(path)
         if (known.extractor_digest, known.count, known.shape) == (

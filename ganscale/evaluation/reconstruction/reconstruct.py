@@ -17,21 +17,18 @@ from torch import distributed as dist
 
 from ganscale.data.values import PIXELS
 from ganscale.errors import ConfigError, DataError
-from ganscale.evaluation.images import ImageSet, Indices, with_classes_of
-from ganscale.evaluation.nearest import features_of
+from ganscale.evaluation.distributions.nearest import features_of
+from ganscale.evaluation.image_sets import ImageSet, Indices
+from ganscale.evaluation.image_views import with_classes_of
 from ganscale.generation.degradations import Degradation
 from ganscale.generation.inversion import GROUP, Inverted, Search, encoded, invert
-from ganscale.generation.sampling import (
-    SampleableGenerator,
-    load_encoder,
-    load_generator,
-    to_uint8,
-)
+from ganscale.generation.sampler import SampleableGenerator, to_uint8
+from ganscale.generation.snapshot import load_encoder, load_generator
 from ganscale.metrics.extractors import EfficientNetLite0, FeatureExtractor
-from ganscale.metrics.likeness import feature_distance, perceptual_distance, psnr, ssim
+from ganscale.metrics.similarity import feature_distance, perceptual_distance, psnr, ssim
 from ganscale.world import World
 
-__all__ = ["By", "Reconstructed", "Reconstructor", "labels_for", "likeness", "reconstruct"]
+__all__ = ["By", "Reconstructed", "Reconstructor", "labels_for", "similarity", "reconstruct"]
 
 By = Literal["inversion", "encoder"]
 
@@ -179,7 +176,7 @@ def _reconstruct_rows(
     return truth, to_uint8(inputs), to_uint8(trivial), to_uint8(made), found.latents
 
 
-def likeness(
+def similarity(
     images: Tensor, truth: Tensor, extractor: FeatureExtractor, network: EfficientNetLite0
 ) -> dict[str, Tensor]:
     """How like the pairs of uint8 (n, C, H, W) are, each measure fp64 (n,), on the CPU.

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_max_pool2d, cross_entropy
 
 from ganscale.errors import ConfigError, DataError
-from ganscale.evaluation.images import ImageSet, Subset, with_classes_of
+from ganscale.evaluation.image_sets import ImageSet, required_labels
+from ganscale.evaluation.image_views import Subset, with_classes_of
 from ganscale.metrics.intervals import Estimate, of_repeats
 from ganscale.models.activations import recorded_convolutions
 
@@ -36,7 +37,7 @@ __all__ = [
 
 Describe = Callable[[Tensor], Tensor]
 """uint8 images (n, C, H, W) to features (n, F)."""
-Started = Callable[[str, int], Callable[[int], object]]
+StartTask = Callable[[str, int], Callable[[int], object]]
 Labels = NDArray[np.int64]
 
 _GRID = 4
@@ -162,7 +163,7 @@ def probe(
     num_train: int,
     seeds: Sequence[int] = (0, 1, 2),
     device: str = "cpu",
-    started: Started = lambda text, total: lambda count: None,
+    start_task: StartTask = lambda text, total: lambda count: None,
 ) -> ProbeResult:
     """Train on labelled images, test on others, once for each seed.
 
@@ -174,7 +175,7 @@ def probe(
         num_train: images to train on.
         seeds: as many repeats.
         device: where.
-        started: told of each part of the work and of how many things it has; what it returns is
+        start_task: told of each part of the work and of how many things it has; what it returns is
             told how many more are done.
 
     Raises:
@@ -182,9 +183,9 @@ def probe(
         DataError: for sets of different shapes, test images of classes that `train` has not, or
             fewer than 10 training images.
     """
-    _labels_of(test)
+    required_labels(test, "a probe")
     test = with_classes_of(test, train.classes, train.description)
-    train_labels, test_labels = _labels_of(train), _labels_of(test)
+    train_labels, test_labels = required_labels(train, "a probe"), required_labels(test, "a probe")
     if train.shape != test.shape:
         raise DataError(
             f"{train.description} have shape {train.shape}, {test.description} {test.shape}"
@@ -197,13 +198,13 @@ def probe(
     for seed in seeds:
         describe, text = describe_of(seed), f"{name}, seed {seed}"
         if described is None or described[0] is not describe:
-            progress = started(f"{text}: test images", len(test))
+            progress = start_task(f"{text}: test images", len(test))
             described = (describe, _described(test, describe, device, progress))
         chosen = np.random.default_rng(seed).permutation(len(train))[:num_train]
-        progress = started(f"{text}: training images", len(chosen))
+        progress = start_task(f"{text}: training images", len(chosen))
         features = _described(Subset(train, chosen), describe, device, progress)
         labels = torch.from_numpy(train_labels[chosen]).to(device)
-        progress = started(f"{text}: linear models", len(_STRENGTHS) + 1)
+        progress = start_task(f"{text}: linear models", len(_STRENGTHS) + 1)
         strength, start = _best_strength(features, labels, num_classes, progress)
         model = fit_logistic(features, labels, num_classes, strength=strength, start=start)
         progress(1)
@@ -255,10 +256,3 @@ def _described(
         progress(len(numbers))
     assert rows is not None
     return rows
-
-
-def _labels_of(images: ImageSet) -> Labels:
-    labels = images.labels
-    if labels is None:
-        raise ConfigError(f"a probe needs labels: {images.description} have none")
-    return labels

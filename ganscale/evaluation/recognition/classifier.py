@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ganscale.errors import DataError
-from ganscale.evaluation.images import ImageSet
+from ganscale.evaluation.image_sets import ImageSet
 
 __all__ = [
     "Classifier",

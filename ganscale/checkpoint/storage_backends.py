@@ -19,7 +19,7 @@ import fsspec
 from ganscale.data.storage import is_url
 from ganscale.errors import ConfigError
 
-__all__ = ["Folder", "LocalPlace", "ObjectPlace", "Place", "open_place"]
+__all__ = ["Folder", "LocalBackend", "ObjectStoreBackend", "StorageBackend", "open_backend"]
 
 _TEMPORARY = ".tmp-"
 _CHUNK_BYTES = 2**24
@@ -35,7 +35,7 @@ class Folder(Protocol):
         ...
 
 
-class Place(Protocol):
+class StorageBackend(Protocol):
     """Files below one directory or prefix. All methods raise `OSError` or the store's own error."""
 
     @property
@@ -87,12 +87,12 @@ class Place(Protocol):
         ...
 
 
-def open_place(location: str | Path) -> Place:
+def open_backend(location: str | Path) -> StorageBackend:
     """The place at a path or URL. Raises `ConfigError` if it cannot be written to in principle."""
-    return ObjectPlace(str(location)) if is_url(str(location)) else LocalPlace(location)
+    return ObjectStoreBackend(str(location)) if is_url(str(location)) else LocalBackend(location)
 
 
-class LocalPlace:
+class LocalBackend:
     """A directory, on this machine or shared."""
 
     def __init__(self, location: str | Path) -> None:
@@ -198,7 +198,7 @@ def _fsync(folder: Path) -> None:
         os.close(descriptor)
 
 
-class ObjectPlace:
+class ObjectStoreBackend:
     """A prefix of a store that fsspec writes to: s3://, gs://, memory:// and others.
 
     Claims need a store that honours "create only if it is not there" (If-None-Match: *), as S3, GCS

@@ -1,15 +1,13 @@
 """Classifier two-sample tests of image sets, repeated over seeds (arXiv 1610.06545).
 
-A repeat draws images of both sets, trains on half of each where the classifier learns, and counts
-how often it is right about the rest: 1/2 if the sets follow one distribution, 1 if they are told
-apart without fail. What the repeats say together is `TwoSampleReport`'s to tell.
+A repeat draws images of both sets, trains on half of them where the classifier learns, and counts
+how often the classifier is right about the rest: 1/2 if both sets follow one distribution, 1 if it
+always tells them apart. `TwoSampleReport` sums the repeats up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,13 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ganscale.errors import ConfigError, DataError
-from ganscale.evaluation.classifier import (
+from ganscale.evaluation.image_sets import ImageSet
+from ganscale.evaluation.image_views import Concatenated, Relabelled, Subset
+from ganscale.evaluation.recognition.classifier import (
     ClassifierRecipe,
     Progress,
     predict,
     train_classifier,
 )
-from ganscale.evaluation.images import ImageSet, Subset
 from ganscale.metrics.intervals import of_successes
 from ganscale.metrics.two_sample import (
     Repeat,
@@ -35,21 +34,20 @@ from ganscale.metrics.two_sample import (
 __all__ = [
     "LONG_TEST",
     "SHORT_TEST",
-    "halves",
     "neighbour_two_sample",
     "network_two_sample",
 ]
 
 SHORT_TEST = ClassifierRecipe(num_passes=20_000, crop_and_flip=False)
-"""For CPUs."""
+"""The recipe for CPUs."""
 
 LONG_TEST = ClassifierRecipe(
     num_passes=500_000, crop_and_flip=False, width=64, blocks_per_stage=2, batch_size=128
 )
-"""For GPUs, with 10,000 images of each set or more."""
+"""The recipe for GPUs, with 10,000 images of each set or more."""
 
 _FEWEST = 20
-"""Images of each set below which a test says nothing: 20 held out."""
+"""A test needs this many images of each set at least, so that 20 are held out."""
 
 _REAL, _FAKE = 0, 1
 
@@ -69,12 +67,13 @@ def network_two_sample(
     Args:
         real: one set.
         fake: the other, of images of the same shape.
-        num_images: how many of each a repeat draws, as many as both have if they have fewer; half
-            of them are held out.
-        seeds: of the repeats; each decides images, split, weights and order.
+        num_images: how many images of each set a repeat draws, limited by the smaller set; half of
+            them are held out.
+        seeds: one for each repeat; it decides images, split, weights and order.
         recipe: how the network is trained.
-        device: where; the CPU unless given.
-        progress: told how many images have passed in training, `num_passes` for each seed.
+        device: the device to train on, the CPU by default.
+        progress: called with the number of images trained on since the last call; `num_passes` for
+            each seed in all.
 
     Raises:
         DataError: for fewer than 20 images of a set, other shapes, or one set as both.
@@ -90,7 +89,7 @@ def network_two_sample(
             train, train.labels, 2, recipe=recipe, seed=seed, device=device, progress=progress
         )
         correct = predict(model, held_out) == held_out.labels
-        repeats.append(_judged(seed, correct, held_out.labels))
+        repeats.append(_repeat(seed, correct, held_out.labels))
     return TwoSampleReport.of("network", num_images, repeats)
 
 
@@ -106,8 +105,8 @@ def neighbour_two_sample(
     Args:
         real_features: (n, d).
         fake_features: (m, d).
-        num_images: how many of each a repeat draws, as many as both have if they have fewer.
-        seeds: of the repeats.
+        num_images: how many images of each set a repeat draws, limited by the smaller set.
+        seeds: one for each repeat.
 
     Raises:
         DataError: for fewer than 20 images of a set.
@@ -125,65 +124,22 @@ def neighbour_two_sample(
     return TwoSampleReport.of("1-nn", num_images, repeats)
 
 
-def halves(images: ImageSet, *, seed: int = 0) -> tuple[ImageSet, ImageSet]:
-    """Two disjoint random halves: what a test must not tell apart."""
-    order = np.random.default_rng(seed).permutation(len(images))
-    middle = len(images) // 2
-    first, second = order[:middle], order[middle : 2 * middle]
-    return Subset(images, np.sort(first)), Subset(images, np.sort(second))
-
-
-@dataclass(frozen=True, eq=False)
-class _RealAndFake:
-    """Some real images, then some fake ones, labelled by which they are; an image set."""
-
-    real: Subset
-    fake: Subset
-
-    @property
-    def description(self) -> str:
-        return f"{self.real.description} and {self.fake.description}"
-
-    @property
-    def digest(self) -> str:
-        return self.real.digest + self.fake.digest
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.real.shape
-
-    @cached_property
-    def labels(self) -> NDArray[np.int64]:
-        return np.repeat([_REAL, _FAKE], [len(self.real), len(self.fake)])
-
-    @property
-    def classes(self) -> tuple[str, str]:
-        return ("real", "generated")
-
-    def __len__(self) -> int:
-        return len(self.real) + len(self.fake)
-
-    def read(self, indices: NDArray[np.int64]) -> Tensor:
-        is_real = indices < len(self.real)
-        pixels = torch.empty(len(indices), *self.shape, dtype=torch.uint8)
-        if is_real.any():
-            pixels[torch.from_numpy(is_real)] = self.real.read(indices[is_real])
-        if not is_real.all():
-            numbers = indices[~is_real] - len(self.real)
-            pixels[torch.from_numpy(~is_real)] = self.fake.read(numbers)
-        return pixels
-
-
 def _split(
     real: ImageSet, fake: ImageSet, num_images: int, seed: int
-) -> tuple[_RealAndFake, _RealAndFake]:
-    """To train on and to be judged: as many of each set, all different."""
+) -> tuple[Relabelled, Relabelled]:
+    """Images to train on and images to test on: equally many of each set, all different."""
     parts = []
     for kind, images in enumerate((real, fake)):
         order, half = _drawn(len(images), num_images, seed, kind), num_images // 2
         parts.append((Subset(images, order[:half]), Subset(images, order[half : 2 * half])))
     (real_train, real_rest), (fake_train, fake_rest) = parts
-    return _RealAndFake(real_train, fake_train), _RealAndFake(real_rest, fake_rest)
+    return _real_and_fake(real_train, fake_train), _real_and_fake(real_rest, fake_rest)
+
+
+def _real_and_fake(real: ImageSet, fake: ImageSet) -> Relabelled:
+    """The images of both sets, labelled by the set that they are of."""
+    labels = np.repeat([_REAL, _FAKE], [len(real), len(fake)])
+    return Relabelled(Concatenated(real, fake), labels, ("real", "generated"))
 
 
 def _drawn(num_images: int, wanted: int, seed: int, kind: int) -> NDArray[np.int64]:
@@ -191,7 +147,7 @@ def _drawn(num_images: int, wanted: int, seed: int, kind: int) -> NDArray[np.int
     return order[:wanted]
 
 
-def _judged(seed: int, correct: NDArray[np.bool_], labels: NDArray[np.int64]) -> Repeat:
+def _repeat(seed: int, correct: NDArray[np.bool_], labels: NDArray[np.int64]) -> Repeat:
     test = accuracy_test(int(correct.sum()), len(correct))
     real, fake = (
         of_successes(int(correct[labels == kind].sum()), int((labels == kind).sum()))

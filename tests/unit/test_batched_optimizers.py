@@ -9,7 +9,7 @@ from scipy.optimize import minimize, rosen, rosen_der
 from torch import Tensor
 from torch.testing import assert_close
 
-from ganscale.generation.minimisers import Minimum, adam, lbfgs
+from ganscale.generation.batched_optimizers import Minimum, adam, lbfgs
 
 DIM = 12
 

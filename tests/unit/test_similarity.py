@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from ganscale.errors import DataError
 from ganscale.metrics.extractors import EfficientNetLite0
-from ganscale.metrics.likeness import feature_distance, perceptual_distance, psnr, ssim
+from ganscale.metrics.similarity import feature_distance, perceptual_distance, psnr, ssim
 
 
 def noise_images(num: int, side: int = 16, channels: int = 3, seed: int = 0) -> Tensor:

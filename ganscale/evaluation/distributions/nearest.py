@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ganscale.errors import DataError
-from ganscale.evaluation.images import ImageSet, Indices
+from ganscale.evaluation.image_sets import ImageSet, Indices
 from ganscale.metrics.extractors import FeatureExtractor, as_rgb
 
 __all__ = ["Nearest", "features_of", "nearest_in_features", "nearest_in_pixels", "probe_indices"]

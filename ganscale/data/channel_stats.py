@@ -1,4 +1,4 @@
-"""Sums over the values of a set, from which its means, deviations and extremes follow."""
+"""Statistics of each channel of a set's images, which can be added up over shards."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Sums"]
+__all__ = ["ChannelStats"]
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Over the values of some images, each (C,): int64 of pixels, and exact; float64 of floats."""
+class ChannelStats:
+    """Number, sums and extremes of the values of some images, each of shape (C,).
+
+    Those of pixels are int64 and exact, those of floats are float64.
+    """
 
     count: NDArray[Any]
     total: NDArray[Any]
@@ -22,16 +25,16 @@ class Sums:
     high: NDArray[Any]
 
     @classmethod
-    def of(cls, values: NDArray[Any]) -> Sums:
-        """Of one image, (C, H, W)."""
+    def of(cls, values: NDArray[Any]) -> ChannelStats:
+        """The statistics of one image, (C, H, W)."""
         wide = np.int64 if values.dtype == np.uint8 else np.float64
         rows = values.reshape(len(values), -1).astype(wide)
         count = np.full(len(rows), rows.shape[1], dtype=np.int64)
         low, high = rows.min(axis=1), rows.max(axis=1)
         return cls(count, rows.sum(axis=1), np.square(rows).sum(axis=1), low, high)
 
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(
+    def __add__(self, other: ChannelStats) -> ChannelStats:
+        return ChannelStats(
             self.count + other.count,
             self.total + other.total,
             self.squares + other.squares,
@@ -41,12 +44,12 @@ class Sums:
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """Of each channel."""
+        """The mean of each channel, (C,)."""
         mean: NDArray[np.float64] = self.total / self.count
         return mean
 
     @property
     def std(self) -> NDArray[np.float64]:
-        """Of each channel."""
+        """The population standard deviation of each channel, (C,)."""
         std: NDArray[np.float64] = np.sqrt(np.maximum(self.squares / self.count - self.mean**2, 0))
         return std

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ganscale.errors import DataError
-from ganscale.metrics.neighbours import authenticity, nearest, prdc
+from ganscale.metrics.prdc import authenticity, nearest, prdc
 
 
 def draws(num: int, seed: int, shift: float = 0.0) -> Tensor:

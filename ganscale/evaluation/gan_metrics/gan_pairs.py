@@ -16,7 +16,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,13 +26,14 @@ from torch import Tensor, nn
 from ganscale.checkpoint import CheckpointStore, SavedFiles
 from ganscale.config import Config, load_config
 from ganscale.data.shards import ShardSet
-from ganscale.errors import CheckpointError, ConfigError, DataError
-from ganscale.evaluation.images import ImageSet
-from ganscale.generation.sampling import SampleableGenerator
+from ganscale.errors import CheckpointError, DataError
+from ganscale.evaluation.image_sets import ImageSet
+from ganscale.evaluation.run_references import RunReference
+from ganscale.generation.sampler import SampleableGenerator
 from ganscale.models import build_discriminator, build_generator
 from ganscale.run_directory import RunDirectory
 
-__all__ = ["Contestant", "Judge", "judge_all", "load_contestants", "threshold"]
+__all__ = ["GanPair", "Judge", "judge_all", "load_gan_pairs", "threshold"]
 
 _ROWS = 64
 
@@ -72,7 +72,7 @@ class Judge:
 
 
 @dataclass(frozen=True, eq=False)
-class Contestant:
+class GanPair:
     """One run at one position."""
 
     name: str
@@ -85,7 +85,7 @@ class Contestant:
     """The `model` section that both were built from."""
 
 
-def load_contestants(texts: Sequence[str], *, device: str = "cpu") -> list[Contestant]:
+def load_gan_pairs(texts: Sequence[str], *, device: str = "cpu") -> list[GanPair]:
     """The players of runs, each at a checkpoint that verifies.
 
     Args:
@@ -93,13 +93,15 @@ def load_contestants(texts: Sequence[str], *, device: str = "cpu") -> list[Conte
             many thousand images. Checkpoints are where the run's configuration says.
         device: where the players will work.
 
-    Contestants are called by the run's name and position, by its path where that is not enough.
+    Pairs are named by the run's name and position, by its path where that is not enough.
     Raises `CheckpointError` when there is no such checkpoint, or it cannot be read.
     """
     found = [_load(text, device) for text in texts]
-    names = Counter(contestant.name for contestant in found)
+    names = Counter(pair.name for pair in found)
     return [
-        replace(c, name=f"{_split(text)[0]}@{c.nimg / 1000:g}") if names[c.name] > 1 else c
+        replace(c, name=f"{RunReference.parse(text).path}@{c.nimg / 1000:g}")
+        if names[c.name] > 1
+        else c
         for text, c in zip(texts, found, strict=True)
     ]
 
@@ -109,8 +111,9 @@ def threshold(real_logits: Floats, fake_logits: Floats) -> float:
     return float(np.median(np.concatenate([real_logits, fake_logits])))
 
 
-def _load(text: str, device: str) -> Contestant:
-    root, kimg = _split(text)
+def _load(text: str, device: str) -> GanPair:
+    reference = RunReference.parse(text)
+    root, kimg = reference.path, reference.kimg
     run_dir = RunDirectory(root)
     if not run_dir.config.is_file():
         raise CheckpointError(f"{text} is not a run: it has no {run_dir.config.name}")
@@ -125,7 +128,7 @@ def _load(text: str, device: str) -> Contestant:
             + (f"some at {there} kimg" if there else "none")
         )
     try:
-        return _contestant(root.name, files, device)
+        return _gan_pair(root.name, files, device)
     except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{store.where(files.name)} has no such players: {reason}") from None
@@ -157,7 +160,7 @@ def judge_all(
     return found
 
 
-def _contestant(run: str, files: SavedFiles, device: str) -> Contestant:
+def _gan_pair(run: str, files: SavedFiles, device: str) -> GanPair:
     """Raises `KeyError`, `TypeError` or `RuntimeError` if the state is not that of its models."""
     spec: dict[str, Any] = files.meta["config"]["model"]
     state, nimg = files.state(), files.name.nimg
@@ -165,7 +168,7 @@ def _contestant(run: str, files: SavedFiles, device: str) -> Contestant:
     generator.load_state_dict(state["averages"][""]["generator"])
     discriminator.load_state_dict(state["D"]["model"])
     discriminator.to(device).eval().requires_grad_(False)
-    return Contestant(
+    return GanPair(
         name=f"{run}@{nimg / 1000:g}",
         nimg=nimg,
         generator=SampleableGenerator(
@@ -185,18 +188,6 @@ def _classes(shards: str) -> list[str]:
         return list(ShardSet.load(shards).classes)
     except DataError:
         return []
-
-
-def _split(text: str) -> tuple[Path, float | None]:
-    """RUN or RUN@KIMG; a folder whose own name has an @ is itself."""
-    path = Path(text).expanduser().absolute()
-    run, at, kimg = str(path).rpartition("@")
-    if not at or path.is_dir():
-        return path, None
-    try:
-        return Path(run), float(kimg)
-    except ValueError:
-        raise ConfigError(f"{text}: expected RUN or RUN@KIMG") from None
 
 
 def _due_by(kimg: float, config: Config) -> int:

@@ -17,13 +17,19 @@ from torch import Tensor
 
 from ganscale.config import MetricName, load_config
 from ganscale.errors import ConfigError
-from ganscale.evaluation.distribution import Workload, evaluate
-from ganscale.evaluation.features import FeatureCache
-from ganscale.evaluation.images import GeneratedImages, ImageSet
-from ganscale.evaluation.reconstruction import By, Reconstructor, likeness, reconstruct
+from ganscale.evaluation.distributions.evaluate import Workload, evaluate
+from ganscale.evaluation.distributions.features import FeatureCache
+from ganscale.evaluation.image_sets import GeneratedImages, ImageSet
+from ganscale.evaluation.reconstruction.reconstruct import (
+    By,
+    Reconstructor,
+    reconstruct,
+    similarity,
+)
+from ganscale.evaluation.run_references import containing_run
 from ganscale.generation.degradations import Degradation
 from ganscale.generation.inversion import Search
-from ganscale.generation.sampling import snapshot_file
+from ganscale.generation.snapshot import snapshot_file
 from ganscale.metrics.extractors import EfficientNetLite0, FeatureExtractor
 from ganscale.metrics.intervals import Estimate, of_repeats
 from ganscale.run_directory import RunDirectory
@@ -32,7 +38,7 @@ from ganscale.world import World
 
 __all__ = ["Cost", "Entry", "Judges", "Restored", "cost_of", "enter", "quality", "restored"]
 
-Started = Callable[[str, int | None], Callable[[int], None]]
+StartTask = Callable[[str, int | None], Callable[[int], None]]
 
 _MEMORY = ("gpu/peak_memory_gib", "workers/0/memory_gib")
 """On a GPU, and of the process where there is none: in order of preference."""
@@ -124,10 +130,9 @@ def enter(text: str, search: Search, *, device: str = "cpu") -> Entry:
     Raises `ConfigError` if it is no part of a run, `CheckpointError` if it has no snapshot.
     """
     snapshot = snapshot_file(Path(text).expanduser().absolute())
-    roots = [folder for folder in snapshot.parents if RunDirectory(folder).config.is_file()]
-    if not roots:
+    run_dir = containing_run(snapshot)
+    if run_dir is None:
         raise ConfigError(f"{text} is not part of a run: expected its folder, or a snapshot in it")
-    run_dir = RunDirectory(roots[0])
     by_default = Reconstructor.load(snapshot, search=search, device=device)
     names: tuple[By, ...] = ("encoder", "inversion") if by_default.encoder else ("inversion",)
     ways = {by: Reconstructor(by_default.generator, by_default.encoder, by, search) for by in names}
@@ -160,7 +165,7 @@ def quality(
     metric: MetricName,
     num_images: int,
     planned: Callable[[Workload], None],
-    started: Started,
+    start_task: StartTask,
 ) -> Mapping[str, Estimate]:
     """What a metric says of `num_images` samples, for seeds from 0, beside the reference."""
     samples = GeneratedImages.of_snapshot(entry.snapshot, num_images, device=judges.world.device)
@@ -174,7 +179,7 @@ def quality(
         cache=FeatureCache(),
         resume_samples=True,
         planned=planned,
-        started=started,
+        start_task=start_task,
         device=judges.world.device,
     )
     assert found is not None
@@ -188,7 +193,7 @@ def restored(
     judges: Judges,
     *,
     seed: int,
-    started: Started,
+    start_task: StartTask,
 ) -> tuple[Tensor, list[Restored]]:
     """The truth, uint8 (n, C, H, W), and what each way of each run makes of it, the trivial first.
 
@@ -199,7 +204,7 @@ def restored(
     for entry in entries:
         for by, way in entry.ways.items():
             name = f"{entry.name}, {by}"
-            progress = started(f"{degradation.name}: {name}", way.num_steps(len(images)))
+            progress = start_task(f"{degradation.name}: {name}", way.num_steps(len(images)))
             began = time.perf_counter()
             made = reconstruct(way, images, degradation, judges.world, seed=seed, progress=progress)
             seconds = (time.perf_counter() - began) / len(images)
@@ -214,6 +219,6 @@ def restored(
 def _judged(
     name: str, images: Tensor, truth: Tensor, judges: Judges, seconds: float | None
 ) -> Restored:
-    each = likeness(images, truth, judges.extractor, judges.network)
+    each = similarity(images, truth, judges.extractor, judges.network)
     figures = {metric: of_repeats(values.tolist()) for metric, values in each.items()}
     return Restored(name, figures, seconds, images)

@@ -23,25 +23,26 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ganscale.config import MetricName
 from ganscale.errors import DataError
-from ganscale.evaluation.features import (
+from ganscale.evaluation.distributions.features import (
     FeatureCache,
     Features,
-    Started,
+    StartTask,
     extract,
     plan_reference,
 )
-from ganscale.evaluation.images import ImageSet, with_classes_of
-from ganscale.evaluation.two_sample import neighbour_two_sample
+from ganscale.evaluation.gan_metrics.two_sample import neighbour_two_sample
+from ganscale.evaluation.image_sets import ImageSet
+from ganscale.evaluation.image_views import with_classes_of
 from ganscale.metrics.extractors import FeatureExtractor
-from ganscale.metrics.frechet import frechet_distance, frechet_estimate, frechet_infinity
+from ganscale.metrics.fid import frechet_distance, frechet_estimate, frechet_infinity
 from ganscale.metrics.inception_score import inception_score
 from ganscale.metrics.intervals import Estimate, of_repeats
-from ganscale.metrics.kernel import kernel_distance
-from ganscale.metrics.neighbours import authenticity, prdc
+from ganscale.metrics.kid import kernel_distance
+from ganscale.metrics.prdc import authenticity, prdc
 from ganscale.metrics.statistics import Moments
 from ganscale.world import World
 
-__all__ = ["METRICS", "Evaluation", "Protocol", "Started", "Workload", "column_of", "evaluate"]
+__all__ = ["METRICS", "Evaluation", "Protocol", "StartTask", "Workload", "column_of", "evaluate"]
 
 METRICS: tuple[MetricName, ...] = get_args(MetricName)
 
@@ -124,7 +125,7 @@ def evaluate(
     cache: FeatureCache | None = None,
     resume_samples: bool = False,
     planned: Callable[[Workload], None] = lambda workload: None,
-    started: Started = lambda what, total: lambda num: None,
+    start_task: StartTask = lambda what, total: lambda num: None,
     device: str = "cpu",
 ) -> Evaluation | None:
     """Compare images with a reference; the figures are on rank 0, None elsewhere.
@@ -142,7 +143,7 @@ def evaluate(
         resume_samples: whether an interrupted pass over the samples goes on, by the cache; their
             digest must then tell different samples apart.
         planned: called on every rank when it is known how many images will be extracted.
-        started: called with each part and its number of images; what it returns is called with
+        start_task: called with each part and its number of images; what it returns is called with
             progress.
         device: where distances between features are computed.
 
@@ -185,18 +186,18 @@ def evaluate(
     seconds: dict[str, float] = {}
     with _timed("reference", seconds):
         plan = plan_reference(
-            reference, extractor, world, num_rows=num_rows, cache=cache, started=started
+            reference, extractor, world, num_rows=num_rows, cache=cache, start_task=start_task
         )
         statistics = "" if plan.statistics is None else plan.statistics.name
         planned(Workload(len(samples), plan.num_missing, statistics))
-        of_reference = plan.features(extractor, world, cache=cache, started=started)
+        of_reference = plan.features(extractor, world, cache=cache, start_task=start_task)
     protocol = replace(
         protocol,
         reference_statistics=statistics or protocol.reference_statistics,
         num_reference_rows=len(plan.row_indices),
     )
     with _timed("samples", seconds):
-        progress = started(samples.description, len(samples))
+        progress = start_task(samples.description, len(samples))
         if cache is not None and resume_samples:
             of_samples = cache.extract(samples, extractor, world, keep=False, progress=progress)
         else:
@@ -207,7 +208,7 @@ def evaluate(
     comparison = _Comparison(of_samples, of_reference, extractor, device)
     for metric in metrics:
         with _timed(metric, seconds):
-            started(metric, None)
+            start_task(metric, None)
             try:
                 found |= _FIGURES[metric](comparison)
             except (DataError, LinAlgError, MemoryError, torch.OutOfMemoryError) as error:
