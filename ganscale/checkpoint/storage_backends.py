@@ -16,6 +16,7 @@ from typing import IO, Any, Protocol
 
 import fsspec
 
+from ganscale.atomic_files import write_bytes
 from ganscale.data.storage import is_url
 from ganscale.errors import ConfigError
 
@@ -132,16 +133,7 @@ class LocalBackend:
         return True
 
     def replace(self, name: str, data: bytes) -> None:
-        path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Two processes of one run may replace a file at once.
-        temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_bytes(self.root / name, data, fsync=False)
 
     def remove(self, name: str) -> None:
         (self.root / name).unlink(missing_ok=True)

@@ -31,6 +31,7 @@ import webdataset as wds
 from filelock import FileLock, Timeout
 from PIL import ImageColor
 
+from ganscale.atomic_files import replacing
 from ganscale.data.channel_stats import ChannelStats
 from ganscale.data.encodings import ENCODINGS, NPY, PNG, Encoding
 from ganscale.data.images import Normalised
@@ -241,12 +242,8 @@ class _BuiltShard:
                 "changes": dict(self.changes.items()),
             }
         )
-        temporary = path.with_name(f"{path.name}.tmp")
-        with temporary.open("wb") as file:
+        with replacing(path) as file:
             np.savez(file, samples=self.samples, text=text, **vars(self.stats))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> _BuiltShard:
@@ -326,21 +323,16 @@ def _build_shard(recipe: _Recipe, folder: Path, number: int, ids: tuple[int, ...
             return _BuiltShard.load(record)
     source = _opened(recipe.spec, recipe.fingerprint)
     summary = _Summary()
-    temporary = folder / f".{path.name}.tmp"
-    with temporary.open("wb") as file:
-        with _tar_writer(file) as writer:
-            for index in ids:
-                name, label = source.name(index), source.label(index)
-                data = source.read(index)
-                with _named(name):
-                    normalised = recipe.normalised(data, source.encoding)
-                    summary.add(normalised, source.encoding, name)
-                fields = {} if label < 0 else {"cls": str(label).encode()}
-                fields[source.encoding.suffix] = normalised.data
-                writer.write({"__key__": f"{index:06d}", **fields})
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with replacing(path) as file, _tar_writer(file) as writer:
+        for index in ids:
+            name, label = source.name(index), source.label(index)
+            data = source.read(index)
+            with _named(name):
+                normalised = recipe.normalised(data, source.encoding)
+                summary.add(normalised, source.encoding, name)
+            fields = {} if label < 0 else {"cls": str(label).encode()}
+            fields[source.encoding.suffix] = normalised.data
+            writer.write({"__key__": f"{index:06d}", **fields})
     built = summary.shard(path, _rows(path))
     built.save(record)
     return built
@@ -513,6 +505,8 @@ def _partial_folder(out: Path, fingerprint: str) -> Iterator[Path]:
             for path in folder.iterdir():
                 path.unlink()
             note.write_text(fingerprint)
+        for path in folder.glob(".*.tmp"):  # which a killed build was writing
+            path.unlink()
         yield folder
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ganscale.atomic_files import write_bytes
 from ganscale.data.encodings import ENCODINGS, Encoding
 from ganscale.data.storage import (
     LocalStore,
@@ -200,8 +200,8 @@ class ShardSet:
 
     def save(self, folder: Path) -> None:
         """Write samples.npy, then index.json, each under a temporary name and renamed."""
-        _write(folder / SAMPLES_NAME, _to_npy(self.samples))
-        _write(folder / INDEX_NAME, _to_json(self).encode())
+        write_bytes(folder / SAMPLES_NAME, _to_npy(self.samples))
+        write_bytes(folder / INDEX_NAME, _to_json(self).encode())
 
 
 def verify_shards(shard_set: ShardSet, progress: Progress = lambda num_samples: None) -> list[str]:
@@ -268,12 +268,3 @@ def _to_npy(samples: Samples) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, samples, allow_pickle=False)
     return buffer.getvalue()
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

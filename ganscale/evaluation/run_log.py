@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ganscale.evaluation.distributions.evaluate import Evaluation
 from ganscale.evaluation.image_sets import GeneratedImages, ImageSet
+from ganscale.json_lines import read_lines
 from ganscale.run_directory import RunDirectory
-from ganscale.tracking.history import read_lines
 from ganscale.tracking.sinks import EventLog, JsonlSink
 
 __all__ = ["log_evaluation"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import ganscale
+from ganscale.atomic_files import write_bytes
 from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import CheckpointError
 from ganscale.generation.sampler import SampleableGenerator
@@ -57,7 +57,7 @@ def save_snapshot(
 ) -> None:
     """Write a generator, its description and other networks to `path`, complete or not at all.
 
-    The file has the permissions that the umask gives. `classes` are the names of the training
+    `classes` are the names of the training
     set's classes by label. Others are those of `OTHERS`, by name; `values` is what the generator's
     images hold.
     """
@@ -71,14 +71,8 @@ def save_snapshot(
         state |= {f"{kind}/{name}": tensor for name, tensor in network.state_dict().items()}
     weights = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     info["sha256"] = _sha256(weights)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    # `save_file` of safetensors makes a file that nobody else may read.
-    with temporary.open("wb") as file:
-        file.write(save(weights, metadata={_METADATA_KEY: json.dumps(info)}))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    # `save_file` of safetensors would make a file that nobody else may read.
+    write_bytes(path, save(weights, metadata={_METADATA_KEY: json.dumps(info)}))
 
 
 def load_generator(path: str | Path, *, device: str = "cpu") -> SampleableGenerator:

@@ -26,7 +26,8 @@ import yaml
 from ganscale.config import Config
 from ganscale.data.storage import is_url
 from ganscale.errors import CheckpointError
-from ganscale.run_directory import RunDirectory, add_missing_lines, end_of_lines
+from ganscale.json_lines import add_missing_lines, end_of_lines
+from ganscale.run_directory import RunDirectory
 
 if TYPE_CHECKING:  # they load torch, which the driver's side of a copy does without
     from ganscale.checkpoint import CheckpointStore

@@ -6,7 +6,6 @@ whether the workers are this process, Ray's on this machine, or on another one t
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import threading
@@ -21,7 +20,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
-from ganscale.run_directory import RunDirectory, end_of_lines
+from ganscale.json_lines import end_of_lines, parse_lines
+from ganscale.run_directory import RunDirectory
 from ganscale.tracking.sinks import WRONG
 
 __all__ = ["RunFollower", "counting", "progress_bars", "stderr_console"]
@@ -260,13 +260,4 @@ class _Tail:
             data = file.read()
         complete = data[: data.rfind(b"\n") + 1]
         self._offset += len(complete)
-        return list(_parsed(complete.splitlines()))
-
-
-def _parsed(lines: list[bytes]) -> Iterator[dict[str, Any]]:
-    """The rows; half a line, left by a killed writer, is none."""
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
+        return parse_lines(complete)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 import ganscale
+from ganscale.atomic_files import write_text
 from ganscale.checkpoint import (
     Attempt,
     BackgroundWriter,
@@ -32,7 +33,8 @@ from ganscale.checkpoint import (
 from ganscale.config import Config
 from ganscale.data.storage import RetryPolicy
 from ganscale.errors import CheckpointError, GanscaleError
-from ganscale.run_directory import RunDirectory, add_missing_lines, write_text
+from ganscale.json_lines import add_missing_lines
+from ganscale.run_directory import RunDirectory
 from ganscale.training.distribute import broadcast_bytes
 from ganscale.world import World
 

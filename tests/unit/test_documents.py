@@ -18,10 +18,11 @@ from ganscale.checkpoint import CheckpointStore
 from ganscale.checkpoint.store import saved_state
 from ganscale.config import Config, load_config
 from ganscale.errors import CheckpointError, ConfigError
+from ganscale.json_lines import add_missing_lines
 from ganscale.launch import home, start
 from ganscale.launch.documents import Copy, recall, store_copy
 from ganscale.launch.home import Home, marked
-from ganscale.run_directory import RunDirectory, add_missing_lines
+from ganscale.run_directory import RunDirectory
 from ganscale.world import World
 
 SETTLED = time.time() - 60

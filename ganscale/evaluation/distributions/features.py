@@ -26,10 +26,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch import distributed as dist
 
+from ganscale.atomic_files import write_bytes
 from ganscale.evaluation.distributions.blocks import BLOCK, map_blocks, numbers_of_block
 from ganscale.evaluation.distributions.precomputed import (
     PrecomputedStatistics,
@@ -103,12 +104,9 @@ class PartialFeatures:
 
     def add(self, block: int, features: Tensor) -> None:
         """Keep a block's features; without room for them the pass goes on unkept."""
-        path = self._path(block)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with suppress(OSError, SafetensorError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            save_file({"features": features.contiguous()}, temporary)
-            temporary.replace(path)
+        with suppress(OSError):
+            data = save({"features": features.contiguous()})
+            write_bytes(self._path(block), data, fsync=False)
 
     def remove(self) -> None:
         """Remove all blocks, when the pass is complete."""
@@ -246,13 +244,9 @@ class FeatureCache:
         }
         if features.labels is not None:
             tensors["labels"] = torch.from_numpy(features.labels)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary)
-            temporary.replace(path)
-        except (SafetensorError, OSError) as error:
-            temporary.unlink(missing_ok=True)
+            write_bytes(path, save(tensors), fsync=False)
+        except OSError as error:
             warnings.warn(f"features of {path} could not be kept: {error}", stacklevel=2)
 
 
