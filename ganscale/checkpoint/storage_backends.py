@@ -101,13 +101,13 @@ class LocalBackend:
         self.location = str(self.root)
 
     def files(self) -> list[str]:
-        found = []
+        paths = []
         for folder, folders, names in os.walk(self.root):
             path = Path(folder).relative_to(self.root)
-            found += [(path / name).as_posix() for name in names]
+            paths += [(path / name).as_posix() for name in names]
             if not names and not folders and Path(folder) != self.root:
-                found.append(f"{path.as_posix()}/")
-        return sorted(found)
+                paths.append(f"{path.as_posix()}/")
+        return sorted(paths)
 
     def exists(self, name: str) -> bool:
         return (self.root / name).is_file()

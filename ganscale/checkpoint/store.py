@@ -123,8 +123,8 @@ class CheckpointStore:
     def names(self) -> list[CheckpointName]:
         """The checkpoints that have a manifest, by position, whether they verify or not."""
         folders = [f.rpartition("/") for f in self.backend.files()]
-        found = [CheckpointName.parse(path) for path, _, file in folders if file == _MANIFEST]
-        return sorted(name for name in found if name is not None)
+        names = [CheckpointName.parse(path) for path, _, file in folders if file == _MANIFEST]
+        return sorted(name for name in names if name is not None)
 
     def attempts(self) -> list[Attempt]:
         """The attempts so far, first to last; one whose claim is unreadable wrote nothing else."""
@@ -360,12 +360,12 @@ class CheckpointStore:
         files = self.backend.files()
         whole = {f.rpartition("/")[0] for f in files if f.endswith(f"/{_MANIFEST}")}
         folders = {f.partition("/")[0] for f in files if "/" in f} - {_ATTEMPTS, _DAMAGED}
-        found = []
+        unfinished = []
         for path in sorted(folders):
             name = CheckpointName.parse(path.rpartition(".tmp-")[2].removeprefix("removed-"))
             if name is not None and (path.startswith(".tmp-") or path not in whole):
-                found.append(Unfinished(path, name.attempt))
-        return found
+                unfinished.append(Unfinished(path, name.attempt))
+        return unfinished
 
     def _best(self, line: Sequence[CheckpointName], retention: Retention) -> list[CheckpointName]:
         """The `keep_best` with the best metric, of those that have one."""
@@ -381,8 +381,8 @@ class CheckpointStore:
         return [name for _, name in scored[: retention.keep_best]]
 
     def _numbers(self) -> list[int]:
-        found = [_CLAIM.fullmatch(file) for file in self.backend.files()]
-        return sorted(int(match[1]) for match in found if match is not None)
+        claims = [_CLAIM.fullmatch(file) for file in self.backend.files()]
+        return sorted(int(match[1]) for match in claims if match is not None)
 
     def _attempt(self, number: int) -> Attempt | None:
         """What a claim says; if it is unreadable, what a checkpoint of that attempt says of it."""

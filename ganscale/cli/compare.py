@@ -213,14 +213,14 @@ def compare(
     judges.extractor.to(world.device)
     judges.network.to(world.device)
     with process_group(world), progress_bars(stderr_console()) as start_task:
-        found = {}
+        results = {}
         for degradation in wanted:  # pictures first: features of samples take far longer
             task = degradation.name
-            found[task] = of.restored(
+            results[task] = of.restored(
                 entries, subject, degradation, judges, seed=seed, start_task=start_task
             )
-            _print_task(task, found[task][1])
-            _draw(*found[task], out / f"{task.replace(' ', '-')}.png")
+            _print_task(task, results[task][1])
+            _draw(*results[task], out / f"{task.replace(' ', '-')}.png")
         costs = [of.cost_of(entry) for entry in entries]
         qualities = [
             of.quality(
@@ -242,7 +242,7 @@ def compare(
         "images": subject.description,
         "extractor_digest": judges.extractor.digest,
         "search": vars(search),
-        "tasks": {task: [way.to_json() for way in ways] for task, (_, ways) in found.items()},
+        "tasks": {task: [way.to_json() for way in ways] for task, (_, ways) in results.items()},
     }
     write_json(out / "figures.json", figures)
     typer.echo(f"wrote a picture of each task and figures.json to {out}")

@@ -124,7 +124,7 @@ def evaluate(
     console = stderr_console()
 
     with process_group(world), progress_bars(console if world.is_main else None) as start_task:
-        found = compare(
+        evaluation = compare(
             samples,
             of_reference,
             network,
@@ -138,11 +138,11 @@ def evaluate(
             start_task=start_task,
             device=world.device,
         )
-        if found is None:
+        if evaluation is None:
             return
         of_test = None if test is None else open_images(test, split="test", scratch=scratch)
-        found = with_classifier_metrics(
-            found,
+        evaluation = with_classifier_metrics(
+            evaluation,
             classifier_metrics,
             samples,
             of_reference,
@@ -150,10 +150,10 @@ def evaluate(
             device=world.device,
             start_task=start_task,
         )
-    print_table(found)
+    print_table(evaluation)
     if run is not None:
-        log_evaluation(run, samples, found)
-    write_json(json_file, found.to_json())
+        log_evaluation(run, samples, evaluation)
+    write_json(json_file, evaluation.to_json())
 
 
 def _one_of(run: Path | None, snapshot: Path | None, images: str | None) -> str:
@@ -176,9 +176,9 @@ def _metrics(text: str, known: tuple[str, ...]) -> list[str]:
     return names
 
 
-def print_table(found: Evaluation) -> None:
+def print_table(evaluation: Evaluation) -> None:
     """The protocol, then a row for each figure."""
-    protocol = found.protocol
+    protocol = evaluation.protocol
     typer.echo(f"samples    {protocol.samples}")
     typer.echo(f"reference  {protocol.reference}")
     if protocol.num_reference_rows:
@@ -187,15 +187,15 @@ def print_table(found: Evaluation) -> None:
     if protocol.reference_statistics != "extracted":
         typer.echo(f"           included mean and covariance of {protocol.reference_statistics}")
     typer.echo(f"features   {protocol.extractor}, {protocol.resizer}")
-    width = max(len("metric"), *map(len, (*found.metrics, *found.skipped)))
+    width = max(len("metric"), *map(len, (*evaluation.metrics, *evaluation.skipped)))
     typer.echo(f"\n{'metric':{width}} {'value':>9}  {'95 % interval':20}  better")
-    for name, value in found.metrics.items():
+    for name, value in evaluation.metrics.items():
         bounds = "" if value.low is None else f"{value.low:.4g} to {value.high:.4g}"
         better = _better(name, protocol)
         typer.echo(f"{name:{width}} {value.value:9.4g}  {bounds:20}  {better}".rstrip())
-    for name, reason in found.skipped.items():
+    for name, reason in evaluation.skipped.items():
         typer.echo(f"{name:{width}} {'-':>9}  {reason}")
-    typer.echo(f"\n{sum(found.seconds.values()):.0f} s")
+    typer.echo(f"\n{sum(evaluation.seconds.values()):.0f} s")
 
 
 def _better(column: str, protocol: Protocol) -> str:

@@ -94,16 +94,16 @@ def directions(
     from ganscale.generation.pictures import lay_out, write_picture
 
     sampler = _latent_sampler(path, truncation_psi, device)
-    found = directions_of(sampler, num)
+    directions = directions_of(sampler, num)
     offsets = torch.linspace(-extent, extent, steps)
     strips = [
-        edited(sampler, seed, found.vectors, offsets, label=label)
+        edited(sampler, seed, directions.vectors, offsets, label=label)
         for seed in _numbers("--seeds", seeds)
     ]
     rows = torch.stack(strips, 1).flatten(0, 1)  # the seeds of a direction under each other
     write_picture(lay_out(rows, scale=scale), out)
     typer.echo("direction  eigenvalue")
-    for number, value in enumerate(found.eigenvalues.tolist()):
+    for number, value in enumerate(directions.eigenvalues.tolist()):
         typer.echo(f"{number:9d}  {value:10.4g}")
     typer.echo(f"wrote {len(rows)} strips to {out}")
 
@@ -172,7 +172,7 @@ def nearest(
     )
     typer.echo("    seed   features  of typical     pixels  of typical")
     for row, number in enumerate(seeds):
-        near = [found.distances[row, 0].item() for found in (by_features, by_pixels)]
+        near = [nearest.distances[row, 0].item() for nearest in (by_features, by_pixels)]
         shares = near[0] / by_features.typical, near[1] / by_pixels.typical
         typer.echo(
             f"{number:8d} {near[0]:10.4g} {shares[0]:11.2f} {near[1]:10.4g} {shares[1]:11.2f}"

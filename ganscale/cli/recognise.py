@@ -68,7 +68,7 @@ def probe(
         "pixels": lambda _: scaled_pixels,
     }
     with progress_bars(stderr_console()) as start_task:
-        found = [
+        results = [
             measure(
                 name,
                 describe_of,
@@ -84,9 +84,9 @@ def probe(
     typer.echo(f"train  {min(num, len(of_train))} of {of_train.description}, {seeds} seeds")
     typer.echo(f"test   {of_test.description}\n")
     typer.echo(f"{'features':44} {'number':>7}  accuracy")
-    for result in found:
+    for result in results:
         typer.echo(f"{result.features:44} {result.num_features:7d}  {_per_cent(result.accuracy)}")
-    write_json(json_file, {"results": [result.to_json() for result in found]})
+    write_json(json_file, {"results": [result.to_json() for result in results]})
 
 
 @recognise.command(
@@ -132,7 +132,7 @@ def augment(
     recipe = replace(SHORT_SCORE, num_passes=passes)
     total = 2 * passes * seeds * len(numbers)
     with counting("training classifiers", total, stderr_console()) as progress:
-        found = [
+        results = [
             augment_with_samples(
                 of_train,
                 samples,
@@ -148,10 +148,10 @@ def augment(
     typer.echo(f"{samples.description}; {passes} images passed in each training, {seeds} seeds")
     typer.echo(f"test   {of_test.description}\n")
     typer.echo(f"{'real images':>11}  {'real alone':26} {'with generated':26} gain")
-    for row in found:
+    for row in results:
         columns = f"{_per_cent(row.real):26} {_per_cent(row.both):26} {_per_cent(row.gain)}"
         typer.echo(f"{row.num_real:11d}  {columns}")
-    write_json(json_file, {"results": [row.to_json() for row in found]})
+    write_json(json_file, {"results": [row.to_json() for row in results]})
 
 
 @recognise.command(
@@ -186,7 +186,7 @@ def semi_supervised(
             progress(1)
     typer.echo(f"test   {of_test.description}\n")
     typer.echo(f"{'runs':52} {'seeds':>5}  accuracy")
-    rows = {kind: of_repeats(list(found.values())) for kind, found in by_kind.items()}
+    rows = {kind: of_repeats(list(accuracies.values())) for kind, accuracies in by_kind.items()}
     for kind, estimate in rows.items():
         typer.echo(f"{kind:52} {len(by_kind[kind]):5d}  {_per_cent(estimate)}")
     write_json(json_file, {"runs": by_kind, "accuracy": {k: vars(e) for k, e in rows.items()}})

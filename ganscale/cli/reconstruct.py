@@ -134,11 +134,12 @@ def reconstruct(
         protocol["search"] = {**vars(search), "prior": search.prior_for(degradation)}
     _write_figures(compared, protocol, out)
     _print(compared.figures, protocol)
-    typer.echo(f"wrote {len(compared.found.images)} images, grid.png and figures.json to {out}")
+    num_images = len(compared.reconstructed.images)
+    typer.echo(f"wrote {num_images} images, grid.png and figures.json to {out}")
 
 
 class _Compared(NamedTuple):
-    found: Reconstructed
+    reconstructed: Reconstructed
     figures: dict[str, dict[str, Tensor]]
     """By kind of reconstruction and measure, (n,)."""
     features: FeatureExtractor
@@ -163,29 +164,35 @@ def _restore_and_compare(
     with process_group(world), progress_bars(console) as start_task:
         total = reconstructor.num_steps(len(images))
         progress = start_task(f"{degradation.name} by {reconstructor.by}", total)
-        found = reconstruct(reconstructor, images, degradation, world, seed=seed, progress=progress)
-        if found is None:
+        reconstructed = reconstruct(
+            reconstructor, images, degradation, world, seed=seed, progress=progress
+        )
+        if reconstructed is None:
             return None
-        _write_pictures(found, out)
+        _write_pictures(reconstructed, out)
         network, features = EfficientNetLite0(), open_extractor(extractor)
         network.to(world.device)
         features.to(world.device)
         start_task("comparing", None)
         figures = {
-            "trivial": similarity(found.trivial, found.truth, features, network),
-            "reconstruction": similarity(found.images, found.truth, features, network),
+            "trivial": similarity(reconstructed.trivial, reconstructed.truth, features, network),
+            "reconstruction": similarity(
+                reconstructed.images, reconstructed.truth, features, network
+            ),
         }
-    return _Compared(found, figures, features)
+    return _Compared(reconstructed, figures, features)
 
 
-def _write_pictures(found: Reconstructed, out: Path) -> None:
+def _write_pictures(reconstructed: Reconstructed, out: Path) -> None:
     import torch
 
     from ganscale.generation.pictures import lay_out, write_picture
 
-    for number, image in enumerate(found.images):
+    for number, image in enumerate(reconstructed.images):
         write_picture(image, out / "images" / f"{number:06d}.png")
-    shown = torch.stack([found.inputs, found.images, found.truth])[:, :_COLUMNS]
+    shown = torch.stack([reconstructed.inputs, reconstructed.images, reconstructed.truth])[
+        :, :_COLUMNS
+    ]
     write_picture(lay_out(shown, scale=2), out / "grid.png")
 
 

@@ -148,9 +148,9 @@ def _image_folder(folder: Path) -> Iterator[int]:
 def _unpack(shard_set: ShardSet, folder: Path) -> None:
     """The set's first images as files in class folders."""
     samples = np.arange(min(_FOLDER_IMAGES, shard_set.num_samples))
-    found = shard_set.store.read_spans(shard_set.spans(samples))
+    contents = shard_set.store.read_spans(shard_set.spans(samples))
     labels = shard_set.samples["label"][samples].tolist()
-    for number, (data, label) in enumerate(zip(found, labels, strict=True)):
+    for number, (data, label) in enumerate(zip(contents, labels, strict=True)):
         if isinstance(data, Exception):
             raise data
         path = folder / f"class{label}" / f"{number}.png"

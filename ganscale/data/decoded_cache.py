@@ -64,9 +64,9 @@ class DecodedImages:
         if valid.all():
             return Images(self.pixels.take(samples), valid)
         fresh = self.reader.read(samples[~valid])
-        found = samples[~valid][fresh.valid]
-        self.pixels.put(found, fresh.pixels)
-        self._known[found] = True
+        decoded = samples[~valid][fresh.valid]
+        self.pixels.put(decoded, fresh.pixels)
+        self._known[decoded] = True
         valid = self._known[samples]
         return Images(self.pixels.take(samples[valid]), valid, fresh.damaged)
 

@@ -92,12 +92,12 @@ class ShardImages:
 
     def read(self, samples: NDArray[np.int64]) -> Images:
         crc32s = self.shard_set.samples["crc32"][samples].tolist()
-        found = self._found(self.shard_set.spans(samples), crc32s)
+        contents = self._read_spans(self.shard_set.spans(samples), crc32s)
         shape = (len(samples), *self.shard_set.image_shape)
         pixels = np.empty(shape, dtype=self.shard_set.values.numpy_dtype)
         valid = np.ones(len(samples), dtype=np.bool_)
         damaged = []
-        for place, (data, crc32) in enumerate(zip(found, crc32s, strict=True)):
+        for place, (data, crc32) in enumerate(zip(contents, crc32s, strict=True)):
             try:
                 pixels[place] = self._decoded(data, crc32)
             except DataError as error:
@@ -108,15 +108,15 @@ class ShardImages:
             pixels = pixels[valid]
         return Images(torch.from_numpy(pixels), valid, tuple(damaged))
 
-    def _found(self, spans: list[Span], crc32s: list[int]) -> list[bytes | MissingData]:
-        """The spans' bytes; what differs from the index is read twice, lest the way be at fault."""
-        found = self.store.read_spans(spans)
-        doubtful = [place for place, data in enumerate(found) if not _is(data, crc32s[place])]
+    def _read_spans(self, spans: list[Span], crc32s: list[int]) -> list[bytes | MissingData]:
+        """The bytes of spans; those that differ from the index are read again, as networks err."""
+        contents = self.store.read_spans(spans)
+        doubtful = [place for place, data in enumerate(contents) if not _is(data, crc32s[place])]
         if doubtful:
             again = self.store.read_spans([spans[place] for place in doubtful])
             for place, data in zip(doubtful, again, strict=True):
-                found[place] = data
-        return found
+                contents[place] = data
+        return contents
 
     def prefetch(self, samples: NDArray[np.int64]) -> None:
         if isinstance(self.store, CachedStore):

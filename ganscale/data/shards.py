@@ -153,9 +153,9 @@ class ShardSet:
 
     @classmethod
     def _parse(cls, store: Store, data: dict[str, Any]) -> ShardSet:
-        found, values = data["format"], ValueRange.parse(data.get("values"))
-        if found != _format(values):
-            raise ValueError(f"format {found}, expected {_format(values)}")
+        version, values = data["format"], ValueRange.parse(data.get("values"))
+        if version != _format(values):
+            raise ValueError(f"format {version}, expected {_format(values)}")
         shards = tuple(Shard(**entry) for entry in data["shards"])
         channels, height, width = data["image_shape"]
         raw = store.read(SAMPLES_NAME)
@@ -224,8 +224,8 @@ def _problems_of(shard_set: ShardSet, number: int) -> list[str]:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
                 return [f"{where}: sha256 differs from the index: the content is damaged"]
-        found = [sample.row for sample in scan_tar(path)]
-    if not np.array_equal(np.array(found, dtype=SAMPLE_DTYPE), rows):
+        indexed = [sample.row for sample in scan_tar(path)]
+    if not np.array_equal(np.array(indexed, dtype=SAMPLE_DTYPE), rows):
         return [f"{where}: the samples are not those of the index"]
     return []
 

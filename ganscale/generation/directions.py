@@ -90,8 +90,8 @@ def edited(
         step = steps[None, :] * (w @ vectors.T).std(0)[:, None]
         moved = sampler.styles(z, classes).cpu() + step[..., None] * vectors[:, None]
         images = sampler.draw_styles(moved.flatten(0, 1))
-    found: Tensor = images.unflatten(0, (len(vectors), len(steps)))
-    return found
+    grid: Tensor = images.unflatten(0, (len(vectors), len(steps)))
+    return grid
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -95,8 +95,8 @@ def class_frames(
     mixed = path(torch.cat([c for c in known if c is not None]), frames, mix=lerp, loop=loop)
     z = sampler.latents(seeds).repeat_interleave(len(mixed), 0)
     images = sampler.draw(z, mixed.repeat(len(seeds), 1))
-    found: Tensor = images.unflatten(0, (len(seeds), len(mixed)))
-    return found
+    grid: Tensor = images.unflatten(0, (len(seeds), len(mixed)))
+    return grid
 
 
 def _across(a: Tensor, b: Tensor) -> Tensor:

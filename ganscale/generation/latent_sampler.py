@@ -113,13 +113,13 @@ class LatentSampler:
 
     def _stored(self, images: Tensor) -> Tensor:
         values = self.generator.values
-        found = values.from_network(images).cpu()
-        return as_pictures(found, values) if self.pictures else found
+        images = values.from_network(images).cpu()
+        return as_pictures(images, values) if self.pictures else images
 
     @torch.no_grad()
     def _forward(self, module: nn.Module, z: Tensor, classes: Tensor | None) -> Tensor:
         device = next(self.model.parameters()).device
-        found = []
+        outputs = []
         for start in range(0, len(z), FORWARD_ROWS):
             rows = _padded(z[start : start + FORWARD_ROWS]).to(device)
             labels = torch.zeros(FORWARD_ROWS, dtype=torch.int64, device=device)
@@ -127,8 +127,8 @@ class LatentSampler:
                 if classes is not None:
                     weights = _padded(classes[start : start + FORWARD_ROWS]).to(device)
                     stack.enter_context(_mixed_classes(self.model, weights))
-                found.append(module(rows, labels)[: len(z) - start])
-        return torch.cat(found)
+                outputs.append(module(rows, labels)[: len(z) - start])
+        return torch.cat(outputs)
 
     def _mean(self, classes: Tensor | None) -> Tensor:
         """Mean w of each row's classes, (n, w_dim), or over everything, (w_dim,); kept once made.
@@ -164,8 +164,8 @@ def _mixed_classes(model: nn.Module, weights: Tensor) -> Iterator[None]:
         if isinstance(module, nn.Embedding):
             return weights @ module.weight
         with torch.no_grad():
-            found: Tensor = module.forward(weights)
-        return found
+            embedded: Tensor = module.forward(weights)
+        return embedded
 
     embeddings = [
         module
@@ -206,9 +206,9 @@ def _affines(model: nn.Module) -> list[tuple[nn.Module, int]]:
     As in the published code, so that mixing at a layer changes a resolution's image with the
     convolution that follows it.
     """
-    found, layer = [], 0
+    affines, layer = [], 0
     for name, module in model.named_modules():
         if name.endswith(".affine"):
-            found.append((module, layer))
+            affines.append((module, layer))
             layer += "image" not in name
-    return found
+    return affines

@@ -82,8 +82,8 @@ def nearest(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nearest(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    found = [distances.min(1) for _, distances in _distances(samples, reference)]
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+    minima = [distances.min(1) for _, distances in _distances(samples, reference)]
+    return torch.cat([f.values for f in minima]), torch.cat([f.indices for f in minima])
 
 
 def _radii(features: Tensor, ks: tuple[int, ...]) -> Tensor:

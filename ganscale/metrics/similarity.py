@@ -53,11 +53,11 @@ def perceptual_distance(images: Tensor, truth: Tensor, network: EfficientNetLite
     parts = []
     for part, true in zip(images.split(_GROUP), truth.split(_GROUP), strict=True):
         layers = zip(network.stages(as_rgb(part)), network.stages(as_rgb(true)), strict=True)
-        found = [
+        distances = [
             (F.normalize(a, dim=1) - F.normalize(b, dim=1)).double().square().sum(1).mean((1, 2))
             for a, b in layers
         ]
-        parts.append(torch.stack(found).sum(0).cpu())
+        parts.append(torch.stack(distances).sum(0).cpu())
     return torch.cat(parts)
 
 

@@ -81,9 +81,9 @@ def default_reference(places: Sequence[str]) -> str:
 
     Raises `ConfigError` that asks for --reference if that is unknown, gone, or not the same place.
     """
-    found = {_trained_on(Path(place).expanduser()) for place in places}
-    reference = found.pop()
-    if found or reference is None:
+    references = {_trained_on(Path(place).expanduser()) for place in places}
+    reference = references.pop()
+    if references or reference is None:
         raise ConfigError(
             "which images are real? The runs do not say it, or not the same, or their shards are "
             "gone: name a shard set or a folder of images by --reference"

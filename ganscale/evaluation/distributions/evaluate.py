@@ -204,28 +204,28 @@ def evaluate(
             of_samples = extract(samples, extractor, world, progress=progress)
     if of_samples is None or of_reference is None:
         return None
-    found: dict[str, Estimate] = {}
+    estimates: dict[str, Estimate] = {}
     comparison = _Comparison(of_samples, of_reference, extractor, device)
     for metric in metrics:
         with _timed(metric, seconds):
             start_task(metric, None)
             try:
-                found |= _FIGURES[metric](comparison)
+                estimates |= _FIGURES[metric](comparison)
             except (DataError, LinAlgError, MemoryError, torch.OutOfMemoryError) as error:
                 if required:
                     raise DataError(f"{metric}: {error}") from None
                 skipped[metric] = str(error)
-    if skipped and not found:
+    if skipped and not estimates:
         raise DataError("; ".join(skipped.values()))
-    return Evaluation(protocol, found, skipped, seconds=seconds)
+    return Evaluation(protocol, estimates, skipped, seconds=seconds)
 
 
 def _check_same_on_all_ranks(*what: object) -> None:
     """Else features of different networks would be put together."""
-    found: list[tuple[object, ...]] = [()] * dist.get_world_size()
-    dist.all_gather_object(found, what)
-    if len(set(found)) > 1:
-        raise DataError(f"ranks have different extractors or images: {found}")
+    by_rank: list[tuple[object, ...]] = [()] * dist.get_world_size()
+    dist.all_gather_object(by_rank, what)
+    if len(set(by_rank)) > 1:
+        raise DataError(f"ranks have different extractors or images: {by_rank}")
 
 
 @dataclass(frozen=True)
@@ -273,12 +273,12 @@ def _inception_score(both: _Comparison) -> dict[str, Estimate]:
 
 
 def _prdc(both: _Comparison) -> dict[str, Estimate]:
-    found = prdc(*both.rows())
+    shares = prdc(*both.rows())
     return both.named(
-        ("precision", found.precision),
-        ("recall", found.recall),
-        ("density", found.density),
-        ("coverage", found.coverage),
+        ("precision", shares.precision),
+        ("recall", shares.recall),
+        ("density", shares.density),
+        ("coverage", shares.coverage),
     )
 
 

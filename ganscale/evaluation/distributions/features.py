@@ -194,10 +194,10 @@ class FeatureCache:
         removed again: those of a generator's images are rarely needed twice.
         """
         path = self._path(images, extractor)
-        found = self._load(path) if world.is_main else None
-        if _from_rank_0(found is not None):
+        cached = self._load(path) if world.is_main else None
+        if _from_rank_0(cached is not None):
             progress(len(images))
-            return found
+            return cached
         partial = PartialFeatures(path.with_suffix(".partial"))
         features = extract(images, extractor, world, partial=partial, progress=progress)
         if features is not None:
@@ -225,10 +225,10 @@ class FeatureCache:
         if not path.is_file():
             return None
         try:
-            found = load_file(path)
-            moments = Moments(int(found["count"]), found["mean"], found["scatter"])
-            labels = found["labels"].numpy() if "labels" in found else None
-            return Features(moments, found["rows"], found["indices"].numpy(), labels)
+            tensors = load_file(path)
+            moments = Moments(int(tensors["count"]), tensors["mean"], tensors["scatter"])
+            labels = tensors["labels"].numpy() if "labels" in tensors else None
+            return Features(moments, tensors["rows"], tensors["indices"].numpy(), labels)
         except (SafetensorError, OSError, KeyError) as error:
             warnings.warn(f"{path} is unreadable ({error}) and made anew", stacklevel=2)
             return None
@@ -356,12 +356,12 @@ def _from_rank_0(value: T) -> T:
 
 def _features(images: ImageSet, extractor: FeatureExtractor, indices: NDArray[np.int64]) -> Tensor:
     """Of some images, (BLOCK, d); rows beyond them are 0."""
-    found = torch.zeros(BLOCK, extractor.num_features)
+    features = torch.zeros(BLOCK, extractor.num_features)
     for start in range(0, len(indices), _ROWS):
         group = as_rgb(images.read(indices[start : start + _ROWS]))
         filled = group.new_zeros(_ROWS, *group.shape[1:])
         filled[: len(group)] = group
         rows = extractor.features(filled)[: len(group)].cpu()
         check_features(rows, images.description)
-        found[start : start + len(group)] = rows
-    return found
+        features[start : start + len(group)] = rows
+    return features

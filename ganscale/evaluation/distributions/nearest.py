@@ -89,10 +89,10 @@ def _nearest(
     own = torch.from_numpy(probes)
     for start in range(0, num_reference, _BLOCK):
         rows = np.arange(start, min(start + _BLOCK, num_reference))
-        found = torch.cdist(queries, read(rows), compute_mode="donot_use_mm_for_euclid_dist")
+        to_rows = torch.cdist(queries, read(rows), compute_mode="donot_use_mm_for_euclid_dist")
         inside = (own >= start) & (own < start + _BLOCK)
-        found[len(samples) :][inside, own[inside] - start] = torch.inf  # itself
-        candidates = torch.cat([distances, found], 1)
+        to_rows[len(samples) :][inside, own[inside] - start] = torch.inf  # itself
+        candidates = torch.cat([distances, to_rows], 1)
         numbers = torch.cat([indices, torch.from_numpy(rows).expand(len(queries), -1)], 1)
         distances, places = candidates.topk(k, largest=False)
         indices = numbers.gather(1, places)

@@ -126,6 +126,6 @@ def content_digest(
     for where, block in map_blocks(hashes, images, world):
         parts += [row.tobytes() for row in block.numpy()]
         progress(len(where))
-    found = [hashlib.sha256(b"".join(sorted(parts))).hexdigest()]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    digests = [hashlib.sha256(b"".join(sorted(parts))).hexdigest()]
+    dist.broadcast_object_list(digests, src=0)
+    return digests[0]

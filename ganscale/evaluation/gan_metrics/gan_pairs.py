@@ -96,13 +96,13 @@ def load_gan_pairs(texts: Sequence[str], *, device: str = "cpu") -> list[GanPair
     Pairs are named by the run's name and position, by its path where that is not enough.
     Raises `CheckpointError` when there is no such checkpoint, or it cannot be read.
     """
-    found = [_load(text, device) for text in texts]
-    names = Counter(pair.name for pair in found)
+    pairs = [_load(text, device) for text in texts]
+    names = Counter(pair.name for pair in pairs)
     return [
         replace(c, name=f"{RunReference.parse(text).path}@{c.nimg / 1000:g}")
         if names[c.name] > 1
         else c
-        for text, c in zip(texts, found, strict=True)
+        for text, c in zip(texts, pairs, strict=True)
     ]
 
 
@@ -148,16 +148,16 @@ def judge_all(
     """
     device = next(judges[0].model.parameters()).device
     labels = torch.from_numpy(images.labels) if use_labels and images.labels is not None else None
-    found = np.empty((len(judges), len(images)))
+    logits = np.empty((len(judges), len(images)))
     for start in range(0, len(images), _ROWS):
         rows = np.arange(start, start + _ROWS) % len(images)
         batch = images.read(rows).to(device)
         batch_labels = None if labels is None else labels[rows].to(device)
         count = min(_ROWS, len(images) - start)
-        for judge, row in zip(judges, found, strict=True):
+        for judge, row in zip(judges, logits, strict=True):
             row[start : start + count] = judge.logits(batch, batch_labels)[:count].numpy()
         progress(count)
-    return found
+    return logits
 
 
 def _gan_pair(run: str, files: SavedFiles, device: str) -> GanPair:

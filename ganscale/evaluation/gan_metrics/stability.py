@@ -140,11 +140,11 @@ def _spread(values: Sequence[float]) -> Spread:
 
 
 def _collapses(history: History) -> tuple[str, ...]:
-    found = dict.fromkeys(e["kind"] for e in history.events if e["event"] == "alarm")
+    reasons = dict.fromkeys(e["kind"] for e in history.events if e["event"] == "alarm")
     diversities = [value for _, value in history.series(_DIVERSITY)]
     if diversities and diversities[-1] < _LOST_DIVERSITY * max(diversities):
-        found["lost diversity"] = None
-    return tuple(found)
+        reasons["lost diversity"] = None
+    return tuple(reasons)
 
 
 def _line(run: RunSummary, width: int) -> str:

@@ -166,8 +166,10 @@ def train_classifier(
 def predict(model: Classifier, images: ImageSet) -> Labels:
     """(N,) the class that the network holds most likely for each image."""
     device = model.head.weight.device
-    found = [model(_network_input(part.to(device))).argmax(1).cpu() for part in _batches_of(images)]
-    return torch.cat(found).numpy()
+    predicted = [
+        model(_network_input(part.to(device))).argmax(1).cpu() for part in _batches_of(images)
+    ]
+    return torch.cat(predicted).numpy()
 
 
 def _check(images: ImageSet, num_classes: int) -> None:

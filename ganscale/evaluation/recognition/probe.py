@@ -61,7 +61,7 @@ def pooled_activations(network: nn.Module, *, num_classes: int = 0) -> Describe:
         labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         with recorded_convolutions(network) as outputs:
             network(images.float() / 127.5 - 1, labels if num_classes else None)
-        maps = [found for found in outputs if min(found.shape[2:]) >= _GRID]
+        maps = [output for output in outputs if min(output.shape[2:]) >= _GRID]
         return torch.cat([adaptive_max_pool2d(m.float(), _GRID).flatten(1) for m in maps], dim=1)
 
     return describe
@@ -225,15 +225,15 @@ def _best_strength(
     From the strongest on: a weaker one begins where the stronger has ended, which is near.
     """
     num_fit = round(len(features) * (1 - _HELD_OUT))
-    found: list[tuple[float, float, LogisticRegression]] = []
+    candidates: list[tuple[float, float, LogisticRegression]] = []
     start = None
     for strength in sorted(_STRENGTHS, reverse=True):
         start = fit_logistic(
             features[:num_fit], labels[:num_fit], num_classes, strength=strength, start=start
         )
-        found.append((start.accuracy(features[num_fit:], labels[num_fit:]), strength, start))
+        candidates.append((start.accuracy(features[num_fit:], labels[num_fit:]), strength, start))
         progress(1)
-    _, strength, model = max(found, key=lambda tried: tried[:2])
+    _, strength, model = max(candidates, key=lambda tried: tried[:2])
     return strength, model
 
 
@@ -244,15 +244,15 @@ def _described(
     rows: Tensor | None = None
     for start in range(0, len(images), _ROWS):
         numbers = np.arange(start, min(start + _ROWS, len(images)))
-        found = describe(images.read(numbers).to(device))
+        features = describe(images.read(numbers).to(device))
         if rows is None:
-            if len(images) * found.shape[1] * 4 > _MAX_BYTES:
+            if len(images) * features.shape[1] * 4 > _MAX_BYTES:
                 raise ConfigError(
-                    f"{found.shape[1]} features of {len(images)} images need more than 8 GiB: "
+                    f"{features.shape[1]} features of {len(images)} images need more than 8 GiB: "
                     "take fewer images (--num)"
                 )
-            rows = torch.empty(len(images), found.shape[1], device=device)
-        rows[start : start + len(numbers)] = found
+            rows = torch.empty(len(images), features.shape[1], device=device)
+        rows[start : start + len(numbers)] = features
         progress(len(numbers))
     assert rows is not None
     return rows

@@ -76,7 +76,7 @@ class Entry:
         networks = [self._any.generator.model, self._any.encoder]
         return sum(p.numel() for n in networks if n is not None for p in n.parameters())
 
-    def to_json(self, cost: Cost, found: Mapping[str, Estimate]) -> dict[str, Any]:
+    def to_json(self, cost: Cost, metrics: Mapping[str, Estimate]) -> dict[str, Any]:
         """As plain values, with what it cost and how good its samples are."""
         return {
             "name": self.name,
@@ -85,7 +85,7 @@ class Entry:
             "nimg": self.nimg,
             "parameters": self.num_parameters,
             **asdict(cost),
-            **{name: asdict(value) for name, value in found.items()},
+            **{name: asdict(value) for name, value in metrics.items()},
         }
 
     @property
@@ -169,7 +169,7 @@ def quality(
 ) -> Mapping[str, Estimate]:
     """What a metric says of `num_images` samples, for seeds from 0, beside the reference."""
     samples = GeneratedImages.of_snapshot(entry.snapshot, num_images, device=judges.world.device)
-    found = evaluate(
+    evaluation = evaluate(
         samples,
         reference,
         judges.extractor,
@@ -182,8 +182,8 @@ def quality(
         start_task=start_task,
         device=judges.world.device,
     )
-    assert found is not None
-    return found.metrics
+    assert evaluation is not None
+    return evaluation.metrics
 
 
 def restored(
@@ -199,7 +199,7 @@ def restored(
 
     Runs in one process, so that the times mean what they say.
     """
-    found: list[Restored] = []
+    results: list[Restored] = []
     truth = torch.empty(0)
     for entry in entries:
         for by, way in entry.ways.items():
@@ -210,10 +210,10 @@ def restored(
             seconds = (time.perf_counter() - began) / len(images)
             assert made is not None
             truth = made.truth
-            if not found:
-                found.append(_judged("trivial", made.trivial, truth, judges, None))
-            found.append(_judged(name, made.images, truth, judges, seconds))
-    return truth, found
+            if not results:
+                results.append(_judged("trivial", made.trivial, truth, judges, None))
+            results.append(_judged(name, made.images, truth, judges, seconds))
+    return truth, results
 
 
 def _judged(

@@ -125,8 +125,8 @@ def reconstruct(
     try:
         for group in range(world.rank, -(-len(images) // GROUP), world.world_size):
             rows = np.arange(group * GROUP, min((group + 1) * GROUP, len(images)))
-            found = _reconstruct_rows(reconstructor, images, rows, degradation, seed, progress)
-            mine.append((group, [tensor.cpu() for tensor in found]))
+            tensors = _reconstruct_rows(reconstructor, images, rows, degradation, seed, progress)
+            mine.append((group, [tensor.cpu() for tensor in tensors]))
     except DataError as error:
         problem = str(error)
     problems = [""] * world.world_size
@@ -170,10 +170,10 @@ def _reconstruct_rows(
     observed = degradation.observe(scaled, rows.tolist(), seed=seed)
     labels = labels_for(generator, images, rows)
     labels = None if labels is None else labels.to(device)
-    found = reconstructor(degradation, observed, labels, progress)
-    made = degradation.completed(found.images, observed)
+    inverted = reconstructor(degradation, observed, labels, progress)
+    made = degradation.completed(inverted.images, observed)
     inputs, trivial = degradation.fill(observed), degradation.baseline(observed)
-    return truth, to_uint8(inputs), to_uint8(trivial), to_uint8(made), found.latents
+    return truth, to_uint8(inputs), to_uint8(trivial), to_uint8(made), inverted.latents
 
 
 def similarity(
@@ -184,12 +184,12 @@ def similarity(
     The perceptual distance is of `network`'s activations, the feature distance of the
     `extractor`'s features; only gray and RGB images have them. Equal images count as 100 dB.
     """
-    found = {"psnr": psnr(images, truth).clamp(max=100.0), "ssim": ssim(images, truth)}
+    measures = {"psnr": psnr(images, truth).clamp(max=100.0), "ssim": ssim(images, truth)}
     if images.shape[1] in (1, 3):
         features = [features_of(part, extractor) for part in (images, truth)]
-        found[f"perceptual{network.suffix}"] = perceptual_distance(images, truth, network)
-        found[f"feature{extractor.suffix}"] = feature_distance(*features)
-    return found
+        measures[f"perceptual{network.suffix}"] = perceptual_distance(images, truth, network)
+        measures[f"feature{extractor.suffix}"] = feature_distance(*features)
+    return measures
 
 
 def _check_shape(images: ImageSet, generator: SampleableGenerator) -> None:
