@@ -25,11 +25,12 @@ from torchvision.transforms.functional import gaussian_blur
 
 from ganscale.config import MetricName
 from ganscale.data.shards import ShardSet
-from ganscale.evaluation.distribution import evaluate
-from ganscale.evaluation.features import FeatureCache
-from ganscale.evaluation.images import ImageSet, ImagesOfShards, Subset
+from ganscale.evaluation.distributions.evaluate import evaluate
+from ganscale.evaluation.distributions.features import FeatureCache
+from ganscale.evaluation.image_sets import ImageSet, ImagesOfShards
+from ganscale.evaluation.image_views import Subset
 from ganscale.metrics.extractors import open_extractor
-from ganscale.tracking.console import parts, stderr_console
+from ganscale.tracking.console import progress_bars, stderr_console
 from ganscale.world import World, process_group
 
 NUM_GROUPS = 50
@@ -151,11 +152,11 @@ def main() -> None:
     reference, rest = (Subset(images, np.sort(part)) for part in (order[:half], order[half:]))
     extractor, world, table = open_extractor(given.extractor), World(device=given.device), {}
     extractor.to(world.device)
-    with process_group(world), parts(stderr_console()) as started:
+    with process_group(world), progress_bars(stderr_console()) as start_task:
         for name, samples in cases(rest, given.num).items():
             found = evaluate(
                 samples, reference, extractor, world,
-                metrics=METRICS, cache=FeatureCache(), started=started, device=world.device,
+                metrics=METRICS, cache=FeatureCache(), start_task=start_task, device=world.device,
             )  # fmt: skip
             assert found is not None
             table[name] = found.to_json()

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from ganscale.config import ExtractorName, MetricName
-from ganscale.evaluation.distribution import evaluate
-from ganscale.evaluation.features import FeatureCache
-from ganscale.evaluation.images import GeneratedImages, open_images
+from ganscale.evaluation.distributions.evaluate import evaluate
+from ganscale.evaluation.distributions.features import FeatureCache
+from ganscale.evaluation.image_sets import GeneratedImages, open_images
 from ganscale.metrics.extractors import open_extractor
 from ganscale.run_directory import RunDirectory
-from ganscale.tracking.console import parts, stderr_console
+from ganscale.tracking.console import progress_bars, stderr_console
 from ganscale.tracking.history import History
 from ganscale.world import World, process_group
 
@@ -51,7 +51,7 @@ def measured(
     found: dict[int, Any] = {entry["nimg"]: entry for entry in known}
     world, extractor = World(), open_extractor(extractor_name)
     real, cache = open_images(reference, scratch=run_dir.root), FeatureCache()
-    with process_group(world), parts(stderr_console()) as started:
+    with process_group(world), progress_bars(stderr_console()) as start_task:
         for path in sorted(run_dir.snapshots.glob("*.safetensors")):
             samples = GeneratedImages.of_snapshot(path, num)
             nimg = int(samples.generator.info["nimg"])
@@ -64,7 +64,7 @@ def measured(
                 world,
                 metrics=METRICS,
                 cache=cache,
-                started=started,
+                start_task=start_task,
             )
             assert result is not None
             found[nimg] = {"nimg": nimg, "metrics": result.to_json()["metrics"]}

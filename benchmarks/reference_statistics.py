@@ -2,7 +2,7 @@
 
     python -m benchmarks.reference_statistics cifar10 --split train \
         --name "CIFAR-10's training images" \
-        --out ganscale/evaluation/statistics/cifar10_train_inception.safetensors
+        --out ganscale/evaluation/distributions/statistics/cifar10_train_inception.safetensors
 
 Extracts the features of all images, 50,000 of which take 15 s on a GPU and about an hour and a half
 on one CPU core; torchrun shares the work among processes. With `--compare` nothing is written: the
@@ -15,12 +15,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from ganscale.evaluation.features import FeatureCache, extract
-from ganscale.evaluation.images import open_images
-from ganscale.evaluation.precomputed import PrecomputedStatistics, content_digest
+from ganscale.evaluation.distributions.features import FeatureCache, extract
+from ganscale.evaluation.distributions.precomputed import PrecomputedStatistics, content_digest
+from ganscale.evaluation.image_sets import open_images
 from ganscale.metrics.extractors import open_extractor
-from ganscale.metrics.frechet import frechet_distance
-from ganscale.tracking.console import parts, stderr_console
+from ganscale.metrics.fid import frechet_distance
+from ganscale.tracking.console import progress_bars, stderr_console
 from ganscale.world import World, process_group
 
 
@@ -38,9 +38,12 @@ def main() -> None:
     world, extractor = World.detect(given.device), open_extractor(given.extractor)
     extractor.to(world.device)
     images = open_images(given.source, split=given.split, scratch=FeatureCache().folder.parent)
-    with process_group(world), parts(stderr_console() if world.is_main else None) as started:
-        content = content_digest(images, world, progress=started("content", len(images)))
-        progress = started(images.description, len(images))
+    with (
+        process_group(world),
+        progress_bars(stderr_console() if world.is_main else None) as start_task,
+    ):
+        content = content_digest(images, world, progress=start_task("content", len(images)))
+        progress = start_task(images.description, len(images))
         features = extract(images, extractor, world, progress=progress)
     if features is None:
         return

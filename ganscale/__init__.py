@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ganscale.config import Config
-    from ganscale.generation.sampling import SampleableGenerator
+    from ganscale.generation.sampler import SampleableGenerator
     from ganscale.training.callbacks import Callback
     from ganscale.training.stopping import TrainResult
 
@@ -24,9 +24,9 @@ __version__ = "0.1.0"
 
 def load_generator(path: str | Path, *, device: str = "cpu") -> SampleableGenerator:
     """Load a snapshot file, or the newest snapshot of a run's folder, ready to sample from."""
-    from ganscale.generation import sampling
+    from ganscale.generation import snapshot
 
-    return sampling.load_generator(path, device=device)
+    return snapshot.load_generator(path, device=device)
 
 
 def train(

@@ -80,12 +80,13 @@ def naming_file(path: Path) -> Iterator[None]:
     """Let an `OSError` of the block name `path`, which the user knows.
 
     Opening names the file, but writing to it and closing it do not; a full disk shows only there.
-    A temporary file beside it, `.NAME.tmp`, is replaced by it too.
+    So does one that names a temporary file of `ganscale.atomic_files` beside `path`.
     """
     try:
         yield
     except OSError as error:
-        is_temporary = Path(str(error.filename)).name == f".{path.name}.tmp"
+        name = Path(str(error.filename)).name
+        is_temporary = name.startswith(f".{path.name}.") and name.endswith(".tmp")
         if error.errno is not None and (error.filename is None or is_temporary):
             error.filename = str(path)
         raise

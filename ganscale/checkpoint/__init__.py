@@ -1,8 +1,8 @@
 """Checkpoints: everything a run needs to go on, complete and verified or not there at all.
 
 `lineage` says which checkpoints belong to a run, `holder` which process it belongs to, `encoding`
-turns a state into files, `places` are directories and object stores, `store` puts these together,
-`writer` works in the background.
+turns a state into files, `storage_backends` writes them to directories or object stores, `store`
+puts these together, `writer` works in the background.
 """
 
 from ganscale.checkpoint.holder import Heartbeat, Holder, Session

@@ -33,7 +33,7 @@ from typing import Self
 
 import psutil
 
-from ganscale.checkpoint.places import Place
+from ganscale.checkpoint.storage_backends import StorageBackend
 
 __all__ = ["BEAT_SECONDS", "SILENT_SECONDS", "Heartbeat", "Holder", "Session"]
 
@@ -87,13 +87,15 @@ class Holder:
         """The file that the holder renews, relative to the run's checkpoints."""
         return f"attempts/session-{self.session}.json"
 
-    def beat(self, place: Place) -> None:
+    def beat(self, backend: StorageBackend) -> None:
         """Renew the file."""
-        place.replace(self.beat_file, json.dumps({"time": time.time()}).encode())
+        backend.replace(self.beat_file, json.dumps({"time": time.time()}).encode())
 
-    def is_alive(self, place: Place, report: Callable[[str], None] = lambda text: None) -> bool:
+    def is_alive(
+        self, backend: StorageBackend, report: Callable[[str], None] = lambda text: None
+    ) -> bool:
         """Whether the holder still runs; may take `SILENT_SECONDS`, which `report` is told of."""
-        seen = _contents(place, self.beat_file)
+        seen = _contents(backend, self.beat_file)
         if seen is None:
             return False
         if self.machine == _machine():
@@ -101,13 +103,13 @@ class Holder:
         if time.time() - _time_of(seen) > SILENT_SECONDS + CLOCK_TOLERANCE_SECONDS:
             return False
         report(
-            f"{place.location} was last held by {self}; waiting up to {SILENT_SECONDS:g} s for a "
+            f"{backend.location} was last held by {self}; waiting up to {SILENT_SECONDS:g} s for a "
             "sign that it is alive"
         )
         deadline = time.monotonic() + SILENT_SECONDS
         while time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
-            if (now := _contents(place, self.beat_file)) != seen:
+            if (now := _contents(backend, self.beat_file)) != seen:
                 return now is not None
         return False
 
@@ -127,8 +129,8 @@ class Session:
 class Heartbeat:
     """Renews the holder's file while the block runs, once the first claim has made the file."""
 
-    def __init__(self, place: Place, holder: Holder) -> None:
-        self._place = place
+    def __init__(self, backend: StorageBackend, holder: Holder) -> None:
+        self._backend = backend
         self._holder = holder
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="holder", daemon=True)
@@ -146,13 +148,13 @@ class Heartbeat:
         self._done.set()
         self._thread.join()
         with suppress(Exception):  # of a store that is away: then the file falls silent instead
-            self._place.remove(self._holder.beat_file)
+            self._backend.remove(self._holder.beat_file)
 
     def _beat(self) -> None:
         while not self._done.wait(BEAT_SECONDS):
             with suppress(Exception):  # of a store that is away; the next beat may reach it
-                if self._place.exists(self._holder.beat_file):
-                    self._holder.beat(self._place)
+                if self._backend.exists(self._holder.beat_file):
+                    self._holder.beat(self._backend)
 
 
 def beat_files(files: list[str]) -> list[str]:
@@ -160,9 +162,9 @@ def beat_files(files: list[str]) -> list[str]:
     return [file for file in files if _BEAT_FILE.fullmatch(file)]
 
 
-def _contents(place: Place, name: str) -> bytes | None:
+def _contents(backend: StorageBackend, name: str) -> bytes | None:
     try:
-        return place.read(name)
+        return backend.read(name)
     except FileNotFoundError:
         return None
 

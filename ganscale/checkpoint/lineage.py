@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 
 from ganscale.checkpoint.holder import Holder
 
-__all__ = ["Attempt", "CheckpointName", "doomed", "lineage"]
+__all__ = ["Attempt", "CheckpointName", "prunable", "lineage"]
 
 _NAME = re.compile(r"nimg-(\d{12})-a(\d{4,})")
 
@@ -86,10 +86,10 @@ class Attempt:
 def lineage(names: Iterable[CheckpointName], attempts: Sequence[Attempt]) -> list[CheckpointName]:
     """The checkpoints of the run as its latest attempt has it, newest first."""
     names = sorted(names, reverse=True)
-    found: list[CheckpointName] = []
+    line: list[CheckpointName] = []
     limit: int | None = None
     for attempt in sorted(attempts, key=lambda a: a.number, reverse=True):
-        found += [
+        line += [
             name
             for name in names
             if name.attempt == attempt.number and (limit is None or name.nimg <= limit)
@@ -98,10 +98,10 @@ def lineage(names: Iterable[CheckpointName], attempts: Sequence[Attempt]) -> lis
         limit = start if limit is None else min(limit, start)
         if attempt.start is None:
             break
-    return found
+    return line
 
 
-def doomed(
+def prunable(
     names: Iterable[CheckpointName],
     kept_line: Sequence[CheckpointName],
     *,

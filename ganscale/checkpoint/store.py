@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ganscale.checkpoint.encoding import decode, flatten, tensor_file, tree_file
 from ganscale.checkpoint.holder import Holder, Session, beat_files
-from ganscale.checkpoint.lineage import Attempt, CheckpointName, doomed, lineage
-from ganscale.checkpoint.places import Folder, open_place
+from ganscale.checkpoint.lineage import Attempt, CheckpointName, lineage, prunable
+from ganscale.checkpoint.storage_backends import Folder, open_backend
 from ganscale.errors import CheckpointError
 
 __all__ = [
@@ -109,12 +109,12 @@ class CheckpointStore:
     """The checkpoints of one run at a path or URL; see the module's docstring."""
 
     def __init__(self, location: str | Path) -> None:
-        self.place = open_place(location)
+        self.backend = open_backend(location)
 
     @property
     def location(self) -> str:
         """Absolute path or URL."""
-        return self.place.location
+        return self.backend.location
 
     def where(self, name: CheckpointName) -> str:
         """Path or URL of a checkpoint."""
@@ -122,9 +122,9 @@ class CheckpointStore:
 
     def names(self) -> list[CheckpointName]:
         """The checkpoints that have a manifest, by position, whether they verify or not."""
-        folders = [f.rpartition("/") for f in self.place.files()]
-        found = [CheckpointName.parse(path) for path, _, file in folders if file == _MANIFEST]
-        return sorted(name for name in found if name is not None)
+        folders = [f.rpartition("/") for f in self.backend.files()]
+        names = [CheckpointName.parse(path) for path, _, file in folders if file == _MANIFEST]
+        return sorted(name for name in names if name is not None)
 
     def attempts(self) -> list[Attempt]:
         """The attempts so far, first to last; one whose claim is unreadable wrote nothing else."""
@@ -212,7 +212,7 @@ class CheckpointStore:
             if session is not None:
                 self.require_free(session.holder, session.newest_attempt)
                 # Before the claim, as an attempt whose holder has no such file is free.
-                session.holder.beat(self.place)
+                session.holder.beat(self.backend)
             files = choose()
             attempt = Attempt(
                 number=number,
@@ -223,7 +223,7 @@ class CheckpointStore:
                 holder=None if session is None else session.holder,
             )
             data = json.dumps(attempt.to_json(), indent=1).encode()
-            if self.place.create(_claim(number), data) or self._attempt(number) == attempt:
+            if self.backend.create(_claim(number), data) or self._attempt(number) == attempt:
                 if session is not None:
                     self._forget_other_holders(session.holder)
                 return attempt, files
@@ -246,7 +246,7 @@ class CheckpointStore:
         other = attempt.holder
         if attempt.number <= newest_known or other is None or other.session == holder.session:
             return attempt.number
-        if other.is_alive(self.place, report):
+        if other.is_alive(self.backend, report):
             raise RunInUse(
                 f"the run in {self.location} is in use by {other}: wait for its end or stop it; "
                 "--take-over goes on here, and ends that one without a last checkpoint"
@@ -256,13 +256,13 @@ class CheckpointStore:
     def _forget_other_holders(self, holder: Holder) -> None:
         """Remove the files of holders that are dead or have just lost the run."""
         with suppress(Exception):  # a file that stays says nothing: its attempt is not the newest
-            for file in beat_files(self.place.files()):
+            for file in beat_files(self.backend.files()):
                 if file != holder.beat_file:
-                    self.place.remove(file)
+                    self.backend.remove(file)
 
     def check_current(self, attempt: Attempt) -> None:
         """Raise `Superseded` if another attempt has begun since."""
-        if self.place.exists(_claim(attempt.number + 1)):
+        if self.backend.exists(_claim(attempt.number + 1)):
             raise Superseded(
                 f"attempt {attempt.number} of the run in {self.location} is over: a newer one has "
                 "begun, and nothing of this one is written any more"
@@ -287,7 +287,7 @@ class CheckpointStore:
             folder.add(file, measured())
             described[file] = {"num_bytes": num_bytes, "sha256": digest.hexdigest()}
 
-        with self.place.new_folder(str(name)) as folder:
+        with self.backend.new_folder(str(name)) as folder:
             add(folder, _TENSORS, tensor_file(state.tensors))
             add(folder, _TREE, [tree_file(state.tree)])
             # The digest of the tensors is there for people who compare two runs by eye.
@@ -308,7 +308,7 @@ class CheckpointStore:
     def prune(
         self, attempt: Attempt, retention: Retention, healthy_nimg: int | None = None
     ) -> list[CheckpointName]:
-        """Delete what need not be kept, as `lineage.doomed` says; returns what was deleted.
+        """Delete what need not be kept, as `lineage.prunable` says; returns what was deleted.
 
         The newest up to `healthy_nimg` is kept too. What writers left unfinished goes as well, so
         the attempt must not be writing meanwhile.
@@ -317,17 +317,17 @@ class CheckpointStore:
         special = self._best(line, retention)
         if healthy_nimg is not None:
             special += [name for name in line if name.nimg <= healthy_nimg][:1]
-        condemned = doomed(
+        pruned = prunable(
             names, line, attempt=attempt.number, keep_last=retention.keep_last, special=special
         )
         # After the choice: what a newer attempt starts from was the newest one then.
         self.check_current(attempt)
-        for name in condemned:
-            self.place.remove_folder(str(name))
+        for name in pruned:
+            self.backend.remove_folder(str(name))
         for folder in self.unfinished():
             if folder.attempt <= attempt.number:
-                self.place.remove_folder(folder.path)
-        return condemned
+                self.backend.remove_folder(folder.path)
+        return pruned
 
     def repair(self) -> list[str]:
         """Put damaged checkpoints aside in `damaged/`, remove what killed writers left behind.
@@ -338,12 +338,12 @@ class CheckpointStore:
         for name in self.names():
             problem = self.verify(name)
             if problem is not None:
-                self.place.move_folder(str(name), f"{_DAMAGED}/{name}")
+                self.backend.move_folder(str(name), f"{_DAMAGED}/{name}")
                 done.append(f"{name} put aside in {_DAMAGED}/: {problem}")
         latest = max(self._numbers(), default=0)
         for folder in self.unfinished():
             if folder.attempt < latest:
-                self.place.remove_folder(folder.path)
+                self.backend.remove_folder(folder.path)
                 done.append(f"{folder.path} removed: its writer never finished it")
         return done
 
@@ -357,15 +357,15 @@ class CheckpointStore:
 
     def unfinished(self) -> list[Unfinished]:
         """Folders that writers which are gone left behind."""
-        files = self.place.files()
+        files = self.backend.files()
         whole = {f.rpartition("/")[0] for f in files if f.endswith(f"/{_MANIFEST}")}
         folders = {f.partition("/")[0] for f in files if "/" in f} - {_ATTEMPTS, _DAMAGED}
-        found = []
+        unfinished = []
         for path in sorted(folders):
             name = CheckpointName.parse(path.rpartition(".tmp-")[2].removeprefix("removed-"))
             if name is not None and (path.startswith(".tmp-") or path not in whole):
-                found.append(Unfinished(path, name.attempt))
-        return found
+                unfinished.append(Unfinished(path, name.attempt))
+        return unfinished
 
     def _best(self, line: Sequence[CheckpointName], retention: Retention) -> list[CheckpointName]:
         """The `keep_best` with the best metric, of those that have one."""
@@ -381,13 +381,13 @@ class CheckpointStore:
         return [name for _, name in scored[: retention.keep_best]]
 
     def _numbers(self) -> list[int]:
-        found = [_CLAIM.fullmatch(file) for file in self.place.files()]
-        return sorted(int(match[1]) for match in found if match is not None)
+        claims = [_CLAIM.fullmatch(file) for file in self.backend.files()]
+        return sorted(int(match[1]) for match in claims if match is not None)
 
     def _attempt(self, number: int) -> Attempt | None:
         """What a claim says; if it is unreadable, what a checkpoint of that attempt says of it."""
         try:
-            claim = Attempt.from_json(json.loads(b"".join(self.place.chunks(_claim(number)))))
+            claim = Attempt.from_json(json.loads(b"".join(self.backend.chunks(_claim(number)))))
             if claim.number == number:
                 return claim
         except (ValueError, KeyError, TypeError):
@@ -402,7 +402,7 @@ class CheckpointStore:
 
     def _chunks(self, name: CheckpointName, file: str) -> Iterable[bytes]:
         try:
-            yield from self.place.chunks(f"{name}/{file}")
+            yield from self.backend.chunks(f"{name}/{file}")
         except FileNotFoundError:
             raise CheckpointError(f"{file} is missing") from None
         except IsADirectoryError:

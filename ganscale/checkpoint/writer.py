@@ -121,8 +121,8 @@ class BackgroundWriter:
         """What became of checkpoints since the last call."""
         if self._error is not None:
             raise self._error
-        found = [self._outcomes.popleft() for _ in range(len(self._outcomes))]
-        for outcome in found:
+        outcomes = [self._outcomes.popleft() for _ in range(len(self._outcomes))]
+        for outcome in outcomes:
             if outcome.name is not None:
                 self._durable_at = self._clock()
             elif self._clock() - self._durable_at > self.max_staleness_seconds:
@@ -131,7 +131,7 @@ class BackgroundWriter:
                     f"{(self._clock() - self._durable_at) / 60:.1f} minutes "
                     f"(checkpoint.max_staleness_minutes); last: {outcome.problem}"
                 )
-        return found
+        return outcomes
 
     def finish(self) -> list[Outcome]:
         """Wait for the checkpoint in flight, as long as the policy asks the store again."""

@@ -11,7 +11,8 @@ import typer
 from typer.core import TyperGroup
 
 from ganscale import __version__
-from ganscale.errors import ConfigError, naming_file
+from ganscale.atomic_files import write_text
+from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,9 +83,7 @@ def _options(
 def write_json(path: Path | None, values: Any) -> None:
     """For `JsonFile`: in a folder that need not be there."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with naming_file(path):
-            path.write_text(json.dumps(values, indent=2) + "\n")
+        write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def stderr_console() -> Console:

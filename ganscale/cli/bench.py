@@ -37,7 +37,7 @@ def bench_data(
         ShardSet.load(root),
         seconds=seconds,
         device=device,
-        started=lambda name: console.print(f"measuring {name} ...", highlight=False),
+        report=lambda name: console.print(f"measuring {name} ...", highlight=False),
     )
     typer.echo(f"{'':40} {'images/s':>12} {'MB/s':>9} {'ratio':>8}")
     for row in rows:
@@ -74,11 +74,11 @@ def bench_train(
     settings = settings.with_changes({"launch.num_workers": 1})
     world = World.detect("cuda" if settings.launch.use_gpu else "cpu")
     with console.status(f"training for {seconds:g} s or thirty steps"):
-        found = bench_training(settings, world, seconds=seconds)
-    typer.echo(f"{config}  {found.precision}  batch {found.batch_size}  {world.device}")
-    typer.echo(f"{'images/s':16} {found.images_per_second:10,.1f}")
-    for name, mean in found.parts.items():
+        speed = bench_training(settings, world, seconds=seconds)
+    typer.echo(f"{config}  {speed.precision}  batch {speed.batch_size}  {world.device}")
+    typer.echo(f"{'images/s':16} {speed.images_per_second:10,.1f}")
+    for name, mean in speed.parts.items():
         typer.echo(f"{name:16} {1000 * mean:10.2f} ms a step")
-    if found.peak_memory_gib is not None:
-        typer.echo(f"{'peak memory':16} {found.peak_memory_gib:10.2f} GiB")
-    write_json(json_file, asdict(found))
+    if speed.peak_memory_gib is not None:
+        typer.echo(f"{'peak memory':16} {speed.peak_memory_gib:10.2f} GiB")
+    write_json(json_file, asdict(speed))

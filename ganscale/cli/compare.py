@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ganscale.cli.app import Device, JsonFile, app, stderr_console, write_json
+from ganscale.config import ExtractorName
 from ganscale.errors import ConfigError, TrainingFault
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ganscale.config import Config
-    from ganscale.evaluation.comparison import Cost, Entry, Restored
+    from ganscale.evaluation.reconstruction.comparison import Cost, Entry, Restored
     from ganscale.metrics.intervals import Estimate
 
 __all__: list[str] = []
@@ -39,16 +40,16 @@ def tournament(
 ) -> None:
     """Rank runs: every discriminator judges every generator (generative adversarial metric)."""
     from ganscale.data.shards import ShardSet
-    from ganscale.evaluation.contestants import load_contestants
-    from ganscale.evaluation.images import ImagesOfShards
-    from ganscale.evaluation.tournament import hold_tournament, num_judged
+    from ganscale.evaluation.gan_metrics.gan_pairs import load_gan_pairs
+    from ganscale.evaluation.gan_metrics.tournament import hold_tournament, num_judged
+    from ganscale.evaluation.image_sets import ImagesOfShards
     from ganscale.tracking.console import counting
 
     images = ImagesOfShards(ShardSet.load(reference))
-    contestants = load_contestants(runs, device=device)
-    total = num_judged(len(contestants), num, images)
+    pairs = load_gan_pairs(runs, device=device)
+    total = num_judged(len(pairs), num, images)
     with counting("judging images", total, stderr_console()) as progress:
-        result = hold_tournament(contestants, images, num_images=num, seed=seed, progress=progress)
+        result = hold_tournament(pairs, images, num_images=num, seed=seed, progress=progress)
     write_json(json_file, result.to_json())
     typer.echo("\n".join(result.scores.lines()))
 
@@ -80,7 +81,7 @@ def stability(
 
     Seeds that are finished are not trained again; those that were interrupted go on.
     """
-    from ganscale.evaluation.stability import summarise, summarise_run
+    from ganscale.evaluation.gan_metrics.stability import summarise, summarise_run
 
     if report_only:
         runs = [Path(argument) for argument in arguments or []]
@@ -135,6 +136,8 @@ def _is_finished(config: Config) -> bool:
     """
     from ganscale.checkpoint import CheckpointStore
     from ganscale.config import load_config
+    from ganscale.config.changes import changed_settings
+    from ganscale.launch.start import absolutize_paths
     from ganscale.run_directory import RunDirectory
 
     file = RunDirectory(config.run_dir).config
@@ -142,12 +145,10 @@ def _is_finished(config: Config) -> bool:
         return False
     if all(n.nimg < config.total_nimg for n in CheckpointStore(config.checkpoints).lineage()):
         return False
-    before = load_config(file)
-    parts = ("seed", "model", "objective", "penalty", "augment", "optimizer", "training")
-    changed = [part for part in parts if getattr(before, part) != getattr(config, part)]
-    if changed:
+    now = absolutize_paths(config, stderr_console())
+    if changed := changed_settings(load_config(file), now):
         raise ConfigError(
-            f"{config.run_dir} holds a finished run with other settings of {', '.join(changed)}: "
+            f"{config.run_dir} holds a finished run with other settings ({'; '.join(changed)}): "
             "choose another name=..."
         )
     return True
@@ -176,7 +177,7 @@ def compare(
         Literal["fid", "kid", "prdc"], typer.Option(help="Of generated images.")
     ] = "fid",
     extractor: Annotated[
-        Literal["auto", "inception-v3", "efficientnet-lite0", "dinov2", "clip"],
+        ExtractorName,
         typer.Option(help="Of the metric; auto: Inception if its weights are installed."),
     ] = "auto",
     steps: Annotated[int, typer.Option(min=1, help="Of an inversion.")] = 100,
@@ -186,14 +187,15 @@ def compare(
 ) -> None:
     """Put runs beside each other: what they cost, generate and bring back (VAE against GAN)."""
     from ganscale.cli.duration import announce
-    from ganscale.evaluation import comparison as of
-    from ganscale.evaluation.features import FeatureCache
-    from ganscale.evaluation.images import Subset, open_images
-    from ganscale.evaluation.runs import default_reference
+    from ganscale.evaluation.distributions.features import FeatureCache
+    from ganscale.evaluation.image_sets import open_images
+    from ganscale.evaluation.image_views import Subset
+    from ganscale.evaluation.reconstruction import comparison as of
+    from ganscale.evaluation.run_references import default_reference
     from ganscale.generation.degradations import degradation_named
     from ganscale.generation.inversion import Search
     from ganscale.metrics.extractors import EfficientNetLite0, open_extractor
-    from ganscale.tracking.console import parts
+    from ganscale.tracking.console import progress_bars
     from ganscale.world import World, process_group
 
     world = World.detect(device)
@@ -210,15 +212,15 @@ def compare(
     judges = of.Judges(open_extractor("auto"), EfficientNetLite0(), world)
     judges.extractor.to(world.device)
     judges.network.to(world.device)
-    with process_group(world), parts(stderr_console()) as started:
-        found = {}
+    with process_group(world), progress_bars(stderr_console()) as start_task:
+        results = {}
         for degradation in wanted:  # pictures first: features of samples take far longer
             task = degradation.name
-            found[task] = of.restored(
-                entries, subject, degradation, judges, seed=seed, started=started
+            results[task] = of.restored(
+                entries, subject, degradation, judges, seed=seed, start_task=start_task
             )
-            _print_task(task, found[task][1])
-            _draw(*found[task], out / f"{task.replace(' ', '-')}.png")
+            _print_task(task, results[task][1])
+            _draw(*results[task], out / f"{task.replace(' ', '-')}.png")
         costs = [of.cost_of(entry) for entry in entries]
         qualities = [
             of.quality(
@@ -228,7 +230,7 @@ def compare(
                 metric=metric,
                 num_images=num_samples,
                 planned=partial(announce, network=judges.extractor, shape=real.shape, world=world),
-                started=started,
+                start_task=start_task,
             )
             for entry in entries
         ]
@@ -240,7 +242,7 @@ def compare(
         "images": subject.description,
         "extractor_digest": judges.extractor.digest,
         "search": vars(search),
-        "tasks": {task: [way.to_json() for way in ways] for task, (_, ways) in found.items()},
+        "tasks": {task: [way.to_json() for way in ways] for task, (_, ways) in results.items()},
     }
     write_json(out / "figures.json", figures)
     typer.echo(f"wrote a picture of each task and figures.json to {out}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from ganscale.evaluation.distribution import Workload
+    from ganscale.evaluation.distributions.evaluate import Workload
     from ganscale.metrics.extractors import FeatureExtractor
     from ganscale.world import World
 
@@ -21,7 +21,7 @@ def announce(
 
     Every rank calls this; rank 0 prints.
     """
-    from ganscale.evaluation.features import images_per_second
+    from ganscale.evaluation.distributions.features import images_per_second
 
     speed = images_per_second(network, shape) * world.world_size
     if world.is_main:

@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 
 from ganscale.cli.app import JsonFile, app, stderr_console, write_json
-from ganscale.config import RENAMED_METRICS
+from ganscale.config import RENAMED_METRICS, ExtractorName
 from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from ganscale.config import MetricName
-    from ganscale.evaluation.distribution import Evaluation, Protocol
-    from ganscale.evaluation.images import ImageSet
+    from ganscale.evaluation.distributions.evaluate import Evaluation, Protocol
+    from ganscale.evaluation.image_sets import ImageSet
 
 __all__ = ["print_table"]
 
-# Lists here, since reading the modules would load torch for `ganscale --help`.
-_EXTRACTORS = Literal["auto", "inception-v3", "efficientnet-lite0", "dinov2", "clip"]
+# A list here, since reading the modules would load torch for `ganscale --help`.
 _METRICS = (
     "fid, fid_infinity, kid, inception_score, prdc (precision, recall, density, coverage), "
     "authenticity, fid_per_class, c2st_1nn, c2st, cas"
@@ -76,7 +75,7 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the first generated image; then +1.")] = 0,
     extractor: Annotated[
-        _EXTRACTORS, typer.Option(help="auto: Inception if its weights are installed.")
+        ExtractorName, typer.Option(help="auto: Inception if its weights are installed.")
     ] = "auto",
     weights: Annotated[
         Path | None, typer.Option(help="The extractor's weights; also GANSCALE_INCEPTION.")
@@ -90,20 +89,25 @@ def evaluate(
     """Compare generated images with real ones: FID, KID, precision, recall, copies."""
 
     from ganscale.cli.duration import announce
-    from ganscale.evaluation.distribution import METRICS
-    from ganscale.evaluation.distribution import evaluate as compare
-    from ganscale.evaluation.features import FeatureCache
-    from ganscale.evaluation.images import GeneratedImages, Subset, open_images
-    from ganscale.evaluation.judgements import JUDGEMENTS, judged
-    from ganscale.evaluation.runs import default_reference, note_in_run
+    from ganscale.evaluation.distributions.evaluate import METRICS
+    from ganscale.evaluation.distributions.evaluate import evaluate as compare
+    from ganscale.evaluation.distributions.features import FeatureCache
+    from ganscale.evaluation.gan_metrics.classifier_metrics import (
+        CLASSIFIER_METRICS,
+        with_classifier_metrics,
+    )
+    from ganscale.evaluation.image_sets import GeneratedImages, open_images
+    from ganscale.evaluation.image_views import Subset
+    from ganscale.evaluation.run_log import log_evaluation
+    from ganscale.evaluation.run_references import default_reference
     from ganscale.metrics.extractors import open_extractor
-    from ganscale.tracking.console import parts
+    from ganscale.tracking.console import progress_bars
     from ganscale.world import World, process_group
 
     subject = _one_of(run, snapshot, images)
-    named = list(METRICS) if metrics is None else _metrics(metrics, (*METRICS, *JUDGEMENTS))
-    judgements = [name for name in named if name in JUDGEMENTS]
-    chosen = cast("list[MetricName]", [name for name in named if name not in JUDGEMENTS])
+    named = list(METRICS) if metrics is None else _metrics(metrics, (*METRICS, *CLASSIFIER_METRICS))
+    classifier_metrics = [name for name in named if name in CLASSIFIER_METRICS]
+    chosen = cast("list[MetricName]", [name for name in named if name not in CLASSIFIER_METRICS])
     world = World.detect(device)
     network = open_extractor(extractor, weights=weights, weights_sha256=weights_sha256)
     network.to(world.device)
@@ -119,8 +123,8 @@ def evaluate(
         samples = GeneratedImages.of_snapshot(Path(subject), num, seed=seed, device=world.device)
     console = stderr_console()
 
-    with process_group(world), parts(console if world.is_main else None) as started:
-        found = compare(
+    with process_group(world), progress_bars(console if world.is_main else None) as start_task:
+        evaluation = compare(
             samples,
             of_reference,
             network,
@@ -131,19 +135,25 @@ def evaluate(
             cache=FeatureCache(),
             resume_samples=True,
             planned=partial(announce, network=network, shape=samples.shape, world=world),
-            started=started,
+            start_task=start_task,
             device=world.device,
         )
-        if found is None:
+        if evaluation is None:
             return
         of_test = None if test is None else open_images(test, split="test", scratch=scratch)
-        found = judged(
-            found, judgements, samples, of_reference, of_test, device=world.device, started=started
+        evaluation = with_classifier_metrics(
+            evaluation,
+            classifier_metrics,
+            samples,
+            of_reference,
+            of_test,
+            device=world.device,
+            start_task=start_task,
         )
-    print_table(found)
+    print_table(evaluation)
     if run is not None:
-        note_in_run(run, samples, found)
-    write_json(json_file, found.to_json())
+        log_evaluation(run, samples, evaluation)
+    write_json(json_file, evaluation.to_json())
 
 
 def _one_of(run: Path | None, snapshot: Path | None, images: str | None) -> str:
@@ -166,9 +176,9 @@ def _metrics(text: str, known: tuple[str, ...]) -> list[str]:
     return names
 
 
-def print_table(found: Evaluation) -> None:
+def print_table(evaluation: Evaluation) -> None:
     """The protocol, then a row for each figure."""
-    protocol = found.protocol
+    protocol = evaluation.protocol
     typer.echo(f"samples    {protocol.samples}")
     typer.echo(f"reference  {protocol.reference}")
     if protocol.num_reference_rows:
@@ -177,15 +187,15 @@ def print_table(found: Evaluation) -> None:
     if protocol.reference_statistics != "extracted":
         typer.echo(f"           included mean and covariance of {protocol.reference_statistics}")
     typer.echo(f"features   {protocol.extractor}, {protocol.resizer}")
-    width = max(len("metric"), *map(len, (*found.metrics, *found.skipped)))
+    width = max(len("metric"), *map(len, (*evaluation.metrics, *evaluation.skipped)))
     typer.echo(f"\n{'metric':{width}} {'value':>9}  {'95 % interval':20}  better")
-    for name, value in found.metrics.items():
+    for name, value in evaluation.metrics.items():
         bounds = "" if value.low is None else f"{value.low:.4g} to {value.high:.4g}"
         better = _better(name, protocol)
         typer.echo(f"{name:{width}} {value.value:9.4g}  {bounds:20}  {better}".rstrip())
-    for name, reason in found.skipped.items():
+    for name, reason in evaluation.skipped.items():
         typer.echo(f"{name:{width}} {'-':>9}  {reason}")
-    typer.echo(f"\n{sum(found.seconds.values()):.0f} s")
+    typer.echo(f"\n{sum(evaluation.seconds.values()):.0f} s")
 
 
 def _better(column: str, protocol: Protocol) -> str:

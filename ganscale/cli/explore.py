@@ -13,8 +13,8 @@ from ganscale.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ganscale.evaluation.nearest import Nearest
-    from ganscale.generation.exploring import Explorer
+    from ganscale.evaluation.distributions.nearest import Nearest
+    from ganscale.generation.latent_sampler import LatentSampler
 
 __all__: list[str] = []
 
@@ -56,14 +56,14 @@ def interpolate(
 
     if out.suffix not in {".png", *ANIMATED}:
         raise ConfigError(f"--out {out}: expected .png, {', '.join(ANIMATED)}")
-    explorer = _explorer(path, truncation_psi, device)
+    sampler = _latent_sampler(path, truncation_psi, device)
     chosen = _numbers("--seeds", seeds)
     if mode == "class":
         through = _numbers("--labels", labels)
-        images = class_frames(explorer, chosen, through, frames, loop=loop)
+        images = class_frames(sampler, chosen, through, frames, loop=loop)
     else:
         mix = slerp if mode == "slerp" else lerp
-        images = frames_between(explorer, chosen, frames, mix=mix, label=label, loop=loop)[None]
+        images = frames_between(sampler, chosen, frames, mix=mix, label=label, loop=loop)[None]
     if animate or out.suffix in ANIMATED:
         write_animation(_sheets(images, scale), out)
     else:
@@ -93,17 +93,17 @@ def directions(
     from ganscale.generation.directions import directions_of, edited
     from ganscale.generation.pictures import lay_out, write_picture
 
-    explorer = _explorer(path, truncation_psi, device)
-    found = directions_of(explorer, num)
+    sampler = _latent_sampler(path, truncation_psi, device)
+    directions = directions_of(sampler, num)
     offsets = torch.linspace(-extent, extent, steps)
     strips = [
-        edited(explorer, seed, found.vectors, offsets, label=label)
+        edited(sampler, seed, directions.vectors, offsets, label=label)
         for seed in _numbers("--seeds", seeds)
     ]
     rows = torch.stack(strips, 1).flatten(0, 1)  # the seeds of a direction under each other
     write_picture(lay_out(rows, scale=scale), out)
     typer.echo("direction  eigenvalue")
-    for number, value in enumerate(found.eigenvalues.tolist()):
+    for number, value in enumerate(directions.eigenvalues.tolist()):
         typer.echo(f"{number:9d}  {value:10.4g}")
     typer.echo(f"wrote {len(rows)} strips to {out}")
 
@@ -127,12 +127,12 @@ def mix(
     from ganscale.generation.pictures import lay_out, write_picture
     from ganscale.generation.style_mixing import mixed_images
 
-    explorer = _explorer(path, truncation_psi, device)
+    sampler = _latent_sampler(path, truncation_psi, device)
     left, top = _numbers("--rows", rows), _numbers("--columns", columns)
-    mixed = mixed_images(explorer, left, top, layer)
-    edge = explorer.sample_seeds(left)[:, None]
+    mixed = mixed_images(sampler, left, top, layer)
+    edge = sampler.sample_seeds(left)[:, None]
     corner = torch.full_like(edge[:1], 255)
-    head = torch.cat([corner, explorer.sample_seeds(top)[None]], 1)
+    head = torch.cat([corner, sampler.sample_seeds(top)[None]], 1)
     sheet = torch.cat([head, torch.cat([edge, mixed], 1)])
     write_picture(lay_out(sheet, scale=scale), out)
     typer.echo(f"wrote {len(left)} x {len(top)} mixtures to {out}")
@@ -160,9 +160,9 @@ def nearest(
 
     from ganscale.generation.pictures import lay_out, write_picture
 
-    explorer = _explorer(path, truncation_psi, device)
+    sampler = _latent_sampler(path, truncation_psi, device)
     seeds = list(range(seed, seed + num))
-    images = explorer.sample_seeds(seeds)
+    images = sampler.sample_seeds(seeds)
     by_features, by_pixels, shown = _neighbours(
         images, reference, num_reference, neighbours, device
     )
@@ -172,7 +172,7 @@ def nearest(
     )
     typer.echo("    seed   features  of typical     pixels  of typical")
     for row, number in enumerate(seeds):
-        near = [found.distances[row, 0].item() for found in (by_features, by_pixels)]
+        near = [nearest.distances[row, 0].item() for nearest in (by_features, by_pixels)]
         shares = near[0] / by_features.typical, near[1] / by_pixels.typical
         typer.echo(
             f"{number:8d} {near[0]:10.4g} {shares[0]:11.2f} {near[1]:10.4g} {shares[1]:11.2f}"
@@ -189,12 +189,17 @@ def _neighbours(
 ) -> tuple[Nearest, Nearest, tuple[Tensor, Tensor]]:
     """By features and by pixels, and the images themselves, (n, k, C, H, W)."""
     from ganscale.cli.duration import announce
-    from ganscale.evaluation.distribution import Workload
-    from ganscale.evaluation.features import FeatureCache
-    from ganscale.evaluation.images import Subset, open_images
-    from ganscale.evaluation.nearest import features_of, nearest_in_features, nearest_in_pixels
+    from ganscale.evaluation.distributions.evaluate import Workload
+    from ganscale.evaluation.distributions.features import FeatureCache
+    from ganscale.evaluation.distributions.nearest import (
+        features_of,
+        nearest_in_features,
+        nearest_in_pixels,
+    )
+    from ganscale.evaluation.image_sets import open_images
+    from ganscale.evaluation.image_views import Subset
     from ganscale.metrics.extractors import EfficientNetLite0
-    from ganscale.tracking.console import parts
+    from ganscale.tracking.console import progress_bars
     from ganscale.world import World, process_group
 
     # Its features of all training images take minutes on a CPU; those of Inception take hours.
@@ -208,14 +213,14 @@ def _neighbours(
             f"(--num-reference {len(whole)} looks at all)",
             err=True,
         )
-    with process_group(world), parts(stderr_console()) as started:
+    with process_group(world), progress_bars(stderr_console()) as start_task:
         by_pixels = nearest_in_pixels(
-            images, reference, k, progress=started("pixels", len(reference))
+            images, reference, k, progress=start_task("pixels", len(reference))
         )
         missing = 0 if cache.has(reference, network) else len(reference)
         workload = Workload(len(images), missing, statistics="")
         announce(workload, network=network, shape=reference.shape, world=world)
-        progress = started("reference features", len(reference))
+        progress = start_task("reference features", len(reference))
         known = cache.extract(reference, network, world, progress=progress)
     assert known is not None
     by_features = nearest_in_features(features_of(images, network), known.rows, k)
@@ -224,12 +229,12 @@ def _neighbours(
     return by_features, by_pixels, (shown[0], shown[1])
 
 
-def _explorer(path: Path, truncation_psi: float | None, device: str) -> Explorer:
-    from ganscale.generation.exploring import Explorer
-    from ganscale.generation.sampling import load_generator
+def _latent_sampler(path: Path, truncation_psi: float | None, device: str) -> LatentSampler:
+    from ganscale.generation.latent_sampler import LatentSampler
+    from ganscale.generation.snapshot import load_generator
 
     generator = load_generator(path, device=device)
-    return Explorer(generator, pictures=True, truncation_psi=truncation_psi)
+    return LatentSampler(generator, pictures=True, truncation_psi=truncation_psi)
 
 
 def _numbers(option: str, text: str) -> list[int]:

@@ -37,15 +37,16 @@ def sample(
 
     Arrays of floats are drawn in colours in a grid; .npy files hold them in their own units.
     """
-    from ganscale.generation.exploring import Explorer
+    from ganscale.generation.latent_sampler import LatentSampler
     from ganscale.generation.pictures import (
         GRID_FORMATS,
         as_pictures,
         check_format,
+        save_grid,
         write_array,
         write_picture,
     )
-    from ganscale.generation.sampling import load_generator, save_grid
+    from ganscale.generation.snapshot import load_generator
 
     suffix = out.suffix.lower()
     if suffix and suffix not in (*GRID_FORMATS, ".npy") and not out.is_dir():
@@ -59,8 +60,8 @@ def sample(
         if not generator.num_classes:
             raise ConfigError(f"--label {label}: this generator takes no labels: omit --label")
         raise ConfigError(f"--label {label}: expected a class of 0 to {generator.num_classes - 1}")
-    explorer = Explorer(generator, truncation_psi=truncation_psi)
-    images = explorer.sample_seeds(list(range(seed, seed + num)), label=label)
+    sampler = LatentSampler(generator, truncation_psi=truncation_psi)
+    images = sampler.sample_seeds(list(range(seed, seed + num)), label=label)
     if suffix in GRID_FORMATS:
         save_grid(as_pictures(images, generator.values), out)
     elif suffix == ".npy":

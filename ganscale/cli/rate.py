@@ -81,7 +81,7 @@ def _contestants(
     scratch: Path,
 ) -> list[Contestant]:
     """The runs, and the real images unless runs are compared with one another alone."""
-    from ganscale.evaluation.images import open_images
+    from ganscale.evaluation.image_sets import open_images
     from ganscale.rating.contestants import default_reference, open_contestant, open_runs
     from ganscale.rating.questions import REAL
 

@@ -12,7 +12,7 @@ from ganscale.cli.app import Device, JsonFile, app, stderr_console, write_json
 from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ganscale.evaluation.images import ImageSet
+    from ganscale.evaluation.image_sets import ImageSet
     from ganscale.metrics.intervals import Estimate
 
 __all__: list[str] = []
@@ -44,16 +44,17 @@ def probe(
     """Linear classifier on the discriminator's features, on an untrained one's, and on pixels."""
     import torch
 
-    from ganscale.evaluation.contestants import load_contestants
-    from ganscale.evaluation.probe import pooled_activations, scaled_pixels
-    from ganscale.evaluation.probe import probe as measure
+    from ganscale.evaluation.gan_metrics.gan_pairs import load_gan_pairs
+    from ganscale.evaluation.recognition.probe import pooled_activations, scaled_pixels
+    from ganscale.evaluation.recognition.probe import probe as measure
+    from ganscale.evaluation.run_references import default_reference
     from ganscale.models import build_discriminator
-    from ganscale.tracking.console import parts
+    from ganscale.tracking.console import progress_bars
 
-    (contestant,) = load_contestants([run], device=device)
-    spec = contestant.spec
-    of_train, of_test = _opened(train or _trained_on(run), "train"), _opened(test, "test")
-    trained = pooled_activations(contestant.judge.model, num_classes=spec["num_classes"])
+    (pair,) = load_gan_pairs([run], device=device)
+    spec = pair.spec
+    of_train, of_test = _opened(train or default_reference(run), "train"), _opened(test, "test")
+    trained = pooled_activations(pair.judge.model, num_classes=spec["num_classes"])
 
     def untrained(seed: int) -> Any:
         with torch.random.fork_rng(devices=[]):
@@ -62,12 +63,12 @@ def probe(
         return pooled_activations(network, num_classes=spec["num_classes"])
 
     kinds = {
-        f"discriminator of {contestant.name}": lambda _: trained,
+        f"discriminator of {pair.name}": lambda _: trained,
         "the same, untrained": untrained,
         "pixels": lambda _: scaled_pixels,
     }
-    with parts(stderr_console()) as started:
-        found = [
+    with progress_bars(stderr_console()) as start_task:
+        results = [
             measure(
                 name,
                 describe_of,
@@ -76,16 +77,16 @@ def probe(
                 num_train=num,
                 seeds=range(seeds),
                 device=device,
-                started=started,
+                start_task=start_task,
             )
             for name, describe_of in kinds.items()
         ]
     typer.echo(f"train  {min(num, len(of_train))} of {of_train.description}, {seeds} seeds")
     typer.echo(f"test   {of_test.description}\n")
     typer.echo(f"{'features':44} {'number':>7}  accuracy")
-    for result in found:
+    for result in results:
         typer.echo(f"{result.features:44} {result.num_features:7d}  {_per_cent(result.accuracy)}")
-    write_json(json_file, {"results": [result.to_json() for result in found]})
+    write_json(json_file, {"results": [result.to_json() for result in results]})
 
 
 @recognise.command(
@@ -108,9 +109,10 @@ def augment(
 
     import torch
 
-    from ganscale.evaluation.accuracy_score import SHORT_SCORE
-    from ganscale.evaluation.images import GeneratedImages
-    from ganscale.evaluation.recognition import augment_with_samples
+    from ganscale.evaluation.image_sets import GeneratedImages
+    from ganscale.evaluation.recognition.accuracy_score import SHORT_SCORE
+    from ganscale.evaluation.recognition.sample_augmentation import augment_with_samples
+    from ganscale.evaluation.run_references import default_reference
     from ganscale.tracking.console import counting
 
     try:
@@ -123,11 +125,14 @@ def augment(
             f"{run} makes images without labels: train with model.num_classes > 0 "
             "(biggan-cifar10, r3gan-cifar10)"
         )
-    of_train, of_test = _opened(train or _trained_on(str(run)), "train"), _opened(test, "test")
+    of_train, of_test = (
+        _opened(train or default_reference(str(run)), "train"),
+        _opened(test, "test"),
+    )
     recipe = replace(SHORT_SCORE, num_passes=passes)
     total = 2 * passes * seeds * len(numbers)
     with counting("training classifiers", total, stderr_console()) as progress:
-        found = [
+        results = [
             augment_with_samples(
                 of_train,
                 samples,
@@ -143,10 +148,10 @@ def augment(
     typer.echo(f"{samples.description}; {passes} images passed in each training, {seeds} seeds")
     typer.echo(f"test   {of_test.description}\n")
     typer.echo(f"{'real images':>11}  {'real alone':26} {'with generated':26} gain")
-    for row in found:
+    for row in results:
         columns = f"{_per_cent(row.real):26} {_per_cent(row.both):26} {_per_cent(row.gain)}"
         typer.echo(f"{row.num_real:11d}  {columns}")
-    write_json(json_file, {"results": [row.to_json() for row in found]})
+    write_json(json_file, {"results": [row.to_json() for row in results]})
 
 
 @recognise.command(
@@ -165,8 +170,8 @@ def semi_supervised(
 
     Runs that differ by their seed only are repeats of each other.
     """
-    from ganscale.evaluation.recognition import classifier_of_run, snapshot_accuracy
-    from ganscale.generation.sampling import snapshot_classes
+    from ganscale.evaluation.recognition.semi_supervised import classifier_of_run, snapshot_accuracy
+    from ganscale.generation.snapshot import snapshot_classes
     from ganscale.metrics.intervals import of_repeats
     from ganscale.tracking.console import counting
 
@@ -181,7 +186,7 @@ def semi_supervised(
             progress(1)
     typer.echo(f"test   {of_test.description}\n")
     typer.echo(f"{'runs':52} {'seeds':>5}  accuracy")
-    rows = {kind: of_repeats(list(found.values())) for kind, found in by_kind.items()}
+    rows = {kind: of_repeats(list(accuracies.values())) for kind, accuracies in by_kind.items()}
     for kind, estimate in rows.items():
         typer.echo(f"{kind:52} {len(by_kind[kind]):5d}  {_per_cent(estimate)}")
     write_json(json_file, {"runs": by_kind, "accuracy": {k: vars(e) for k, e in rows.items()}})
@@ -202,17 +207,10 @@ def _kind_of(run: Path) -> str:
 
 
 def _opened(place: str, split: Any) -> ImageSet:
-    from ganscale.evaluation.features import FeatureCache
-    from ganscale.evaluation.images import open_images
+    from ganscale.evaluation.distributions.features import FeatureCache
+    from ganscale.evaluation.image_sets import open_images
 
     return open_images(place, split=split, scratch=FeatureCache().folder.parent)
-
-
-def _trained_on(run: str) -> str:
-    from ganscale.evaluation.runs import default_reference
-
-    path, at, kimg = run.rpartition("@")
-    return default_reference(path if at and kimg.replace(".", "").isdigit() else run)
 
 
 def _per_cent(estimate: Estimate) -> str:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import typer
 
 from ganscale.cli.app import app, stderr_console, write_json
+from ganscale.config import ExtractorName
 from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ganscale.config import ExtractorName
-    from ganscale.evaluation.images import ImageSet
-    from ganscale.evaluation.reconstruction import Reconstructed, Reconstructor
+    from ganscale.evaluation.image_sets import ImageSet
+    from ganscale.evaluation.reconstruction.reconstruct import Reconstructed, Reconstructor
     from ganscale.generation.degradations import Degradation
     from ganscale.metrics.extractors import FeatureExtractor
     from ganscale.world import World
@@ -80,15 +80,16 @@ def reconstruct(
     ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of images, noise and starts.")] = 0,
     extractor: Annotated[
-        Literal["auto", "inception-v3", "efficientnet-lite0", "dinov2", "clip"],
+        ExtractorName,
         typer.Option(help="Of the feature distance; auto: Inception if its weights are there."),
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Reconstruct images, whole or degraded, from what a run has learnt."""
-    from ganscale.evaluation.features import FeatureCache
-    from ganscale.evaluation.images import Subset, open_images
-    from ganscale.evaluation.reconstruction import Reconstructor
+    from ganscale.evaluation.distributions.features import FeatureCache
+    from ganscale.evaluation.image_sets import open_images
+    from ganscale.evaluation.image_views import Subset
+    from ganscale.evaluation.reconstruction.reconstruct import Reconstructor
     from ganscale.generation.degradations import degradation_named
     from ganscale.generation.inversion import Search
     from ganscale.world import World
@@ -133,11 +134,12 @@ def reconstruct(
         protocol["search"] = {**vars(search), "prior": search.prior_for(degradation)}
     _write_figures(compared, protocol, out)
     _print(compared.figures, protocol)
-    typer.echo(f"wrote {len(compared.found.images)} images, grid.png and figures.json to {out}")
+    num_images = len(compared.reconstructed.images)
+    typer.echo(f"wrote {num_images} images, grid.png and figures.json to {out}")
 
 
 class _Compared(NamedTuple):
-    found: Reconstructed
+    reconstructed: Reconstructed
     figures: dict[str, dict[str, Tensor]]
     """By kind of reconstruction and measure, (n,)."""
     features: FeatureExtractor
@@ -153,38 +155,44 @@ def _restore_and_compare(
     out: Path,
 ) -> _Compared | None:
     """On rank 0; None on others. The images are written before they are measured."""
-    from ganscale.evaluation.reconstruction import likeness, reconstruct
+    from ganscale.evaluation.reconstruction.reconstruct import reconstruct, similarity
     from ganscale.metrics.extractors import EfficientNetLite0, open_extractor
-    from ganscale.tracking.console import parts
+    from ganscale.tracking.console import progress_bars
     from ganscale.world import process_group
 
     console = stderr_console() if world.is_main else None
-    with process_group(world), parts(console) as started:
+    with process_group(world), progress_bars(console) as start_task:
         total = reconstructor.num_steps(len(images))
-        progress = started(f"{degradation.name} by {reconstructor.by}", total)
-        found = reconstruct(reconstructor, images, degradation, world, seed=seed, progress=progress)
-        if found is None:
+        progress = start_task(f"{degradation.name} by {reconstructor.by}", total)
+        reconstructed = reconstruct(
+            reconstructor, images, degradation, world, seed=seed, progress=progress
+        )
+        if reconstructed is None:
             return None
-        _write_pictures(found, out)
+        _write_pictures(reconstructed, out)
         network, features = EfficientNetLite0(), open_extractor(extractor)
         network.to(world.device)
         features.to(world.device)
-        started("comparing", None)
+        start_task("comparing", None)
         figures = {
-            "trivial": likeness(found.trivial, found.truth, features, network),
-            "reconstruction": likeness(found.images, found.truth, features, network),
+            "trivial": similarity(reconstructed.trivial, reconstructed.truth, features, network),
+            "reconstruction": similarity(
+                reconstructed.images, reconstructed.truth, features, network
+            ),
         }
-    return _Compared(found, figures, features)
+    return _Compared(reconstructed, figures, features)
 
 
-def _write_pictures(found: Reconstructed, out: Path) -> None:
+def _write_pictures(reconstructed: Reconstructed, out: Path) -> None:
     import torch
 
     from ganscale.generation.pictures import lay_out, write_picture
 
-    for number, image in enumerate(found.images):
+    for number, image in enumerate(reconstructed.images):
         write_picture(image, out / "images" / f"{number:06d}.png")
-    shown = torch.stack([found.inputs, found.images, found.truth])[:, :_COLUMNS]
+    shown = torch.stack([reconstructed.inputs, reconstructed.images, reconstructed.truth])[
+        :, :_COLUMNS
+    ]
     write_picture(lay_out(shown, scale=2), out / "grid.png")
 
 

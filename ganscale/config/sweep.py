@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
+from ganscale.config.changes import MAY_CHANGE_IN_POPULATION
 from ganscale.config.loading import load_config, read_yaml
 from ganscale.config.messages import explain, unknown_field
 from ganscale.config.run import Config, field_names
@@ -26,33 +27,6 @@ __all__ = ["Asha", "NoScheduler", "Population", "Sweep", "SweepFile", "Trial"]
 
 _PLACES = ("name", "storage", "checkpoint.location", "launch.ray_address")
 """Fields that say where things are; the sweep gives each trial its own."""
-
-# Fields that are read at each step and change no network: what a population may explore.
-_MAY_CHANGE = (
-    "optimizer.lr",
-    "optimizer.lr_discriminator",
-    "optimizer.beta1",
-    "optimizer.beta2",
-    "optimizer.eps",
-    "optimizer.clip_norm",
-    "optimizer.clip_value",
-    "optimizer.clip_weights",
-    "objective.top_k",
-    "penalty.r1",
-    "penalty.r2",
-    "penalty.wgan_gp",
-    "penalty.dragan",
-    "penalty.consistency",
-    "penalty.lecam",
-    "penalty.orthogonal",
-    "penalty.interval",
-    "augment.p",
-    "augment.target",
-    "augment.adapt_kimg",
-    "training.ema_halflife_kimg",
-    "method.beta",
-    "method.adversarial",
-)
 
 
 class Asha(Section):
@@ -273,10 +247,10 @@ class Sweep:
                 yield f"{name}={value!r} is no number that a relative value could multiply"
             if not isinstance(self.file.scheduler, Population):
                 continue
-            if name not in _MAY_CHANGE:
+            if name not in MAY_CHANGE_IN_POPULATION:
                 yield (
                     f"{name} cannot change within a run, so a population cannot explore it; it may "
-                    f"explore {', '.join(_MAY_CHANGE)}"
+                    f"explore {', '.join(MAY_CHANGE_IN_POPULATION)}"
                 )
             if name.startswith(("penalty.", "augment.p")) and 0 in domain.extremes:
                 yield f"{name} may not become 0 in a population: what is off has no state to copy"

@@ -2,7 +2,7 @@
 
 Absolute figures move with the machine's other work; ratios to the first row are what to compare.
 Everything runs in one process; what is read twice comes from the operating system's page cache the
-second time, for all contestants alike, so each is warmed up first.
+second time, for all ways of reading alike, so each is warmed up first.
 """
 
 from __future__ import annotations
@@ -51,24 +51,24 @@ def bench_data(
     *,
     seconds: float = 5.0,
     device: str = "cpu",
-    started: Callable[[str], None] = lambda name: None,
+    report: Callable[[str], None] = lambda name: None,
 ) -> list[Measurement]:
     """Measure every way of reading a set, `seconds` each.
 
     Plain webdataset with PIL and torchvision's ImageFolder with a DataLoader come first if the set
-    lies in a local directory. `started` is told the name of each.
+    lies in a local directory. `report` is called with the name of each way.
     """
     rows: list[Measurement] = []
     pixel_bytes = math.prod(shard_set.image_shape) * shard_set.values.numpy_dtype.itemsize
-    for name, batches in _contestants(shard_set, torch.device(device)):
-        started(name)
+    for name, batches in _ways(shard_set, torch.device(device)):
+        report(name)
         speed = _images_per_second(batches, seconds)
         base = rows[0].images_per_second if rows else speed
         rows.append(Measurement(name, speed, speed * pixel_bytes, speed / base))
     return rows
 
 
-def _contestants(shard_set: ShardSet, device: torch.device) -> Iterator[tuple[str, Iterator[int]]]:
+def _ways(shard_set: ShardSet, device: torch.device) -> Iterator[tuple[str, Iterator[int]]]:
     """Names, and endless iterators over the sizes of the batches that were read."""
     if isinstance(shard_set.store, LocalStore):
         is_array = shard_set.encoding == NPY
@@ -84,7 +84,7 @@ def _contestants(shard_set: ShardSet, device: torch.device) -> Iterator[tuple[st
     if isinstance(shard_set.store, RemoteStore):
         with tempfile.TemporaryDirectory(prefix="ganscale-") as folder:
             store = CachedStore(shard_set.store, shard_set.shards, Path(folder), limit_bytes=None)
-            store.prepare([shard.name for shard in shard_set.shards])
+            store.prefetch([shard.name for shard in shard_set.shards])
             cached = ShardImages(shard_set, store)
             yield "ganscale, shards in cache_dir, 2 threads", _ganscale(shard_set, cached, 2)
     shape, values = (shard_set.num_samples, *shard_set.image_shape), shard_set.values
@@ -148,9 +148,9 @@ def _image_folder(folder: Path) -> Iterator[int]:
 def _unpack(shard_set: ShardSet, folder: Path) -> None:
     """The set's first images as files in class folders."""
     samples = np.arange(min(_FOLDER_IMAGES, shard_set.num_samples))
-    found = shard_set.store.read_spans(shard_set.spans(samples))
+    contents = shard_set.store.read_spans(shard_set.spans(samples))
     labels = shard_set.samples["label"][samples].tolist()
-    for number, (data, label) in enumerate(zip(found, labels, strict=True)):
+    for number, (data, label) in enumerate(zip(contents, labels, strict=True)):
         if isinstance(data, Exception):
             raise data
         path = folder / f"class{label}" / f"{number}.png"

@@ -31,6 +31,8 @@ import webdataset as wds
 from filelock import FileLock, Timeout
 from PIL import ImageColor
 
+from ganscale.atomic_files import replacing
+from ganscale.data.channel_stats import ChannelStats
 from ganscale.data.encodings import ENCODINGS, NPY, PNG, Encoding
 from ganscale.data.images import Normalised
 from ganscale.data.labels import check_labels, named_classes, numbered_classes
@@ -38,7 +40,6 @@ from ganscale.data.order import keyed_permutation
 from ganscale.data.shards import INDEX_NAME, SAMPLE_DTYPE, Progress, Samples, Shard, ShardSet
 from ganscale.data.sources import Source, SourceSpec, open_source
 from ganscale.data.storage import LocalStore
-from ganscale.data.sums import Sums
 from ganscale.data.tally import Tally
 from ganscale.data.tars import BLOCK_BYTES, scan_tar, tars_in
 from ganscale.data.values import PIXELS, ValueRange
@@ -225,7 +226,7 @@ class _BuiltShard:
     samples: Samples
     image_shape: tuple[int, int, int]
     encoding: Encoding
-    sums: Sums
+    stats: ChannelStats
     example: str
     """Names an image of the shard, for errors."""
     changes: Tally
@@ -241,16 +242,13 @@ class _BuiltShard:
                 "changes": dict(self.changes.items()),
             }
         )
-        temporary = path.with_name(f"{path.name}.tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, samples=self.samples, text=text, **vars(self.sums))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with replacing(path) as file:
+            np.savez(file, samples=self.samples, text=text, **vars(self.stats))
 
     @classmethod
     def load(cls, path: Path) -> _BuiltShard:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+            stats = {field.name: arrays[field.name] for field in fields(ChannelStats)}
             text = json.loads(str(arrays["text"]))
             channels, height, width = text["image_shape"]
             return cls(
@@ -258,19 +256,19 @@ class _BuiltShard:
                 samples=arrays["samples"],
                 image_shape=(channels, height, width),
                 encoding=ENCODINGS[text["dtype"]],
-                sums=Sums(**{field.name: arrays[field.name] for field in fields(Sums)}),
+                stats=ChannelStats(**stats),
                 example=text["example"],
                 changes=Tally(text["changes"]),
             )
 
 
 class _Summary:
-    """Form, shape and sums of the images that were looked at."""
+    """Form, shape and stats of the images that were looked at."""
 
     def __init__(self) -> None:
         self.shape: tuple[int, int, int] | None = None
         self.encoding = PNG
-        self.sums: Sums | None = None
+        self.stats: ChannelStats | None = None
         self.example = ""
         self.changes = Tally()
 
@@ -294,17 +292,17 @@ class _Summary:
                 f"has (channels, height, width) {shape}, others have {self.shape}, such as "
                 f"{self.example}. {_MAKE_ALIKE}"
             )
-        sums = Sums.of(values)
-        self.sums = sums if self.sums is None else self.sums + sums
+        stats = ChannelStats.of(values)
+        self.stats = stats if self.stats is None else self.stats + stats
 
     def shard(self, path: Path, samples: Samples) -> _BuiltShard:
-        if self.shape is None or self.sums is None:
+        if self.shape is None or self.stats is None:
             raise DataError(f"{path} holds no samples")
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         shard = Shard(path.name, path.stat().st_size, sha256, len(samples))
         return _BuiltShard(
-            shard, samples, self.shape, self.encoding, self.sums, self.example, self.changes
+            shard, samples, self.shape, self.encoding, self.stats, self.example, self.changes
         )
 
 
@@ -325,21 +323,16 @@ def _build_shard(recipe: _Recipe, folder: Path, number: int, ids: tuple[int, ...
             return _BuiltShard.load(record)
     source = _opened(recipe.spec, recipe.fingerprint)
     summary = _Summary()
-    temporary = folder / f".{path.name}.tmp"
-    with temporary.open("wb") as file:
-        with _tar_writer(file) as writer:
-            for index in ids:
-                name, label = source.name(index), source.label(index)
-                data = source.read(index)
-                with _named(name):
-                    normalised = recipe.normalised(data, source.encoding)
-                    summary.add(normalised, source.encoding, name)
-                fields = {} if label < 0 else {"cls": str(label).encode()}
-                fields[source.encoding.suffix] = normalised.data
-                writer.write({"__key__": f"{index:06d}", **fields})
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with replacing(path) as file, _tar_writer(file) as writer:
+        for index in ids:
+            name, label = source.name(index), source.label(index)
+            data = source.read(index)
+            with _named(name):
+                normalised = recipe.normalised(data, source.encoding)
+                summary.add(normalised, source.encoding, name)
+            fields = {} if label < 0 else {"cls": str(label).encode()}
+            fields[source.encoding.suffix] = normalised.data
+            writer.write({"__key__": f"{index:06d}", **fields})
     built = summary.shard(path, _rows(path))
     built.save(record)
     return built
@@ -447,27 +440,29 @@ def _summarise(
                 f"{other.example} has (channels, height, width) {other.image_shape}, others have "
                 f"{first.image_shape}, such as {first.example}. {_MAKE_ALIKE}"
             )
-    sums = functools.reduce(operator.add, [shard.sums for shard in built])
+    stats = functools.reduce(operator.add, [shard.stats for shard in built])
     return ShardSet(
         store=LocalStore(folder),
         source=origin.kind,
         split=origin.split,
         classes=tuple(origin.classes),
         image_shape=first.image_shape,
-        pixel_mean=tuple(sums.mean.tolist()),
-        pixel_std=tuple(sums.std.tolist()),
+        pixel_mean=tuple(stats.mean.tolist()),
+        pixel_std=tuple(stats.std.tolist()),
         num_streams=_streams(num_streams, len(built)),
         shards=tuple(shard.shard for shard in built),
         samples=np.concatenate([shard.samples for shard in built]),
-        values=_values(first.encoding, sums, origin.value_range),
+        values=_values(first.encoding, stats, origin.value_range),
     )
 
 
-def _values(encoding: Encoding, sums: Sums, wanted: tuple[float, float] | None) -> ValueRange:
+def _values(
+    encoding: Encoding, stats: ChannelStats, wanted: tuple[float, float] | None
+) -> ValueRange:
     _check_range(wanted, encoding)
     if encoding == PNG:
         return PIXELS
-    low, high = wanted or (float(sums.low.min()) + 0.0, float(sums.high.max()) + 0.0)  # no -0.0
+    low, high = wanted or (float(stats.low.min()) + 0.0, float(stats.high.max()) + 0.0)  # no -0.0
     try:
         return ValueRange("float32", low, high)
     except ValueError as error:
@@ -510,6 +505,8 @@ def _partial_folder(out: Path, fingerprint: str) -> Iterator[Path]:
             for path in folder.iterdir():
                 path.unlink()
             note.write_text(fingerprint)
+        for path in folder.glob(".*.tmp"):  # which a killed build was writing
+            path.unlink()
         yield folder
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)

@@ -60,20 +60,20 @@ class DecodedImages:
         self._known = np.zeros(len(pixels), dtype=np.bool_)
 
     def read(self, samples: NDArray[np.int64]) -> Images:
-        sound = self._known[samples]
-        if sound.all():
-            return Images(self.pixels.take(samples), sound)
-        fresh = self.reader.read(samples[~sound])
-        found = samples[~sound][fresh.sound]
-        self.pixels.put(found, fresh.pixels)
-        self._known[found] = True
-        sound = self._known[samples]
-        return Images(self.pixels.take(samples[sound]), sound, fresh.damaged)
+        valid = self._known[samples]
+        if valid.all():
+            return Images(self.pixels.take(samples), valid)
+        fresh = self.reader.read(samples[~valid])
+        decoded = samples[~valid][fresh.valid]
+        self.pixels.put(decoded, fresh.pixels)
+        self._known[decoded] = True
+        valid = self._known[samples]
+        return Images(self.pixels.take(samples[valid]), valid, fresh.damaged)
 
-    def prepare(self, samples: NDArray[np.int64]) -> None:
-        self.reader.prepare(samples[~self._known[samples]])
+    def prefetch(self, samples: NDArray[np.int64]) -> None:
+        self.reader.prefetch(samples[~self._known[samples]])
 
-    def holds(self, samples: NDArray[np.int64]) -> bool:
+    def is_cached(self, samples: NDArray[np.int64]) -> bool:
         return bool(self._known[samples].all())
 
 

@@ -71,8 +71,8 @@ class FolderTree:
                 self.folders.append(member)
                 self._list(folder / entry.name, f"{member}/", above | {identity})
             elif entry.is_file():
-                found = entry.stat()
-                self.members[member] = f"{found.st_size} {found.st_mtime_ns}"
+                status = entry.stat()
+                self.members[member] = f"{status.st_size} {status.st_mtime_ns}"
             elif entry.is_symlink():
                 self.left_out.add("links to nothing", member)
             else:

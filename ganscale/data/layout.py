@@ -339,7 +339,9 @@ _LOSSES = (_UNREADABLE, _OUTSIDE, "links to nothing")
 
 def _check_losses(tree: FileTree, arrangement: Arrangement) -> None:
     """Refuse to leave out more than a few images that no option asked to leave out."""
-    lost = Tally({r: found for r, found in arrangement.left_out.items() if r in _LOSSES})
+    lost = Tally(
+        {reason: entry for reason, entry in arrangement.left_out.items() if reason in _LOSSES}
+    )
     num = sum(count for _, (count, _) in lost.items())
     if num > _FEW_IMAGES:
         raise DataError(

@@ -26,7 +26,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Order", "Slots", "keyed_permutation"]
+__all__ = ["Order", "BatchIndices", "keyed_permutation"]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -44,8 +44,8 @@ def keyed_permutation(n: int, *key: int | str) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
-class Slots:
-    """Places in the global order and the samples that stand there, by growing position."""
+class BatchIndices:
+    """The samples of a batch and their positions in the global order, which ascend."""
 
     positions: NDArray[np.int64]
     """(n,) real samples consumed globally before this one."""
@@ -57,8 +57,8 @@ class Slots:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitem__(self, chosen: NDArray[np.bool_]) -> Slots:
-        return Slots(self.positions[chosen], self.streams[chosen], self.samples[chosen])
+    def __getitem__(self, chosen: NDArray[np.bool_]) -> BatchIndices:
+        return BatchIndices(self.positions[chosen], self.streams[chosen], self.samples[chosen])
 
 
 class Order:
@@ -87,7 +87,7 @@ class Order:
         self._plan = lru_cache(maxsize=2)(self._make_plan)
         self._block = lru_cache(maxsize=3)(self._make_block)
 
-    def batch(self, position: int, batch_size: int) -> Slots:
+    def batch(self, position: int, batch_size: int) -> BatchIndices:
         """The global batch that starts at `position`, in order."""
         streams, samples = [], []
         at, missing = position, batch_size
@@ -102,9 +102,11 @@ class Order:
             at += len(samples[-1])
             missing -= len(samples[-1])
         positions = np.arange(position, position + batch_size)
-        return Slots(positions, _joined(streams), _joined(samples))
+        return BatchIndices(positions, _joined(streams), _joined(samples))
 
-    def local_batch(self, position: int, batch_size: int, *, rank: int, world_size: int) -> Slots:
+    def local_batch(
+        self, position: int, batch_size: int, *, rank: int, world_size: int
+    ) -> BatchIndices:
         """The part of the global batch that a rank reads: the streams with s % W == rank.
 
         May be shorter than batch_size / W, or empty at the end of an epoch of unequal shards; the

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ganscale.data.order import Order, Slots
+from ganscale.data.order import BatchIndices, Order
 from ganscale.data.shard_cache import CachedStore
 from ganscale.data.shards import ShardSet
 from ganscale.data.storage import MissingData, Span, Store
@@ -48,7 +48,7 @@ class Images:
 
     pixels: torch.Tensor
     """(n, C, H, W) of the set's type (uint8, float32), on the reader's device"""
-    sound: NDArray[np.bool_]
+    valid: NDArray[np.bool_]
     """(asked,) which of the samples that were asked for these are."""
     damaged: tuple[DamagedSample, ...] = ()
 
@@ -60,11 +60,11 @@ class ImageReader(Protocol):
         """The pixels of some samples of the set, in the order asked for."""
         ...
 
-    def prepare(self, samples: NDArray[np.int64]) -> None:
+    def prefetch(self, samples: NDArray[np.int64]) -> None:
         """Bring near what `read` of these samples will need, where that takes a while."""
         ...
 
-    def holds(self, samples: NDArray[np.int64]) -> bool:
+    def is_cached(self, samples: NDArray[np.int64]) -> bool:
         """Whether `read` would only copy memory, so that a thread to read ahead costs more."""
         ...
 
@@ -92,38 +92,38 @@ class ShardImages:
 
     def read(self, samples: NDArray[np.int64]) -> Images:
         crc32s = self.shard_set.samples["crc32"][samples].tolist()
-        found = self._found(self.shard_set.spans(samples), crc32s)
+        contents = self._read_spans(self.shard_set.spans(samples), crc32s)
         shape = (len(samples), *self.shard_set.image_shape)
         pixels = np.empty(shape, dtype=self.shard_set.values.numpy_dtype)
-        sound = np.ones(len(samples), dtype=np.bool_)
+        valid = np.ones(len(samples), dtype=np.bool_)
         damaged = []
-        for place, (data, crc32) in enumerate(zip(found, crc32s, strict=True)):
+        for place, (data, crc32) in enumerate(zip(contents, crc32s, strict=True)):
             try:
                 pixels[place] = self._decoded(data, crc32)
             except DataError as error:
-                sound[place] = False
+                valid[place] = False
                 where = self.shard_set.describe(int(samples[place]))
                 damaged.append(DamagedSample(f"{where}: {error}. Run: ganscale shards verify"))
         if damaged:
-            pixels = pixels[sound]
-        return Images(torch.from_numpy(pixels), sound, tuple(damaged))
+            pixels = pixels[valid]
+        return Images(torch.from_numpy(pixels), valid, tuple(damaged))
 
-    def _found(self, spans: list[Span], crc32s: list[int]) -> list[bytes | MissingData]:
-        """The spans' bytes; what differs from the index is read twice, lest the way be at fault."""
-        found = self.store.read_spans(spans)
-        doubtful = [place for place, data in enumerate(found) if not _is(data, crc32s[place])]
+    def _read_spans(self, spans: list[Span], crc32s: list[int]) -> list[bytes | MissingData]:
+        """The bytes of spans; those that differ from the index are read again, as networks err."""
+        contents = self.store.read_spans(spans)
+        doubtful = [place for place, data in enumerate(contents) if not _is(data, crc32s[place])]
         if doubtful:
             again = self.store.read_spans([spans[place] for place in doubtful])
             for place, data in zip(doubtful, again, strict=True):
-                found[place] = data
-        return found
+                contents[place] = data
+        return contents
 
-    def prepare(self, samples: NDArray[np.int64]) -> None:
+    def prefetch(self, samples: NDArray[np.int64]) -> None:
         if isinstance(self.store, CachedStore):
             numbers = np.unique(self.shard_set.shards_of(samples)).tolist()
-            self.store.prepare([self.shard_set.shards[number].name for number in numbers])
+            self.store.prefetch([self.shard_set.shards[number].name for number in numbers])
 
-    def holds(self, samples: NDArray[np.int64]) -> bool:
+    def is_cached(self, samples: NDArray[np.int64]) -> bool:
         return False
 
     def _decoded(self, data: bytes | MissingData, crc32: int) -> NDArray[Any]:
@@ -210,8 +210,8 @@ class BatchReader:
                     slots = self._slots(start, batch_size)
                     if self.ahead.num_samples and (preparing is None or preparing.done()):
                         coming = self._slots(start + self.ahead.num_samples, batch_size)
-                        preparing = preparer.submit(self.images.prepare, coming.samples)
-                    if self.images.holds(slots.samples):
+                        preparing = preparer.submit(self.images.prefetch, coming.samples)
+                    if self.images.is_cached(slots.samples):
                         waiting.append(partial(self._batch, start, slots))
                     else:
                         waiting.append(pool.submit(self._batch, start, slots).result)
@@ -225,17 +225,17 @@ class BatchReader:
         """This rank's part of the global batch that starts at `position`."""
         return self._batch(position, self._slots(position, batch_size))
 
-    def _slots(self, position: int, batch_size: int) -> Slots:
+    def _slots(self, position: int, batch_size: int) -> BatchIndices:
         return self.order.local_batch(
             position, batch_size, rank=self.rank, world_size=self.world_size
         )
 
-    def _batch(self, position: int, slots: Slots) -> Batch:
+    def _batch(self, position: int, slots: BatchIndices) -> Batch:
         images = self.images.read(slots.samples)
         if images.damaged:
             if self.on_error == "fail":
                 raise images.damaged[0]
-            slots = slots[images.sound]
+            slots = slots[images.valid]
         labels = self._labels[slots.samples]
         pixels = images.pixels.pin_memory() if self.pin_memory else images.pixels
         return Batch(

@@ -65,7 +65,7 @@ class CachedStore:
     def read(self, name: str) -> bytes:
         return self.store.read(name)
 
-    def prepare(self, names: Sequence[str]) -> None:
+    def prefetch(self, names: Sequence[str]) -> None:
         """Fetch the shards that are not here yet, several at a time."""
         self._files(names)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ganscale.atomic_files import write_bytes
 from ganscale.data.encodings import ENCODINGS, Encoding
 from ganscale.data.storage import (
     LocalStore,
@@ -153,9 +153,9 @@ class ShardSet:
 
     @classmethod
     def _parse(cls, store: Store, data: dict[str, Any]) -> ShardSet:
-        found, values = data["format"], ValueRange.parse(data.get("values"))
-        if found != _format(values):
-            raise ValueError(f"format {found}, expected {_format(values)}")
+        version, values = data["format"], ValueRange.parse(data.get("values"))
+        if version != _format(values):
+            raise ValueError(f"format {version}, expected {_format(values)}")
         shards = tuple(Shard(**entry) for entry in data["shards"])
         channels, height, width = data["image_shape"]
         raw = store.read(SAMPLES_NAME)
@@ -200,8 +200,8 @@ class ShardSet:
 
     def save(self, folder: Path) -> None:
         """Write samples.npy, then index.json, each under a temporary name and renamed."""
-        _write(folder / SAMPLES_NAME, _to_npy(self.samples))
-        _write(folder / INDEX_NAME, _to_json(self).encode())
+        write_bytes(folder / SAMPLES_NAME, _to_npy(self.samples))
+        write_bytes(folder / INDEX_NAME, _to_json(self).encode())
 
 
 def verify_shards(shard_set: ShardSet, progress: Progress = lambda num_samples: None) -> list[str]:
@@ -224,8 +224,8 @@ def _problems_of(shard_set: ShardSet, number: int) -> list[str]:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
                 return [f"{where}: sha256 differs from the index: the content is damaged"]
-        found = [sample.row for sample in scan_tar(path)]
-    if not np.array_equal(np.array(found, dtype=SAMPLE_DTYPE), rows):
+        indexed = [sample.row for sample in scan_tar(path)]
+    if not np.array_equal(np.array(indexed, dtype=SAMPLE_DTYPE), rows):
         return [f"{where}: the samples are not those of the index"]
     return []
 
@@ -268,12 +268,3 @@ def _to_npy(samples: Samples) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, samples, allow_pickle=False)
     return buffer.getvalue()
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

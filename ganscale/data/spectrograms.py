@@ -59,8 +59,8 @@ def magnitudes(signal: Array) -> Array:
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_WINDOW) / _WINDOW)
     frames = np.lib.stride_tricks.sliding_window_view(signal, _WINDOW)[::_HOP]
     spectra = np.abs(np.fft.rfft(frames * window)) / (window.sum() / 2)
-    found: Array = spectra[:, :0:-1].T
-    return found
+    magnitudes: Array = spectra[:, :0:-1].T
+    return magnitudes
 
 
 def _glide(rng: np.random.Generator, t: Array) -> Array:
@@ -76,10 +76,10 @@ def _harmonics(rng: np.random.Generator, t: Array) -> Array:
     swing = depth * np.sin(2 * np.pi * (rate * t + rng.uniform(0, 1)))
     frequency = rng.uniform(300, 700) * (1 + swing)
     slope = rng.uniform(0.6, 1.6)
-    sound = np.zeros_like(t)
+    wave = np.zeros_like(t)
     for number in range(1, 1 + int(3800 / frequency.max())):
-        sound += number**-slope * np.sin(number * _phase(frequency))
-    return _fade(rng, t) * sound
+        wave += number**-slope * np.sin(number * _phase(frequency))
+    return _fade(rng, t) * wave
 
 
 def _vowel(rng: np.random.Generator, t: Array) -> Array:
@@ -88,14 +88,14 @@ def _vowel(rng: np.random.Generator, t: Array) -> Array:
     size = rng.uniform(0.95, 1.25)
     first, last = (np.array(_VOWELS[i]) * size for i in rng.integers(len(_VOWELS), size=2))
     starts = np.flatnonzero(np.diff(np.floor(_phase(pitch) / (2 * np.pi))) > 0)
-    sound = np.zeros_like(t)
+    wave = np.zeros_like(t)
     for start in starts:
         share = 1 / (1 + np.exp(-10 * (t[start] / t[-1] - 0.5)))
         stop = start + _RINGING
         since = t[start:stop] - t[start]
         for centre, width in zip(first + share * (last - first), _BANDWIDTHS, strict=True):
-            sound[start:stop] += np.exp(-np.pi * width * since) * np.sin(2 * np.pi * centre * since)
-    return _fade(rng, t) * sound
+            wave[start:stop] += np.exp(-np.pi * width * since) * np.sin(2 * np.pi * centre * since)
+    return _fade(rng, t) * wave
 
 
 def _beats(rng: np.random.Generator, t: Array) -> Array:
@@ -106,8 +106,8 @@ def _beats(rng: np.random.Generator, t: Array) -> Array:
     band = np.fft.irfft(spectrum * np.exp(-((distance / rng.uniform(200, 900)) ** 2)), len(t))
     period = rng.uniform(0.07, 0.2)
     since = (t + rng.uniform(0, period)) % period
-    sound: Array = band * np.exp(-since / rng.uniform(0.01, 0.04)) * (1 - np.exp(-since / 0.004))
-    return sound
+    wave: Array = band * np.exp(-since / rng.uniform(0.01, 0.04)) * (1 - np.exp(-since / 0.004))
+    return wave
 
 
 def _phase(frequency: Array) -> Array:

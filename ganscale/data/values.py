@@ -52,17 +52,17 @@ class ValueRange:
 
     def to_network(self, values: Tensor) -> Tensor:
         """Stored values as float32 in [-1, 1]."""
-        found = values.float()
+        scaled = values.float()
         if self.dtype != "uint8":  # which has nothing to be clipped
-            found = found.clamp(self.low, self.high) - self.low
-        return found / self._half - 1
+            scaled = scaled.clamp(self.low, self.high) - self.low
+        return scaled / self._half - 1
 
     def from_network(self, images: Tensor) -> Tensor:
         """Images in [-1, 1] as stored values; whole numbers are rounded to, the rest is clamped."""
-        found = images.float() * self._half + (self.low + self._half)
+        stored = images.float() * self._half + (self.low + self._half)
         if self.dtype == "uint8":
-            found = found.round()
-        return found.clamp(self.low, self.high).to(self.torch_dtype)
+            stored = stored.round()
+        return stored.clamp(self.low, self.high).to(self.torch_dtype)
 
     @property
     def _half(self) -> float:

@@ -1,1 +1,1 @@
-"""How good are a generator's images? Image sets, features across ranks, and every judgement."""
+"""Evaluation of generated images: image sets, and metrics that are computed on them."""

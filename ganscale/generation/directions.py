@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ganscale.errors import ConfigError
-from ganscale.generation.exploring import Explorer
+from ganscale.generation.latent_sampler import LatentSampler
 
 __all__ = ["Directions", "closed_form_directions", "directions_of", "edited", "first_weight"]
 
@@ -57,36 +57,41 @@ def first_weight(model: nn.Module, name: str, z_dim: int) -> Tensor:
     return _WEIGHTS[name](model, z_dim).detach().cpu()
 
 
-def directions_of(explorer: Explorer, num: int) -> Directions:
+def directions_of(sampler: LatentSampler, num: int) -> Directions:
     """The first `num` directions of a generator."""
-    generator = explorer.generator
+    generator = sampler.generator
     name = generator.info["model"]["name"]
     return closed_form_directions(first_weight(generator.model, name, generator.z_dim), num)
 
 
 def edited(
-    explorer: Explorer, seed: int, vectors: Tensor, steps: Tensor, *, label: int | None = None
+    sampler: LatentSampler,
+    seed: int,
+    vectors: Tensor,
+    steps: Tensor,
+    *,
+    label: int | None = None,
 ) -> Tensor:
     """A seed's image moved by each step along each direction, uint8 (k, steps, C, H, W).
 
     Steps (steps,) are in standard deviations of the latent along the direction: 1 for z, measured
     on a few hundred latents for w.
     """
-    z, classes = explorer.latents([seed]), explorer.classes([seed], label)
-    if explorer.mapping is None:
+    z, classes = sampler.latents([seed]), sampler.classes([seed], label)
+    if sampler.mapping is None:
         moved = z + steps[None, :, None] * vectors[:, None]
         count = moved.shape[0] * moved.shape[1]
-        images = explorer.draw(
+        images = sampler.draw(
             moved.flatten(0, 1), None if classes is None else classes.expand(count, -1)
         )
     else:
         seeds = list(range(_SPREAD_SEEDS))
-        w = explorer.styles(explorer.latents(seeds), explorer.classes(seeds)).cpu()
+        w = sampler.styles(sampler.latents(seeds), sampler.classes(seeds)).cpu()
         step = steps[None, :] * (w @ vectors.T).std(0)[:, None]
-        moved = explorer.styles(z, classes).cpu() + step[..., None] * vectors[:, None]
-        images = explorer.draw_styles(moved.flatten(0, 1))
-    found: Tensor = images.unflatten(0, (len(vectors), len(steps)))
-    return found
+        moved = sampler.styles(z, classes).cpu() + step[..., None] * vectors[:, None]
+        images = sampler.draw_styles(moved.flatten(0, 1))
+    grid: Tensor = images.unflatten(0, (len(vectors), len(steps)))
+    return grid
 
 
 def _weight(module: nn.Module) -> Tensor:

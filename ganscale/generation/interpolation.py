@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ganscale.errors import ConfigError
-from ganscale.generation.exploring import Explorer
+from ganscale.generation.latent_sampler import LatentSampler
 
 __all__ = ["class_frames", "frames_between", "lerp", "path", "slerp"]
 
@@ -57,7 +57,7 @@ def path(points: Tensor, frames: int, *, mix: Mix, loop: bool = False) -> Tensor
 
 
 def frames_between(
-    explorer: Explorer,
+    sampler: LatentSampler,
     seeds: list[int],
     frames: int,
     *,
@@ -69,29 +69,34 @@ def frames_between(
 
     Where seeds have different classes, these are mixed linearly on the way.
     """
-    z = path(explorer.latents(seeds), frames, mix=mix, loop=loop)
-    classes = explorer.classes(seeds, label)
+    z = path(sampler.latents(seeds), frames, mix=mix, loop=loop)
+    classes = sampler.classes(seeds, label)
     if classes is not None:
         classes = path(classes, frames, mix=lerp, loop=loop)
-    return explorer.draw(z, classes)
+    return sampler.draw(z, classes)
 
 
 def class_frames(
-    explorer: Explorer, seeds: list[int], labels: list[int], frames: int, *, loop: bool = False
+    sampler: LatentSampler,
+    seeds: list[int],
+    labels: list[int],
+    frames: int,
+    *,
+    loop: bool = False,
 ) -> Tensor:
     """Each seed's image on its way through classes, uint8 (seeds, frames, C, H, W).
 
     Classes are mixed linearly where the generator embeds them; the latents stay as they are.
     Raises `ConfigError` if it knows no classes, or not these.
     """
-    if not explorer.num_classes:
+    if not sampler.num_classes:
         raise ConfigError("this generator knows no classes to interpolate between")
-    known = [explorer.classes([0], label) for label in labels]
+    known = [sampler.classes([0], label) for label in labels]
     mixed = path(torch.cat([c for c in known if c is not None]), frames, mix=lerp, loop=loop)
-    z = explorer.latents(seeds).repeat_interleave(len(mixed), 0)
-    images = explorer.draw(z, mixed.repeat(len(seeds), 1))
-    found: Tensor = images.unflatten(0, (len(seeds), len(mixed)))
-    return found
+    z = sampler.latents(seeds).repeat_interleave(len(mixed), 0)
+    images = sampler.draw(z, mixed.repeat(len(seeds), 1))
+    grid: Tensor = images.unflatten(0, (len(seeds), len(mixed)))
+    return grid
 
 
 def _across(a: Tensor, b: Tensor) -> Tensor:

@@ -22,10 +22,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ganscale.generation.batched_optimizers import adam, lbfgs
 from ganscale.generation.degradations import Degradation
 from ganscale.generation.latents import seed_for
-from ganscale.generation.minimisers import adam, lbfgs
-from ganscale.generation.sampling import SampleableGenerator
+from ganscale.generation.sampler import SampleableGenerator
 
 __all__ = ["GROUP", "Inverted", "Search", "encoded", "invert"]
 
@@ -105,7 +105,7 @@ def invert(
     for start in range(0, len(observed), GROUP):
         part = observed[start : start + GROUP]
         known = None if labels is None else labels[start : start + GROUP]
-        found = _invert_group(
+        inverted = _invert_group(
             generator,
             degradation,
             _filled(part),
@@ -117,8 +117,8 @@ def invert(
         )
         count = len(part)
         if search.tuning_steps:
-            found = _tuned(generator.model, degradation, part, found, search, progress)
-        parts.append([field[:count] for field in vars(found).values()])
+            inverted = _tuned(generator.model, degradation, part, inverted, search, progress)
+        parts.append([field[:count] for field in vars(inverted).values()])
     return Inverted(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 
@@ -204,11 +204,11 @@ def _invert_group(
 
     start = z.reshape(n * restarts, -1)
     if search.optimizer == "adam":
-        found = adam(loss_of, start, steps=search.steps, lr=search.lr, progress=progress)
+        minimum = adam(loss_of, start, steps=search.steps, lr=search.lr, progress=progress)
     else:
-        found = lbfgs(loss_of, start, steps=search.steps, progress=progress)
-    best = found.losses.view(n, restarts).argmin(1) + restarts * torch.arange(n, device=z.device)
-    latents, classes = found.points[best], chosen[best]
+        minimum = lbfgs(loss_of, start, steps=search.steps, progress=progress)
+    best = minimum.losses.view(n, restarts).argmin(1) + restarts * torch.arange(n, device=z.device)
+    latents, classes = minimum.points[best], chosen[best]
     with torch.no_grad():
         images = generator.model(latents, classes).float()
         return Inverted(latents, classes, images, degradation.misfit(images, observed))
@@ -224,17 +224,17 @@ def _tuned(
     model: nn.Module,
     degradation: Degradation,
     observed: Tensor,
-    found: Inverted,
+    inverted: Inverted,
     search: Search,
     progress: Callable[[int], None],
 ) -> Inverted:
     """Images of a copy of the generator for each, tuned to what was observed; latents stay."""
-    images, misfits = found.images.clone(), found.misfits.clone()
+    images, misfits = inverted.images.clone(), inverted.misfits.clone()
     for row in range(len(observed)):
         own = copy.deepcopy(model).requires_grad_(True)
         optimizer = torch.optim.Adam(own.parameters(), lr=search.tuning_lr)
         place = slice(row, row + 1)
-        z, label, wanted = found.latents[place], found.labels[place], observed[place]
+        z, label, wanted = inverted.latents[place], inverted.labels[place], observed[place]
         for _ in range(search.tuning_steps):
             loss = degradation.misfit(own(z, label).float(), wanted).sum()
             optimizer.zero_grad()
@@ -244,7 +244,7 @@ def _tuned(
         with torch.no_grad():
             images[place] = own(z, label).float()
             misfits[place] = degradation.misfit(images[place], wanted)
-    return Inverted(found.latents, found.labels, images, misfits)
+    return Inverted(inverted.latents, inverted.labels, images, misfits)
 
 
 def _filled(rows: Tensor) -> Tensor:

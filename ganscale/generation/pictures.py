@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ganscale.atomic_files import replacing
 from ganscale.data.values import PIXELS, ValueRange
-from ganscale.errors import ConfigError, naming_file
+from ganscale.errors import ConfigError
 
 __all__ = [
     "ANIMATED",
@@ -20,6 +21,7 @@ __all__ = [
     "check_format",
     "cubehelix",
     "lay_out",
+    "save_grid",
     "write_animation",
     "write_array",
     "write_grid",
@@ -79,9 +81,7 @@ def write_picture(image: Tensor, path: Path) -> None:
     """Write uint8 (C, H, W) with 1, 3 or 4 channels as a PNG. Raises `ConfigError` for others."""
     if path.suffix != ".png":
         raise ConfigError(f"--out {path}: expected a name that ends in .png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with naming_file(path):
-        _pillow(image).save(path, format="PNG")
+    write_grid(image, path)
 
 
 def check_format(path: Path, channels: int) -> None:
@@ -103,28 +103,34 @@ def write_grid(image: Tensor, path: Path) -> None:
     image_format = GRID_FORMATS.get(path.suffix.lower(), "PNG")
     # Pillow's defaults for JPEG halve the colour resolution, which blurs images this small.
     options = {"quality": 95, "subsampling": 0} if image_format == "JPEG" else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with naming_file(path):
-        _pillow(image).save(temporary, format=image_format, **options)
-        temporary.replace(path)
+    with replacing(path, fsync=False) as file:
+        _pillow(image).save(file, format=image_format, **options)
+
+
+def save_grid(images: Tensor, path: Path, *, columns: int | None = None, padding: int = 1) -> None:
+    """Write uint8 images (N, C, H, W) as one picture, as `write_grid` does.
+
+    The grid is nearly square unless `columns` says otherwise.
+    """
+    from torchvision.utils import make_grid
+
+    columns = columns or max(1, round(len(images) ** 0.5))
+    write_grid(make_grid(images, nrow=columns, padding=padding), path)
 
 
 def write_array(values: Tensor, path: Path) -> None:
     """Write values of any shape as an .npy file, for `numpy.load`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with naming_file(path), path.open("wb") as file:
+    with replacing(path, fsync=False) as file:
         np.save(file, values.numpy(), allow_pickle=False)
 
 
 def write_animation(frames: Tensor, path: Path, *, frame_ms: int = 60) -> None:
     """Write uint8 (frames, C, H, W), repeated for ever; the ending decides the format."""
     pictures = [_pillow(frame) for frame in frames]
-    path.parent.mkdir(parents=True, exist_ok=True)
     options = {"lossless": True} if path.suffix == ".webp" else {}
-    with naming_file(path):
+    with replacing(path, fsync=False) as file:
         pictures[0].save(
-            path,
+            file,
             format=ANIMATED.get(path.suffix, "PNG"),
             save_all=True,
             append_images=pictures[1:],

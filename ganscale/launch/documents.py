@@ -26,11 +26,12 @@ import yaml
 from ganscale.config import Config
 from ganscale.data.storage import is_url
 from ganscale.errors import CheckpointError
-from ganscale.run_directory import RunDirectory, add_missing_lines, end_of_lines
+from ganscale.json_lines import add_missing_lines, end_of_lines
+from ganscale.run_directory import RunDirectory
 
 if TYPE_CHECKING:  # they load torch, which the driver's side of a copy does without
     from ganscale.checkpoint import CheckpointStore
-    from ganscale.checkpoint.places import Place
+    from ganscale.checkpoint.storage_backends import StorageBackend
 
 __all__ = ["LINES", "Copy", "StoreCopy", "Target", "recall", "store_copy"]
 
@@ -165,14 +166,14 @@ class Copy(AbstractContextManager["Copy"]):
 class StoreCopy:
     """The copy in an object store, which has no file that grows."""
 
-    def __init__(self, place: Place, run: str) -> None:
-        self._place = place
+    def __init__(self, backend: StorageBackend, run: str) -> None:
+        self._backend = backend
         self._run = run
 
     def known(self) -> set[str]:
         """All but what may have changed since: what lies at the top, lines among it."""
         prefix = f"{self._run}/"
-        names = (n.removeprefix(prefix) for n in self._place.files() if n.startswith(prefix))
+        names = (n.removeprefix(prefix) for n in self._backend.files() if n.startswith(prefix))
         return {name for name in names if "/" in name}
 
     def grow(self, name: str, path: Path, start: int, end: int) -> None:
@@ -182,13 +183,13 @@ class StoreCopy:
     def put(self, name: str, pieces: Iterable[bytes]) -> None:
         """Write the object."""
         folder, _, file = f"{self._run}/{name}".rpartition("/")
-        with self._place.new_folder(folder) as objects:
+        with self._backend.new_folder(folder) as objects:
             objects.add(file, pieces)
 
     def events(self) -> bytes:
         """The events that were copied so far."""
         name = f"{self._run}/events.jsonl"
-        return b"".join(self._place.chunks(name)) if self._place.exists(name) else b""
+        return b"".join(self._backend.chunks(name)) if self._backend.exists(name) else b""
 
 
 def store_copy(config: Config) -> StoreCopy | None:
@@ -196,9 +197,9 @@ def store_copy(config: Config) -> StoreCopy | None:
     location = config.checkpoint.location
     if location is None or not is_url(location):
         return None
-    from ganscale.checkpoint.places import open_place
+    from ganscale.checkpoint.storage_backends import open_backend
 
-    return StoreCopy(open_place(f"{location.rstrip('/')}/documents"), config.name)
+    return StoreCopy(open_backend(f"{location.rstrip('/')}/documents"), config.name)
 
 
 def recall(config: Config, store: CheckpointStore) -> None:

@@ -58,7 +58,7 @@ def hold(config: Config, console: Console, *, take_over: bool) -> Iterator[HeldR
     # What holds the original does not hold its copy.
     known = sys.maxsize if take_over or original else 0
     newest = retry(lambda: store.require_free(holder, known, report), policy)
-    with Heartbeat(store.place, holder):
+    with Heartbeat(store.backend, holder):
         yield HeldRun(store, Session(holder, newest, original))
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ganscale.json_lines import locked, open_lines
 from ganscale.launch.documents import LINES, Copy
-from ganscale.run_directory import RunDirectory, locked, open_lines
+from ganscale.run_directory import RunDirectory
 from ganscale.world import World
 
 __all__ = ["Home", "copied_home", "home_of", "marked"]

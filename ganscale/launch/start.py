@@ -15,6 +15,7 @@ from rich.console import Console
 
 from ganscale.checkpoint import CheckpointStore
 from ganscale.config import Config, load_config
+from ganscale.config.changes import changed_settings, settings_by_name
 from ganscale.config.run import merged, validated
 from ganscale.data.building import build_shards, source_digest
 from ganscale.data.sources import (
@@ -40,6 +41,7 @@ from ganscale.training.stopping import TrainResult
 from ganscale.world import launched_rank
 
 __all__ = [
+    "absolutize_paths",
     "prepare_shards",
     "resume_config",
     "run_session",
@@ -57,26 +59,6 @@ _PATHS = (
     "data.cache_dir",
     "evaluation.reference",
     "method.generator",
-)
-
-# What may differ between the parts of one run; all else would make it another run. A run that was
-# renamed or moved is the same run.
-_MAY_CHANGE = (
-    "name",
-    "launch.",
-    "tracking.",
-    "checkpoint.",
-    "evaluation.",
-    "samples.",
-    "guard.",
-    "storage",
-    "data.shards",
-    "data.source",
-    "data.cache",
-    "data.reader_threads",
-    "data.prefetch_batches",
-    "data.store_",
-    "training.total_kimg",
 )
 
 
@@ -119,7 +101,7 @@ def start(
 
 def settled(config: Config, console: Console) -> Config:
     """The configuration with absolute paths, its shards built and checked."""
-    config = prepare_shards(_kept(config, console), console)
+    config = prepare_shards(absolutize_paths(config, console), console)
     check_against_shards(config, load_shards(config))
     return config
 
@@ -163,14 +145,14 @@ def _copied(config: Config, console: Console, held: HeldRun) -> Iterator[None]:
         console.print(f"[yellow]{text}{copy.problem}[/yellow]", highlight=False, soft_wrap=True)
 
 
-def _kept(config: Config, console: Console) -> Config:
+def absolutize_paths(config: Config, console: Console) -> Config:
     """With absolute paths, as workers may have another working directory.
 
     That of a job is deleted by Ray, so there relative paths lead to the home folder, on each host.
     """
     is_job = _RAY_PACKAGES in Path.cwd().as_posix()
     changes = {}
-    for name, place in _settings(config).items():
+    for name, place in settings_by_name(config).items():
         if name not in _PATHS or place is None or is_url(place) or place.startswith(("/", "~")):
             continue
         changes[name] = f"~/{place}" if is_job else str(Path(place).absolute())
@@ -372,23 +354,9 @@ def _check_same_run(config: Config, run_dir: RunDirectory) -> None:
     begun = _begun(config)
     if begun is None:
         return
-    before, now = _settings(begun), _settings(config)
-    changed = [
-        f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
-        for name in {**before, **now}
-        if not name.startswith(_MAY_CHANGE) and before.get(name) != now.get(name)
-    ]
+    changed = changed_settings(begun, config)
     if changed:
         raise ConfigError(
             f"{run_dir.root} holds a run with other settings ({'; '.join(changed)}): "
             "choose another name=..., or go on with it by ganscale resume"
         )
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """Values by dotted names, as they would be written."""
-    settings: dict[str, Any] = {}
-    for name, value in config.model_dump().items():
-        inner = value if isinstance(value, dict) else {}
-        settings |= {f"{name}.{field}": v for field, v in inner.items()} or {name: value}
-    return settings

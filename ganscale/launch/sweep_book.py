@@ -17,7 +17,7 @@ import yaml
 
 from ganscale.config.sweep import Sweep
 from ganscale.errors import ConfigError
-from ganscale.tracking.history import read_lines
+from ganscale.json_lines import read_lines
 from ganscale.tracking.sinks import EventLog
 
 __all__ = ["OVER", "Book", "Copy", "Standing"]

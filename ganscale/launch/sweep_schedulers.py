@@ -18,13 +18,14 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
+from ganscale.atomic_files import write_text
 from ganscale.checkpoint import CheckpointName, CheckpointStore
 from ganscale.checkpoint.store import saved_state
 from ganscale.config.search_space import generator_for
 from ganscale.config.sweep import Asha, Population, Sweep
 from ganscale.errors import CheckpointError
 from ganscale.launch.sweep_book import Book, Copy
-from ganscale.run_directory import RunDirectory, write_text
+from ganscale.run_directory import RunDirectory
 from ganscale.tracking.sinks import EventLog
 
 __all__ = [

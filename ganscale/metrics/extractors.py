@@ -110,21 +110,21 @@ class EfficientNetLite0:
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
         with full_precision():
-            found: Tensor = self._net.extract_features(self._input(images)).mean((2, 3))
-        directions: Tensor = F.normalize(found, dim=1)
+            pooled: Tensor = self._net.extract_features(self._input(images)).mean((2, 3))
+        directions: Tensor = F.normalize(pooled, dim=1)
         return directions * math.sqrt(self.num_features)
 
     @torch.inference_mode()
     def stages(self, images: Tensor) -> list[Tensor]:
         """Activations of uint8 (n, 3, H, W) at the end of each resolution, (n, c, h, w)."""
-        found = []
+        activations = []
         with full_precision():
             x = self._net._swish(self._net._bn0(self._net._conv_stem(self._input(images))))
             for block in self._net._blocks:
                 before, x = x, block(x)
                 if x.shape[2:] != before.shape[2:]:
-                    found.append(before)
-        return [*found, x]
+                    activations.append(before)
+        return [*activations, x]
 
     def _input(self, images: Tensor) -> Tensor:
         size = (_EFFICIENTNET_SIZE, _EFFICIENTNET_SIZE)
@@ -335,21 +335,21 @@ def _checked_weights(path: Path, sha256: str) -> dict[str, Any]:
     """The tensors of a file that is the expected one; nothing in it is executed."""
     _check_sha256(path, sha256)
     try:
-        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling may raise anything
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{path} is not a file of weights: {reason}") from None
-    return found
+    return state
 
 
 def _check_sha256(path: Path, expected: str) -> None:
     if not path.is_file():
         raise ConfigError(f"no weights at {path}")
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != expected:
         raise ConfigError(
-            f"{path} is damaged or another file: its sha256 is {found}, expected {expected} "
+            f"{path} is damaged or another file: its sha256 is {digest}, expected {expected} "
             "(--weights-sha256 names another on purpose)"
         )
 

@@ -93,22 +93,22 @@ def read_inception_weights(path: Path, sha256: str | None = None) -> InceptionWe
         data = path.read_bytes()
     except OSError:
         raise ConfigError(f"no weights at {path}") from None
-    found = hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256(data).hexdigest()
     accepted = (STATE_DICT_SHA256, ARCHIVE_SHA256) if sha256 is None else (sha256,)
-    if found not in accepted:
+    if digest not in accepted:
         raise ConfigError(
-            f"{path} is damaged or another file: its sha256 is {found}, expected "
+            f"{path} is damaged or another file: its sha256 is {digest}, expected "
             f"{' or '.join(accepted)} (--weights-sha256 names another on purpose)"
         )
     try:
         archive = _torchscript(data)
         if archive is not None:
-            return InceptionWeights(_archived_state(*archive), found, has_classes=False)
+            return InceptionWeights(_archived_state(*archive), digest, has_classes=False)
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling may raise anything
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{path} is not a file of weights: {reason}") from None
-    return InceptionWeights(state, found, has_classes=True)
+    return InceptionWeights(state, digest, has_classes=True)
 
 
 def _torchscript(data: bytes) -> tuple[zipfile.ZipFile, str] | None:

@@ -1,4 +1,4 @@
-"""Estimates with their uncertainty: what every judgement returns.
+"""Estimates with their uncertainty: what every metric returns.
 
 An interval says how far the value would move with other images of the same kind; it knows nothing
 of a protocol's bias.

@@ -45,13 +45,13 @@ class Moments:
     @classmethod
     def of(cls, features: Tensor) -> Self:
         """Of the rows of (n, d), a few thousand at a time."""
-        found = cls.none(features.shape[1])
+        moments = cls.none(features.shape[1])
         for rows in features.split(_ROWS):
             part = rows.double()
             mean = part.mean(0)
             deviations = part - mean
-            found = found.merged(cls(len(part), mean, deviations.T @ deviations))
-        return found
+            moments = moments.merged(cls(len(part), mean, deviations.T @ deviations))
+        return moments
 
     def merged(self, other: Self) -> Self:
         """Of both sets of rows together (Chan, Golub, LeVeque 1983, Am. Statistician 37, 242)."""

@@ -95,8 +95,8 @@ class TwoSampleReport:
     @classmethod
     def of(cls, classifier: str, num_images: int, repeats: Sequence[Repeat]) -> TwoSampleReport:
         """Sum up."""
-        found = [(one.accuracy.value, one.accuracy.low, one.accuracy.high) for one in repeats]
-        mean = Estimate(*np.array(found, np.float64).mean(0).tolist())
+        bounds = [(one.accuracy.value, one.accuracy.low, one.accuracy.high) for one in repeats]
+        mean = Estimate(*np.array(bounds, np.float64).mean(0).tolist())
         median = float(np.median([repeat.p_value for repeat in repeats]))
         p_value = median if len(repeats) == 1 else min(1.0, 2 * median)
         return cls(classifier, num_images, tuple(repeats), mean, p_value)
@@ -223,7 +223,7 @@ def _nearest_others(pool: Tensor, seed: int) -> Tensor:
     draws = torch.Generator(pool.device).manual_seed(seed)
     squares = pool.square().sum(1)
     everyone = torch.arange(len(pool), device=pool.device)
-    found = []
+    neighbours = []
     for rows in everyone.split(max(1, _CHUNK_DISTANCES // len(pool))):
         distances = squares[rows, None] + squares - 2 * pool[rows] @ pool.T
         distances[rows - rows[0], rows] = math.inf
@@ -233,8 +233,8 @@ def _nearest_others(pool: Tensor, seed: int) -> Tensor:
         if several.any():
             drawn = torch.multinomial(tied[several].double(), 1, generator=draws)
             nearest[several] = drawn.squeeze(1)
-        found.append(nearest)
-    return torch.cat(found)
+        neighbours.append(nearest)
+    return torch.cat(neighbours)
 
 
 def _estimate(hits: int, trials: int, variance: float) -> Estimate:

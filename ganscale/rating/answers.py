@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ganscale.errors import DataError
+from ganscale.json_lines import encode_line
 from ganscale.rating.questions import ANSWERS
 
 __all__ = ["Answer", "AnswerLog", "read_answers"]
@@ -67,7 +68,7 @@ class AnswerLog:
         with self._lock:
             if (answer.rater, answer.question) in self._answers:
                 return
-            self._append(json.dumps(asdict(answer)).encode() + b"\n")
+            self._append(encode_line(asdict(answer)))
             self._answers[answer.rater, answer.question] = answer
 
     def of(self, rater: str) -> dict[int, Answer]:

@@ -17,8 +17,10 @@ from torch import Tensor
 from ganscale.config import load_config
 from ganscale.data.storage import is_url
 from ganscale.errors import ConfigError
-from ganscale.evaluation.images import GeneratedImages, ImageSet, Subset, open_images
-from ganscale.generation.sampling import snapshot_file
+from ganscale.evaluation.image_sets import GeneratedImages, ImageSet, open_images
+from ganscale.evaluation.image_views import Subset
+from ganscale.evaluation.run_references import containing_run
+from ganscale.generation.snapshot import snapshot_file
 from ganscale.rating.questions import REAL
 from ganscale.run_directory import RunDirectory
 
@@ -79,9 +81,9 @@ def default_reference(places: Sequence[str]) -> str:
 
     Raises `ConfigError` that asks for --reference if that is unknown, gone, or not the same place.
     """
-    found = {_trained_on(Path(place).expanduser()) for place in places}
-    reference = found.pop()
-    if found or reference is None:
+    references = {_trained_on(Path(place).expanduser()) for place in places}
+    reference = references.pop()
+    if references or reference is None:
         raise ConfigError(
             "which images are real? The runs do not say it, or not the same, or their shards are "
             "gone: name a shard set or a folder of images by --reference"
@@ -117,18 +119,12 @@ def _names(origins: Sequence[Path | str]) -> list[str]:
 def _short_name(origin: Path | str) -> str:
     if not isinstance(origin, Path):
         return Path(origin).expanduser().absolute().name
-    run = _run_of(origin)
+    run = containing_run(origin)
     return f"{run.name}/{origin.stem}" if run else origin.stem
 
 
-def _run_of(snapshot: Path) -> RunDirectory | None:
-    """The run that wrote it; averages lie one folder deeper."""
-    parents = snapshot.absolute().parents[:3]
-    return next((RunDirectory(p) for p in parents if RunDirectory(p).config.is_file()), None)
-
-
 def _trained_on(path: Path) -> str | None:
-    run = _run_of(path) if path.suffix == _SNAPSHOT else RunDirectory(path)
+    run = containing_run(path) if path.suffix == _SNAPSHOT else RunDirectory(path)
     if run is None or not run.config.is_file():
         return None
     data = load_config(run.config).data

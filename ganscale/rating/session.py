@@ -11,7 +11,6 @@ import hashlib
 import hmac
 import json
 import math
-import os
 import secrets
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ganscale.atomic_files import write_text
 from ganscale.errors import ConfigError, DataError
 from ganscale.rating.answers import Answer, AnswerLog
 from ganscale.rating.contestants import Contestant
@@ -188,7 +188,8 @@ def _check(contestants: Sequence[Contestant], task: Task, num: int) -> None:
 def _key_of(path: Path, definition: dict[str, Any]) -> bytes:
     """The key of the ratings there, which are begun if there are none."""
     if not path.is_file():
-        _write(path, {**definition, "key": secrets.token_hex(16)})
+        content = {**definition, "key": secrets.token_hex(16)}
+        write_text(path, json.dumps(content, indent=2))
     try:
         stored = json.loads(path.read_text())
         key = bytes.fromhex(stored["key"])
@@ -212,15 +213,6 @@ def _brief(value: Any) -> str:
     if not isinstance(value, list):
         return str(value)
     return ", ".join(f"{c['num_images']} of {c['name']} ({c['digest'][:12]})" for c in value)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _correct(truth: tuple[str, ...], answer: str) -> bool | None:

@@ -6,7 +6,6 @@ whether the workers are this process, Ray's on this machine, or on another one t
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import threading
@@ -21,10 +20,11 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
-from ganscale.run_directory import RunDirectory, end_of_lines
+from ganscale.json_lines import end_of_lines, parse_lines
+from ganscale.run_directory import RunDirectory
 from ganscale.tracking.sinks import WRONG
 
-__all__ = ["RunFollower", "counting", "parts", "stderr_console"]
+__all__ = ["RunFollower", "counting", "progress_bars", "stderr_console"]
 
 _POLL_SECONDS = 0.3
 _LINE_SECONDS = 25.0
@@ -207,12 +207,14 @@ def counting(
     description: str, total: int | None, console: Console
 ) -> Iterator[Callable[[int], None]]:
     """A progress bar over `total` things; yields a function that takes how many more are done."""
-    with parts(console) as start_task:
+    with progress_bars(console) as start_task:
         yield start_task(description, total)
 
 
 @contextmanager
-def parts(console: Console | None) -> Iterator[Callable[[str, int | None], Callable[[int], None]]]:
+def progress_bars(
+    console: Console | None,
+) -> Iterator[Callable[[str, int | None], Callable[[int], None]]]:
     """A progress bar for each part of long work, one after the other; none without a console.
 
     Where the console is not a terminal, lines appear instead: one for each part, and one at least
@@ -258,13 +260,4 @@ class _Tail:
             data = file.read()
         complete = data[: data.rfind(b"\n") + 1]
         self._offset += len(complete)
-        return list(_parsed(complete.splitlines()))
-
-
-def _parsed(lines: list[bytes]) -> Iterator[dict[str, Any]]:
-    """The rows; half a line, left by a killed writer, is none."""
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
+        return parse_lines(complete)

@@ -8,17 +8,15 @@ decided by the numbers of the attempts, not by the order of the lines.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
+from ganscale.json_lines import read_lines
 from ganscale.run_directory import RunDirectory
 
-__all__ = ["History", "effective", "read_lines"]
+__all__ = ["History", "effective"]
 
 Row = Mapping[str, Any]
 
@@ -64,12 +62,3 @@ def effective(lines: Iterable[Row], starts: Mapping[int, int]) -> list[Row]:
     # Stable, so that lines at one position stay in the order in which they were written; older
     # attempts come first there.
     return sorted(kept, key=lambda line: (line["nimg"], line["attempt"]))
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file; half a line, left by a killed writer, is none."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows

@@ -7,16 +7,14 @@ process loses none.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
-from ganscale.errors import naming_file
-from ganscale.run_directory import locked, open_lines
+from ganscale.json_lines import append_line, open_lines
 
 __all__ = ["FAULTS", "WRONG", "EventLog", "FaultCounts", "JsonlSink", "NullSink", "Sink", "Sinks"]
 
@@ -143,7 +141,7 @@ class JsonlSink(NullSink):
     def log(self, row: Row) -> None:
         """Append the row."""
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
-        _write_line(self._file, finite)
+        append_line(self._file, finite)
 
     def close(self) -> None:
         """Close the file."""
@@ -159,7 +157,7 @@ class EventLog:
     def write(self, event: str, **fields: Any) -> dict[str, Any]:
         """Append an event with the time in seconds since 1970; returns what was written."""
         row = {"time": round(time.time(), 3), "event": event, **fields}
-        _write_line(self._file, row)
+        append_line(self._file, row)
         return row
 
     def close(self) -> None:
@@ -181,9 +179,3 @@ class FaultCounts:
 
     def __getitem__(self, fault: str) -> int:
         return self._counts[fault]
-
-
-def _write_line(file: TextIO, row: Row) -> None:
-    with naming_file(Path(file.name)), locked(file):
-        file.write(json.dumps(row) + "\n")
-        file.flush()

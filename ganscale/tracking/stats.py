@@ -42,8 +42,8 @@ class RunningMeans:
     ) -> dict[str, float]:
         """Means over steps and ranks since the last call, of what was added; starts anew."""
         totals = (sum_over_ranks(self._sums) / world_size).tolist()
-        found = zip(self.names, totals, strict=True)
-        means = {name: total / self._counts[name] for name, total in found if self._counts[name]}
+        sums = zip(self.names, totals, strict=True)
+        means = {name: total / self._counts[name] for name, total in sums if self._counts[name]}
         self._sums.zero_()
         self._counts = dict.fromkeys(self.names, 0)
         self.num_steps = 0

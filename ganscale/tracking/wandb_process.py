@@ -23,6 +23,8 @@ from typing import Any, Literal, TextIO
 
 import psutil
 
+from ganscale.json_lines import encode_line
+
 __all__ = ["main"]
 
 _FLUSH_SECONDS = 0.05
@@ -227,7 +229,7 @@ class _Holder:
 
 def _answer(answers: TextIO, **what: Any) -> None:
     with suppress(OSError):  # nobody hears it any more; what was sent before is still logged
-        answers.write(json.dumps(what) + "\n")
+        answers.write(encode_line(what).decode())
 
 
 def _kill_service() -> None:

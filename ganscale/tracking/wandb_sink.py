@@ -24,6 +24,8 @@ from typing import Any
 
 import psutil
 
+from ganscale.atomic_files import write_text
+from ganscale.json_lines import encode_line
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.sinks import FAULTS, FaultCounts, NullSink, Row
 from ganscale.tracking.wandb_settings import (
@@ -206,7 +208,7 @@ class _Helper:
 
     def send(self, **message: Any) -> None:
         """Pass on a message, or keep it for later; never waits."""
-        line = _encoded(message)
+        line = encode_line(message)
         with self._lock:
             if self._is_gone:
                 return
@@ -246,7 +248,7 @@ class _Helper:
     def _start(self, mode: str) -> None:
         """Begin a process, and a run in it; holds the lock."""
         self._num_starts += 1
-        self._waiting[:0] = _encoded({**self._settings, "mode": mode})
+        self._waiting[:0] = encode_line({**self._settings, "mode": mode})
         with self._log.open("ab") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "ganscale.tracking.wandb_process"],
@@ -347,11 +349,7 @@ def _text(event: Row) -> str:
     return str(event.get("message") or json.dumps(fields))
 
 
-def _encoded(message: Mapping[str, Any]) -> bytes:
-    return json.dumps(message).encode() + b"\n"
-
-
-_CLOSE = _encoded({"do": "close"})
+_CLOSE = encode_line({"do": "close"})
 
 
 def _close_pipes(process: subprocess.Popen[bytes]) -> None:
@@ -371,11 +369,9 @@ def _kill_tree(process: subprocess.Popen[bytes]) -> None:
 
 
 def _run_id(path: Path) -> str:
-    """The run's, made if there is none; a kill leaves it whole or not there."""
+    """The id in the file, which is made if there is none."""
     if not path.is_file() or not path.read_text():
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(secrets.token_hex(4))
-        temporary.replace(path)
+        write_text(path, secrets.token_hex(4))
     run_id = path.read_text()
     check_run_id(run_id, str(path))
     return run_id

@@ -25,7 +25,7 @@ from ganscale.data.values import PIXELS
 from ganscale.ema import Ema
 from ganscale.errors import ConfigError
 from ganscale.generation.latents import seed_for
-from ganscale.generation.sampling import load_generator
+from ganscale.generation.snapshot import load_generator
 from ganscale.training.inputs import ema_halflives
 from ganscale.training.precision import Precision
 from ganscale.training.state import TrainingState

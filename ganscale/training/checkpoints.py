@@ -19,6 +19,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 import ganscale
+from ganscale.atomic_files import write_text
 from ganscale.checkpoint import (
     Attempt,
     BackgroundWriter,
@@ -32,7 +33,8 @@ from ganscale.checkpoint import (
 from ganscale.config import Config
 from ganscale.data.storage import RetryPolicy
 from ganscale.errors import CheckpointError, GanscaleError
-from ganscale.run_directory import RunDirectory, add_missing_lines, write_text
+from ganscale.json_lines import add_missing_lines
+from ganscale.run_directory import RunDirectory
 from ganscale.training.distribute import broadcast_bytes
 from ganscale.world import World
 
@@ -202,7 +204,7 @@ class CheckpointManager:
         Before the attempt: from then on the folder no longer counts as a copy.
         """
         assert self.store is not None
-        has_begun = self.store.place.exists(session.holder.beat_file)
+        has_begun = self.store.backend.exists(session.holder.beat_file)
         if not has_begun and self.run_dir.wandb_run_id.is_file():
             write_text(self.run_dir.wandb_run_id, secrets.token_hex(4))
 

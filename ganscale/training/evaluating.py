@@ -13,10 +13,10 @@ from torch import nn
 from ganscale.config import Config
 from ganscale.data.shards import ShardSet
 from ganscale.errors import DataError
-from ganscale.evaluation.distribution import Evaluation, column_of, evaluate
-from ganscale.evaluation.features import FeatureCache
-from ganscale.evaluation.images import GeneratedImages, ImageSet, ImagesOfShards, open_images
-from ganscale.generation.sampling import SampleableGenerator
+from ganscale.evaluation.distributions.evaluate import Evaluation, column_of, evaluate
+from ganscale.evaluation.distributions.features import FeatureCache
+from ganscale.evaluation.image_sets import GeneratedImages, ImageSet, ImagesOfShards, open_images
+from ganscale.generation.sampler import SampleableGenerator
 from ganscale.metrics.extractors import chosen_extractor, open_extractor
 from ganscale.world import World
 
@@ -86,7 +86,7 @@ class Evaluator:
                     self.world,
                     metrics=settings.metrics,
                     cache=self._cache,
-                    started=started,
+                    start_task=started,
                     device=self.world.device,
                 )
         except DataError as error:

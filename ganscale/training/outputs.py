@@ -12,16 +12,12 @@ from typing import Any
 from ganscale.checkpoint import Attempt
 from ganscale.config import Config
 from ganscale.data.values import PIXELS, ValueRange
-from ganscale.generation.pictures import as_pictures
-from ganscale.generation.sampling import (
-    OTHERS,
-    SampleableGenerator,
-    diversity,
-    save_grid,
-    save_snapshot,
-)
+from ganscale.generation.pictures import as_pictures, save_grid
+from ganscale.generation.sampler import SampleableGenerator, diversity
+from ganscale.generation.snapshot import OTHERS, save_snapshot
+from ganscale.json_lines import read_lines
 from ganscale.run_directory import RunDirectory
-from ganscale.tracking.history import History, read_lines
+from ganscale.tracking.history import History
 from ganscale.tracking.logs import log_event, log_row
 from ganscale.tracking.sinks import EventLog, JsonlSink, NullSink, Sink, Sinks
 from ganscale.tracking.wandb_sink import WandbSink, resolve_mode

@@ -12,9 +12,9 @@ from PIL import Image
 
 from ganscale.data.shards import ShardSet
 from ganscale.errors import DataError
-from ganscale.evaluation.distribution import evaluate
-from ganscale.evaluation.images import ImagesOfShards, open_images
-from ganscale.evaluation.precomputed import content_digest
+from ganscale.evaluation.distributions.evaluate import evaluate
+from ganscale.evaluation.distributions.precomputed import content_digest
+from ganscale.evaluation.image_sets import ImagesOfShards, open_images
 from ganscale.world import World
 from tests.support.ranks import run_ranks
 from tests.support.small_extractor import SmallExtractor

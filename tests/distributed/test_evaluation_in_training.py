@@ -10,7 +10,7 @@ import pytest
 from ganscale.checkpoint import CheckpointStore
 from ganscale.config import Config
 from ganscale.errors import ConfigError
-from ganscale.generation.sampling import load_generator
+from ganscale.generation.snapshot import load_generator
 from ganscale.run_directory import RunDirectory
 from ganscale.training import evaluating, loop
 from ganscale.world import World

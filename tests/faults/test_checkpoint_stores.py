@@ -17,7 +17,7 @@ from ganscale.checkpoint import (
     BackgroundWriter,
     CheckpointName,
     CheckpointStore,
-    places,
+    storage_backends,
 )
 from ganscale.errors import CheckpointError, GanscaleError
 from tests.support.attempts import (
@@ -54,7 +54,7 @@ def bucket(server: Bucket) -> Iterator[Bucket]:
 @pytest.fixture
 def one_try(monkeypatch: pytest.MonkeyPatch, bucket: Bucket) -> None:
     """The client asks once, so that each fault is an error."""
-    monkeypatch.setattr(places, "_NUM_TRIES", 1)
+    monkeypatch.setattr(storage_backends, "_NUM_TRIES", 1)
 
 
 TOKEN = "the same each time"
@@ -139,7 +139,7 @@ def test_an_outage_from_any_request_on_loses_nothing(
     positions: list[int] = []
     whole = phases(bucket, claim, write, prune)
     if all_of_them:
-        monkeypatch.setattr(places, "_TIMEOUT_SECONDS", 1)
+        monkeypatch.setattr(storage_backends, "_TIMEOUT_SECONDS", 1)
     for phase in whole:
         for number, fault in outages(phase.requests, all_of_them):
             bucket.put("run", phase.before)
@@ -195,7 +195,7 @@ def test_a_request_that_fails_once_changes_nothing(
 ) -> None:
     whole = phases(bucket, claim, write_in_background)
     if all_of_them:
-        monkeypatch.setattr(places, "_TIMEOUT_SECONDS", 1)
+        monkeypatch.setattr(storage_backends, "_TIMEOUT_SECONDS", 1)
     for phase in whole:
         for number, fault in blips(phase.requests, all_of_them):
             bucket.put("run", phase.before)
@@ -217,7 +217,7 @@ def test_a_store_that_stalls_is_an_error_after_the_timeout(
     store = bucket.store("run")
     attempt_at(store, OLDER)
     with monkeypatch.context() as patch:
-        patch.setattr(places, "_TIMEOUT_SECONDS", 0.5)
+        patch.setattr(storage_backends, "_TIMEOUT_SECONDS", 0.5)
         hasty = bucket.store("run")
     for kind in ("put", "upload part"):
         bucket.proxy.fail("stall", kind=kind, num=1)

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from ganscale.checkpoint import CheckpointStore, places
+from ganscale.checkpoint import CheckpointStore, storage_backends
 from ganscale.checkpoint.store import SavedState, saved_state
 from tests.support.attempts import (
     FILES,
@@ -98,13 +98,13 @@ def test_a_full_disk_costs_only_the_checkpoint_that_does_not_fit(
     disk: SmallDisk, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     steps: list[str] = []
-    add = places._LocalFolder.add
+    add = storage_backends._LocalFolder.add
 
     def add_and_tell(folder: Any, name: str, pieces: Any) -> None:
         steps.append(name)
         add(folder, name, pieces)
 
-    monkeypatch.setattr(places._LocalFolder, "add", add_and_tell)
+    monkeypatch.setattr(storage_backends._LocalFolder, "add", add_and_tell)
     template, root = disk.path / "template", disk.path / "run"
     attempt_at(CheckpointStore(template), OLDER)
     failed_at = []

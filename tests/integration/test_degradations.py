@@ -10,8 +10,9 @@ import torch
 
 from benchmarks.degradations import Changed, blur, noise
 from ganscale.data.shards import ShardSet
-from ganscale.evaluation.distribution import Evaluation, evaluate
-from ganscale.evaluation.images import ImageSet, ImagesOfShards, Subset
+from ganscale.evaluation.distributions.evaluate import Evaluation, evaluate
+from ganscale.evaluation.image_sets import ImageSet, ImagesOfShards
+from ganscale.evaluation.image_views import Subset
 from ganscale.metrics.extractors import EfficientNetLite0
 from ganscale.world import World, process_group
 

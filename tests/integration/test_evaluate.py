@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from ganscale.cli.evaluate import print_table
-from ganscale.evaluation import judgements
-from ganscale.evaluation.distribution import Evaluation, Protocol
-from ganscale.evaluation.two_sample import SHORT_TEST
+from ganscale.evaluation.distributions.evaluate import Evaluation, Protocol
+from ganscale.evaluation.gan_metrics import classifier_metrics
+from ganscale.evaluation.gan_metrics.two_sample import SHORT_TEST
 from ganscale.launch.local import train_in_process
 from ganscale.metrics.intervals import Estimate
 from ganscale.run_directory import RunDirectory
@@ -85,7 +85,7 @@ def test_a_run_gets_a_row_of_what_was_measured(verb: Verb, run_dir: RunDirectory
 def test_classifiers_judge_too(
     verb: Verb, run_dir: RunDirectory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(judgements, "SHORT_TEST", replace(SHORT_TEST, num_passes=2000))
+    monkeypatch.setattr(classifier_metrics, "SHORT_TEST", replace(SHORT_TEST, num_passes=2000))
     options = ("--num", 60, "--num-reference", 60, "--metrics", "c2st", "--json", tmp_path / "x")
     code, out, err = verb("evaluate", "--run", run_dir.root, *options)
     assert code == 0, err

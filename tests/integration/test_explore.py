@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ganscale.config.models import BigganModel, DcganModel, R3ganModel, SnganModel, Stylegan2Model
-from ganscale.generation.sampling import load_generator, save_snapshot
+from ganscale.generation.snapshot import load_generator, save_snapshot
 from ganscale.models import build_generator
 from tests.conftest import Verb
 

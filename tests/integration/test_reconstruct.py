@@ -13,8 +13,13 @@ from PIL import Image
 
 from ganscale.data.shards import ShardSet
 from ganscale.errors import DataError
-from ganscale.evaluation.images import ImagesOfShards, open_images
-from ganscale.evaluation.reconstruction import Reconstructor, labels_for, likeness, reconstruct
+from ganscale.evaluation.image_sets import ImagesOfShards, open_images
+from ganscale.evaluation.reconstruction.reconstruct import (
+    Reconstructor,
+    labels_for,
+    reconstruct,
+    similarity,
+)
 from ganscale.generation.degradations import degradation_named
 from ganscale.generation.inversion import Search
 from ganscale.launch.local import train_in_process
@@ -220,9 +225,9 @@ def test_runs_are_compared(
 def test_only_images_that_networks_take_have_their_distances() -> None:
     network = EfficientNetLite0()
     images = torch.randint(0, 256, (2, 4, 32, 32), dtype=torch.uint8)
-    assert list(likeness(images, images, network, network)) == ["psnr", "ssim"]
+    assert list(similarity(images, images, network, network)) == ["psnr", "ssim"]
     gray = images[:, :1]
-    found = likeness(gray, gray, network, network)
+    found = similarity(gray, gray, network, network)
     assert [float(values[0]) for values in found.values()] == pytest.approx([100, 1, 0, 0])
 
 

@@ -12,8 +12,8 @@ import torch_fidelity
 from PIL import Image
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from ganscale.evaluation.distribution import evaluate
-from ganscale.evaluation.images import open_images
+from ganscale.evaluation.distributions.evaluate import evaluate
+from ganscale.evaluation.image_sets import open_images
 from ganscale.world import World, process_group
 from tests.support.small_extractor import SmallExtractor
 

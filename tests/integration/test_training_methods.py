@@ -12,7 +12,7 @@ import torch
 import ganscale
 from ganscale.config import Config
 from ganscale.errors import CheckpointError, ConfigError
-from ganscale.generation.sampling import load_classifier, load_encoder
+from ganscale.generation.snapshot import load_classifier, load_encoder
 from ganscale.run_directory import RunDirectory
 from ganscale.training.loop import train
 from ganscale.world import World, process_group

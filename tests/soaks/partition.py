@@ -89,7 +89,7 @@ class Witness:
 
     def look(self) -> None:
         """Claims and checkpoints never change, and the newest of the run are always there."""
-        for file in self.store.place.files():
+        for file in self.store.backend.files():
             folder, _, last = file.rpartition("/")
             is_claim = folder == "attempts" and last.startswith("a")
             if is_claim or (CheckpointName.parse(folder) and last == "manifest.json"):
@@ -104,7 +104,7 @@ class Witness:
 
     def _look_at(self, file: str) -> None:
         try:
-            data = b"".join(self.store.place.chunks(file))
+            data = b"".join(self.store.backend.chunks(file))
             json.loads(data)
         except (FileNotFoundError, ValueError):  # pruned, or being written
             return

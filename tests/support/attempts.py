@@ -73,5 +73,5 @@ def go_on(
     name = newest(seen)
     assert (name.nimg, seen.attempts()[-1].start) == (NEXT, start)
     claims = [f"attempts/a{number:04d}.json" for number in range(1, name.attempt + 1)]
-    assert seen.place.files() == sorted([*claims, *(f"{name}/{file}" for file in FILES)])
+    assert seen.backend.files() == sorted([*claims, *(f"{name}/{file}" for file in FILES)])
     return start.nimg

@@ -176,7 +176,7 @@ def test_arrays_that_are_not_square_are_resized_on_demand(tmp_path: Path) -> Non
         build_shards(spec, tmp_path / "set", num_shards=1)
     built = build_shards(spec, tmp_path / "set", num_shards=1, resolution=16)
     assert built.image_shape == (1, 16, 16)
-    assert ShardImages(built).read(np.arange(3)).sound.all()
+    assert ShardImages(built).read(np.arange(3)).valid.all()
 
 
 def test_files_beside_images_are_not_taken_for_arrays(tmp_path: Path) -> None:

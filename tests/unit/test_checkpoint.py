@@ -353,7 +353,7 @@ def test_a_refusal_by_the_store_is_no_damage(
         raise PermissionError("Access Denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.place, "chunks", refuse)
+        patch.setattr(store.backend, "chunks", refuse)
         for action in (store.newest, store.repair, lambda: store.verify(name)):
             with pytest.raises(PermissionError):
                 action()

@@ -94,13 +94,13 @@ def test_attempts_that_begin_at_once_get_different_numbers(local: CheckpointStor
 def test_a_claim_that_was_stored_though_the_store_says_no_is_ours(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = store.place.create
+    original = store.backend.create
 
     def create(name: str, data: bytes) -> bool:
         assert original(name, data)
         return original(name, data)  # as a library does whose first request lost its answer
 
-    monkeypatch.setattr(store.place, "create", create)
+    monkeypatch.setattr(store.backend, "create", create)
     assert [begin(store).number, begin(store).number] == [1, 2]
     assert [attempt.number for attempt in store.attempts()] == [1, 2]
 
@@ -254,7 +254,7 @@ def unfinished(store: CheckpointStore, attempt: Attempt, nimg: int) -> str:
 
 
 def files_below(store: CheckpointStore, folder: str) -> list[str]:
-    return [path for path in store.place.files() if path.startswith(f"{folder}/")]
+    return [path for path in store.backend.files() if path.startswith(f"{folder}/")]
 
 
 def test_what_killed_writers_left_behind_is_removed_later(store: CheckpointStore) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 from ganscale import cli
 from ganscale.cli import main
 from ganscale.errors import ConfigError, describe_os_error
-from ganscale.generation.sampling import load_generator, save_snapshot
+from ganscale.generation.snapshot import load_generator, save_snapshot
 from ganscale.models import build_generator
 from ganscale.world import check_cuda
 from tests.conftest import MakeConfig, Verb

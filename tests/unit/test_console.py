@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from ganscale.tracking import console as console_module
-from ganscale.tracking.console import counting, describe_row, parts
+from ganscale.tracking.console import counting, describe_row, progress_bars
 
 PLAYERS: dict[str, tuple[dict[str, float | None], str, str]] = {
     "gan": ({"D": 0.5, "G": 2.25}, "loss_D  0.500  loss_G  2.250", "1/1"),
@@ -34,7 +34,7 @@ def test_without_a_terminal_a_task_that_reports_nothing_still_prints_lines(
 ) -> None:
     monkeypatch.setattr(console_module, "_LINE_SECONDS", 0.01)
     shown = io.StringIO()
-    with parts(Console(file=shown, width=200)) as start_task:
+    with progress_bars(Console(file=shown, width=200)) as start_task:
         start_task("features of [real] images", 50)(20)
         while shown.getvalue().count("20 of 50 (40%) after 0:00:0") < 3:
             time.sleep(0.001)

@@ -16,9 +16,9 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from ganscale.errors import DataError
-from ganscale.metrics.frechet import frechet_distance, frechet_estimate, frechet_infinity
+from ganscale.metrics.fid import frechet_distance, frechet_estimate, frechet_infinity
 from ganscale.metrics.inception_score import inception_score
-from ganscale.metrics.kernel import kernel_distance
+from ganscale.metrics.kid import kernel_distance
 from ganscale.metrics.statistics import Moments, check_features
 
 D = 24

@@ -18,10 +18,11 @@ from ganscale.checkpoint import CheckpointStore
 from ganscale.checkpoint.store import saved_state
 from ganscale.config import Config, load_config
 from ganscale.errors import CheckpointError, ConfigError
+from ganscale.json_lines import add_missing_lines
 from ganscale.launch import home, start
 from ganscale.launch.documents import Copy, recall, store_copy
 from ganscale.launch.home import Home, marked
-from ganscale.run_directory import RunDirectory, add_missing_lines
+from ganscale.run_directory import RunDirectory
 from ganscale.world import World
 
 SETTLED = time.time() - 60
@@ -227,18 +228,18 @@ def test_relative_paths_of_a_job_lead_to_the_home_folder(
     console = Console(record=True)
     config = Config().with_changes({"checkpoint.location": "saved"})
     monkeypatch.chdir(tmp_path)
-    kept = start._kept(config, console)
+    kept = start.absolutize_paths(config, console)
     assert (kept.storage, kept.checkpoint.location) == (f"{tmp_path}/runs", f"{tmp_path}/saved")
     assert console.export_text() == ""
 
     package = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_12"
     package.mkdir(parents=True)
     monkeypatch.chdir(package)
-    kept = start._kept(config, console)
+    kept = start.absolutize_paths(config, console)
     assert (kept.storage, kept.checkpoint.location) == ("~/runs", "~/saved")
     assert "storage is ~/runs, as Ray deletes the folder of a job" in console.export_text()
     absolute = Config().with_changes({"storage": "/runs", "checkpoint.location": "s3://b/runs"})
-    assert start._kept(absolute, console) == absolute
+    assert start.absolutize_paths(absolute, console) == absolute
 
 
 class Call:

@@ -14,7 +14,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from ganscale.data.shards import ShardSet
 from ganscale.errors import ConfigError, DataError
-from ganscale.evaluation.images import ImagesOfShards
+from ganscale.evaluation.image_sets import ImagesOfShards
 from ganscale.metrics import extractors
 from ganscale.metrics.extractors import EfficientNetLite0, inception_weights, open_extractor
 

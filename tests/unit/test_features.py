@@ -11,10 +11,11 @@ from PIL import Image
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ganscale.errors import DataError
-from ganscale.evaluation.blocks import BLOCK
-from ganscale.evaluation.distribution import evaluate
-from ganscale.evaluation.features import FeatureCache, extract
-from ganscale.evaluation.images import ImageSet, ImagesOfShards, Subset, open_images
+from ganscale.evaluation.distributions.blocks import BLOCK
+from ganscale.evaluation.distributions.evaluate import evaluate
+from ganscale.evaluation.distributions.features import FeatureCache, extract
+from ganscale.evaluation.image_sets import ImageSet, ImagesOfShards, open_images
+from ganscale.evaluation.image_views import Subset
 from ganscale.metrics.statistics import Moments
 from ganscale.world import World, process_group
 from tests.support.small_extractor import SmallExtractor

@@ -24,14 +24,9 @@ from ganscale.generation.latents import (
     seeded_latents,
     uniform,
 )
-from ganscale.generation.pictures import as_pictures, cubehelix
-from ganscale.generation.sampling import (
-    SampleableGenerator,
-    diversity,
-    save_grid,
-    save_snapshot,
-    to_uint8,
-)
+from ganscale.generation.pictures import as_pictures, cubehelix, save_grid
+from ganscale.generation.sampler import SampleableGenerator, diversity, to_uint8
+from ganscale.generation.snapshot import save_snapshot
 from ganscale.models import build_discriminator, build_generator
 
 SPEC = DcganModel(z_dim=16, base_channels=8).model_dump()

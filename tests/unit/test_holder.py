@@ -80,10 +80,10 @@ def test_a_second_start_on_the_same_machine_is_refused_while_the_first_lives(
         assert start_of_process is not None
         first = replace(here, pid=process.pid, process_start=start_of_process)
         begin(store, first)
-        before = sorted(store.place.files())
+        before = sorted(store.backend.files())
         with pytest.raises(RunInUse, match=f"in use by process {process.pid} on .* since 20"):
             start(store, tmp_path)
-        assert sorted(store.place.files()) == before
+        assert sorted(store.backend.files()) == before
         process.kill()
         while module._process_start(process.pid):  # until it is a zombie: nobody has waited for it
             time.sleep(0.01)
@@ -102,7 +102,7 @@ def test_a_holder_elsewhere_is_alive_while_its_file_changes(
     store: CheckpointStore, elsewhere: Holder, tmp_path: Path
 ) -> None:
     reports: list[str] = []
-    with Heartbeat(store.place, elsewhere):
+    with Heartbeat(store.backend, elsewhere):
         begin(store, elsewhere)
         with pytest.raises(RunInUse, match="in use by process 1 on another"):
             store.require_free(Holder.here(tmp_path), report=reports.append)
@@ -114,9 +114,9 @@ def test_a_holder_elsewhere_that_is_silent_is_dead(
     store: CheckpointStore, elsewhere: Holder, tmp_path: Path
 ) -> None:
     begin(store, elsewhere)
-    assert store.place.exists(elsewhere.beat_file)
+    assert store.backend.exists(elsewhere.beat_file)
     assert start(store, tmp_path).number == 2
-    assert not store.place.exists(elsewhere.beat_file)
+    assert not store.backend.exists(elsewhere.beat_file)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_clocks_save_the_wait_only_beyond_their_tolerance(
 ) -> None:
     """A clock that is ten minutes behind or hours ahead gives no live run away."""
     begin(local, elsewhere)
-    local.place.replace(elsewhere.beat_file, json.dumps({"time": time.time() - age}).encode())
+    local.backend.replace(elsewhere.beat_file, json.dumps({"time": time.time() - age}).encode())
     reports: list[str] = []
     assert local.require_free(Holder.here(tmp_path), report=reports.append) == 1
     assert bool(reports) == waits
@@ -137,7 +137,7 @@ def test_a_take_over_ends_the_first_for_good(
     store: CheckpointStore, here: Holder, elsewhere: Holder
 ) -> None:
     first, second = HeldRun(store, Session(elsewhere, 0)), HeldRun(store, Session(here, 0))
-    with Heartbeat(store.place, elsewhere), Heartbeat(store.place, here):
+    with Heartbeat(store.backend, elsewhere), Heartbeat(store.backend, here):
         assert (first.is_current(), second.is_current()) == (False, False)
         begin(store, elsewhere)
         assert (first.is_current(), second.is_current()) == (True, False)
@@ -168,11 +168,11 @@ def test_attempts_without_a_holder_are_free(store: CheckpointStore, tmp_path: Pa
 def test_renewals_are_no_checkpoints(store: CheckpointStore, here: Holder) -> None:
     attempt = begin(store, here)
     name = store.write(attempt, saved_at(1000))
-    here.beat(store.place)
+    here.beat(store.backend)
     assert store.names() == [name]
     assert store.unfinished() == []
     assert store.repair() == []
-    assert store.place.exists(here.beat_file)
+    assert store.backend.exists(here.beat_file)
 
 
 def test_a_store_that_is_away_changes_nothing_of_what_is_known(
@@ -184,12 +184,12 @@ def test_a_store_that_is_away_changes_nothing_of_what_is_known(
         raise OSError("away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(local.place), "files", away)
+        patch.setattr(type(local.backend), "files", away)
         assert not held.is_current()
     begin(local, here)
     assert held.is_current()
     with monkeypatch.context() as patch:
-        patch.setattr(type(local.place), "files", away)
+        patch.setattr(type(local.backend), "files", away)
         assert held.is_current()
     local.claim(local.newest)
     assert not held.is_current()
@@ -198,11 +198,11 @@ def test_a_store_that_is_away_changes_nothing_of_what_is_known(
 def test_the_file_is_renewed_only_once_an_attempt_has_begun(
     store: CheckpointStore, here: Holder
 ) -> None:
-    with Heartbeat(store.place, here):
+    with Heartbeat(store.backend, here):
         time.sleep(0.15)
-        assert store.place.files() == []
+        assert store.backend.files() == []
         begin(store, here)
-        first = store.place.read(here.beat_file)
-        while store.place.read(here.beat_file) == first:
+        first = store.backend.read(here.beat_file)
+        while store.backend.read(here.beat_file) == first:
             time.sleep(0.01)
-    assert not store.place.exists(here.beat_file)
+    assert not store.backend.exists(here.beat_file)

@@ -20,7 +20,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from ganscale.data.shards import ShardSet
 from ganscale.errors import ConfigError, DataError
-from ganscale.evaluation.images import ImagesOfShards
+from ganscale.evaluation.image_sets import ImagesOfShards
 from ganscale.metrics.extractors import chosen_extractor, inception_weights, open_extractor
 from ganscale.metrics.inception_weights import packaged_weights, read_inception_weights
 

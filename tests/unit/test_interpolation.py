@@ -9,9 +9,9 @@ import torch
 
 from ganscale.config.models import BigganModel, DcganModel, R3ganModel, SnganModel, Stylegan2Model
 from ganscale.errors import ConfigError
-from ganscale.generation.exploring import Explorer
 from ganscale.generation.interpolation import class_frames, frames_between, lerp, path, slerp
-from ganscale.generation.sampling import SampleableGenerator
+from ganscale.generation.latent_sampler import LatentSampler
+from ganscale.generation.sampler import SampleableGenerator
 from ganscale.models import build_generator
 
 CLASSES = [
@@ -24,13 +24,13 @@ CLASSES = [
 
 def explorer_of(
     model: DcganModel | SnganModel | BigganModel | R3ganModel | Stylegan2Model,
-) -> Explorer:
+) -> LatentSampler:
     spec = model.model_dump()
     torch.manual_seed(0)
     generator = build_generator(spec)
     for parameter in generator.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)  # what starts at 0 ignores classes
-    return Explorer(SampleableGenerator(generator, spec=spec, info={"model": spec}))
+    return LatentSampler(SampleableGenerator(generator, spec=spec, info={"model": spec}))
 
 
 def two(d: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,19 +96,19 @@ def test_a_path_passes_its_points_and_may_close() -> None:
 
 @pytest.mark.parametrize("model", [DcganModel(z_dim=16, base_channels=8), *CLASSES])
 def test_ends_of_a_strip_are_the_seeds_own_images(model: DcganModel) -> None:
-    explorer = explorer_of(model)
-    frames = frames_between(explorer, [3, 9], 17)
+    sampler = explorer_of(model)
+    frames = frames_between(sampler, [3, 9], 17)
     assert frames.shape == (18, 3, 32, 32)
-    assert torch.equal(frames[[0, -1]], explorer.generator.sample_seeds([3, 9]))
+    assert torch.equal(frames[[0, -1]], sampler.generator.sample_seeds([3, 9]))
 
 
 @pytest.mark.parametrize("model", CLASSES)
 def test_classes_are_mixed_where_they_are_embedded(model: SnganModel) -> None:
-    explorer = explorer_of(model)
-    frames = class_frames(explorer, [4, 5], [0, 2], 2)
+    sampler = explorer_of(model)
+    frames = class_frames(sampler, [4, 5], [0, 2], 2)
     assert frames.shape == (2, 3, 3, 32, 32)
     for number, label in ((0, 0), (2, 2)):
-        own = explorer.generator.sample_seeds([4, 5], label=label)
+        own = sampler.generator.sample_seeds([4, 5], label=label)
         assert torch.equal(frames[:, number], own)
     assert not torch.equal(frames[:, 1], frames[:, 0])
     assert not torch.equal(frames[:, 1], frames[:, 2])

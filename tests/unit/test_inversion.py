@@ -20,7 +20,7 @@ from ganscale.generation.degradations import (
     superres,
 )
 from ganscale.generation.inversion import GROUP, Search, encoded, invert
-from ganscale.generation.sampling import SampleableGenerator
+from ganscale.generation.sampler import SampleableGenerator
 
 SHAPE = (1, 8, 8)
 Z_DIM = 6

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ganscale.checkpoint.lineage import Attempt, CheckpointName, doomed, lineage
+from ganscale.checkpoint.lineage import Attempt, CheckpointName, lineage, prunable
 
 
 def name(text: str) -> CheckpointName:
@@ -81,7 +81,7 @@ def test_all_but_the_newest_and_special_ones_may_go(
 ) -> None:
     there = names("1000-a1 3000-a1 2000-a1 2500-a2 9000-a3")
     line = names("2500-a2 2000-a1 1000-a1")
-    found = doomed(there, line, attempt=2, keep_last=keep_last, special=names(special))
+    found = prunable(there, line, attempt=2, keep_last=keep_last, special=names(special))
     assert found == names(gone)
 
 
@@ -133,8 +133,8 @@ def test_the_newest_of_the_line_and_what_later_attempts_wrote_is_never_doomed(
     known = attempts[: data.draw(st.integers(number, len(attempts)))]
     line = lineage(there, known)
     special = data.draw(st.lists(st.sampled_from(line), max_size=2)) if line else []
-    gone = doomed(there, line, attempt=number, keep_last=keep_last, special=special)
-    assert all(condemned.attempt <= number for condemned in gone)
+    gone = prunable(there, line, attempt=number, keep_last=keep_last, special=special)
+    assert all(pruned.attempt <= number for pruned in gone)
     assert not {*line[:keep_last], *special} & {*gone}
     left = [written for written in there if written not in gone]
     assert lineage(left, known)[:keep_last] == line[:keep_last]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ganscale.data.order import Order, Slots, keyed_permutation
+from ganscale.data.order import BatchIndices, Order, keyed_permutation
 
 property_test = settings(
     deadline=None,
@@ -84,7 +84,7 @@ def naive_epoch(layout: Layout, epoch: int) -> list[tuple[int, int]]:
     return taken
 
 
-def as_tuples(slots: Slots) -> list[tuple[int, int, int]]:
+def as_tuples(slots: BatchIndices) -> list[tuple[int, int, int]]:
     """(position, stream, sample) of each."""
     columns = (slots.positions, slots.streams, slots.samples)
     return list(zip(*(column.tolist() for column in columns), strict=True))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ganscale.cli import main
 from ganscale.errors import ConfigError, DataError
-from ganscale.generation.sampling import save_snapshot
+from ganscale.generation.snapshot import save_snapshot
 from ganscale.models import build_generator
 from ganscale.rating.answers import read_answers
 from ganscale.rating.contestants import Contestant, default_reference, encoded, open_runs

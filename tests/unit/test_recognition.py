@@ -15,22 +15,20 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from ganscale.errors import ConfigError, DataError
-from ganscale.evaluation.classifier import ClassifierRecipe
-from ganscale.evaluation.images import with_classes_of
-from ganscale.evaluation.probe import (
+from ganscale.evaluation.image_views import Concatenated, with_classes_of
+from ganscale.evaluation.recognition.classifier import ClassifierRecipe
+from ganscale.evaluation.recognition.probe import (
     fit_logistic,
     pooled_activations,
     probe,
     scaled_pixels,
 )
-from ganscale.evaluation.recognition import (
-    Joined,
+from ganscale.evaluation.recognition.sample_augmentation import (
     augment_with_samples,
-    classifier_of_run,
     same_of_each_class,
-    snapshot_accuracy,
 )
-from ganscale.generation.sampling import save_snapshot, snapshot_classes
+from ganscale.evaluation.recognition.semi_supervised import classifier_of_run, snapshot_accuracy
+from ganscale.generation.snapshot import save_snapshot, snapshot_classes
 from ganscale.models import build_classifier, build_discriminator, build_generator
 from tests.support.small_models import SMALL_MODELS
 
@@ -168,7 +166,7 @@ def test_a_probe_finds_what_is_there_and_nothing_where_nothing_is() -> None:
     totals: dict[str, int] = {}
     done: dict[str, int] = defaultdict(int)
 
-    def started(text: str, total: int) -> Callable[[int], None]:
+    def start_task(text: str, total: int) -> Callable[[int], None]:
         totals[text] = total
 
         def count(number: int) -> None:
@@ -176,7 +174,9 @@ def test_a_probe_finds_what_is_there_and_nothing_where_nothing_is() -> None:
 
         return count
 
-    found = probe("pixels", lambda _: scaled_pixels, train, test, num_train=150, started=started)
+    found = probe(
+        "pixels", lambda _: scaled_pixels, train, test, num_train=150, start_task=start_task
+    )
     assert found.accuracy.value == 1.0
     assert found.num_features == 768
     assert done == totals
@@ -202,7 +202,7 @@ def test_a_probe_needs_labels_images_and_one_shape() -> None:
 
 def test_joined_sets_keep_images_and_labels_together() -> None:
     first, second = bright_and_dark(5, 0), bright_and_dark(7, 1)
-    joined = Joined(first, second)
+    joined = Concatenated(first, second)
     numbers = np.array([11, 0, 6, 4, 5])
     whole = torch.cat([first.pixels, second.pixels])
     assert torch.equal(joined.read(numbers), whole[torch.from_numpy(numbers)])
@@ -211,7 +211,7 @@ def test_joined_sets_keep_images_and_labels_together() -> None:
     assert second.labels is not None
     assert joined.labels is not None
     assert joined.labels.tolist() == [*first.labels, *second.labels]
-    assert Joined(first, Held(second.pixels, None)).labels is None
+    assert Concatenated(first, Held(second.pixels, None)).labels is None
 
 
 def test_images_are_chosen_evenly_over_the_classes() -> None:

@@ -12,13 +12,14 @@ from PIL import Image
 
 from ganscale.data.shards import ShardSet
 from ganscale.data.sources import CIFAR10_ENV
-from ganscale.evaluation import features, precomputed
-from ganscale.evaluation.distribution import Workload, evaluate
-from ganscale.evaluation.features import FeatureCache, extract
-from ganscale.evaluation.images import ImageSet, ImagesOfShards, Subset, open_images
-from ganscale.evaluation.precomputed import PrecomputedStatistics, content_digest
+from ganscale.evaluation.distributions import features, precomputed
+from ganscale.evaluation.distributions.evaluate import Workload, evaluate
+from ganscale.evaluation.distributions.features import FeatureCache, extract
+from ganscale.evaluation.distributions.precomputed import PrecomputedStatistics, content_digest
+from ganscale.evaluation.image_sets import ImageSet, ImagesOfShards, open_images
+from ganscale.evaluation.image_views import Subset
 from ganscale.metrics.extractors import FeatureExtractor, open_extractor
-from ganscale.metrics.frechet import frechet_distance
+from ganscale.metrics.fid import frechet_distance
 from ganscale.metrics.inception_weights import packaged_weights
 from ganscale.metrics.statistics import Moments
 from ganscale.world import World, process_group

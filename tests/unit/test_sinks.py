@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ganscale.run_directory import RunDirectory, locked
+from ganscale.json_lines import locked
+from ganscale.run_directory import RunDirectory
 from ganscale.tracking.console import RunFollower
 from ganscale.tracking.logs import log_event, log_row, to_stderr
 from ganscale.tracking.sinks import EventLog, FaultCounts, JsonlSink, NullSink, Sinks

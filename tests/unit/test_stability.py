@@ -10,7 +10,7 @@ import pytest
 
 from ganscale.config import Config
 from ganscale.errors import CheckpointError, ConfigError
-from ganscale.evaluation.stability import RunSummary, summarise, summarise_run
+from ganscale.evaluation.gan_metrics.stability import RunSummary, summarise, summarise_run
 from ganscale.run_directory import RunDirectory
 
 DIVERSITY = "metrics/diversity"

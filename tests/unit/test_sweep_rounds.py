@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
+from ganscale.atomic_files import write_text
 from ganscale.checkpoint import CheckpointStore
 from ganscale.config import Config, load_config
 from ganscale.config.sweep import Sweep
 from ganscale.errors import ConfigError
+from ganscale.json_lines import read_lines
 from ganscale.launch import sweep_schedulers
 from ganscale.launch.sweep_book import Book, Copy
 from ganscale.launch.sweep_schedulers import Halving, PopulationScheduler, make_copy
 from ganscale.launch.sweep_table import best_command, ranked
 from ganscale.launch.sweep_trial import durable_reports, reports, value_of
-from ganscale.run_directory import RunDirectory, write_text
-from ganscale.tracking.history import read_lines
+from ganscale.run_directory import RunDirectory
 from ganscale.tracking.sinks import EventLog, JsonlSink
 from tests.support.attempts import saved_at, state_at
 from tests.support.checkpoints import begin, bits

@@ -18,9 +18,9 @@ from ganscale.checkpoint import CheckpointStore
 from ganscale.checkpoint.store import saved_state
 from ganscale.config import Config
 from ganscale.errors import CheckpointError, ConfigError
-from ganscale.evaluation.contestants import Contestant, Judge, judge_all, load_contestants
-from ganscale.evaluation.tournament import hold_tournament, num_judged
-from ganscale.generation.sampling import SampleableGenerator
+from ganscale.evaluation.gan_metrics.gan_pairs import GanPair, Judge, judge_all, load_gan_pairs
+from ganscale.evaluation.gan_metrics.tournament import hold_tournament, num_judged
+from ganscale.generation.sampler import SampleableGenerator
 from ganscale.metrics.gam import score
 from ganscale.models import build_discriminator, build_generator
 from tests.conftest import MakeConfig
@@ -77,11 +77,11 @@ class Paints(nn.Module):
         return self.value.expand(len(z), 1, 2, 2)
 
 
-def contestant(name: str, value: float, judge: nn.Module, num_classes: int = 0) -> Contestant:
+def pair(name: str, value: float, judge: nn.Module, num_classes: int = 0) -> GanPair:
     spec = {"z_dim": 2, "num_classes": num_classes}
     info = {"classes": ["ant", "bee"][:num_classes]}
     generator = SampleableGenerator(Paints(value), spec=spec, info=info)
-    return Contestant(name, 1000, generator, Judge(judge, num_classes), name, {})
+    return GanPair(name, 1000, generator, Judge(judge, num_classes), name, {})
 
 
 def test_who_sees_everything_beats_who_is_blind() -> None:
@@ -92,7 +92,7 @@ def test_who_sees_everything_beats_who_is_blind() -> None:
     gray and white. So it takes all grays for fakes, as it does all of dark's samples. Rates are
     (errors + 1/2) / 65.
     """
-    runs = [contestant("bright", 1.0, Sees()), contestant("dark", -1.0, Blind())]
+    runs = [pair("bright", 1.0, Sees()), pair("dark", -1.0, Blind())]
     reference = Images(128)
     scores = hold_tournament(runs, reference, num_images=64).scores
     assert scores.num_images == 64
@@ -192,7 +192,7 @@ def test_a_judge_with_classes_is_told_labels_or_takes_the_best() -> None:
 
 @pytest.mark.parametrize(("classes", "used"), [((2, 2), True), ((2, 0), False)])
 def test_labels_are_used_when_all_know_them(classes: tuple[int, int], used: bool) -> None:
-    runs = [contestant(f"run{i}", 0.0, Sees(1.0, 2.0), n) for i, n in enumerate(classes)]
+    runs = [pair(f"run{i}", 0.0, Sees(1.0, 2.0), n) for i, n in enumerate(classes)]
     reference = Images(8, labels=np.arange(8) % 2, classes=("ant", "bee"))
     result = hold_tournament(runs, reference, num_images=4)
     assert result.uses_labels is used
@@ -200,7 +200,7 @@ def test_labels_are_used_when_all_know_them(classes: tuple[int, int], used: bool
 
 
 def test_a_tournament_is_a_function_of_its_seed_and_counts_its_images() -> None:
-    runs = [contestant("a", 0.2, Sees()), contestant("b", 0.1, Sees())]
+    runs = [pair("a", 0.2, Sees()), pair("b", 0.1, Sees())]
     done: list[int] = []
     first = hold_tournament(runs, Images(50), num_images=100, seed=3, progress=done.append)
     assert first == hold_tournament(runs, Images(50), num_images=100, seed=3)
@@ -215,10 +215,10 @@ def test_a_tournament_is_a_function_of_its_seed_and_counts_its_images() -> None:
         (["a", "b"], (3, 2, 2), "a makes images of shape"),
     ],
 )
-def test_contestants_that_cannot_meet_are_refused(
+def test_gans_that_cannot_meet_are_refused(
     names: list[str], shape: tuple[int, int, int], words: str
 ) -> None:
-    runs = [contestant(name, 0.0, Sees()) for name in names]
+    runs = [pair(name, 0.0, Sees()) for name in names]
     with pytest.raises(ConfigError, match=words):
         hold_tournament(runs, Images(50, shape=shape))
 
@@ -260,7 +260,7 @@ def test_a_run_plays_as_it_was_when_so_many_images_were_due(
     make_run: MakeRun, suffix: str, nimg: int
 ) -> None:
     config = make_run(0, 16, 32, 48)
-    (found,) = load_contestants([f"{config.run_dir}{suffix}"])
+    (found,) = load_gan_pairs([f"{config.run_dir}{suffix}"])
     assert (found.nimg, found.name) == (nimg, f"tiny@{nimg / 1000:g}")
     for model in (found.generator.model, found.judge.model):
         assert not model.training
@@ -271,24 +271,24 @@ def test_checkpoints_are_found_where_the_configuration_says(
     make_run: MakeRun, tmp_path: Path
 ) -> None:
     config = make_run(16, checkpoint__location=str(tmp_path / "elsewhere"))
-    (found,) = load_contestants([str(config.run_dir)])
+    (found,) = load_gan_pairs([str(config.run_dir)])
     assert found.nimg == 16
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(make_run: MakeRun, tmp_path: Path) -> None:
     configs = [make_run(16, storage=str(tmp_path / part)) for part in "ab"]
-    found = load_contestants([str(config.run_dir) for config in configs])
+    found = load_gan_pairs([str(config.run_dir) for config in configs])
     assert [c.name for c in found] == [f"{config.run_dir}@0.016" for config in configs]
 
 
 def test_a_position_before_the_first_checkpoint_names_those_there_are(make_run: MakeRun) -> None:
     config = make_run(32, 48)
     with pytest.raises(CheckpointError, match=r"it has some at 0\.032, 0\.048 kimg"):
-        load_contestants([f"{config.run_dir}@0.01"])
+        load_gan_pairs([f"{config.run_dir}@0.01"])
 
 
 def test_what_is_no_run_or_no_position_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a run"):
-        load_contestants([str(tmp_path)])
+        load_gan_pairs([str(tmp_path)])
     with pytest.raises(ConfigError, match="RUN@KIMG"):
-        load_contestants([f"{tmp_path}/run@half"])
+        load_gan_pairs([f"{tmp_path}/run@half"])

@@ -8,9 +8,9 @@ from scipy import stats
 
 from ganscale.config.models import DcganModel, Stylegan2Model
 from ganscale.errors import ConfigError
-from ganscale.generation.exploring import Explorer
+from ganscale.generation.latent_sampler import LatentSampler
 from ganscale.generation.latents import seeded_latents
-from ganscale.generation.sampling import SampleableGenerator, diversity
+from ganscale.generation.sampler import SampleableGenerator, diversity
 from ganscale.generation.style_mixing import mixed_images
 from ganscale.generation.truncation import truncated_latents, truncated_styles
 from ganscale.models import build_generator
@@ -53,8 +53,8 @@ def test_styles_are_pulled_towards_their_mean() -> None:
 
 def test_the_mean_style_is_that_of_many_latents() -> None:
     generator = generator_of(STYLES)
-    w = Explorer(generator).styles(seeded_latents(list(range(1024)), 16))
-    mean = Explorer(generator, truncation_psi=0.0).styles(seeded_latents([7], 16))
+    w = LatentSampler(generator).styles(seeded_latents(list(range(1024)), 16))
+    mean = LatentSampler(generator, truncation_psi=0.0).styles(seeded_latents([7], 16))
     torch.testing.assert_close(mean[0], w.mean(0))
 
 
@@ -63,7 +63,7 @@ def test_images_grow_alike_with_less_psi_and_themselves_at_one(model: Stylegan2M
     generator = generator_of(model)
     seeds = list(range(8))
     drawn = {
-        psi: Explorer(generator, truncation_psi=psi).sample_seeds(seeds, label=label)
+        psi: LatentSampler(generator, truncation_psi=psi).sample_seeds(seeds, label=label)
         for label in [1 if model.num_classes else None]
         for psi in (0.0, 0.5, 1.0)
     }
@@ -74,16 +74,16 @@ def test_images_grow_alike_with_less_psi_and_themselves_at_one(model: Stylegan2M
 
 
 def test_styles_given_by_layer_are_those_of_the_layers() -> None:
-    explorer = Explorer(generator_of(STYLES))
+    sampler = LatentSampler(generator_of(STYLES))
     rows, columns = [0, 1], [2, 3, 4]
-    assert explorer.num_layers == 8
-    last = mixed_images(explorer, rows, columns, 8)
-    first = mixed_images(explorer, rows, columns, 0)
+    assert sampler.num_layers == 8
+    last = mixed_images(sampler, rows, columns, 8)
+    first = mixed_images(sampler, rows, columns, 0)
     for column in range(3):
-        assert torch.equal(last[:, column], explorer.sample_seeds(rows))
+        assert torch.equal(last[:, column], sampler.sample_seeds(rows))
     for row in range(2):
-        assert torch.equal(first[row], explorer.sample_seeds(columns))
-    middle = mixed_images(explorer, rows, columns, 3)
+        assert torch.equal(first[row], sampler.sample_seeds(columns))
+    middle = mixed_images(sampler, rows, columns, 3)
     assert not torch.equal(middle, first)
     assert not torch.equal(middle, last)
 
@@ -91,10 +91,10 @@ def test_styles_given_by_layer_are_those_of_the_layers() -> None:
 def test_errors_say_what_is_taken() -> None:
     latents = generator_of(DcganModel(z_dim=16, base_channels=8))
     with pytest.raises(ConfigError, match="at least 0.05"):
-        Explorer(latents, truncation_psi=0.0).sample_seeds([0])
+        LatentSampler(latents, truncation_psi=0.0).sample_seeds([0])
     with pytest.raises(ConfigError, match="takes 0 to 1"):
-        Explorer(generator_of(STYLES), truncation_psi=1.5)
+        LatentSampler(generator_of(STYLES), truncation_psi=1.5)
     with pytest.raises(ConfigError, match="dcgan has no styles w"):
-        mixed_images(Explorer(latents), [0], [1], 2)
+        mixed_images(LatentSampler(latents), [0], [1], 2)
     with pytest.raises(ConfigError, match="layers 0 to 8"):
-        mixed_images(Explorer(generator_of(STYLES)), [0], [1], 9)
+        mixed_images(LatentSampler(generator_of(STYLES)), [0], [1], 9)

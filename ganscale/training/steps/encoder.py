@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ganscale.config import Config, EncoderMethod
 from ganscale.errors import ConfigError
 from ganscale.generation.latents import Draw
-from ganscale.generation.sampling import load_generator
+from ganscale.generation.snapshot import load_generator
 from ganscale.models import build_discriminator, build_encoder
 from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel

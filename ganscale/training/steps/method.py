@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ganscale.config import Config
 from ganscale.generation.latents import Draw
-from ganscale.generation.sampling import OTHERS
+from ganscale.generation.snapshot import OTHERS
 from ganscale.training.inputs import StepContext, StepInputs, StepVariant, scalar
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision

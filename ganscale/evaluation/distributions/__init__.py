@@ -1,0 +1,1 @@
+"""Metrics that compare the features of two image sets: FID, KID, precision, recall and others."""

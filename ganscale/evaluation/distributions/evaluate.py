@@ -1,0 +1,333 @@
+"""How far generated images are from real ones: FID, KID, precision, recall and their kin.
+
+One call gives all of them, with the protocol they were measured by: network, resizing, reference
+and numbers of images move them by more than most improvements do.
+
+Metrics that compare distributions by their moments use those of the whole reference. Metrics that
+look at single images use as many of the reference as there are samples, drawn with a fixed seed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from ganscale.config import MetricName
+from ganscale.errors import DataError
+from ganscale.evaluation.distributions.features import (
+    FeatureCache,
+    Features,
+    StartTask,
+    extract,
+    plan_reference,
+)
+from ganscale.evaluation.gan_metrics.two_sample import neighbour_two_sample
+from ganscale.evaluation.image_sets import ImageSet
+from ganscale.evaluation.image_views import with_classes_of
+from ganscale.metrics.extractors import FeatureExtractor
+from ganscale.metrics.fid import frechet_distance, frechet_estimate, frechet_infinity
+from ganscale.metrics.inception_score import inception_score
+from ganscale.metrics.intervals import Estimate, of_repeats
+from ganscale.metrics.kid import kernel_distance
+from ganscale.metrics.prdc import authenticity, prdc
+from ganscale.metrics.statistics import Moments
+from ganscale.world import World
+
+__all__ = ["METRICS", "Evaluation", "Protocol", "StartTask", "Workload", "column_of", "evaluate"]
+
+METRICS: tuple[MetricName, ...] = get_args(MetricName)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """By what the figures were measured; those of other protocols cannot be compared."""
+
+    extractor: str
+    extractor_digest: str
+    resizer: str
+    samples: str
+    num_samples: int
+    reference: str
+    reference_digest: str
+    num_reference: int
+    reference_statistics: str
+    """Where the moments of all reference images are from: "extracted", or the included file's."""
+    num_reference_rows: int
+    """Reference images that metrics of single images use; 0 where no such metric is asked for."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The images that go through the network, known before any does."""
+
+    num_samples: int
+    num_reference: int
+    """Those whose features are neither included nor cached."""
+    statistics: str
+    """What the included statistics are of; empty where none are used."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of one comparison."""
+
+    protocol: Protocol
+    metrics: Mapping[str, Estimate]
+    skipped: Mapping[str, str]
+    """Metrics that say nothing here, and why."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What more there is to say of a metric, by its name."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """How long each part took."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "protocol": asdict(self.protocol),
+            "metrics": {name: asdict(value) for name, value in self.metrics.items()},
+            "skipped": dict(self.skipped),
+            "details": dict(self.details),
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+        }
+
+    def row(self) -> dict[str, float]:
+        """As columns of a run's metrics."""
+        return {f"metrics/{name}": value.value for name, value in self.metrics.items()}
+
+
+def column_of(metric: str, extractor: FeatureExtractor) -> str:
+    """What a figure is called: `fid` and `kid` are Inception's, others are `fd_...`, `kd_...`."""
+    if not extractor.suffix:
+        return metric
+    first, _, rest = metric.partition("_")
+    stem = {"fid": "fd", "kid": "kd"}.get(first, first)
+    return f"{stem}_{rest}{extractor.suffix}" if rest else f"{stem}{extractor.suffix}"
+
+
+def evaluate(
+    samples: ImageSet,
+    reference: ImageSet,
+    extractor: FeatureExtractor,
+    world: World,
+    *,
+    metrics: Sequence[MetricName] = METRICS,
+    num_reference_rows: int | None = None,
+    required: bool = False,
+    cache: FeatureCache | None = None,
+    resume_samples: bool = False,
+    planned: Callable[[Workload], None] = lambda workload: None,
+    start_task: StartTask = lambda what, total: lambda num: None,
+    device: str = "cpu",
+) -> Evaluation | None:
+    """Compare images with a reference; the figures are on rank 0, None elsewhere.
+
+    Args:
+        samples, reference: of one shape.
+        extractor: of the features.
+        world: of the process group; all its ranks share the work.
+        metrics: which.
+        num_reference_rows: how many images of the reference the metrics of single images use; as
+            many as there are samples unless given.
+        required: whether a metric that cannot be computed is an error; else it is skipped with a
+            reason.
+        cache: keeps the reference's features.
+        resume_samples: whether an interrupted pass over the samples goes on, by the cache; their
+            digest must then tell different samples apart.
+        planned: called on every rank when it is known how many images will be extracted.
+        start_task: called with each part and its number of images; what it returns is called with
+            progress.
+        device: where distances between features are computed.
+
+    Raises:
+        DataError: images are too few, unreadable, of different shapes, all alike, or have features
+            that are not finite.
+    """
+    if samples.shape != reference.shape:
+        raise DataError(
+            f"{samples.description} have shape {samples.shape}, {reference.description} "
+            f"{reference.shape}: only images of one shape can be compared"
+        )
+    skipped: dict[str, str] = {}
+    if "fid_per_class" in metrics:
+        try:
+            samples = with_classes_of(samples, reference.classes, reference.description)
+        except DataError as error:
+            if required:
+                raise
+            skipped["fid_per_class"] = str(error)
+            metrics = [metric for metric in metrics if metric != "fid_per_class"]
+    num_rows = num_reference_rows or len(samples)
+    if not any(metric in _USING_ROWS for metric in metrics):
+        num_rows = 0
+    protocol = Protocol(
+        extractor=extractor.name,
+        extractor_digest=extractor.digest,
+        resizer=extractor.resizer,
+        samples=samples.description,
+        num_samples=len(samples),
+        reference=reference.description,
+        reference_digest=reference.digest,
+        num_reference=len(reference),
+        reference_statistics="extracted",
+        num_reference_rows=0,
+    )
+    if not metrics:
+        return Evaluation(protocol, {}, {}) if world.is_main else None
+    _check_same_on_all_ranks(extractor.digest, len(samples), len(reference))
+    seconds: dict[str, float] = {}
+    with _timed("reference", seconds):
+        plan = plan_reference(
+            reference, extractor, world, num_rows=num_rows, cache=cache, start_task=start_task
+        )
+        statistics = "" if plan.statistics is None else plan.statistics.name
+        planned(Workload(len(samples), plan.num_missing, statistics))
+        of_reference = plan.features(extractor, world, cache=cache, start_task=start_task)
+    protocol = replace(
+        protocol,
+        reference_statistics=statistics or protocol.reference_statistics,
+        num_reference_rows=len(plan.row_indices),
+    )
+    with _timed("samples", seconds):
+        progress = start_task(samples.description, len(samples))
+        if cache is not None and resume_samples:
+            of_samples = cache.extract(samples, extractor, world, keep=False, progress=progress)
+        else:
+            of_samples = extract(samples, extractor, world, progress=progress)
+    if of_samples is None or of_reference is None:
+        return None
+    estimates: dict[str, Estimate] = {}
+    comparison = _Comparison(of_samples, of_reference, extractor, device)
+    for metric in metrics:
+        with _timed(metric, seconds):
+            start_task(metric, None)
+            try:
+                estimates |= _FIGURES[metric](comparison)
+            except (DataError, LinAlgError, MemoryError, torch.OutOfMemoryError) as error:
+                if required:
+                    raise DataError(f"{metric}: {error}") from None
+                skipped[metric] = str(error)
+    if skipped and not estimates:
+        raise DataError("; ".join(skipped.values()))
+    return Evaluation(protocol, estimates, skipped, seconds=seconds)
+
+
+def _check_same_on_all_ranks(*what: object) -> None:
+    """Else features of different networks would be put together."""
+    by_rank: list[tuple[object, ...]] = [()] * dist.get_world_size()
+    dist.all_gather_object(by_rank, what)
+    if len(set(by_rank)) > 1:
+        raise DataError(f"ranks have different extractors or images: {by_rank}")
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    samples: Features
+    reference: Features
+    extractor: FeatureExtractor
+    device: str
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Features of equally many images of both, on the device."""
+        mine, other = self.samples.rows, self.reference.rows
+        num = min(len(mine), len(other))
+        return self._some(mine, num), self._some(other, num)
+
+    def all_rows(self) -> tuple[Tensor, Tensor]:
+        """Features of all samples and of the reference's drawn images, on the device."""
+        return self.samples.rows.to(self.device), self.reference.rows.to(self.device)
+
+    def named(self, *stems: tuple[str, Estimate]) -> dict[str, Estimate]:
+        return {column_of(name, self.extractor): value for name, value in stems}
+
+    def _some(self, rows: Tensor, num: int) -> Tensor:
+        if len(rows) > num:
+            chosen = np.random.default_rng(0).permutation(len(rows))[:num]
+            rows = rows[torch.from_numpy(np.sort(chosen))]
+        return rows.to(self.device)
+
+
+def _fid(both: _Comparison) -> dict[str, Estimate]:
+    return both.named(("fid", frechet_estimate(both.samples.rows, both.reference.moments)))
+
+
+def _fid_infinity(both: _Comparison) -> dict[str, Estimate]:
+    value = frechet_infinity(both.samples.rows, both.reference.moments)
+    return both.named(("fid_infinity", value))
+
+
+def _kid(both: _Comparison) -> dict[str, Estimate]:
+    return both.named(("kid", kernel_distance(*both.all_rows())))
+
+
+def _inception_score(both: _Comparison) -> dict[str, Estimate]:
+    return {"inception_score": inception_score(both.extractor.logits(both.samples.rows))}
+
+
+def _prdc(both: _Comparison) -> dict[str, Estimate]:
+    shares = prdc(*both.rows())
+    return both.named(
+        ("precision", shares.precision),
+        ("recall", shares.recall),
+        ("density", shares.density),
+        ("coverage", shares.coverage),
+    )
+
+
+def _authenticity(both: _Comparison) -> dict[str, Estimate]:
+    return both.named(("authenticity", authenticity(*both.all_rows())))
+
+
+def _fid_per_class(both: _Comparison) -> dict[str, Estimate]:
+    mine, other = both.samples.labels, both.reference.labels
+    if mine is None or other is None:
+        raise DataError("a Frechet distance per class needs labels of samples and reference")
+    distances = []
+    for label in np.unique(other).tolist():
+        parts = [
+            Moments.of(features.rows[torch.from_numpy(labels == label)])
+            for features, labels in ((both.samples, mine), (both.reference, other))
+        ]
+        try:
+            distances.append(frechet_distance(*parts))
+        except DataError as error:
+            raise DataError(f"class {label}: {error}") from None
+    return both.named(("fid_per_class", of_repeats(distances)))
+
+
+def _nearest_neighbour_test(both: _Comparison) -> dict[str, Estimate]:
+    mine, other = both.rows()
+    return both.named(("c2st_1nn", neighbour_two_sample(other, mine).accuracy))
+
+
+_FIGURES: dict[MetricName, Callable[[_Comparison], dict[str, Estimate]]] = {
+    "fid": _fid,
+    "fid_infinity": _fid_infinity,
+    "kid": _kid,
+    "inception_score": _inception_score,
+    "prdc": _prdc,
+    "authenticity": _authenticity,
+    "fid_per_class": _fid_per_class,
+    "c2st_1nn": _nearest_neighbour_test,
+}
+_USING_ROWS: frozenset[MetricName] = frozenset(
+    {"kid", "prdc", "authenticity", "fid_per_class", "c2st_1nn"}
+)
+"""Metrics that look at single images of the reference, not only at the moments of all."""
+
+
+@contextmanager
+def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = time.perf_counter() - began

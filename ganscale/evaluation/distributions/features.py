@@ -1,0 +1,367 @@
+"""Features of image sets, extracted by all ranks together, and cached by digest.
+
+Images go through the network in fixed groups, whichever rank has them, and rank 0 puts their
+features together in the order of the images. So features, and whatever is computed from them, are
+the same for any number of ranks, bit for bit on one kind of machine.
+
+A comparison needs two things of its reference: the moments of all images, and the features of some
+(`plan_reference`). The moments of well-known sets ship with the package, so that only those few
+images have to go through the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch import distributed as dist
+
+from ganscale.atomic_files import write_bytes
+from ganscale.evaluation.distributions.blocks import BLOCK, map_blocks, numbers_of_block
+from ganscale.evaluation.distributions.precomputed import (
+    PrecomputedStatistics,
+    content_digest,
+    precomputed_candidates,
+)
+from ganscale.evaluation.image_sets import ImageSet
+from ganscale.evaluation.image_views import Subset
+from ganscale.metrics.extractors import FeatureExtractor, as_rgb
+from ganscale.metrics.statistics import Moments, check_features
+from ganscale.world import World
+
+__all__ = [
+    "FeatureCache",
+    "Features",
+    "PartialFeatures",
+    "ReferencePlan",
+    "extract",
+    "images_per_second",
+    "plan_reference",
+]
+
+CACHE_ENV = "GANSCALE_CACHE"
+_ROWS = 50
+"""Images of every forward; an incomplete group is filled with black."""
+_TIMED_ROWS = 10
+_MAX_KEPT = 50_000
+_FORMAT = 2
+"""Counts up when the same images and network give other features than before, if only by bits."""
+
+T = TypeVar("T")
+Progress = Callable[[int], None]
+StartTask = Callable[[str, int | None], Progress]
+"""Called with a part of the work and its number of images, if known; returns its progress."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What rank 0 knows of an image set; on other ranks there is none."""
+
+    moments: Moments
+    """Of all images."""
+    rows: Tensor
+    """float32, (n, d): of all images, or of some of them drawn at random."""
+    indices: NDArray[np.int64]
+    """(n,) which images those are, ascending."""
+    labels: NDArray[np.int64] | None
+    """(n,) their classes."""
+
+    def with_rows_of(self, indices: NDArray[np.int64]) -> Features:
+        """The same moments, and the rows of some of the images that there are rows of."""
+        places = np.searchsorted(self.indices, indices)
+        assert np.array_equal(self.indices[places], indices)
+        labels = None if self.labels is None else self.labels[places]
+        return Features(self.moments, self.rows[torch.from_numpy(places)], indices, labels)
+
+
+class PartialFeatures:
+    """Features of an unfinished pass, a file for each block: an interrupted pass goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def read(self) -> list[Tensor]:
+        """The blocks from the first to the last before one that is missing, each (n, d)."""
+        blocks: list[Tensor] = []
+        with suppress(OSError, SafetensorError, KeyError):
+            while True:
+                blocks.append(load_file(self._path(len(blocks)))["features"])
+        return blocks
+
+    def add(self, block: int, features: Tensor) -> None:
+        """Keep a block's features; without room for them the pass goes on unkept."""
+        with suppress(OSError):
+            data = save({"features": features.contiguous()})
+            write_bytes(self._path(block), data, fsync=False)
+
+    def remove(self) -> None:
+        """Remove all blocks, when the pass is complete."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, block: int) -> Path:
+        return self._folder / f"{block:06d}.safetensors"
+
+
+def extract(
+    images: ImageSet,
+    extractor: FeatureExtractor,
+    world: World,
+    *,
+    partial: PartialFeatures | None = None,
+    progress: Progress = lambda num_images: None,
+) -> Features | None:
+    """The features of all images, on rank 0; every rank calls this inside a process group.
+
+    With `partial`, blocks that an interrupted pass left there are not extracted again. Raises
+    `DataError`, on every rank alike, if an image cannot be read on any of them, has other than one
+    or three channels, or gets a feature that is not finite.
+    """
+    kept = _drawn(len(images), _MAX_KEPT)
+    rows = torch.empty(len(kept) if world.is_main else 0, extractor.num_features)
+    moments = Moments.none(extractor.num_features)
+
+    def features(indices: NDArray[np.int64]) -> Tensor:
+        return _features(images, extractor, indices)
+
+    def all_blocks() -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+        done = partial.read() if partial is not None and world.is_main else []
+        for block, part in enumerate(done):
+            yield numbers_of_block(block, len(images)), part
+        first = _from_rank_0(len(done))
+        for where, part in map_blocks(features, images, world, first_block=first):
+            if partial is not None:
+                partial.add(int(where[0]) // BLOCK, part)
+            yield where, part
+
+    for where, part in all_blocks():
+        moments = moments.merged(Moments.of(part))
+        start, end = np.searchsorted(kept, [where[0], where[-1] + 1]).tolist()
+        rows[start:end] = part[torch.from_numpy(kept[start:end] - where[0])]
+        progress(len(where))
+    if not world.is_main:
+        return None
+    labels = images.labels
+    return Features(moments, rows, kept, None if labels is None else labels[kept])
+
+
+def images_per_second(extractor: FeatureExtractor, shape: tuple[int, int, int]) -> float:
+    """How fast one rank extracts features of images of a shape (C, H, W), by a small batch."""
+    images = as_rgb(torch.zeros(_TIMED_ROWS, *shape, dtype=torch.uint8))
+    extractor.features(images).cpu()  # the first call also sets libraries up
+    began = time.perf_counter()
+    extractor.features(images).cpu()
+    return _TIMED_ROWS / (time.perf_counter() - began)
+
+
+class FeatureCache:
+    """Features of references in a folder, by what they are of and by what they were made with.
+
+    The default folder is GANSCALE_CACHE, else `~/.cache/ganscale`. Digests of references' content
+    are remembered as long as the object lives.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        default = os.environ.get(CACHE_ENV) or Path.home() / ".cache" / "ganscale"
+        self.folder = Path(folder or default).expanduser() / "features"
+        self._content: dict[str, str] = {}
+
+    def extract(
+        self,
+        images: ImageSet,
+        extractor: FeatureExtractor,
+        world: World,
+        *,
+        keep: bool = True,
+        progress: Progress = lambda num_images: None,
+    ) -> Features | None:
+        """As `extract`, from the folder if they are there; rank 0 alone reads and writes it.
+
+        An interrupted pass goes on where it was. Without `keep`, features that are complete are
+        removed again: those of a generator's images are rarely needed twice.
+        """
+        path = self._path(images, extractor)
+        cached = self._load(path) if world.is_main else None
+        if _from_rank_0(cached is not None):
+            progress(len(images))
+            return cached
+        partial = PartialFeatures(path.with_suffix(".partial"))
+        features = extract(images, extractor, world, partial=partial, progress=progress)
+        if features is not None:
+            if keep:
+                self._save(path, features)
+            partial.remove()
+        return features
+
+    def has(self, images: ImageSet, extractor: FeatureExtractor) -> bool:
+        """Whether rank 0 has the features of these images, on all ranks alike."""
+        return _from_rank_0(self._path(images, extractor).is_file())
+
+    def content_digest(self, images: ImageSet, world: World, start_task: StartTask) -> str:
+        """As the function of the same name, computed once for each set."""
+        if images.digest not in self._content:
+            progress = start_task("comparing the reference with included statistics", len(images))
+            self._content[images.digest] = content_digest(images, world, progress=progress)
+        return self._content[images.digest]
+
+    def _path(self, images: ImageSet, extractor: FeatureExtractor) -> Path:
+        key = f"{_FORMAT} {extractor.digest} {images.digest}"
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+
+    def _load(self, path: Path) -> Features | None:
+        if not path.is_file():
+            return None
+        try:
+            tensors = load_file(path)
+            moments = Moments(int(tensors["count"]), tensors["mean"], tensors["scatter"])
+            labels = tensors["labels"].numpy() if "labels" in tensors else None
+            return Features(moments, tensors["rows"], tensors["indices"].numpy(), labels)
+        except (SafetensorError, OSError, KeyError) as error:
+            warnings.warn(f"{path} is unreadable ({error}) and made anew", stacklevel=2)
+            return None
+
+    def _save(self, path: Path, features: Features) -> None:
+        """Rather none than an error: what cannot be kept is computed again."""
+        tensors = {
+            "count": torch.tensor(features.moments.count),
+            "mean": features.moments.mean,
+            "scatter": features.moments.scatter,
+            "rows": features.rows,
+            "indices": torch.from_numpy(features.indices),
+        }
+        if features.labels is not None:
+            tensors["labels"] = torch.from_numpy(features.labels)
+        try:
+            write_bytes(path, save(tensors), fsync=False)
+        except OSError as error:
+            warnings.warn(f"features of {path} could not be kept: {error}", stacklevel=2)
+
+
+@dataclass(frozen=True)
+class ReferencePlan:
+    """Where a reference's moments come from, and of which images features are needed."""
+
+    images: ImageSet
+    """The reference."""
+    statistics: PrecomputedStatistics | None
+    """Of all images, where the package includes them."""
+    row_indices: NDArray[np.int64]
+    """(n,) the images whose own features are needed, ascending."""
+    extracted: ImageSet | None
+    """Whose features are extracted or read from the cache; None if the statistics suffice."""
+    num_missing: int
+    """Images that will go through the network, since no cache has their features."""
+
+    def features(
+        self,
+        extractor: FeatureExtractor,
+        world: World,
+        *,
+        cache: FeatureCache | None,
+        start_task: StartTask,
+    ) -> Features | None:
+        """Moments of all images and rows of some, on rank 0; every rank calls this."""
+        extracted = None
+        if self.extracted is not None:
+            progress = start_task(self.extracted.description, len(self.extracted))
+            keep = extract if cache is None else cache.extract
+            extracted = keep(self.extracted, extractor, world, progress=progress)
+        if not world.is_main:
+            return None
+        if self.statistics is None:
+            assert extracted is not None
+            return extracted.with_rows_of(self.row_indices)
+        moments, labels = self.statistics.moments(), self.images.labels
+        if extracted is None:
+            rows = torch.empty(0, extractor.num_features)
+        elif self.extracted is self.images:
+            rows = extracted.with_rows_of(self.row_indices).rows
+        else:
+            rows = extracted.rows
+        labels = None if labels is None else labels[self.row_indices]
+        return Features(moments, rows, self.row_indices, labels)
+
+
+def plan_reference(
+    images: ImageSet,
+    extractor: FeatureExtractor,
+    world: World,
+    *,
+    num_rows: int,
+    cache: FeatureCache | None = None,
+    start_task: StartTask = lambda what, total: lambda num_images: None,
+) -> ReferencePlan:
+    """Decide how the moments of all images, and the features of `num_rows`, are come by.
+
+    The rows are of the same images, drawn with a fixed seed, whether or not the moments of all are
+    included. Where they are, only those images' features are extracted, else those of all; what is
+    in the cache already is not extracted again.
+
+    All ranks call this inside a process group. Raises `DataError` if an image cannot be read.
+    """
+    row_indices = _drawn(len(images), min(num_rows, _MAX_KEPT))
+    statistics = _statistics(images, extractor, world, cache, start_task)
+    extracted: ImageSet | None = images
+    if statistics is not None and not len(row_indices):
+        extracted = None
+    elif statistics is not None and len(row_indices) < len(images):
+        has_all = cache is not None and cache.has(images, extractor)
+        extracted = images if has_all else Subset(images, row_indices)
+    num_missing = 0
+    if extracted is not None and not (cache is not None and cache.has(extracted, extractor)):
+        num_missing = len(extracted)
+    return ReferencePlan(images, statistics, row_indices, extracted, num_missing)
+
+
+def _statistics(
+    images: ImageSet,
+    extractor: FeatureExtractor,
+    world: World,
+    cache: FeatureCache | None,
+    start_task: StartTask,
+) -> PrecomputedStatistics | None:
+    # Decoding all images takes seconds, so it is done only where number and shape agree.
+    for candidate in precomputed_candidates(images, extractor):
+        remembered = cache or FeatureCache()
+        if remembered.content_digest(images, world, start_task) == candidate.content_digest:
+            return candidate
+    return None
+
+
+def _drawn(num_images: int, num_drawn: int) -> NDArray[np.int64]:
+    """Numbers of images drawn without replacement, ascending; fewer ones are among more."""
+    if num_images <= num_drawn:
+        return np.arange(num_images)
+    return np.sort(np.random.default_rng(0).permutation(num_images)[:num_drawn])
+
+
+def _from_rank_0(value: T) -> T:
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _features(images: ImageSet, extractor: FeatureExtractor, indices: NDArray[np.int64]) -> Tensor:
+    """Of some images, (BLOCK, d); rows beyond them are 0."""
+    features = torch.zeros(BLOCK, extractor.num_features)
+    for start in range(0, len(indices), _ROWS):
+        group = as_rgb(images.read(indices[start : start + _ROWS]))
+        filled = group.new_zeros(_ROWS, *group.shape[1:])
+        filled[: len(group)] = group
+        rows = extractor.features(filled)[: len(group)].cpu()
+        check_features(rows, images.description)
+        features[start : start + len(group)] = rows
+    return features

@@ -1,0 +1,83 @@
+"""Metrics for which classifiers are trained on generated images, as part of an evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ganscale.errors import ConfigError
+from ganscale.evaluation.distributions.evaluate import Evaluation, StartTask
+from ganscale.evaluation.gan_metrics.two_sample import LONG_TEST, SHORT_TEST, network_two_sample
+from ganscale.evaluation.image_sets import ImageSet
+from ganscale.evaluation.recognition.accuracy_score import (
+    LONG_SCORE,
+    SHORT_SCORE,
+    classification_accuracy_score,
+)
+from ganscale.metrics.intervals import Estimate
+
+__all__ = ["CLASSIFIER_METRICS", "with_classifier_metrics"]
+
+CLASSIFIER_METRICS = ("c2st", "cas")
+_NUM_SEEDS = 5
+
+
+def with_classifier_metrics(
+    evaluation: Evaluation,
+    names: Sequence[str],
+    samples: ImageSet,
+    reference: ImageSet,
+    test: ImageSet | None,
+    *,
+    device: str,
+    start_task: StartTask = lambda what, total: lambda num: None,
+) -> Evaluation:
+    """The evaluation with the metrics `names` added.
+
+    `c2st` is a network's two-sample test of samples and reference, `cas` trains classifiers on the
+    samples and on the reference and tests both on `test`, real images of another split. On a GPU
+    both train longer and wider networks, and say so in the details.
+
+    Raises:
+        ConfigError: no `test`, or images without labels, for `cas`; an unknown name.
+        DataError: images are too few or of different shapes.
+    """
+    unknown = [name for name in names if name not in CLASSIFIER_METRICS]
+    if unknown:
+        raise ConfigError(
+            f"metric {unknown[0]!r}: expected some of {', '.join(CLASSIFIER_METRICS)}"
+        )
+    where = torch.device(device)
+    metrics: dict[str, Estimate] = dict(evaluation.metrics)
+    details, seconds = dict(evaluation.details), dict(evaluation.seconds)
+    for name in names:
+        began = time.perf_counter()
+        if name == "c2st":
+            recipe = SHORT_TEST if where.type == "cpu" else LONG_TEST
+            progress = start_task("two-sample test", _NUM_SEEDS * recipe.num_passes)
+            report = network_two_sample(
+                reference,
+                samples,
+                seeds=range(_NUM_SEEDS),
+                recipe=recipe,
+                device=where,
+                progress=progress,
+            )
+            metrics["c2st"], details["c2st"] = report.accuracy, report.to_json()
+        else:
+            if test is None:
+                raise ConfigError("cas needs real images that nothing was trained on: give --test")
+            recipe = SHORT_SCORE if where.type == "cpu" else LONG_SCORE
+            progress = start_task("classification accuracy score", 2 * recipe.num_passes)
+            score = classification_accuracy_score(
+                samples, reference, test, recipe=recipe, device=where, progress=progress
+            )
+            metrics["cas"] = score.gan_train.accuracy
+            metrics["gan_test"] = score.gan_test.accuracy
+            metrics["cas_of_real"] = score.real.accuracy
+            details["cas"] = score.to_json()
+        seconds[name] = time.perf_counter() - began
+    return replace(evaluation, metrics=metrics, details=details, seconds=seconds)

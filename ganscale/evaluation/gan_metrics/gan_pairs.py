@@ -1,0 +1,196 @@
+"""What a run sends into a tournament: its averaged generator, and its discriminator as a judge.
+
+Both come from one checkpoint. A judge is asked in evaluation mode, in batches of a fixed number of
+images of one kind, as in training: batch norm uses its running statistics, and a minibatch standard
+deviation is always that of as many images.
+
+What a logit means depends on the objective: with a cross-entropy it is a log probability ratio, a
+Wasserstein critic has no zero, a relativistic one knows differences only. So a judge's threshold is
+found by what it sees: the median of as many logits of real images as of samples of its own run's
+generator, at which it errs on both equally often.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ganscale.checkpoint import CheckpointStore, SavedFiles
+from ganscale.config import Config, load_config
+from ganscale.data.shards import ShardSet
+from ganscale.errors import CheckpointError, DataError
+from ganscale.evaluation.image_sets import ImageSet
+from ganscale.evaluation.run_references import RunReference
+from ganscale.generation.sampler import SampleableGenerator
+from ganscale.models import build_discriminator, build_generator
+from ganscale.run_directory import RunDirectory
+
+__all__ = ["GanPair", "Judge", "judge_all", "load_gan_pairs", "threshold"]
+
+_ROWS = 64
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """A discriminator in evaluation mode; what looks more real has the higher logit."""
+
+    model: nn.Module
+    num_classes: int = 0
+
+    @torch.no_grad()
+    def logits(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        """One logit an image, fp64 (N,), on the CPU.
+
+        A judge that was trained with classes gives images without labels the best of their logits
+        over all classes, whatever the images are.
+
+        Args:
+            images: uint8, (N, C, H, W), on the judge's device.
+            labels: int64 (N,); None where they are not known.
+        """
+        scaled = images.float() / 127.5 - 1
+        if labels is not None or not self.num_classes:
+            return self._logits(scaled, labels)
+        first = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        return torch.stack([self._logits(scaled, first + c) for c in range(self.num_classes)]).amax(
+            0
+        )
+
+    def _logits(self, scaled: Tensor, labels: Tensor | None) -> Tensor:
+        logits: Tensor = self.model(scaled, labels)
+        return logits.double().cpu()
+
+
+@dataclass(frozen=True, eq=False)
+class GanPair:
+    """One run at one position."""
+
+    name: str
+    nimg: int
+    generator: SampleableGenerator
+    judge: Judge
+    identity: str
+    """Of the weights: a digest of the checkpoint."""
+    spec: dict[str, Any]
+    """The `model` section that both were built from."""
+
+
+def load_gan_pairs(texts: Sequence[str], *, device: str = "cpu") -> list[GanPair]:
+    """The players of runs, each at a checkpoint that verifies.
+
+    Args:
+        texts: the run's folder: its newest checkpoint. Or RUN@KIMG: the newest that was due by that
+            many thousand images. Checkpoints are where the run's configuration says.
+        device: where the players will work.
+
+    Pairs are named by the run's name and position, by its path where that is not enough.
+    Raises `CheckpointError` when there is no such checkpoint, or it cannot be read.
+    """
+    pairs = [_load(text, device) for text in texts]
+    names = Counter(pair.name for pair in pairs)
+    return [
+        replace(c, name=f"{RunReference.parse(text).path}@{c.nimg / 1000:g}")
+        if names[c.name] > 1
+        else c
+        for text, c in zip(texts, pairs, strict=True)
+    ]
+
+
+def threshold(real_logits: Floats, fake_logits: Floats) -> float:
+    """Where a judge errs equally often on real images and on fakes, given as many of both, (n,)."""
+    return float(np.median(np.concatenate([real_logits, fake_logits])))
+
+
+def _load(text: str, device: str) -> GanPair:
+    reference = RunReference.parse(text)
+    root, kimg = reference.path, reference.kimg
+    run_dir = RunDirectory(root)
+    if not run_dir.config.is_file():
+        raise CheckpointError(f"{text} is not a run: it has no {run_dir.config.name}")
+    place = {"storage": str(root.parent), "name": root.name}
+    config = load_config(run_dir.config).with_changes(place)
+    store = CheckpointStore(config.checkpoints)
+    files = store.newest(up_to=None if kimg is None else _due_by(kimg, config))
+    if files is None:
+        there = ", ".join(f"{name.nimg / 1000:g}" for name in sorted(store.lineage()))
+        raise CheckpointError(
+            f"no checkpoint of {text} that verifies in {store.location}; it has "
+            + (f"some at {there} kimg" if there else "none")
+        )
+    try:
+        return _gan_pair(root.name, files, device)
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{store.where(files.name)} has no such players: {reason}") from None
+
+
+def judge_all(
+    judges: Sequence[Judge],
+    images: ImageSet,
+    *,
+    use_labels: bool,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Floats:
+    """Every judge's logits of every image, (J, N).
+
+    The last batch is filled up with the first images. `progress` is called with the number of
+    images done.
+    """
+    device = next(judges[0].model.parameters()).device
+    labels = torch.from_numpy(images.labels) if use_labels and images.labels is not None else None
+    logits = np.empty((len(judges), len(images)))
+    for start in range(0, len(images), _ROWS):
+        rows = np.arange(start, start + _ROWS) % len(images)
+        batch = images.read(rows).to(device)
+        batch_labels = None if labels is None else labels[rows].to(device)
+        count = min(_ROWS, len(images) - start)
+        for judge, row in zip(judges, logits, strict=True):
+            row[start : start + count] = judge.logits(batch, batch_labels)[:count].numpy()
+        progress(count)
+    return logits
+
+
+def _gan_pair(run: str, files: SavedFiles, device: str) -> GanPair:
+    """Raises `KeyError`, `TypeError` or `RuntimeError` if the state is not that of its models."""
+    spec: dict[str, Any] = files.meta["config"]["model"]
+    state, nimg = files.state(), files.name.nimg
+    generator, discriminator = build_generator(spec), build_discriminator(spec)
+    generator.load_state_dict(state["averages"][""]["generator"])
+    discriminator.load_state_dict(state["D"]["model"])
+    discriminator.to(device).eval().requires_grad_(False)
+    return GanPair(
+        name=f"{run}@{nimg / 1000:g}",
+        nimg=nimg,
+        generator=SampleableGenerator(
+            generator.to(device),
+            spec=spec,
+            info={"nimg": nimg, "classes": _classes(files.meta["config"]["data"]["shards"])},
+        ),
+        judge=Judge(discriminator, num_classes=spec["num_classes"]),
+        identity=files.meta["tensors_sha256"],
+        spec=spec,
+    )
+
+
+def _classes(shards: str) -> list[str]:
+    """Names of the classes of the set that a run was trained on; none if the set is gone."""
+    try:
+        return list(ShardSet.load(shards).classes)
+    except DataError:
+        return []
+
+
+def _due_by(kimg: float, config: Config) -> int:
+    """The position of the first step that reaches `kimg`: what is due there is written then."""
+    batch_size = config.training.batch_size
+    return math.ceil(1000 * kimg / batch_size) * batch_size

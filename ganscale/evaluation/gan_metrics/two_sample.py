@@ -1,0 +1,181 @@
+"""Classifier two-sample tests of image sets, repeated over seeds (arXiv 1610.06545).
+
+A repeat draws images of both sets, trains on half of them where the classifier learns, and counts
+how often the classifier is right about the rest: 1/2 if both sets follow one distribution, 1 if it
+always tells them apart. `TwoSampleReport` sums the repeats up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ganscale.errors import ConfigError, DataError
+from ganscale.evaluation.image_sets import ImageSet
+from ganscale.evaluation.image_views import Concatenated, Relabelled, Subset
+from ganscale.evaluation.recognition.classifier import (
+    ClassifierRecipe,
+    Progress,
+    predict,
+    train_classifier,
+)
+from ganscale.metrics.intervals import of_successes
+from ganscale.metrics.two_sample import (
+    Repeat,
+    TwoSampleReport,
+    accuracy_test,
+    nearest_neighbour_test,
+)
+
+__all__ = [
+    "LONG_TEST",
+    "SHORT_TEST",
+    "neighbour_two_sample",
+    "network_two_sample",
+]
+
+SHORT_TEST = ClassifierRecipe(num_passes=20_000, crop_and_flip=False)
+"""The recipe for CPUs."""
+
+LONG_TEST = ClassifierRecipe(
+    num_passes=500_000, crop_and_flip=False, width=64, blocks_per_stage=2, batch_size=128
+)
+"""The recipe for GPUs, with 10,000 images of each set or more."""
+
+_FEWEST = 20
+"""A test needs this many images of each set at least, so that 20 are held out."""
+
+_REAL, _FAKE = 0, 1
+
+
+def network_two_sample(
+    real: ImageSet,
+    fake: ImageSet,
+    *,
+    num_images: int = 2000,
+    seeds: Sequence[int] = range(5),
+    recipe: ClassifierRecipe = SHORT_TEST,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> TwoSampleReport:
+    """Test with a network that is trained anew for each seed, on other images.
+
+    Args:
+        real: one set.
+        fake: the other, of images of the same shape.
+        num_images: how many images of each set a repeat draws, limited by the smaller set; half of
+            them are held out.
+        seeds: one for each repeat; it decides images, split, weights and order.
+        recipe: how the network is trained.
+        device: the device to train on, the CPU by default.
+        progress: called with the number of images trained on since the last call; `num_passes` for
+            each seed in all.
+
+    Raises:
+        DataError: for fewer than 20 images of a set, other shapes, or one set as both.
+        ConfigError: without a seed.
+    """
+    num_images = _checked_number(len(real), len(fake), num_images, seeds)
+    _check_images(real, fake)
+
+    repeats = []
+    for seed in seeds:
+        train, held_out = _split(real, fake, num_images, seed)
+        model = train_classifier(
+            train, train.labels, 2, recipe=recipe, seed=seed, device=device, progress=progress
+        )
+        correct = predict(model, held_out) == held_out.labels
+        repeats.append(_repeat(seed, correct, held_out.labels))
+    return TwoSampleReport.of("network", num_images, repeats)
+
+
+def neighbour_two_sample(
+    real_features: Tensor,
+    fake_features: Tensor,
+    *,
+    num_images: int = 2000,
+    seeds: Sequence[int] = range(5),
+) -> TwoSampleReport:
+    """Test with the leave-one-out 1-nearest neighbour of features, on other images for each seed.
+
+    Args:
+        real_features: (n, d).
+        fake_features: (m, d).
+        num_images: how many images of each set a repeat draws, limited by the smaller set.
+        seeds: one for each repeat.
+
+    Raises:
+        DataError: for fewer than 20 images of a set.
+        ConfigError: without a seed.
+    """
+    num_images = _checked_number(len(real_features), len(fake_features), num_images, seeds)
+    repeats = []
+    for seed in seeds:
+        one, other = (
+            features[torch.from_numpy(_drawn(len(features), num_images, seed, kind))]
+            for kind, features in enumerate((real_features, fake_features))
+        )
+        test = nearest_neighbour_test(one, other, seed=seed)
+        repeats.append(Repeat(seed, test.accuracy, test.p_value, test.real, test.fake))
+    return TwoSampleReport.of("1-nn", num_images, repeats)
+
+
+def _split(
+    real: ImageSet, fake: ImageSet, num_images: int, seed: int
+) -> tuple[Relabelled, Relabelled]:
+    """Images to train on and images to test on: equally many of each set, all different."""
+    parts = []
+    for kind, images in enumerate((real, fake)):
+        order, half = _drawn(len(images), num_images, seed, kind), num_images // 2
+        parts.append((Subset(images, order[:half]), Subset(images, order[half : 2 * half])))
+    (real_train, real_rest), (fake_train, fake_rest) = parts
+    return _real_and_fake(real_train, fake_train), _real_and_fake(real_rest, fake_rest)
+
+
+def _real_and_fake(real: ImageSet, fake: ImageSet) -> Relabelled:
+    """The images of both sets, labelled by the set that they are of."""
+    labels = np.repeat([_REAL, _FAKE], [len(real), len(fake)])
+    return Relabelled(Concatenated(real, fake), labels, ("real", "generated"))
+
+
+def _drawn(num_images: int, wanted: int, seed: int, kind: int) -> NDArray[np.int64]:
+    order = np.random.default_rng((seed, kind)).permutation(num_images)
+    return order[:wanted]
+
+
+def _repeat(seed: int, correct: NDArray[np.bool_], labels: NDArray[np.int64]) -> Repeat:
+    test = accuracy_test(int(correct.sum()), len(correct))
+    real, fake = (
+        of_successes(int(correct[labels == kind].sum()), int((labels == kind).sum()))
+        for kind in (_REAL, _FAKE)
+    )
+    return Repeat(seed, test.accuracy, test.p_value, real, fake)
+
+
+def _checked_number(num_real: int, num_fake: int, wanted: int, seeds: Sequence[int]) -> int:
+    if not len(seeds):
+        raise ConfigError("a two-sample test needs at least one seed")
+    number = min(num_real, num_fake, wanted)
+    if number < _FEWEST:
+        raise DataError(
+            f"a two-sample test needs at least {_FEWEST} images of each set, there are {num_real} "
+            f"and {num_fake}, of which {wanted} are asked for"
+        )
+    return number
+
+
+def _check_images(real: ImageSet, fake: ImageSet) -> None:
+    if real.shape != fake.shape:
+        raise DataError(
+            f"{real.description} have shape {real.shape}, {fake.description} have {fake.shape}; "
+            "a two-sample test needs one shape"
+        )
+    if real.digest == fake.digest:
+        raise DataError(
+            f"{real.description} would be compared with themselves; a two-sample test needs "
+            "different images"
+        )

@@ -1,0 +1,293 @@
+"""Sets of images that are evaluated or serve as a reference: of a generator, shards or a folder.
+
+Each set has a length and a digest, which is equal for sets of equal images, and reads any of its
+images by index. So any number of ranks can share the work, and only the images that are being
+processed are in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ganscale.data.encodings import PNG
+from ganscale.data.images import normalised_png
+from ganscale.data.layout import Split
+from ganscale.data.reader import ShardImages
+from ganscale.data.shards import INDEX_NAME, ShardSet
+from ganscale.data.sources import Source, open_source, resolve_source
+from ganscale.data.storage import is_url
+from ganscale.data.values import PIXELS, ValueRange
+from ganscale.errors import ConfigError, DataError
+from ganscale.generation.latents import seeded_labels
+from ganscale.generation.sampler import SampleableGenerator
+from ganscale.generation.snapshot import load_generator, snapshot_file
+
+__all__ = [
+    "FileImages",
+    "GeneratedImages",
+    "ImageSet",
+    "ImagesOfShards",
+    "Indices",
+    "open_images",
+    "required_labels",
+]
+
+Indices = NDArray[np.int64]
+
+_ARRAYS = (
+    "has arrays of floats: features and metrics are defined for 8-bit images only. "
+    "ganscale sample writes such arrays and pictures of them"
+)
+
+
+class ImageSet(Protocol):
+    """Images of one shape, by number."""
+
+    @property
+    def description(self) -> str:
+        """What they are, for people: "10000 samples of runs/a/snapshots/nimg-...safetensors"."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Sets with equal digests hold equal images in the same order."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of every image."""
+        ...
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """(N,) classes from 0; None where images have none."""
+        ...
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes by label, used or not; empty where there are none."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Indices) -> Tensor:
+        """Some images in the order asked for: uint8, (n, C, H, W), on the CPU."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ImagesOfShards:
+    """All images of a shard set. A damaged one is a `DataError` that names it.
+
+    Raises `DataError` if they are arrays of floats.
+    """
+
+    shard_set: ShardSet
+
+    def __post_init__(self) -> None:
+        _check_pixels(self.shard_set.values, self.shard_set.location)
+
+    @property
+    def description(self) -> str:
+        shards = self.shard_set
+        return f"{len(self)} images of {shards.location} ({shards.source}, {shards.split})"
+
+    @property
+    def digest(self) -> str:
+        """The digest of the set's index, which holds a hash of every shard."""
+        return self.shard_set.digest
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.shard_set.image_shape
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64] | None:
+        labels = self.shard_set.samples["label"].astype(np.int64)
+        return labels if len(labels) and labels.min() >= 0 else None
+
+    @property
+    def classes(self) -> Sequence[str]:
+        return self.shard_set.classes
+
+    def __len__(self) -> int:
+        return self.shard_set.num_samples
+
+    def read(self, indices: Indices) -> Tensor:
+        images = self._reader.read(indices)
+        if images.damaged:
+            raise images.damaged[0]
+        return images.pixels
+
+    @cached_property
+    def _reader(self) -> ShardImages:
+        return ShardImages(self.shard_set)
+
+
+class FileImages:
+    """The images of a folder or archive, in sorted order; all must have the first one's shape.
+
+    Raises `DataError` that names the place when there is none, or arrays of floats, or the image
+    that differs.
+    """
+
+    def __init__(self, source: Source, place: str) -> None:
+        if not len(source):
+            raise DataError(f"{place} holds no images")
+        if source.encoding != PNG:
+            raise DataError(f"{place} {_ARRAYS}")
+        self._source = source
+        self._place = place
+        self.shape = self._pixels(0).shape
+
+    @property
+    def description(self) -> str:
+        return f"{len(self)} images of {self._place}"
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 over the bytes and labels of all files."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            data = self._source.read(index)
+            digest.update(f"{len(data)} {self._source.label(index)} ".encode())
+            digest.update(data)
+        return digest.hexdigest()
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Indices of the class folders; None without such folders."""
+        if not self._source.classes:
+            return None
+        return np.array([self._source.label(i) for i in range(len(self))], dtype=np.int64)
+
+    @property
+    def classes(self) -> Sequence[str]:
+        return self._source.classes
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, indices: Indices) -> Tensor:
+        """Keeps the channels of gray and RGBA images as they are."""
+        pixels = np.stack([self._pixels(int(index)) for index in indices])
+        return torch.from_numpy(pixels)
+
+    def _pixels(self, index: int) -> NDArray[np.uint8]:
+        name, data = self._source.name(index), self._source.read(index)
+        try:
+            pixels: NDArray[np.uint8] = normalised_png(data).values
+        except DataError as error:
+            raise DataError(f"{name} {error}") from None
+        if index and pixels.shape != self.shape:
+            raise DataError(
+                f"{name} is {_size(pixels.shape)}, the first {_size(self.shape)}; "
+                "all need one size (ganscale shards build --resolution)"
+            )
+        return pixels
+
+
+@dataclass(frozen=True, eq=False)
+class GeneratedImages:
+    """`num_images` of a generator, for the seeds `seed`, `seed` + 1, ..., drawn when they are read.
+
+    `name` says where the generator comes from, `identity` which weights it has (a digest). Raises
+    `DataError` if it makes arrays of floats.
+    """
+
+    generator: SampleableGenerator
+    num_images: int
+    seed: int
+    name: str
+    identity: str
+
+    def __post_init__(self) -> None:
+        _check_pixels(self.generator.values, self.name)
+
+    @property
+    def description(self) -> str:
+        return f"{self.num_images} samples of {self.name}, seeds from {self.seed}"
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of what decides the images: weights, number and first seed."""
+        key = f"{self.identity} {self.num_images} {self.seed}"
+        return hashlib.sha256(key.encode()).hexdigest()
+
+    @classmethod
+    def of_snapshot(
+        cls, path: Path, num_images: int, *, seed: int = 0, device: str = "cpu"
+    ) -> GeneratedImages:
+        """Images of a snapshot file, or of the newest snapshot in a run's folder."""
+        file = snapshot_file(path.expanduser())
+        with file.open("rb") as stored:
+            identity = hashlib.file_digest(stored, "sha256").hexdigest()
+        return cls(load_generator(file, device=device), num_images, seed, str(file), identity)
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of the first image, which is drawn to find it."""
+        channels, height, width = self.read(np.array([0]))[0].shape
+        return channels, height, width
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64] | None:
+        """The labels that the seeds decide; None if the generator has no classes."""
+        if not self.generator.num_classes:
+            return None
+        seeds = list(range(self.seed, self.seed + self.num_images))
+        return seeded_labels(seeds, self.generator.num_classes).numpy()
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """The classes of the set that the generator was trained on."""
+        return self.generator.classes
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def read(self, indices: Indices) -> Tensor:
+        return self.generator.sample_seeds([self.seed + int(index) for index in indices])
+
+
+def open_images(place: str, *, split: Split = "train", scratch: Path) -> ImageSet:
+    """The images at a place: a shard set's folder or URL, or what `shards build --source` takes.
+
+    Archives are unpacked, and CIFAR-10 is downloaded if it is asked for, into `scratch`. Raises
+    `DataError` or `ConfigError` when there is nothing to be read.
+    """
+    if is_url(place) or (Path(place).expanduser() / INDEX_NAME).is_file():
+        return ImagesOfShards(ShardSet.load(place))
+    spec, _ = resolve_source(place, split, download_dir=scratch)
+    return FileImages(open_source(spec), str(spec))
+
+
+def required_labels(images: ImageSet, purpose: str) -> Indices:
+    """The labels of a set, (N,). Raises `ConfigError` that names the purpose if it has none."""
+    labels = images.labels
+    if labels is None:
+        raise ConfigError(
+            f"{purpose} needs labels, and {images.description} have none (a generator has them if "
+            "it was trained with model.num_classes > 0)"
+        )
+    return labels
+
+
+def _check_pixels(values: ValueRange, place: str) -> None:
+    if values != PIXELS:
+        raise DataError(f"{place} {_ARRAYS}")
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    channels, height, width = shape
+    return f"{width}x{height} with {channels} channels"

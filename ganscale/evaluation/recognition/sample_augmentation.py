@@ -1,0 +1,120 @@
+"""How much a GAN's samples improve a classifier that has few real images to learn from.
+
+Generated images and their labels are added to the real ones, and the same network is trained for
+equally many passes with them and without. Both are tested on real images that neither the GAN nor
+the classifier was trained on. The intervals are over repeats with other seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ganscale.errors import DataError
+from ganscale.evaluation.image_sets import ImageSet, required_labels
+from ganscale.evaluation.image_views import Concatenated, Subset, with_classes_of
+from ganscale.evaluation.recognition.classifier import ClassifierRecipe, predict, train_classifier
+from ganscale.metrics.intervals import Estimate, of_repeats
+
+__all__ = [
+    "AugmentResult",
+    "augment_with_samples",
+    "same_of_each_class",
+]
+
+_PURPOSE = "training a classifier"
+
+
+@dataclass(frozen=True)
+class AugmentResult:
+    """Accuracy on real test images, by how many real images were trained on."""
+
+    num_real: int
+    num_generated: int
+    real: Estimate
+    """Trained on real images alone."""
+    both: Estimate
+    """Trained on them and the generated ones, for as many passes."""
+    gain: Estimate
+    """`both` less `real`, seed by seed."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as they are written to files."""
+        return asdict(self)
+
+
+def same_of_each_class(images: ImageSet, num_images: int, *, seed: int) -> Subset:
+    """Some labelled images, as many of each class or one more; chosen by the seed.
+
+    Raises `ConfigError` without labels, `DataError` if a class has too few.
+    """
+    labels = required_labels(images, _PURPOSE)
+    num_classes = len(images.classes)
+    random = np.random.default_rng(seed)
+    chosen = []
+    for number in range(num_classes):
+        wanted = num_images // num_classes + (number < num_images % num_classes)
+        members = np.flatnonzero(labels == number)
+        if len(members) < wanted:
+            raise DataError(
+                f"{images.description} have {len(members)} of class {number}, not {wanted}"
+            )
+        chosen.append(random.permutation(members)[:wanted])
+    return Subset(images, np.sort(np.concatenate(chosen)).astype(np.int64))
+
+
+def augment_with_samples(
+    train: ImageSet,
+    samples: ImageSet,
+    test: ImageSet,
+    num_real: int,
+    *,
+    recipe: ClassifierRecipe,
+    seeds: Sequence[int],
+    device: torch.device | None = None,
+    progress: Callable[[int], object] = lambda _: None,
+) -> AugmentResult:
+    """Train with `num_real` real images, and with those and all samples, for each seed.
+
+    A seed chooses the real images, the weights, the order. `progress` is told how many images have
+    passed; twice `recipe.num_passes` for each seed. Classes are matched by name. Raises
+    `ConfigError` where images have no labels, `DataError` for other shapes or classes.
+    """
+    for images in (samples, test):
+        if images.shape != train.shape:
+            raise DataError(
+                f"{images.description} have shape {images.shape}, {train.description} have "
+                f"{train.shape}"
+            )
+    required_labels(samples, _PURPOSE)
+    samples, test = (
+        with_classes_of(images, train.classes, train.description) for images in (samples, test)
+    )
+    test_labels = required_labels(test, _PURPOSE)
+    num_classes = len(train.classes)
+    accuracies: dict[str, list[float]] = {"real": [], "both": []}
+    for seed in seeds:
+        real = same_of_each_class(train, num_real, seed=seed)
+        for name, images in (("real", real), ("both", Concatenated(real, samples))):
+            network = train_classifier(
+                images,
+                required_labels(images, _PURPOSE),
+                num_classes,
+                recipe=recipe,
+                seed=seed,
+                device=device,
+                progress=progress,
+            )
+            accuracies[name].append(float((predict(network, test) == test_labels).mean()))
+    gains = [both - real for both, real in zip(accuracies["both"], accuracies["real"], strict=True)]
+    return AugmentResult(
+        num_real,
+        len(samples),
+        of_repeats(accuracies["real"]),
+        of_repeats(accuracies["both"]),
+        of_repeats(gains),
+    )

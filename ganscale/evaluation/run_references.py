@@ -1,0 +1,61 @@
+"""Runs as people name them: a folder, RUN@KIMG, or a file within a run's folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from ganscale.config import load_config
+from ganscale.errors import ConfigError
+from ganscale.run_directory import RunDirectory
+
+__all__ = ["RunReference", "containing_run", "default_reference"]
+
+
+@dataclass(frozen=True)
+class RunReference:
+    """A path, and the position in a run's training that is meant."""
+
+    path: Path
+    """Absolute; of a run's folder, or of whatever else was named."""
+    kimg: float | None
+    """In thousands of images; None for the newest position."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Parse PATH or PATH@KIMG; a path that exists as it is may have an @ in its name.
+
+        Raises `ConfigError` if what follows the @ is not a number.
+        """
+        path = Path(text).expanduser().absolute()
+        run, at, kimg = str(path).rpartition("@")
+        if not at or path.exists():
+            return cls(path, None)
+        try:
+            return cls(Path(run), float(kimg))
+        except ValueError:
+            raise ConfigError(f"{text}: expected RUN or RUN@KIMG") from None
+
+
+def containing_run(path: Path) -> RunDirectory | None:
+    """The run whose folder `path` is, or lies in at any depth; None if there is no such run."""
+    path = path.expanduser().absolute()
+    folders = (RunDirectory(folder) for folder in (path, *path.parents))
+    return next((run_dir for run_dir in folders if run_dir.config.is_file()), None)
+
+
+def default_reference(subject: str) -> str:
+    """The location of the shards that a run trains on.
+
+    Args:
+        subject: the run's folder, RUN@KIMG, or a snapshot within the run's folder.
+
+    Raises:
+        ConfigError: if `subject` is none of these, or the run's configuration names no shards.
+    """
+    run_dir = containing_run(RunReference.parse(subject).path)
+    shards = None if run_dir is None else load_config(run_dir.config).data.shards
+    if shards is None:
+        raise ConfigError(f"{subject} is not part of a run that names its data: give --reference")
+    return shards

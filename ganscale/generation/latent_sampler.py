@@ -1,0 +1,214 @@
+"""Drawing from any point a generator can be given: latents, mixed classes, styles w, truncation.
+
+Every forward has as many rows as `SampleableGenerator`'s, so an image does not depend on what is
+drawn beside it, and a seed's image here is the one that `ganscale sample` draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ganscale.errors import ConfigError
+from ganscale.generation.latents import seeded_labels, seeded_latents
+from ganscale.generation.pictures import as_pictures
+from ganscale.generation.sampler import FORWARD_ROWS, SampleableGenerator
+from ganscale.generation.truncation import truncated_latents, truncated_styles
+
+__all__ = ["LatentSampler"]
+
+_MEAN_SEEDS = 1024
+"""Latents that the mean of w is estimated from."""
+
+
+class LatentSampler:
+    """A generator that also takes mixtures of classes, styles, and a truncation.
+
+    Args:
+        generator: what to draw from.
+        pictures: draw arrays of floats as people see them, uint8 in colours.
+        truncation_psi: with a mapping network (StyleGAN2), 0 to 1: the share of w's distance to
+            its mean that is kept. Without: the largest magnitude of a latent's element, above 0.
+
+    Raises `ConfigError` if truncation_psi is out of its range.
+    """
+
+    def __init__(
+        self,
+        generator: SampleableGenerator,
+        *,
+        pictures: bool = False,
+        truncation_psi: float | None = None,
+    ) -> None:
+        self.generator = generator
+        self.pictures = pictures
+        self.model = generator.model
+        self.num_classes = generator.num_classes
+        self.mapping: nn.Module | None = getattr(generator.model, "mapping", None)
+        self.truncation_psi = truncation_psi
+        self._means: dict[int, Tensor] = {}
+        if truncation_psi is not None and self.mapping is not None and not 0 <= truncation_psi <= 1:
+            raise ConfigError(f"truncation_psi={truncation_psi}: this generator takes 0 to 1")
+
+    def latents(self, seeds: list[int]) -> Tensor:
+        """One z for each seed, (n, z_dim); truncated here if the generator has no w."""
+        if not seeds:
+            raise ConfigError("expected at least one seed")
+        if self.truncation_psi is None or self.mapping is not None:
+            return seeded_latents(seeds, self.generator.z_dim)
+        return truncated_latents(seeds, self.generator.z_dim, threshold=self.truncation_psi)
+
+    def classes(self, seeds: list[int], label: int | None = None) -> Tensor | None:
+        """Each seed's class, or `label` for all, as weights (n, num_classes); None without."""
+        if label is not None and not 0 <= label < self.num_classes:
+            known = f"0 to {self.num_classes - 1}" if self.num_classes else "no labels"
+            raise ConfigError(f"label {label}: this generator knows {known}")
+        if not self.num_classes:
+            return None
+        labels = seeded_labels(seeds, self.num_classes)
+        if label is not None:
+            labels = torch.full_like(labels, label)
+        return F.one_hot(labels, self.num_classes).float()
+
+    def sample_seeds(self, seeds: list[int], *, label: int | None = None) -> Tensor:
+        """One image for each seed, (n, C, H, W) of the generator's values."""
+        return self.draw(self.latents(seeds), self.classes(seeds, label))
+
+    def draw(self, z: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Images (n, C, H, W) of latents (n, z_dim) and class weights (n, num_classes)."""
+        if self.mapping is not None and self.truncation_psi is not None:
+            return self.draw_styles(self.styles(z, classes))
+        return self._stored(self._forward(self.model, z, classes))
+
+    @torch.no_grad()
+    def styles(self, z: Tensor, classes: Tensor | None = None) -> Tensor:
+        """w of latents, truncated, (n, w_dim). Raises `ConfigError` if the generator has none."""
+        if self.mapping is None:
+            name = self.generator.info.get("model", {}).get("name", "this model")
+            raise ConfigError(f"{name} has no styles w: expected a stylegan2 generator")
+        w = self._forward(self.mapping, z, classes)
+        if self.truncation_psi is None:
+            return w
+        return truncated_styles(w, self._mean(classes), self.truncation_psi)
+
+    def draw_styles(self, w: Tensor) -> Tensor:
+        """Images of styles, (n, w_dim) or one for each layer, (n, num_layers, w_dim)."""
+        images = []
+        for part in w.split(FORWARD_ROWS):
+            with ExitStack() as stack:
+                stack.enter_context(_styled(self.model, _padded(part)))
+                z = torch.zeros(len(part), self.generator.z_dim)
+                images.append(self._forward(self.model, z, self.classes([0] * len(part))))
+        return self._stored(torch.cat(images))
+
+    @property
+    def num_layers(self) -> int:
+        """Styles that an image is made of: one for each convolution, and one for the last image."""
+        return 1 + max(index for _, index in _affines(self.model))
+
+    def _stored(self, images: Tensor) -> Tensor:
+        values = self.generator.values
+        images = values.from_network(images).cpu()
+        return as_pictures(images, values) if self.pictures else images
+
+    @torch.no_grad()
+    def _forward(self, module: nn.Module, z: Tensor, classes: Tensor | None) -> Tensor:
+        device = next(self.model.parameters()).device
+        outputs = []
+        for start in range(0, len(z), FORWARD_ROWS):
+            rows = _padded(z[start : start + FORWARD_ROWS]).to(device)
+            labels = torch.zeros(FORWARD_ROWS, dtype=torch.int64, device=device)
+            with ExitStack() as stack:
+                if classes is not None:
+                    weights = _padded(classes[start : start + FORWARD_ROWS]).to(device)
+                    stack.enter_context(_mixed_classes(self.model, weights))
+                outputs.append(module(rows, labels)[: len(z) - start])
+        return torch.cat(outputs)
+
+    def _mean(self, classes: Tensor | None) -> Tensor:
+        """Mean w of each row's classes, (n, w_dim), or over everything, (w_dim,); kept once made.
+
+        Of each class its own, since the mean over all pulls an image out of its class.
+        """
+        if classes is None:
+            return self._mean_of(0, None)
+        means = [
+            sum(float(row[k]) * self._mean_of(k, k) for k in row.nonzero().flatten().tolist())
+            for row in classes
+        ]
+        return torch.stack(means)  # type: ignore[arg-type]
+
+    def _mean_of(self, key: int, label: int | None) -> Tensor:
+        if key not in self._means:
+            seeds = list(range(_MEAN_SEEDS))
+            z = seeded_latents(seeds, self.generator.z_dim)
+            assert self.mapping is not None
+            self._means[key] = self._forward(self.mapping, z, self.classes(seeds, label)).mean(0)
+        return self._means[key]
+
+
+def _padded(rows: Tensor) -> Tensor:
+    return torch.cat([rows, rows.new_zeros(FORWARD_ROWS - len(rows), *rows.shape[1:])])
+
+
+@contextmanager
+def _mixed_classes(model: nn.Module, weights: Tensor) -> Iterator[None]:
+    """Embeddings of labels give the mean of all classes' ones, with `weights` (n, num_classes)."""
+
+    def mixed(module: nn.Module, inputs: Any, output: Any) -> Tensor:
+        if isinstance(module, nn.Embedding):
+            return weights @ module.weight
+        with torch.no_grad():
+            embedded: Tensor = module.forward(weights)
+        return embedded
+
+    embeddings = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) or name.split(".")[-1] == "embedding"
+    ]
+    if not embeddings:
+        raise ConfigError("this generator has no embedding of classes to mix")
+    hooks = [module.register_forward_hook(mixed) for module in embeddings]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _styled(model: nn.Module, w: Tensor) -> Iterator[None]:
+    """Layers of a StyleGAN2 generator take their style from w, (n, w_dim) or (n, layers, w_dim)."""
+    device = next(model.parameters()).device
+    w = w.to(device)
+
+    def given(index: int) -> Any:
+        layer = w if w.ndim == 2 else w[:, index]
+        return lambda module, inputs: (layer,)
+
+    hooks = [m.register_forward_pre_hook(given(index)) for m, index in _affines(model)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _affines(model: nn.Module) -> list[tuple[nn.Module, int]]:
+    """Style maps and the layer each belongs to: an image's is that of the next convolution.
+
+    As in the published code, so that mixing at a layer changes a resolution's image with the
+    convolution that follows it.
+    """
+    affines, layer = [], 0
+    for name, module in model.named_modules():
+        if name.endswith(".affine"):
+            affines.append((module, layer))
+            layer += "image" not in name
+    return affines

@@ -1,0 +1,98 @@
+"""Images of a generator, as a function of a seed and a label."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ganscale.data.values import PIXELS, ValueRange
+from ganscale.generation.latents import seeded_labels, seeded_latents
+
+__all__ = ["FORWARD_ROWS", "SampleableGenerator", "diversity", "to_uint8"]
+
+FORWARD_ROWS = 16
+"""Every forward has this many rows, so that an image does not depend on what is drawn beside it:
+kernels choose their arithmetic by the batch size."""
+
+
+class SampleableGenerator:
+    """A generator in evaluation mode and what is known about it.
+
+    Its images are those of the set it has learnt from: uint8 pixels, or float32 in the set's units.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        spec: dict[str, Any],
+        info: dict[str, Any],
+        values: ValueRange = PIXELS,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.values = values
+        self.z_dim: int = spec["z_dim"]
+        self.num_classes: int = spec["num_classes"]
+        """0 for a generator that takes no labels."""
+        self.classes = tuple(info.get("classes", ())) if self.num_classes else ()
+        """Names of the classes by label, as in the set that it was trained on; snapshots from
+        before names were kept have none."""
+        self.info = info
+        """`model` (its description), `nimg`, `version`, `classes`; `values` of arrays of floats."""
+
+    def sample(self, num_images: int, *, seed: int = 0, label: int | None = None) -> Tensor:
+        """Images for the seeds seed, seed + 1, ...: (num_images, C, H, W), on the CPU."""
+        return self.sample_seeds(list(range(seed, seed + num_images)), label=label)
+
+    def sample_seeds(self, seeds: list[int], *, label: int | None = None) -> Tensor:
+        """One image for each seed, (len(seeds), C, H, W); a seed's image is always itself.
+
+        Where there are classes, a seed also decides its label, unless all are to have `label`.
+        Raises `ValueError` without a seed, or for a label that the generator does not know.
+        """
+        if not seeds:
+            raise ValueError("expected at least one seed")
+        z = seeded_latents(seeds, self.z_dim)
+        labels = self._labels(seeds, label)
+        parts = zip(z.split(FORWARD_ROWS), labels.split(FORWARD_ROWS), strict=True)
+        return torch.cat([self._rows(*part) for part in parts])
+
+    def _labels(self, seeds: list[int], label: int | None) -> Tensor:
+        if label is not None and not 0 <= label < self.num_classes:
+            known = f"0 to {self.num_classes - 1}" if self.num_classes else "no labels"
+            raise ValueError(f"label {label}: this generator knows {known}")
+        if label is None and self.num_classes:
+            return seeded_labels(seeds, self.num_classes)
+        return torch.full((len(seeds),), label or 0)
+
+    @torch.no_grad()
+    def _rows(self, z: Tensor, labels: Tensor) -> Tensor:
+        device = next(self.model.parameters()).device
+        padding = FORWARD_ROWS - len(z)
+        z = torch.cat([z, torch.zeros(padding, self.z_dim)])
+        labels = torch.cat([labels, torch.zeros(padding, dtype=torch.int64)])
+        images: Tensor = self.model(z.to(device), labels.to(device))[: FORWARD_ROWS - padding]
+        return self.values.from_network(images).cpu()
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8 in 0..255, rounded to nearest, what is outside clamped."""
+    return PIXELS.from_network(images)
+
+
+def diversity(images: Tensor, values: ValueRange = PIXELS) -> float:
+    """How different images are: the mean over pairs of their root mean square distance.
+
+    Args:
+        images: (N, C, H, W) with N > 1.
+        values: what they hold.
+
+    Returns:
+        A number from 0, all alike, to 255, which is the whole range of values. 64 real CIFAR-10
+        images have about 88 (82 to 93).
+    """
+    flat = images.flatten(1).double() * (255 / (values.high - values.low))
+    return float(torch.pdist(flat).mean()) / math.sqrt(flat.shape[1])

@@ -1,0 +1,173 @@
+"""Snapshot files: how trained networks are written for inference, and how they are loaded.
+
+A snapshot is one safetensors file: the averaged generator's weights, those of its encoder if it has
+one, and as JSON metadata the model's description, the sha256 of the weights and, where images are
+arrays of floats, which values -1 and 1 stand for. Loading executes no stored code, and refuses
+weights that do not have their sha256; snapshots of earlier versions have none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import ganscale
+from ganscale.atomic_files import write_bytes
+from ganscale.data.values import PIXELS, ValueRange
+from ganscale.errors import CheckpointError
+from ganscale.generation.sampler import SampleableGenerator
+from ganscale.models import build_classifier, build_encoder, build_generator
+from ganscale.models.classifying import ClassifyingDiscriminator
+from ganscale.run_directory import RunDirectory
+
+__all__ = [
+    "OTHERS",
+    "load_classifier",
+    "load_encoder",
+    "load_generator",
+    "save_snapshot",
+    "snapshot_classes",
+    "snapshot_file",
+]
+
+OTHERS = ("encoder", "classifier")
+"""What a snapshot may hold beside the generator."""
+
+_METADATA_KEY = "ganscale"
+
+
+def save_snapshot(
+    path: Path,
+    model: nn.Module,
+    *,
+    spec: dict[str, Any],
+    nimg: int,
+    classes: Sequence[str] = (),
+    others: Mapping[str, nn.Module] | None = None,
+    values: ValueRange = PIXELS,
+) -> None:
+    """Write a generator, its description and other networks to `path`, complete or not at all.
+
+    `classes` are the names of the training
+    set's classes by label. Others are those of `OTHERS`, by name; `values` is what the generator's
+    images hold.
+    """
+    info: dict[str, Any] = {"model": spec, "nimg": nimg, "version": ganscale.__version__}
+    info["classes"] = list(classes)
+    if (described := values.to_json()) is not None:
+        info["values"] = described
+    state = dict(model.state_dict())
+    for kind, network in (others or {}).items():
+        assert kind in OTHERS
+        state |= {f"{kind}/{name}": tensor for name, tensor in network.state_dict().items()}
+    weights = {name: t.detach().cpu().contiguous() for name, t in state.items()}
+    info["sha256"] = _sha256(weights)
+    # `save_file` of safetensors would make a file that nobody else may read.
+    write_bytes(path, save(weights, metadata={_METADATA_KEY: json.dumps(info)}))
+
+
+def load_generator(path: str | Path, *, device: str = "cpu") -> SampleableGenerator:
+    """Load a snapshot: a .safetensors file, or a run's folder, of which the newest is taken.
+
+    Raises `CheckpointError` when there is none or it cannot be read.
+    """
+    with _opened(path) as (info, weights):
+        model = build_generator(info["model"])
+        model.load_state_dict({name: t for name, t in weights.items() if "/" not in name})
+        values = ValueRange.parse(info.get("values"))
+    # Outside of the block, whose errors blame the snapshot: a device may be unusable.
+    return SampleableGenerator(model.to(device), spec=info["model"], info=info, values=values)
+
+
+def load_encoder(path: str | Path, *, device: str = "cpu") -> nn.Module | None:
+    """The encoder of a snapshot, in evaluation mode; None if it has none.
+
+    It takes images (N, C, H, W) in [-1, 1] and returns mean and log-variance of their latents, each
+    (N, z_dim). Raises `CheckpointError` when there is no snapshot or it cannot be read.
+    """
+    with _opened(path) as (info, weights):
+        state = _of("encoder", weights)
+        if not state:
+            return None
+        model = build_encoder(info["model"])
+        model.load_state_dict(state)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_classifier(path: str | Path, *, device: str = "cpu") -> ClassifyingDiscriminator | None:
+    """The classifier of a snapshot, in evaluation mode; None if it has none.
+
+    With `classes=True` it takes images (N, C, H, W) in [-1, 1] to logits (N, classes). Raises
+    `CheckpointError` when there is no snapshot or it cannot be read.
+    """
+    with _opened(path) as (info, weights):
+        state = _of("classifier", weights)
+        if not state:
+            return None
+        model = build_classifier(info["model"] | {"num_classes": len(state["head.weight"])})
+        model.load_state_dict(state)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def snapshot_classes(path: str | Path) -> tuple[str, ...]:
+    """Names of the classes, by label, of the set that a snapshot was trained on.
+
+    Raises `CheckpointError` when there is no snapshot, or it has no names.
+    """
+    with _opened(path) as (info, _):
+        return tuple(info["classes"])
+
+
+def _of(kind: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = f"{kind}/"
+    return {k.removeprefix(prefix): t for k, t in weights.items() if k.startswith(prefix)}
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Description and weights of a snapshot; what goes wrong with them is a `CheckpointError`."""
+    file = snapshot_file(Path(path).expanduser())
+    try:
+        with safe_open(file, framework="pt") as stored:
+            info = json.loads((stored.metadata() or {})[_METADATA_KEY])
+            weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        if info.get("sha256", expected := _sha256(weights)) != expected:
+            raise ValueError("its weights do not have the sha256 that they were written with")
+        yield info, weights
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{file} is not a readable snapshot: {reason}") from None
+
+
+def _sha256(weights: Mapping[str, Tensor]) -> str:
+    """Of names, types, shapes and bytes of tensors on the CPU, wherever in a file they lie."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def snapshot_file(path: Path) -> Path:
+    """The snapshot that a path means: the file itself, or the newest of a run's folder.
+
+    Raises `CheckpointError` when there is none.
+    """
+    if path.is_file():
+        return path
+    snapshots = sorted(RunDirectory(path).snapshots.glob("*.safetensors"))
+    if not snapshots:
+        raise CheckpointError(
+            f"no snapshot at {path}: expected a .safetensors file or the folder of a run "
+            "that has written one"
+        )
+    return snapshots[-1]

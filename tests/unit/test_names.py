@@ -1,0 +1,85 @@
+"""Names that the field's terms have replaced do not come back, except in training and launch."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import ganscale
+
+PACKAGE = Path(ganscale.__file__).parent
+REBUILT_ELSEWHERE = ("launch", "training")
+
+RETIRED = {
+    "Explorer": "LatentSampler",
+    "JUDGEMENTS": "CLASSIFIER_METRICS",
+    "Joined": "Concatenated",
+    "LocalPlace": "LocalBackend",
+    "ObjectPlace": "ObjectStoreBackend",
+    "Place": "StorageBackend",
+    "Slots": "BatchIndices",
+    "Started": "StartTask",
+    "Sums": "ChannelStats",
+    "doomed": "prunable",
+    "explorer": "sampler",
+    "holds": "is_cached",
+    "judgements": "classifier_metrics",
+    "likeness": "similarity",
+    "load_contestants": "load_gan_pairs",
+    "minimisers": "batched_optimizers",
+    "open_place": "open_backend",
+    "prepare": "prefetch",
+    "sampling": "snapshot, sampler or pictures",
+    "sound": "valid",
+}
+
+OLD_MODULES = ("frechet", "kernel", "neighbours", "places", "sums")
+
+
+def identifiers(tree: ast.AST) -> Iterator[str]:
+    """The names that a module defines or uses, with the words of the modules that it imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.keyword) and node.arg is not None:
+            yield node.arg
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node.name
+        elif isinstance(node, ast.ImportFrom):
+            yield from str(node.module).split(".")
+            yield from (alias.name for alias in node.names)
+
+
+def retired_names(source: str) -> set[str]:
+    return set(identifiers(ast.parse(source))) & set(RETIRED)
+
+
+def test_the_walk_sees_every_kind_of_name() -> None:
+    source = (
+        "from ganscale.data.minimisers import Sums\n"
+        "class Slots:\n    def holds(self, sound: int) -> None:\n        self.doomed(prepare=1)\n"
+    )
+    assert retired_names(source) == {
+        *("Slots", "Sums", "doomed", "holds", "minimisers", "prepare", "sound")
+    }
+
+
+def test_no_retired_name_is_used() -> None:
+    used = {
+        str(path.relative_to(PACKAGE)): names
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path.relative_to(PACKAGE).parts[0] not in REBUILT_ELSEWHERE
+        and (names := retired_names(path.read_text()))
+    }
+    assert not used
+
+
+def test_no_module_has_a_retired_name() -> None:
+    modules = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")]
+    stems = {path.stem for path in modules if path.parts[0] not in REBUILT_ELSEWHERE}
+    assert not stems & {*RETIRED, *OLD_MODULES}
