@@ -81,13 +81,13 @@ def _options(
 
 
 def write_json(path: Path | None, values: Any) -> None:
-    """For `JsonFile`: in a folder that need not be there."""
+    """Write values to the file of a `JsonFile` option, if it was given."""
     if path is not None:
         write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def stderr_console() -> Console:
-    """Where progress and notices go."""
+    """The console on standard error, for progress and notices."""
     from ganscale.tracking.console import stderr_console as console
 
     return console()

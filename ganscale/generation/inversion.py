@@ -49,25 +49,25 @@ class Search:
     pool: int = 512
     """Latents that starts are chosen from."""
     prior: float | None = None
-    """Weight of the latent's own improbability; None is what the degradation calls for."""
+    """Weight of mean(z^2) in the loss; None for the degradation's default."""
     tuning_steps: int = 0
-    """Of Adam on a copy of the generator, for each image."""
+    """Steps of Adam on a copy of the generator, for each image."""
     tuning_lr: float = 3e-4
     seed: int = 0
-    """Decides the pool."""
+    """The seed of the latents that starts are chosen from."""
 
     def prior_for(self, degradation: Degradation) -> float:
-        """The weight that is used."""
+        """The weight of the prior: `prior`, or the degradation's default where that is None."""
         return degradation.prior if self.prior is None else self.prior
 
     def num_steps(self, num_images: int) -> int:
-        """What the progress of `invert` adds up to."""
+        """The sum of all numbers that `invert` calls its progress with."""
         return -(-num_images // GROUP) * self.steps + num_images * self.tuning_steps
 
 
 @dataclass(frozen=True)
 class Inverted:
-    """What was found for images, each as far as the generator can."""
+    """The latents that reproduce images best, and the images that the generator makes of them."""
 
     latents: Tensor
     """(n, z_dim)"""
