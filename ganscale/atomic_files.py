@@ -30,8 +30,13 @@ def replacing(path: Path, *, fsync: bool = True) -> Iterator[BinaryIO]:
             be empty or cut off after the machine (not only the process) has crashed, which is right
             only for what can be made again.
 
-    An `OSError` of the block names `path`, and nothing but an earlier file is left there.
+    An `OSError` of the block names `path`, and nothing but an earlier file is left there. A device
+    or a pipe is written to directly, since renaming a file to its name would remove it.
     """
+    if path.exists() and not path.is_file():
+        with naming_file(path), path.open("wb") as device:
+            yield device
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with naming_file(path):

@@ -62,7 +62,7 @@ def flatten(state: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def tree_file(tree: Any) -> bytes:
-    """The tree as JSON."""
+    """The structure of a state as JSON, in which paths stand for tensors."""
     return json.dumps(tree).encode()
 
 

@@ -66,7 +66,7 @@ class Holder:
 
     @classmethod
     def here(cls, run_dir: Path) -> Self:
-        """This process."""
+        """The holder that this process is."""
         pid = os.getpid()
         return cls(
             session=secrets.token_hex(8),
@@ -88,7 +88,7 @@ class Holder:
         return f"attempts/session-{self.session}.json"
 
     def beat(self, backend: StorageBackend) -> None:
-        """Renew the file."""
+        """Write the current time to the holder's file, which shows that it is alive."""
         backend.replace(self.beat_file, json.dumps({"time": time.time()}).encode())
 
     def is_alive(

@@ -33,7 +33,7 @@ _PROGRAMMING_ERRORS = (AssertionError, AttributeError, NameError, TypeError)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a checkpoint."""
+    """Whether a checkpoint was written, and if not, why."""
 
     nimg: int
     name: CheckpointName | None

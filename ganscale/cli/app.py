@@ -11,8 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from ganscale import __version__
-from ganscale.atomic_files import write_text
-from ganscale.errors import ConfigError
+from ganscale.errors import ConfigError, naming_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,13 +80,16 @@ def _options(
 
 
 def write_json(path: Path | None, values: Any) -> None:
-    """For `JsonFile`: in a folder that need not be there."""
+    """Write values to the file of a `JsonFile` option, if it was given."""
     if path is not None:
-        write_text(path, json.dumps(values, indent=2) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Not atomically: people also name /dev/stdout, a link that must not be replaced.
+        with naming_file(path):
+            path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def stderr_console() -> Console:
-    """Where progress and notices go."""
+    """The console on standard error, for progress and notices."""
     from ganscale.tracking.console import stderr_console as console
 
     return console()

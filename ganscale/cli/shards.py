@@ -149,7 +149,7 @@ def shards_verify(root: Annotated[str, typer.Argument(help="Folder or URL of the
 
 @shards_app.command("info", epilog="Example: ganscale shards info data/cifar10-train")
 def shards_info(root: Annotated[str, typer.Argument(help="Folder or URL of the set.")]) -> None:
-    """Print what a set holds."""
+    """Print the number, shape, classes and statistics of a set's images."""
     from ganscale.data.shards import ShardSet
 
     _print_shards(ShardSet.load(root))

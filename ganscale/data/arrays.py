@@ -87,7 +87,8 @@ def _opened(data: bytes) -> NDArray[np.floating[Any]]:
         raise DataError(f"is not an npy file: {str(error).partition(chr(10))[0]}") from None
     if dtype.kind != "f":
         raise DataError(f"has values of type {dtype}; expected floats: convert them first")
-    if len(shape) not in (2, 3) or min(shape) < 1 or len(shape) == 3 and not _is_trainable(shape):
+    is_trainable = len(shape) == 2 or len(shape) == 3 and shape[0] in CHANNELS.values()
+    if not is_trainable or min(shape) < 1:
         raise DataError(
             f"has shape {shape}; expected (height, width) or (channels, height, width) with "
             "1, 3 or 4 channels"
@@ -100,10 +101,6 @@ def _opened(data: bytes) -> NDArray[np.floating[Any]]:
         )
     flat = np.frombuffer(data, dtype, offset=start)
     return flat.reshape(shape, order="F" if by_columns else "C")
-
-
-def _is_trainable(shape: tuple[int, ...]) -> bool:
-    return shape[0] in CHANNELS.values()
 
 
 def _as_float32(stored: NDArray[np.floating[Any]]) -> NDArray[np.float32]:

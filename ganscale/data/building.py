@@ -333,7 +333,8 @@ def _build_shard(recipe: _Recipe, folder: Path, number: int, ids: tuple[int, ...
             fields = {} if label < 0 else {"cls": str(label).encode()}
             fields[source.encoding.suffix] = normalised.data
             writer.write({"__key__": f"{index:06d}", **fields})
-    built = summary.shard(path, _rows(path))
+    rows = np.array([sample.row for sample in scan_tar(path)], dtype=SAMPLE_DTYPE)
+    built = summary.shard(path, rows)
     built.save(record)
     return built
 
@@ -386,10 +387,6 @@ def _named(image: str) -> Iterator[None]:
 
 def _tar_writer(file: Any) -> Any:
     return wds.TarWriter(file, user="ganscale", group="ganscale", mtime=0.0, encoder=False)
-
-
-def _rows(path: Path) -> Samples:
-    return np.array([sample.row for sample in scan_tar(path)], dtype=SAMPLE_DTYPE)
 
 
 def _end_with_parent() -> None:

@@ -42,12 +42,12 @@ class ValueRange:
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
-        """Of the stored values."""
+        """The type of the stored values."""
         return np.dtype(self.dtype)
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of the stored values."""
+        """The type of the stored values."""
         return cast(torch.dtype, getattr(torch, self.dtype))
 
     def to_network(self, values: Tensor) -> Tensor:

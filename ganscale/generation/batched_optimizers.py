@@ -93,7 +93,8 @@ def lbfgs(
         stuck = ~pair.step.any(1)
         done |= stuck & fresh
         fresh = stuck | (fresh & (pair.rho[:, 0] == 0))
-        pairs = deque((_forgotten(old, stuck) for old in pairs), maxlen=_HISTORY)
+        kept = (old._replace(rho=old.rho.masked_fill(stuck[:, None], 0.0)) for old in pairs)
+        pairs = deque(kept, maxlen=_HISTORY)
         pairs.append(pair)
         progress(1)
         if done.all():
@@ -154,10 +155,6 @@ def _inverse_hessian_times(slopes: Tensor, pairs: deque[_Pair]) -> Tensor:
         beta = pair.rho * (pair.change * r).sum(1, keepdim=True)
         r = r + pair.step * (alpha - beta)
     return r
-
-
-def _forgotten(pair: _Pair, rows: Tensor) -> _Pair:
-    return pair._replace(rho=pair.rho.masked_fill(rows[:, None], 0.0))
 
 
 def _valued(loss_of: LossOf, points: Tensor) -> tuple[Tensor, Tensor]:

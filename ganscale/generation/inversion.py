@@ -49,25 +49,25 @@ class Search:
     pool: int = 512
     """Latents that starts are chosen from."""
     prior: float | None = None
-    """Weight of the latent's own improbability; None is what the degradation calls for."""
+    """Weight of mean(z^2) in the loss; None for the degradation's default."""
     tuning_steps: int = 0
-    """Of Adam on a copy of the generator, for each image."""
+    """Steps of Adam on a copy of the generator, for each image."""
     tuning_lr: float = 3e-4
     seed: int = 0
-    """Decides the pool."""
+    """The seed of the latents that starts are chosen from."""
 
     def prior_for(self, degradation: Degradation) -> float:
-        """The weight that is used."""
+        """The weight of the prior: `prior`, or the degradation's default where that is None."""
         return degradation.prior if self.prior is None else self.prior
 
     def num_steps(self, num_images: int) -> int:
-        """What the progress of `invert` adds up to."""
+        """The sum of all numbers that `invert` calls its progress with."""
         return -(-num_images // GROUP) * self.steps + num_images * self.tuning_steps
 
 
 @dataclass(frozen=True)
 class Inverted:
-    """What was found for images, each as far as the generator can."""
+    """The latents that reproduce images best, and the images that the generator makes of them."""
 
     latents: Tensor
     """(n, z_dim)"""
@@ -165,7 +165,8 @@ class _Pool:
         classes = max(generator.num_classes, 1)
         labels = torch.randint(classes, (size,), generator=random)
         z, labels = z.to(device), labels.to(device)
-        images = [generator.model(*part) for part in _split(z, labels)]
+        groups = zip(z.split(_ROWS), labels.split(_ROWS), strict=True)
+        images = [generator.model(*group) for group in groups]
         return cls(z, labels, degradation.operator(torch.cat(images).float()))
 
     def nearest(self, observed: Tensor, labels: Tensor | None, k: int) -> Tensor:
@@ -194,7 +195,8 @@ def _invert_group(
     z = starts.latents[rows]
     chosen = starts.labels[rows] if labels is None else labels[:, None].expand(-1, restarts)
     if encoder is not None:
-        z[:, -1] = _encoded_start(encoder, degradation, observed)
+        with torch.no_grad():
+            z[:, -1] = encoder(degradation.fill(observed))[0]
     wanted = observed.repeat_interleave(restarts, 0)
     chosen = chosen.reshape(-1)
 
@@ -212,12 +214,6 @@ def _invert_group(
     with torch.no_grad():
         images = generator.model(latents, classes).float()
         return Inverted(latents, classes, images, degradation.misfit(images, observed))
-
-
-@torch.no_grad()
-def _encoded_start(encoder: nn.Module, degradation: Degradation, observed: Tensor) -> Tensor:
-    mean: Tensor = encoder(degradation.fill(observed))[0]
-    return mean
 
 
 def _tuned(
@@ -250,7 +246,3 @@ def _tuned(
 def _filled(rows: Tensor) -> Tensor:
     """A whole group: the last row repeated."""
     return torch.cat([rows, rows[-1:].expand(GROUP - len(rows), *rows.shape[1:])])
-
-
-def _split(z: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(z.split(_ROWS), labels.split(_ROWS), strict=True))

@@ -1,7 +1,7 @@
-"""Drawing from any point a generator can be given: latents, mixed classes, styles w, truncation.
+"""Images of latents, mixtures of classes and styles w, with or without truncation.
 
-Every forward has as many rows as `SampleableGenerator`'s, so an image does not depend on what is
-drawn beside it, and a seed's image here is the one that `ganscale sample` draws.
+Every forward has as many rows as one of `SampleableGenerator`, so an image does not depend on the
+rest of its batch, and a seed without truncation gives the same image as there.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ganscale.generation.truncation import truncated_latents, truncated_styles
 __all__ = ["LatentSampler"]
 
 _MEAN_SEEDS = 1024
-"""Latents that the mean of w is estimated from."""
+"""The number of latents that the mean of w is estimated from."""
 
 
 class LatentSampler:
     """A generator that also takes mixtures of classes, styles, and a truncation.
 
     Args:
-        generator: what to draw from.
-        pictures: draw arrays of floats as people see them, uint8 in colours.
-        truncation_psi: with a mapping network (StyleGAN2), 0 to 1: the share of w's distance to
-            its mean that is kept. Without: the largest magnitude of a latent's element, above 0.
+        generator: the generator to draw from.
+        pictures: whether arrays of floats are returned as uint8 pictures in colours.
+        truncation_psi: with a mapping network (StyleGAN2), the fraction of w's distance to its mean
+            that is kept, 0 to 1. Without one, the largest magnitude of a latent's elements.
 
     Raises `ConfigError` if truncation_psi is out of its range.
     """

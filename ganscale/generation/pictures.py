@@ -1,4 +1,4 @@
-"""Images laid out and written: grids as PNG or JPEG, frames as GIF, WebP or APNG."""
+"""Pictures from images: grids as PNG or JPEG, animations as GIF, WebP or APNG; arrays as .npy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 GRID_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
-"""How a grid is written, by the suffix of its name in lower case."""
+"""Formats of grids by the suffix of the file name in lower case."""
 
 ANIMATED = {".gif": "GIF", ".webp": "WEBP", ".apng": "PNG"}
 _WHITE = 255
@@ -38,7 +38,7 @@ _CUBEHELIX = ((-0.14861, 1.78277), (-0.29227, -0.90649), (1.97294, 0.0))
 
 
 def as_pictures(images: Tensor, values: ValueRange) -> Tensor:
-    """Images (n, C, H, W) as people see them, uint8; pixels are themselves.
+    """Convert images (n, C, H, W) to uint8 pictures; uint8 images are returned unchanged.
 
     Arrays of floats with one channel get the colours of `cubehelix`; three channels are taken for
     RGB, four for RGBA. The least of the range is black, the greatest white.
@@ -94,7 +94,7 @@ def check_format(path: Path, channels: int) -> None:
 
 
 def write_grid(image: Tensor, path: Path) -> None:
-    """Write uint8 (C, H, W) with 1, 3 or 4 channels, completely or not at all.
+    """Write uint8 (C, H, W) with 1, 3 or 4 channels, atomically.
 
     The suffix of `path` chooses the format (`GRID_FORMATS`, PNG for another one). Raises
     `ConfigError` for RGBA as JPEG.
@@ -125,7 +125,7 @@ def write_array(values: Tensor, path: Path) -> None:
 
 
 def write_animation(frames: Tensor, path: Path, *, frame_ms: int = 60) -> None:
-    """Write uint8 (frames, C, H, W), repeated for ever; the ending decides the format."""
+    """Write uint8 (frames, C, H, W) as an endless animation; the suffix chooses the format."""
     pictures = [_pillow(frame) for frame in frames]
     options = {"lossless": True} if path.suffix == ".webp" else {}
     with replacing(path, fsync=False) as file:

@@ -19,9 +19,9 @@ kernels choose their arithmetic by the batch size."""
 
 
 class SampleableGenerator:
-    """A generator in evaluation mode and what is known about it.
+    """A generator in evaluation mode, with its description.
 
-    Its images are those of the set it has learnt from: uint8 pixels, or float32 in the set's units.
+    Its images are of the type of the training set: uint8 pixels, or float32 in the set's units.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class SampleableGenerator:
         return self.sample_seeds(list(range(seed, seed + num_images)), label=label)
 
     def sample_seeds(self, seeds: list[int], *, label: int | None = None) -> Tensor:
-        """One image for each seed, (len(seeds), C, H, W); a seed's image is always itself.
+        """One image for each seed, (len(seeds), C, H, W); equal seeds give equal images.
 
-        Where there are classes, a seed also decides its label, unless all are to have `label`.
+        With classes, a seed also decides the label of its image, unless `label` is given.
         Raises `ValueError` without a seed, or for a label that the generator does not know.
         """
         if not seeds:
@@ -79,16 +79,16 @@ class SampleableGenerator:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as uint8 in 0..255, rounded to nearest, what is outside clamped."""
+    """Convert images in [-1, 1] to uint8: values are rounded, and those outside are clamped."""
     return PIXELS.from_network(images)
 
 
 def diversity(images: Tensor, values: ValueRange = PIXELS) -> float:
-    """How different images are: the mean over pairs of their root mean square distance.
+    """The diversity of images: the mean root mean square distance over all pairs.
 
     Args:
         images: (N, C, H, W) with N > 1.
-        values: what they hold.
+        values: the range of values of the images.
 
     Returns:
         A number from 0, all alike, to 255, which is the whole range of values. 64 real CIFAR-10

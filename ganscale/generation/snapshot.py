@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 OTHERS = ("encoder", "classifier")
-"""What a snapshot may hold beside the generator."""
+"""Networks that a snapshot may hold besides the generator."""
 
 _METADATA_KEY = "ganscale"
 
@@ -55,7 +55,7 @@ def save_snapshot(
     others: Mapping[str, nn.Module] | None = None,
     values: ValueRange = PIXELS,
 ) -> None:
-    """Write a generator, its description and other networks to `path`, complete or not at all.
+    """Write a generator, its description and other networks to `path`, atomically.
 
     `classes` are the names of the training
     set's classes by label. Others are those of `OTHERS`, by name; `values` is what the generator's
@@ -134,7 +134,7 @@ def _of(kind: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
-    """Description and weights of a snapshot; what goes wrong with them is a `CheckpointError`."""
+    """Yield description and weights of a snapshot; errors in the block are `CheckpointError`s."""
     file = snapshot_file(Path(path).expanduser())
     try:
         with safe_open(file, framework="pt") as stored:
@@ -149,7 +149,7 @@ def _opened(path: str | Path) -> Iterator[tuple[dict[str, Any], dict[str, Tensor
 
 
 def _sha256(weights: Mapping[str, Tensor]) -> str:
-    """Of names, types, shapes and bytes of tensors on the CPU, wherever in a file they lie."""
+    """The sha256 of names, types, shapes and bytes of tensors, independent of their order."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())

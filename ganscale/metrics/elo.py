@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ganscale.metrics.intervals import Estimate
 
-__all__ = ["POINTS", "expected_score", "rate", "rate_with_intervals"]
+__all__ = ["POINTS", "rate", "rate_with_intervals"]
 
 POINTS = 400 / math.log(10)
 """Rating points of a unit of strength."""
@@ -27,11 +27,6 @@ _PRECISION = 1e-9
 _MAX_STEPS = 200
 
 Floats = NDArray[np.float64]
-
-
-def expected_score(difference: float) -> float:
-    """Share of games won by a player whose rating is higher by `difference` points."""
-    return 1 / (1 + 10 ** (-difference / 400))
 
 
 def rate(wins: Floats, *, prior_games: float = 1.0) -> Floats:

@@ -101,8 +101,8 @@ class Scores:
         lines = [f"rank  {'run':{width}}  {columns}"]
         for rank, s in enumerate(self.standings, 1):
             parts = f"{s.generator_rating.value:9.0f}  {s.judge_rating.value:5.0f}"
-            points = f"{_points(s.rating):20}  {parts}  {s.chosen.value:6.3f}"
-            lines.append(f"{rank:4}  {s.name:{width}}  {points}")
+            rating = f"{s.rating.value:.0f} ({s.rating.low:.0f} to {s.rating.high:.0f})"
+            lines.append(f"{rank:4}  {s.name:{width}}  {rating:20}  {parts}  {s.chosen.value:6.3f}")
         lines += ["", "how often the judge of a row chooses a column's sample over a test image:"]
         lines.append(" " * width + "".join(f"  {name:>{width}}" for name in self.names))
         for name, row in zip(self.names, self.chosen, strict=True):
@@ -210,7 +210,3 @@ def _describe(match: Match) -> str:
     result = f"{match.winner} wins" if match.winner else "tie"
     ratios = f"r_test {match.r_test}, r_samples {match.r_samples}"
     return f"{match.first} against {match.second}: {ratios}: {result}"
-
-
-def _points(rating: Estimate) -> str:
-    return f"{rating.value:.0f} ({rating.low:.0f} to {rating.high:.0f})"

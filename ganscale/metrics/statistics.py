@@ -38,7 +38,7 @@ class Moments:
 
     @classmethod
     def none(cls, num_features: int) -> Self:
-        """Of no rows at all."""
+        """The moments of no rows."""
         mean = torch.zeros(num_features, dtype=torch.float64)
         return cls(0, mean, mean.new_zeros(num_features, num_features))
 

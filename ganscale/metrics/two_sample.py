@@ -61,7 +61,7 @@ class NearestNeighbourTest:
 
 @dataclass(frozen=True)
 class Repeat:
-    """One test."""
+    """The result of one test, with one seed."""
 
     seed: int
     accuracy: Estimate
@@ -94,7 +94,7 @@ class TwoSampleReport:
 
     @classmethod
     def of(cls, classifier: str, num_images: int, repeats: Sequence[Repeat]) -> TwoSampleReport:
-        """Sum up."""
+        """Sum up the tests of all seeds."""
         bounds = [(one.accuracy.value, one.accuracy.low, one.accuracy.high) for one in repeats]
         mean = Estimate(*np.array(bounds, np.float64).mean(0).tolist())
         median = float(np.median([repeat.p_value for repeat in repeats]))
@@ -246,5 +246,5 @@ def _estimate(hits: int, trials: int, variance: float) -> Estimate:
 
 
 def _upper_tail(value: float, mean: float, variance: float) -> float:
-    """Of the normal distribution."""
+    """The probability that a normal variable exceeds `value`."""
     return math.erfc((value - mean) / math.sqrt(2 * max(variance, 1e-12))) / 2

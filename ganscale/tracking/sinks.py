@@ -1,8 +1,8 @@
-"""Where rows of metrics and events go: JSON Lines files always, others if wished. Rank 0 has them.
+"""Sinks for rows of metrics and for events: always JSON Lines files, others if configured.
 
-What a run tells is told to all alike, so W&B, Ray's metrics and whatever comes next are one code
-path in the loop. A row is flushed to the operating system before `log` returns, so killing the
-process loses none.
+Rank 0 passes the same rows and events to all sinks, so W&B, Ray's metrics and others are one code
+path in the loop. A row is flushed to the operating system before `log` returns, so a killed process
+loses none.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ FAULTS = (
 
 
 class Sink(Protocol):
-    """Takes what a run tells of itself. Nothing here may fail or wait for a network."""
+    """Takes metrics, pictures, snapshots and events of a run; no method waits for a network."""
 
     def begin(self, rows: Sequence[Row], events: Sequence[Row]) -> None:
         """What the run's files hold already; comes first, once."""
@@ -69,7 +69,7 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None:
-        """Nothing comes after this."""
+        """Release what the sink holds; no other method is called after this."""
         ...
 
 
@@ -77,57 +77,51 @@ class NullSink:
     """Takes everything and does nothing: what the other ranks have, and what others build upon."""
 
     def begin(self, rows: Sequence[Row], events: Sequence[Row]) -> None:
-        """Forget what was."""
+        return
 
     def log(self, row: Row) -> None:
-        """Forget the row."""
+        return
 
     def log_picture(self, name: str, path: Path, *, nimg: int, step: int) -> None:
-        """Forget the picture."""
+        return
 
     def log_snapshot(self, path: Path, *, average: str, nimg: int) -> None:
-        """Forget the snapshot."""
+        return
 
     def event(self, event: Row) -> None:
-        """Forget the event."""
+        return
 
     def close(self) -> None:
-        """Nothing to close."""
+        return
 
 
 class Sinks:
-    """Several sinks as one."""
+    """Passes everything on to several sinks."""
 
     def __init__(self, *sinks: Sink) -> None:
         self.sinks = sinks
 
     def begin(self, rows: Sequence[Row], events: Sequence[Row]) -> None:
-        """Tell all."""
         for sink in self.sinks:
             sink.begin(rows, events)
 
     def log(self, row: Row) -> None:
-        """Pass on the row."""
         for sink in self.sinks:
             sink.log(row)
 
     def log_picture(self, name: str, path: Path, *, nimg: int, step: int) -> None:
-        """Pass on the picture."""
         for sink in self.sinks:
             sink.log_picture(name, path, nimg=nimg, step=step)
 
     def log_snapshot(self, path: Path, *, average: str, nimg: int) -> None:
-        """Pass on the snapshot."""
         for sink in self.sinks:
             sink.log_snapshot(path, average=average, nimg=nimg)
 
     def event(self, event: Row) -> None:
-        """Pass on the event."""
         for sink in self.sinks:
             sink.event(event)
 
     def close(self) -> None:
-        """Close all."""
         for sink in self.sinks:
             sink.close()
 
@@ -139,12 +133,10 @@ class JsonlSink(NullSink):
         self._file = open_lines(path)
 
     def log(self, row: Row) -> None:
-        """Append the row."""
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
         append_line(self._file, finite)
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
@@ -161,7 +153,6 @@ class EventLog:
         return row
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 

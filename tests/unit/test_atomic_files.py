@@ -90,3 +90,14 @@ def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path: Path) -> No
         write_bytes(tmp_path / "a", b"")
     assert caught.value.filename == str(tmp_path / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    write_bytes(path, b"abc", fsync=False)
+    assert os.read(reader, 10) == b"abc"
+    os.close(reader)
+    assert path.is_fifo()
+    assert list(tmp_path.iterdir()) == [path]

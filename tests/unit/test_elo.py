@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
-from ganscale.metrics.elo import POINTS, expected_score, rate, rate_with_intervals
+from ganscale.metrics.elo import POINTS, rate, rate_with_intervals
 
 Floats = NDArray[np.float64]
 
@@ -20,14 +20,16 @@ def test_two_players_differ_by_the_odds_of_their_games() -> None:
     assert ratings.mean() == pytest.approx(1500)
 
 
-@pytest.mark.parametrize(("difference", "share"), [(0, 0.5), (400, 10 / 11), (-400, 1 / 11)])
-def test_400_points_are_odds_of_ten(difference: float, share: float) -> None:
-    assert expected_score(difference) == pytest.approx(share)
+@pytest.mark.parametrize(("difference", "odds"), [(0, 1.0), (400, 10.0), (-400, 0.1)])
+def test_400_points_are_odds_of_ten(difference: float, odds: float) -> None:
+    ratings = rate(np.array([[0.0, 1000 * odds], [1000.0, 0.0]]), prior_games=1e-6)
+    assert ratings[0] - ratings[1] == pytest.approx(difference, abs=1e-3)
 
 
 def test_a_rating_gives_back_the_share_of_wins() -> None:
     ratings = rate(np.array([[0.0, 810.0], [190.0, 0.0]]), prior_games=1e-6)
-    assert expected_score(ratings[0] - ratings[1]) == pytest.approx(0.81, abs=1e-6)
+    share = 1 / (1 + 10 ** ((ratings[1] - ratings[0]) / 400))
+    assert share == pytest.approx(0.81, abs=1e-6)
 
 
 def test_who_never_lost_is_held_by_the_prior() -> None:

@@ -1,7 +1,7 @@
-"""How far generated images are from real ones: FID, KID, precision, recall and their kin.
+"""Metrics of generated images against real ones: FID, KID, precision, recall and others.
 
-One call gives all of them, with the protocol they were measured by: network, resizing, reference
-and numbers of images move them by more than most improvements do.
+One call computes all of them, and reports the protocol: network, resizing, reference and numbers of
+images change the values by more than most improvements of a GAN do.
 
 Metrics that compare distributions by their moments use those of the whole reference. Metrics that
 look at single images use as many of the reference as there are samples, drawn with a fixed seed.
@@ -49,7 +49,7 @@ METRICS: tuple[MetricName, ...] = get_args(MetricName)
 
 @dataclass(frozen=True)
 class Protocol:
-    """By what the figures were measured; those of other protocols cannot be compared."""
+    """How the metrics were measured; values of different protocols cannot be compared."""
 
     extractor: str
     extractor_digest: str
@@ -78,19 +78,19 @@ class Workload:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of one comparison."""
+    """The metrics of one set of samples and the protocol that they were measured by."""
 
     protocol: Protocol
     metrics: Mapping[str, Estimate]
     skipped: Mapping[str, str]
-    """Metrics that say nothing here, and why."""
+    """Metrics that could not be computed, with the reasons."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """What more there is to say of a metric, by its name."""
+    """Further results of a metric, by its name."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """How long each part took."""
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Plain values, as they are written to files."""
         return {
             "protocol": asdict(self.protocol),
             "metrics": {name: asdict(value) for name, value in self.metrics.items()},
@@ -100,12 +100,12 @@ class Evaluation:
         }
 
     def row(self) -> dict[str, float]:
-        """As columns of a run's metrics."""
+        """The metrics as columns of a run's metrics.jsonl."""
         return {f"metrics/{name}": value.value for name, value in self.metrics.items()}
 
 
 def column_of(metric: str, extractor: FeatureExtractor) -> str:
-    """What a figure is called: `fid` and `kid` are Inception's, others are `fd_...`, `kd_...`."""
+    """The column of a metric: `fid` and `kid` of Inception, `fd_...` and `kd_...` of others."""
     if not extractor.suffix:
         return metric
     first, _, rest = metric.partition("_")
@@ -128,13 +128,13 @@ def evaluate(
     start_task: StartTask = lambda what, total: lambda num: None,
     device: str = "cpu",
 ) -> Evaluation | None:
-    """Compare images with a reference; the figures are on rank 0, None elsewhere.
+    """Compare images with a reference; returns the metrics on rank 0, None on other ranks.
 
     Args:
         samples, reference: of one shape.
         extractor: of the features.
         world: of the process group; all its ranks share the work.
-        metrics: which.
+        metrics: the names of those to compute.
         num_reference_rows: how many images of the reference the metrics of single images use; as
             many as there are samples unless given.
         required: whether a metric that cannot be computed is an error; else it is skipped with a
@@ -221,7 +221,7 @@ def evaluate(
 
 
 def _check_same_on_all_ranks(*what: object) -> None:
-    """Else features of different networks would be put together."""
+    """Raise `DataError` if ranks differ, since rank 0 would mix features of different networks."""
     by_rank: list[tuple[object, ...]] = [()] * dist.get_world_size()
     dist.all_gather_object(by_rank, what)
     if len(set(by_rank)) > 1:

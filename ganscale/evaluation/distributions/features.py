@@ -55,11 +55,11 @@ __all__ = [
 
 CACHE_ENV = "GANSCALE_CACHE"
 _ROWS = 50
-"""Images of every forward; an incomplete group is filled with black."""
+"""The number of images of every forward; an incomplete group is filled with black images."""
 _TIMED_ROWS = 10
 _MAX_KEPT = 50_000
 _FORMAT = 2
-"""Counts up when the same images and network give other features than before, if only by bits."""
+"""Incremented when the same images and network give features that differ, if only in bits."""
 
 T = TypeVar("T")
 Progress = Callable[[int], None]
@@ -69,19 +69,19 @@ StartTask = Callable[[str, int | None], Progress]
 
 @dataclass(frozen=True)
 class Features:
-    """What rank 0 knows of an image set; on other ranks there is none."""
+    """The features of an image set; only rank 0 has them."""
 
     moments: Moments
     """Of all images."""
     rows: Tensor
-    """float32, (n, d): of all images, or of some of them drawn at random."""
+    """float32, (n, d): features of all images, or of some of them drawn at random."""
     indices: NDArray[np.int64]
-    """(n,) which images those are, ascending."""
+    """(n,) the ascending indices of those images."""
     labels: NDArray[np.int64] | None
-    """(n,) their classes."""
+    """(n,) the classes of those images."""
 
     def with_rows_of(self, indices: NDArray[np.int64]) -> Features:
-        """The same moments, and the rows of some of the images that there are rows of."""
+        """The same moments with the rows of some images, which must be among those here."""
         places = np.searchsorted(self.indices, indices)
         assert np.array_equal(self.indices[places], indices)
         labels = None if self.labels is None else self.labels[places]
@@ -89,7 +89,7 @@ class Features:
 
 
 class PartialFeatures:
-    """Features of an unfinished pass, a file for each block: an interrupted pass goes on."""
+    """Files with the features of an unfinished pass, by which an interrupted pass is resumed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -103,7 +103,7 @@ class PartialFeatures:
         return blocks
 
     def add(self, block: int, features: Tensor) -> None:
-        """Keep a block's features; without room for them the pass goes on unkept."""
+        """Write a block's features; if they cannot be written, the pass continues without them."""
         with suppress(OSError):
             data = save({"features": features.contiguous()})
             write_bytes(self._path(block), data, fsync=False)
@@ -168,7 +168,7 @@ def images_per_second(extractor: FeatureExtractor, shape: tuple[int, int, int]) 
 
 
 class FeatureCache:
-    """Features of references in a folder, by what they are of and by what they were made with.
+    """A folder of features of references, by digests of the images and of the extractor.
 
     The default folder is GANSCALE_CACHE, else `~/.cache/ganscale`. Digests of references' content
     are remembered as long as the object lives.
@@ -207,7 +207,7 @@ class FeatureCache:
         return features
 
     def has(self, images: ImageSet, extractor: FeatureExtractor) -> bool:
-        """Whether rank 0 has the features of these images, on all ranks alike."""
+        """Whether the features of these images are cached on rank 0; equal on all ranks."""
         return _from_rank_0(self._path(images, extractor).is_file())
 
     def content_digest(self, images: ImageSet, world: World, start_task: StartTask) -> str:
@@ -234,7 +234,7 @@ class FeatureCache:
             return None
 
     def _save(self, path: Path, features: Features) -> None:
-        """Rather none than an error: what cannot be kept is computed again."""
+        """Write features, or warn: those that cannot be written are computed again next time."""
         tensors = {
             "count": torch.tensor(features.moments.count),
             "mean": features.moments.mean,
@@ -304,7 +304,7 @@ def plan_reference(
     cache: FeatureCache | None = None,
     start_task: StartTask = lambda what, total: lambda num_images: None,
 ) -> ReferencePlan:
-    """Decide how the moments of all images, and the features of `num_rows`, are come by.
+    """Decide how the moments of all images and the features of `num_rows` are obtained.
 
     The rows are of the same images, drawn with a fixed seed, whether or not the moments of all are
     included. Where they are, only those images' features are extracted, else those of all; what is
@@ -342,7 +342,7 @@ def _statistics(
 
 
 def _drawn(num_images: int, num_drawn: int) -> NDArray[np.int64]:
-    """Numbers of images drawn without replacement, ascending; fewer ones are among more."""
+    """Ascending indices drawn without replacement; a smaller draw is part of a larger one."""
     if num_images <= num_drawn:
         return np.arange(num_images)
     return np.sort(np.random.default_rng(0).permutation(num_images)[:num_drawn])
@@ -355,7 +355,7 @@ def _from_rank_0(value: T) -> T:
 
 
 def _features(images: ImageSet, extractor: FeatureExtractor, indices: NDArray[np.int64]) -> Tensor:
-    """Of some images, (BLOCK, d); rows beyond them are 0."""
+    """Features of some images, (BLOCK, d), followed by rows of zeros."""
     features = torch.zeros(BLOCK, extractor.num_features)
     for start in range(0, len(indices), _ROWS):
         group = as_rgb(images.read(indices[start : start + _ROWS]))

@@ -46,7 +46,7 @@ class PrecomputedStatistics:
 
     @classmethod
     def load(cls, path: Path) -> PrecomputedStatistics:
-        """Read the header."""
+        """Read the header of a file of statistics, without the statistics."""
         with safe_open(path, "pt") as file:
             header = file.metadata()
         channels, height, width = map(int, header["shape"].split(","))

@@ -1,13 +1,13 @@
-"""What a run sends into a tournament: its averaged generator, and its discriminator as a judge.
+"""The averaged generator of a run and its discriminator as a judge of images, for tournaments.
 
-Both come from one checkpoint. A judge is asked in evaluation mode, in batches of a fixed number of
-images of one kind, as in training: batch norm uses its running statistics, and a minibatch standard
-deviation is always that of as many images.
+Both come from one checkpoint. A judge is in evaluation mode, and sees batches of a fixed number of
+images of one origin, as in training: batch norm uses its running statistics, and a minibatch
+standard deviation is always that of equally many images.
 
-What a logit means depends on the objective: with a cross-entropy it is a log probability ratio, a
-Wasserstein critic has no zero, a relativistic one knows differences only. So a judge's threshold is
-found by what it sees: the median of as many logits of real images as of samples of its own run's
-generator, at which it errs on both equally often.
+The meaning of a logit depends on the objective: with a cross-entropy it is a log probability ratio,
+a Wasserstein critic has no zero, and a relativistic one is defined up to a constant. So each judge
+has a threshold: the median of equally many logits of real images and of samples of its own run's
+generator. At this threshold it errs on both equally often.
 """
 
 from __future__ import annotations
@@ -73,27 +73,28 @@ class Judge:
 
 @dataclass(frozen=True, eq=False)
 class GanPair:
-    """One run at one position."""
+    """The generator and the discriminator of a run, from one checkpoint."""
 
     name: str
     nimg: int
     generator: SampleableGenerator
     judge: Judge
     identity: str
-    """Of the weights: a digest of the checkpoint."""
+    """A digest of the checkpoint, which is different for different weights."""
     spec: dict[str, Any]
     """The `model` section that both were built from."""
 
 
 def load_gan_pairs(texts: Sequence[str], *, device: str = "cpu") -> list[GanPair]:
-    """The players of runs, each at a checkpoint that verifies.
+    """Load the generators and discriminators of runs, each from a checkpoint that verifies.
 
     Args:
-        texts: the run's folder: its newest checkpoint. Or RUN@KIMG: the newest that was due by that
-            many thousand images. Checkpoints are where the run's configuration says.
-        device: where the players will work.
+        texts: for each run its folder, which stands for the newest checkpoint, or RUN@KIMG, which
+            stands for the newest checkpoint that was due by that many thousand images. Checkpoints
+            are read from where the run's configuration says.
+        device: the device to move the networks to.
 
-    Pairs are named by the run's name and position, by its path where that is not enough.
+    Pairs are named by the run's name and position, or by its path where names would be equal.
     Raises `CheckpointError` when there is no such checkpoint, or it cannot be read.
     """
     pairs = [_load(text, device) for text in texts]
@@ -131,7 +132,10 @@ def _load(text: str, device: str) -> GanPair:
         return _gan_pair(root.name, files, device)
     except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{store.where(files.name)} has no such players: {reason}") from None
+        raise CheckpointError(
+            f"{store.where(files.name)} holds no generator and discriminator of its configuration: "
+            f"{reason}"
+        ) from None
 
 
 def judge_all(

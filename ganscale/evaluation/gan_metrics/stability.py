@@ -38,7 +38,7 @@ _SPEED = "time/images_per_second"
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run: how it ended, and what it is worth by the metric that was asked for."""
+    """How one run ended, and its last value of the metric that was asked for."""
 
     name: str
     seed: int
@@ -56,7 +56,7 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of the runs' final values."""
+    """The distribution of the runs' final values."""
 
     median: float
     lower_quartile: float
@@ -69,7 +69,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class StabilityReport:
-    """Several runs of one recipe."""
+    """How often runs of one recipe collapsed, and how their final values are spread."""
 
     metric: str
     runs: tuple[RunSummary, ...]
@@ -79,7 +79,7 @@ class StabilityReport:
     """Over the runs that have a value; None if none has."""
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written in files."""
+        """Plain values, as they are written to files."""
         return asdict(self)
 
     def lines(self) -> list[str]:

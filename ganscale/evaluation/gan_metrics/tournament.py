@@ -1,6 +1,6 @@
-"""A tournament among runs: their generators draw, their discriminators judge.
+"""A tournament among runs: each discriminator judges the samples of each generator.
 
-Real images and samples that set the judges' thresholds are others than those that are judged.
+The real images and samples by which thresholds are set differ from those that are judged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Tournament", "hold_tournament", "num_judged"]
 
 @dataclass(frozen=True)
 class Tournament:
-    """What was held, and how it ended."""
+    """The setup and the scores of a tournament."""
 
     reference: str
     seed: int
@@ -32,7 +32,7 @@ class Tournament:
     scores: Scores
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written in files."""
+        """Plain values, as they are written to files."""
         return {
             "reference": self.reference,
             "seed": self.seed,
@@ -50,10 +50,10 @@ def hold_tournament(
     seed: int = 0,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Tournament:
-    """Draw, calibrate, judge, rate.
+    """Let each discriminator judge each generator's samples, and rate all by the results.
 
     Labels are used if all GANs know the same number of classes and the reference has labels;
-    else judges with classes choose the class themselves, for all images alike.
+    else a discriminator with classes gives every image its highest logit over all classes.
 
     Args:
         pairs: two or more GANs with different names.

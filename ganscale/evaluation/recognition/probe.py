@@ -1,4 +1,4 @@
-"""What a discriminator has learnt to see: a linear classifier on its features.
+"""Linear probes: how well a linear classifier works on a discriminator's features.
 
 Radford et al. (2016, arXiv 1511.06434, section 5.1): the activations of all convolutions, each
 max-pooled to a 4x4 grid, are one vector, on which a linear model is trained with labels. Here it is
@@ -150,7 +150,7 @@ class ProbeResult:
     """L2 strengths that were chosen, by seed."""
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written in files."""
+        """Plain values, as they are written to files."""
         return asdict(self)
 
 
@@ -168,15 +168,16 @@ def probe(
     """Train on labelled images, test on others, once for each seed.
 
     Args:
-        name: of the features, for people.
-        describe_of: the features of a seed: a trained network's are always the same.
+        name: of the features, for messages and results.
+        describe_of: returns the function that extracts features, for a seed; one function for all
+            seeds if the network is trained.
         train: labelled images; a seed chooses `num_train` of them and which are held out.
         test: labelled images of the same shape, all of which are used; classes are matched by name.
         num_train: images to train on.
-        seeds: as many repeats.
-        device: where.
-        start_task: told of each part of the work and of how many things it has; what it returns is
-            told how many more are done.
+        seeds: one for each repeat.
+        device: the device to compute on.
+        start_task: called with the name of each task and its number of items; what it returns is
+            called with the number of items done since the last call.
 
     Raises:
         ConfigError: for images without labels, or more features than fit in 8 GiB.
@@ -220,9 +221,9 @@ def probe(
 def _best_strength(
     features: Tensor, labels: Tensor, num_classes: int, progress: Callable[[int], object]
 ) -> tuple[float, LogisticRegression]:
-    """Of those tried, the strength with the highest accuracy on what is held out, and its model.
+    """The strength with the highest accuracy on held-out images, and its model.
 
-    From the strongest on: a weaker one begins where the stronger has ended, which is near.
+    Strengths are tried in descending order, so that each fit starts from a solution nearby.
     """
     num_fit = round(len(features) * (1 - _HELD_OUT))
     candidates: list[tuple[float, float, LogisticRegression]] = []
@@ -240,7 +241,7 @@ def _best_strength(
 def _described(
     images: ImageSet, describe: Describe, device: str, progress: Callable[[int], object]
 ) -> Tensor:
-    """(N, F) float32."""
+    """Features of all images, float32 (N, F)."""
     rows: Tensor | None = None
     for start in range(0, len(images), _ROWS):
         numbers = np.arange(start, min(start + _ROWS, len(images)))

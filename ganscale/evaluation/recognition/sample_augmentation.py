@@ -31,7 +31,7 @@ _PURPOSE = "training a classifier"
 
 @dataclass(frozen=True)
 class AugmentResult:
-    """Accuracy on real test images, by how many real images were trained on."""
+    """Accuracies on real test images after training with and without generated images."""
 
     num_real: int
     num_generated: int

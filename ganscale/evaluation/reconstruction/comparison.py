@@ -1,7 +1,7 @@
-"""Runs beside each other, whatever they were trained by: what each costs, generates, brings back.
+"""A comparison of runs of any training method: costs, quality of samples, reconstructions.
 
-A variational autoencoder, a GAN and what lies between are asked the same: how near samples are to
-real images, how near degraded images come back to what they were, in what time and memory.
+For VAEs, GANs and hybrids alike it measures how close samples are to real images, how close
+reconstructions of degraded images are to the originals, and time and memory.
 """
 
 from __future__ import annotations
@@ -46,38 +46,38 @@ _MEMORY = ("gpu/peak_memory_gib", "workers/0/memory_gib")
 
 @dataclass(frozen=True)
 class Judges:
-    """By what images are judged, and where."""
+    """The networks that images are compared by, and the process group."""
 
     extractor: FeatureExtractor
     network: EfficientNetLite0
-    """Of the perceptual distance."""
+    """The network of the perceptual distance."""
     world: World
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One run, as it was when a snapshot was written."""
+    """One run at the position of a snapshot."""
 
     name: str
     snapshot: Path
     run_dir: RunDirectory
     method: str
     ways: Mapping[By, Reconstructor]
-    """By encoder, by inversion: those that the run has."""
+    """The ways of reconstruction that the run has: by its encoder, by inversion."""
 
     @property
     def nimg(self) -> int:
-        """Images the snapshot had been trained on."""
+        """The number of real images that the snapshot was trained on."""
         return int(self._any.generator.info["nimg"])
 
     @property
     def num_parameters(self) -> int:
-        """Of the generator, and of the encoder if there is one."""
+        """The number of parameters of the generator, and of the encoder if there is one."""
         networks = [self._any.generator.model, self._any.encoder]
         return sum(p.numel() for n in networks if n is not None for p in n.parameters())
 
     def to_json(self, cost: Cost, metrics: Mapping[str, Estimate]) -> dict[str, Any]:
-        """As plain values, with what it cost and how good its samples are."""
+        """Plain values, with the costs and the metrics of its samples."""
         return {
             "name": self.name,
             "snapshot": str(self.snapshot),
@@ -95,19 +95,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Cost:
-    """What training took, from the run's rows."""
+    """Time, speed and memory of the training, from the run's rows of metrics."""
 
     seconds: float
-    """Without what lies between attempts."""
+    """Training time, without the time between attempts."""
     images_per_second: float
-    """Over the whole training."""
+    """The mean over the whole training."""
     peak_memory_gib: float | None
-    """Of rank 0: on the GPU, or of its process; None where no row tells."""
+    """GPU memory of rank 0, or that of its process without a GPU; None if no row has it."""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """How one way of one run, or the trivial one, brought images back."""
+    """The reconstructions of one method of one run, or the trivial ones, and their quality."""
 
     name: str
     figures: Mapping[str, Estimate]
@@ -116,7 +116,7 @@ class Restored:
     """uint8 (n, C, H, W)."""
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values, without the images."""
+        """Plain values, without the images."""
         return {
             "name": self.name,
             "figures": {name: asdict(value) for name, value in self.figures.items()},
@@ -125,7 +125,7 @@ class Restored:
 
 
 def enter(text: str, search: Search, *, device: str = "cpu") -> Entry:
-    """A run's folder, of which the newest snapshot is taken, or a snapshot in one, named RUN@KIMG.
+    """Load a run's newest snapshot, or a snapshot in a run, which is then named RUN@KIMG.
 
     Raises `ConfigError` if it is no part of a run, `CheckpointError` if it has no snapshot.
     """
@@ -143,7 +143,7 @@ def enter(text: str, search: Search, *, device: str = "cpu") -> Entry:
 
 
 def cost_of(entry: Entry) -> Cost:
-    """What it took to train the run as far as its snapshot."""
+    """The cost of training the run as far as its snapshot."""
     history = History.read(entry.run_dir)
     rows = [row for row in history.rows if row["nimg"] <= entry.nimg]
     speeds = [(row["nimg"], row.get("time/images_per_second")) for row in rows]
@@ -167,7 +167,7 @@ def quality(
     planned: Callable[[Workload], None],
     start_task: StartTask,
 ) -> Mapping[str, Estimate]:
-    """What a metric says of `num_images` samples, for seeds from 0, beside the reference."""
+    """A metric of `num_images` samples, with seeds from 0, against the reference."""
     samples = GeneratedImages.of_snapshot(entry.snapshot, num_images, device=judges.world.device)
     evaluation = evaluate(
         samples,
@@ -195,9 +195,10 @@ def restored(
     seed: int,
     start_task: StartTask,
 ) -> tuple[Tensor, list[Restored]]:
-    """The truth, uint8 (n, C, H, W), and what each way of each run makes of it, the trivial first.
+    """The original images, uint8 (n, C, H, W), and the reconstructions: first the trivial one,
+    then that of each method of each run.
 
-    Runs in one process, so that the times mean what they say.
+    All runs share one process, so that times are comparable.
     """
     results: list[Restored] = []
     truth = torch.empty(0)
@@ -211,12 +212,12 @@ def restored(
             assert made is not None
             truth = made.truth
             if not results:
-                results.append(_judged("trivial", made.trivial, truth, judges, None))
-            results.append(_judged(name, made.images, truth, judges, seconds))
+                results.append(_measured("trivial", made.trivial, truth, judges, None))
+            results.append(_measured(name, made.images, truth, judges, seconds))
     return truth, results
 
 
-def _judged(
+def _measured(
     name: str, images: Tensor, truth: Tensor, judges: Judges, seconds: float | None
 ) -> Restored:
     each = similarity(images, truth, judges.extractor, judges.network)

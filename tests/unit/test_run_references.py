@@ -1,0 +1,64 @@
+"""Runs are named by a folder, RUN@KIMG, or a file within; what may change on resume is one list."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ganscale.config import Config
+from ganscale.config.changes import changed_settings
+from ganscale.errors import ConfigError
+from ganscale.evaluation.run_references import RunReference, containing_run, default_reference
+from ganscale.run_directory import RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a run that trains on data/shards, with a snapshot of a further average."""
+    run_dir = RunDirectory(tmp_path / "runs" / "a")
+    run_dir.snapshot(1000, "short").parent.mkdir(parents=True)
+    run_dir.snapshot(1000, "short").touch()
+    run_dir.config.write_text(Config().with_changes({"data.shards": "data/shards"}).to_yaml())
+    return run_dir.root
+
+
+@pytest.mark.parametrize(("suffix", "kimg"), [("", None), ("@12.5", 12.5), ("@0", 0.0)])
+def test_a_position_follows_the_last_at(tmp_path: Path, suffix: str, kimg: float | None) -> None:
+    for name in ("run", "team@home"):
+        (tmp_path / name).mkdir()
+        assert RunReference.parse(f"{tmp_path / name}{suffix}") == RunReference(
+            tmp_path / name, kimg
+        )
+
+
+def test_a_path_that_exists_is_itself(tmp_path: Path) -> None:
+    for name in ("run@5", "snapshot@5.safetensors"):
+        (tmp_path / name).touch()
+        assert RunReference.parse(str(tmp_path / name)) == RunReference(tmp_path / name, None)
+
+
+def test_a_position_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="run@half: expected RUN or RUN@KIMG"):
+        RunReference.parse(f"{tmp_path}/run@half")
+
+
+def test_the_reference_is_what_the_run_was_trained_on(run: Path, tmp_path: Path) -> None:
+    snapshot = RunDirectory(run).snapshot(1000, "short")
+    for subject in (f"{run}", f"{run}@1", f"{snapshot}"):
+        assert default_reference(subject) == "data/shards"
+    assert containing_run(snapshot) == RunDirectory(run)
+    assert containing_run(tmp_path) is None
+    with pytest.raises(ConfigError, match="give --reference"):
+        default_reference(str(tmp_path))
+
+
+def test_a_run_may_be_moved_and_trained_longer_but_not_differently() -> None:
+    before = Config()
+    moved = {"name": "b", "storage": "/c", "training.total_kimg": 7.0, "launch.num_workers": 2}
+    assert changed_settings(before, before.with_changes(moved)) == []
+    other = before.with_changes({**moved, "seed": before.seed + 1, "optimizer.beta1": 0.25})
+    assert changed_settings(before, other) == [
+        f"seed: {before.seed} -> {before.seed + 1}",
+        f"optimizer.beta1: {before.optimizer.beta1} -> 0.25",
+    ]
