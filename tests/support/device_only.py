@@ -68,16 +68,17 @@ def device_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     make one are refused. DDP's reducer keeps books in tensors of the host; so while a backward runs
     only those Python functions are watched, which covers ganscale's own backwards.
     """
-    mode, backward = _DeviceOnly(), torch.Tensor.backward
+    mode = _DeviceOnly()  # type: ignore[no-untyped-call]
+    backward = torch.Tensor.backward
 
     def unwatched_backward(self: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         mode.enabled = False
         try:
-            backward(self, *args, **kwargs)
+            backward(self, *args, **kwargs)  # type: ignore[no-untyped-call]
         finally:
             mode.enabled = True
 
-    with monkeypatch.context() as patch, mode:
+    with mode, monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "backward", unwatched_backward)
         for name in (*_READS, "new_tensor"):
             patch.setattr(torch.Tensor, name, _refusing(f"Tensor.{name}"))
