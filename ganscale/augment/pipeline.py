@@ -1,4 +1,4 @@
-"""Augmentation of both players' images before the discriminator, differentiable twice.
+"""Augmentation of images before the discriminator, in both phases; differentiable twice.
 
 The transforms are those of ADA (Karras et al. 2020, arXiv 2006.06676, appendix B) and DiffAugment
 (Zhao et al. 2020, arXiv 2006.10738). Random numbers come from outside, a row per sample, so what a

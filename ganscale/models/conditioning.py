@@ -1,4 +1,4 @@
-"""How labels enter the players: embeddings, class-conditional batch norm, the projection logit.
+"""How labels enter the networks: embeddings, class-conditional batch norm, the projection logit.
 
 Labels are int64 (N,) in 0..num_classes-1. With `num_classes` = 0 a model is unconditional and
 ignores them; None may then be given.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ganscale.models.layers import at_least_fp32
 
@@ -18,7 +17,9 @@ __all__ = ["ConditionalBatchNorm2d", "ProjectionHead", "one_hot"]
 def one_hot(labels: Tensor | None, num_classes: int) -> Tensor:
     """Labels as fp32 vectors, (N, num_classes)."""
     assert labels is not None, "a class-conditional model needs labels"
-    return F.one_hot(labels, num_classes).float()
+    # F.one_hot checks the range of labels, which on the CPU is a host read in the step.
+    classes = torch.arange(num_classes, device=labels.device)
+    return (labels[:, None] == classes).float()
 
 
 class ConditionalBatchNorm2d(nn.Module):

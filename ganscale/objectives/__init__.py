@@ -1,1 +1,1 @@
-"""What the players minimise: pure functions of logits."""
+"""What the networks minimise: pure functions of logits, images and latents."""

@@ -10,10 +10,17 @@ from torch import Tensor
 
 from ganscale.config import AugmentConfig
 
-__all__ = ["AdaController", "LecamAnchors"]
+__all__ = ["AdaController", "LecamAnchors", "ada_p_step"]
 
 _STEPS_PER_ADAPTATION = 4
 _ANCHOR_DECAY = 0.99
+
+
+def ada_p_step(config: AugmentConfig, step: int, batch_size: int) -> float:
+    """How far ADA's p may move in update number `step` (0, 1, ...) of a global batch; often 0."""
+    if step % _STEPS_PER_ADAPTATION != _STEPS_PER_ADAPTATION - 1:
+        return 0.0
+    return batch_size * _STEPS_PER_ADAPTATION / (1000 * config.adapt_kimg)
 
 
 class AdaController:
@@ -26,15 +33,8 @@ class AdaController:
     def __init__(self, config: AugmentConfig, device: torch.device) -> None:
         assert config.target is not None
         self.target = config.target
-        self.nimg_to_full = 1000 * config.adapt_kimg
         self.p = torch.tensor(config.p.at(0), device=device)
         self._signs = torch.zeros((), device=device)
-
-    def p_step(self, step: int, batch_size: int) -> float:
-        """How far p may move in update number `step` (0, 1, ...) of a global batch; often 0."""
-        if step % _STEPS_PER_ADAPTATION != _STEPS_PER_ADAPTATION - 1:
-            return 0.0
-        return batch_size * _STEPS_PER_ADAPTATION / self.nimg_to_full
 
     def update(self, mean_sign: Tensor, p_step: Tensor) -> None:
         """Take in the mean sign of the logits at real images, (), and move p by `p_step`, ()."""

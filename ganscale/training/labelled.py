@@ -32,10 +32,10 @@ class LabelledPool:
         device: torch.device,
     ) -> None:
         samples = labelled_samples(shard_set, num_labels, seed=seed)
-        found = images.read(samples)
-        if found.damaged:
-            raise found.damaged[0]
-        self._pixels = found.pixels.to(device)
+        stored = images.read(samples)
+        if stored.damaged:
+            raise stored.damaged[0]
+        self._pixels = stored.pixels.to(device)
         self._values = shard_set.values
         labels = shard_set.samples["label"][samples].astype(np.int64)
         self._labels = torch.from_numpy(labels).to(device)
@@ -55,15 +55,15 @@ def labelled_samples(shard_set: ShardSet, num_labels: int, *, seed: int) -> NDAr
     """
     labels = shard_set.samples["label"]
     num_classes = len(shard_set.classes)
-    wanted = num_labels // num_classes
+    per_class = num_labels // num_classes
     random = np.random.default_rng(seed_for(seed, "labelled samples"))
     chosen = []
     for number, name in enumerate(shard_set.classes):
         members = np.flatnonzero(labels == number)
-        if len(members) < wanted:
+        if len(members) < per_class:
             raise ConfigError(
-                f"method.labels={num_labels} needs {wanted} images of each class, "
+                f"method.labels={num_labels} needs {per_class} images of each class, "
                 f"{shard_set.location} has {len(members)} of {name}"
             )
-        chosen.append(random.choice(members, wanted, replace=False))
+        chosen.append(random.choice(members, per_class, replace=False))
     return np.sort(np.concatenate(chosen)).astype(np.int64)

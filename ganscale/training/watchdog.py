@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from ganscale.world import World
 
-__all__ = ["PHASES", "Beat", "Phase", "Watchdog", "laggards"]
+__all__ = ["PHASES", "Heartbeat", "Phase", "Watchdog", "laggards"]
 
 Phase = Literal[
     "start",
@@ -45,7 +45,7 @@ _SILENT_BEATS = 5
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """How far a rank is; `number` grows with each beat, so that silence is seen."""
 
     rank: int
@@ -60,7 +60,7 @@ class Beat:
         return self.step, PHASES.index(self.phase)
 
 
-def laggards(beats: list[Beat], silent: set[int]) -> list[int]:
+def laggards(beats: list[Heartbeat], silent: set[int]) -> list[int]:
     """The ranks that the others wait for: those that fell silent, else those behind the rest.
 
     When all are in the same phase of the same step, it is all of them: the stacks say more.
@@ -101,7 +101,7 @@ class Watchdog:
         self._began = time.monotonic()
         self._stop = threading.Event()
         self._answered = time.monotonic()
-        self._beats: dict[int, Beat] = {}
+        self._beats: dict[int, Heartbeat] = {}
         self._unchanged: dict[int, int] = {}
         self._store = PrefixStore("ganscale/watchdog", _get_default_store())
         self._threads = [
@@ -136,21 +136,21 @@ class Watchdog:
         while not self._stop.is_set():
             number += 1
             step, phase, _ = self._at
-            beat = Beat(self._world.rank, number, step, phase, self._host)
+            beat = Heartbeat(self._world.rank, number, step, phase, self._host)
             try:
                 self._store.set(str(self._world.rank), json.dumps(asdict(beat)))
                 if time.monotonic() - self._began > self._stall_seconds / 2:
                     for rank in range(self._world.world_size):
-                        self._hear(rank)
+                        self._receive(rank)
             except RuntimeError:  # the store's rank is gone; silence says so
                 return
             self._answered = time.monotonic()
             self._stop.wait(self._interval)
 
-    def _hear(self, rank: int) -> None:
+    def _receive(self, rank: int) -> None:
         if not self._store.check([str(rank)]):
             return
-        beat = Beat(**json.loads(self._store.get(str(rank))))
+        beat = Heartbeat(**json.loads(self._store.get(str(rank))))
         same = rank in self._beats and self._beats[rank].number == beat.number
         self._unchanged[rank] = self._unchanged.get(rank, 0) + 1 if same else 0
         self._beats[rank] = beat
@@ -163,7 +163,7 @@ class Watchdog:
             if seconds > self._stall_seconds and step != reported:
                 reported = step
                 stacks = self._dump_stacks(step)
-                self._tell(step, seconds, stacks)
+                self._report_stall(step, seconds, stacks)
 
     def _dump_stacks(self, step: int) -> Path:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
         return path
 
-    def _tell(self, step: int, seconds: float, stacks: Path) -> None:
+    def _report_stall(self, step: int, seconds: float, stacks: Path) -> None:
         silent = {r for r, count in self._unchanged.items() if count >= _SILENT_BEATS}
         silent -= {self._world.rank}
         patience = _SILENT_BEATS * self._interval
@@ -183,7 +183,7 @@ class Watchdog:
         able = [r for r in range(self._world.world_size) if r not in silent]
         if self._world.rank != min(able, default=0):
             return
-        mine = Beat(self._world.rank, 0, self._at[0], self._at[1], self._host)
+        mine = Heartbeat(self._world.rank, 0, self._at[0], self._at[1], self._host)
         beats = list({**self._beats, self._world.rank: mine}.values())
         waited_for = laggards(beats, silent)
         told_by = f"rank {self._world.rank} on {self._host}"
@@ -193,7 +193,7 @@ class Watchdog:
 def _fields(
     step: int,
     seconds: float,
-    beats: list[Beat],
+    beats: list[Heartbeat],
     waited_for: list[int],
     silent: set[int],
     stacks: Path,

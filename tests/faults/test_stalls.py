@@ -17,15 +17,15 @@ from ganscale.data.reader import Batch
 from ganscale.run_directory import RunDirectory
 from ganscale.training import loop
 from ganscale.training.build import load_shards
-from ganscale.training.watchdog import Beat, Phase, laggards
+from ganscale.training.watchdog import Heartbeat, Phase, laggards
 from ganscale.world import World
 from tests.conftest import MakeConfig
 from tests.support.ranks import run_ranks
 from tests.support.runs import read_rows, start_ranks, wait_for_rows
 
 
-def beat(rank: int, step: int, phase: Phase) -> Beat:
-    return Beat(rank, number=1, step=step, phase=phase, host="here")
+def beat(rank: int, step: int, phase: Phase) -> Heartbeat:
+    return Heartbeat(rank, number=1, step=step, phase=phase, host="here")
 
 
 def test_who_is_behind_or_silent_is_waited_for() -> None:

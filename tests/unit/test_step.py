@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from ganscale.config import AugmentConfig, Config, OptimizerConfig, Schedule
-from ganscale.training.adaptive import AdaController, LecamAnchors
+from ganscale.training.adaptive import AdaController, LecamAnchors, ada_p_step
 from ganscale.training.build import build_state, load_shards
 from ganscale.training.inputs import LocalBatch
 from ganscale.training.loop import Trainer
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
-from ganscale.training.steps.discriminator import penalty_weights
+from ganscale.training.steps.adversarial_inputs import penalty_weights
 from ganscale.training.steps.gan import Gan
 from ganscale.world import World, process_group
 from tests.conftest import MakeConfig
@@ -143,10 +143,11 @@ def test_the_generators_update_gives_the_discriminator_no_gradients() -> None:
 
 
 def test_ada_moves_p_by_a_constant_step_towards_the_target() -> None:
-    ada = AdaController(AugmentConfig(name="ada", target=0.6, adapt_kimg=1), CPU)
+    config = AugmentConfig(name="ada", target=0.6, adapt_kimg=1)
+    ada = AdaController(config, CPU)
     strengths = []
     for step, sign in enumerate([1.0, 0.9, 0.7, 0.8, *[0.2] * 4, *[0.1] * 4, *[0.61] * 4]):
-        ada.update(torch.tensor(sign), torch.tensor(ada.p_step(step, batch_size=100)))
+        ada.update(torch.tensor(sign), torch.tensor(ada_p_step(config, step, batch_size=100)))
         strengths.append(ada.p.item())
     # Four steps of 100 images are 0.4 of a kimg, in which p may go from 0 to 1.
     assert strengths == pytest.approx([0.0] * 3 + [0.4] * 4 + [0.0] * 8 + [0.4])

@@ -18,6 +18,7 @@ from ganscale.models.autoencoder import sampled
 from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
+from ganscale.training.steps.adversarial_inputs import adversarial_draws
 from ganscale.training.steps.discriminator import DiscriminatorTrainer, Samples, orthogonal_loss
 from ganscale.training.steps.generator import generator_loss
 from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
@@ -68,7 +69,7 @@ class Bigan(TrainingMethod):
         }
 
     def draws(self, variant: StepVariant) -> dict[str, Draw]:
-        draws = self.discriminator.draws(variant, judges_real=True)
+        draws = adversarial_draws(self.discriminator.config, variant, judges_real=True)
         for phase in ("D", "G") if variant.generator_turn else ("D",):
             draws[f"{phase} posterior"] = normal(self.z_dim)
             draws[f"{phase} z"] = normal(self.z_dim)

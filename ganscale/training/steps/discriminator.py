@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ganscale.augment.pipeline import AUGMENTATIONS, Augmentation
 from ganscale.config import Config
-from ganscale.generation.latents import Draw, normal, uniform
 from ganscale.models.activations import middle_features
 from ganscale.objectives.adversarial import OBJECTIVES, Objective
 from ganscale.objectives.penalties import (
@@ -29,22 +27,20 @@ from ganscale.objectives.penalties import (
 )
 from ganscale.training.adaptive import AdaController, LecamAnchors
 from ganscale.training.distribute import global_mean, sum_over_ranks
-from ganscale.training.inputs import LocalBatch, StepContext, StepInputs, StepVariant, scalar
+from ganscale.training.inputs import LocalBatch, StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
+from ganscale.training.steps.adversarial_inputs import augmentation_named
 from ganscale.world import World
 
 __all__ = [
     "DiscriminatorTrainer",
     "Samples",
-    "augmentation_draw",
     "center_logits",
+    "flip_and_shift",
     "frozen",
     "orthogonal_loss",
-    "penalty_weights",
 ]
-
-FLIP_AND_SHIFT = Augmentation(AUGMENTATIONS["flip_translate"])
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,6 @@ class DiscriminatorTrainer:
         self.precision = precision
         self.world_size = world.world_size
         self.objective = OBJECTIVES[config.objective.name]
-        top_k = config.objective.top_k
-        self.uses_top_k = (top_k.start, top_k.end) != (1, 1)
         self.model = OptimizedModel(
             network,
             config.optimizer,
@@ -77,9 +71,7 @@ class DiscriminatorTrainer:
             lr=config.optimizer.lr_discriminator,
             clip_weights=config.optimizer.clip_weights,
         )
-        self.augmentation: Augmentation | None = None
-        if config.augment.name != "none":
-            self.augmentation = Augmentation(AUGMENTATIONS[config.augment.name])
+        self.augmentation = augmentation_named(config.augment.name)
         self.ada: AdaController | None = None
         if config.augment.target is not None:
             self.ada = AdaController(config.augment, world.torch_device)
@@ -206,49 +198,6 @@ class DiscriminatorTrainer:
             self.ada.update(mean_sign, inputs.schedules["ada_p_step"])
         return local
 
-    def penalties(self, context: StepContext) -> tuple[str, ...]:
-        """Names of the penalties on logits that are on in a step."""
-        return tuple(penalty_weights(self.config, nimg=context.nimg, step=context.step))
-
-    def draws(self, variant: StepVariant, *, judges_real: bool = False) -> dict[str, Draw]:
-        """Random numbers that its update and the generator's loss need, by purpose.
-
-        `judges_real` says that the generator's phase judges real images whatever the objective is.
-        """
-        draws: dict[str, Draw] = {}
-        model = self.config.model
-        for penalty in (PENALTIES[name] for name in variant.penalties):
-            if penalty.pixel_noise:
-                shape = (model.img_channels, model.resolution, model.resolution)
-                draws[penalty.pixel_noise] = normal(*shape)
-            if penalty.image_noise:
-                draws[penalty.image_noise] = uniform(1, 1, 1)
-        if "consistency" in variant.penalties:
-            draws["perturb"] = augmentation_draw(FLIP_AND_SHIFT)
-        if self.augmentation is not None:
-            purposes = ["D real", "D fake"]
-            if variant.generator_turn:
-                purposes.append("G fake")
-                if judges_real or self.objective.generator_sees_real:
-                    purposes.append("G real")
-            draws |= dict.fromkeys(purposes, augmentation_draw(self.augmentation))
-        return draws
-
-    def schedules(self, context: StepContext) -> dict[str, Tensor]:
-        """What its update and the generator's loss need besides the learning rate, each ()."""
-        config, nimg, size = self.config, context.nimg, context.batch_size
-        weights = penalty_weights(config, nimg=nimg, step=context.step)
-        values = {f"penalty/{name}": scalar(weight) for name, weight in weights.items()}
-        if self.ada is not None:
-            values["ada_p_step"] = scalar(self.ada.p_step(context.step, size))
-        elif self.augmentation is not None:
-            values["augment_p"] = scalar(config.augment.p.at(nimg))
-        if self.uses_top_k:
-            k = max(1, round(config.objective.top_k.at(nimg) * size))
-            values["top_k"] = scalar(k, torch.int64)
-            values["top_k_scale"] = scalar(size / k)
-        return values
-
     def extra_metrics(self, nimg: int) -> dict[str, float]:
         """What a row of metrics has of it besides its statistics; reads from the device."""
         if self.augmentation is None:
@@ -279,25 +228,6 @@ def center_logits(
     return real_centered, fake - global_mean(real, batch.loss_weight)
 
 
-def penalty_weights(config: Config, *, nimg: int, step: int) -> dict[str, float]:
-    """The penalties on logits that are on in a step, and their weights.
-
-    Lazy ones are on at every `interval`-th step only, with `interval` times their weight.
-    """
-    penalty = config.penalty
-    lazy = penalty.interval if step % penalty.interval == 0 else 0
-    suffix = "_finite_difference" if penalty.form == "finite_difference" else ""
-    weights = {
-        f"r1{suffix}": lazy * penalty.r1.at(nimg),
-        f"r2{suffix}": lazy * penalty.r2.at(nimg),
-        "wgan_gp": lazy * penalty.wgan_gp,
-        "dragan": lazy * penalty.dragan,
-        "consistency": penalty.consistency,
-        "lecam": penalty.lecam,
-    }
-    return {name: weight for name, weight in weights.items() if weight}
-
-
 def orthogonal_loss(module: nn.Module, weight: float) -> Tensor | float:
     """The weighted orthogonal penalty of a network, (); 0 where the weight is 0."""
     return weight * orthogonal_penalty(dict(module.named_parameters())) if weight else 0.0
@@ -305,12 +235,8 @@ def orthogonal_loss(module: nn.Module, weight: float) -> Tensor | float:
 
 def flip_and_shift(images: Tensor, noise: Tensor) -> Tensor:
     """Images (n, C, H, W), each flipped and shifted as its row of `noise` says."""
-    return FLIP_AND_SHIFT(images, FLIP_AND_SHIFT.unpacked(noise), 1.0)
-
-
-def augmentation_draw(augmentation: Augmentation) -> Draw:
-    """Draws an augmentation's random numbers as rows of a tensor."""
-    return lambda batch_size, generator: augmentation.draw(batch_size, generator).packed()
+    augmentation = augmentation_named("flip_translate")
+    return augmentation(images, augmentation.unpacked(noise), 1.0)
 
 
 @contextmanager

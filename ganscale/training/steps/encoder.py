@@ -20,9 +20,10 @@ from ganscale.models import build_discriminator, build_encoder
 from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
+from ganscale.training.steps.adversarial_inputs import adversarial_draws
 from ganscale.training.steps.discriminator import DiscriminatorTrainer, Samples, orthogonal_loss
 from ganscale.training.steps.generator import generator_loss
-from ganscale.training.steps.likelihood import likeness
+from ganscale.training.steps.likelihood import reconstruction_likelihood
 from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
 from ganscale.world import World
 
@@ -85,7 +86,7 @@ class InDomainEncoder(TrainingMethod):
         }
 
     def draws(self, variant: StepVariant) -> dict[str, Draw]:
-        return self.discriminator.draws(variant)
+        return adversarial_draws(self.discriminator.config, variant)
 
     def phases(self, variant: StepVariant) -> list[PhaseUpdate]:
         phases: list[PhaseUpdate] = [("discriminator", self.update_discriminator)]
@@ -107,9 +108,11 @@ class InDomainEncoder(TrainingMethod):
         with self.precision.autocast():
             fake_images = self.inverse.network(batch.real_images, batch.labels)
         real, fake = Samples(batch.real_images, batch.labels), Samples(fake_images, batch.labels)
-        pixels = likeness(batch, real.images, fake_images)
+        pixels = reconstruction_likelihood(batch, real.images, fake_images)
         real_features = self.discriminator.features(real).detach()
-        features = likeness(batch, real_features, self.discriminator.features(fake))
+        features = reconstruction_likelihood(
+            batch, real_features, self.discriminator.features(fake)
+        )
         adversarial = generator_loss(self.discriminator, inputs, real, fake)
         loss = pixels.nll + features.nll + self.adversarial * adversarial
         self.inverse.backward(loss + orthogonal_loss(self.inverse.module, self.orthogonal))

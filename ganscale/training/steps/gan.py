@@ -13,6 +13,7 @@ from ganscale.models import build_discriminator, build_generator
 from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
+from ganscale.training.steps.adversarial_inputs import adversarial_draws
 from ganscale.training.steps.discriminator import DiscriminatorTrainer, Samples
 from ganscale.training.steps.generator import update_generator
 from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
@@ -47,7 +48,7 @@ class Gan(TrainingMethod):
         latents = {"D z": normal(self.z_dim)}
         if variant.generator_turn:
             latents["G z"] = normal(self.z_dim)
-        return latents | self.discriminator.draws(variant)
+        return latents | adversarial_draws(self.discriminator.config, variant)
 
     def phases(self, variant: StepVariant) -> list[PhaseUpdate]:
         phases: list[PhaseUpdate] = [("discriminator", self.update_discriminator)]

@@ -12,6 +12,7 @@ from torch import Tensor
 from ganscale.training.distribute import kth_largest
 from ganscale.training.inputs import StepInputs
 from ganscale.training.optimized_model import OptimizedModel
+from ganscale.training.steps.adversarial_inputs import uses_top_k
 from ganscale.training.steps.discriminator import (
     DiscriminatorTrainer,
     Samples,
@@ -73,7 +74,7 @@ def generator_loss(
         loss = objective.generator(real_logits, fake_logits)
         if real_learns and real_logits is not None and not objective.generator_sees_real:
             loss = loss + objective.generator(None, -real_logits)
-        if discriminator.uses_top_k:
+        if uses_top_k(discriminator.config):
             loss = loss * top_k_weights(inputs, fake_logits)
         return loss.sum() * batch.loss_weight
 

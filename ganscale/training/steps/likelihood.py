@@ -11,11 +11,11 @@ from ganscale.objectives.reconstruction import gaussian_kl, gaussian_nll
 from ganscale.training.distribute import sum_over_ranks
 from ganscale.training.inputs import LocalBatch
 
-__all__ = ["Likeness", "divergence", "likeness"]
+__all__ = ["Likelihood", "posterior_kl", "reconstruction_likelihood"]
 
 
 @dataclass(frozen=True)
-class Likeness:
+class Likelihood:
     """Of a rank's images and their reconstructions; averaged over ranks they are global means."""
 
     nll: Tensor
@@ -24,17 +24,17 @@ class Likeness:
     """()"""
 
 
-def likeness(batch: LocalBatch, wanted: Tensor, made: Tensor) -> Likeness:
-    """Likelihood of `wanted` under N(made, v), where v is the global mean squared error.
+def reconstruction_likelihood(batch: LocalBatch, target: Tensor, output: Tensor) -> Likelihood:
+    """Likelihood of `target` under N(output, v), where v is the global mean squared error.
 
     All ranks call it together; shapes are (n, ...), images or features.
     """
-    errors = (made.float() - wanted.float()).square().flatten(1).mean(1)
+    errors = (output.float() - target.float()).square().flatten(1).mean(1)
     squared_error = errors.sum() * batch.loss_weight
     variance = sum_over_ranks(squared_error.detach()) / dist.get_world_size()
-    return Likeness(gaussian_nll(squared_error, variance), squared_error)
+    return Likelihood(gaussian_nll(squared_error, variance), squared_error)
 
 
-def divergence(batch: LocalBatch, mean: Tensor, log_variance: Tensor) -> Tensor:
+def posterior_kl(batch: LocalBatch, mean: Tensor, log_variance: Tensor) -> Tensor:
     """KL of the posterior from the prior in nats per image, (); its mean over ranks is global."""
     return gaussian_kl(mean, log_variance).sum() * batch.loss_weight

@@ -19,6 +19,7 @@ from ganscale.generation.snapshot import OTHERS
 from ganscale.training.inputs import StepContext, StepInputs, StepVariant, scalar
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
+from ganscale.training.steps.adversarial_inputs import adversarial_schedules, penalty_weights
 from ganscale.training.steps.discriminator import DiscriminatorTrainer
 from ganscale.training.watchdog import Phase
 from ganscale.world import World
@@ -82,7 +83,10 @@ class TrainingMethod(ABC):
 
     def variant(self, context: StepContext) -> StepVariant:
         """Which form of the step is taken at a position."""
-        penalties = () if self.discriminator is None else self.discriminator.penalties(context)
+        penalties: tuple[str, ...] = ()
+        if self.discriminator is not None:
+            config = self.discriminator.config
+            penalties = tuple(penalty_weights(config, nimg=context.nimg, step=context.step))
         return StepVariant(context.generator_turn, penalties)
 
     def schedules(self, context: StepContext) -> dict[str, Tensor]:
@@ -92,7 +96,7 @@ class TrainingMethod(ABC):
             lr = model.lr_schedule.at(self._nimg_of_update(letter, context)) * context.lr_factor
             values[f"lr_{letter}"] = scalar(lr, torch.float64)
         if self.discriminator is not None:
-            values |= self.discriminator.schedules(context)
+            values |= adversarial_schedules(self.discriminator.config, context)
         return values
 
     def set_betas(self, context: StepContext) -> None:

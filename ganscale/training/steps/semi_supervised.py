@@ -1,7 +1,7 @@
 """A discriminator that learns classes from a few labels and shapes from all images.
 
 Salimans et al. (2016, arXiv 1606.03498): it minimises the cross-entropy of the labelled images
-beside the loss of the game (section 5), and the generator matches the mean of its features on real
+beside the adversarial loss (section 5), and the generator matches the mean of its features on real
 images (section 3.1) instead of minimising an adversarial loss, which makes the better classifiers.
 """
 
@@ -21,11 +21,10 @@ from ganscale.training.distribute import sum_over_ranks
 from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
+from ganscale.training.steps.adversarial_inputs import adversarial_draws, augmentation_draw
 from ganscale.training.steps.discriminator import (
-    FLIP_AND_SHIFT,
     DiscriminatorTrainer,
     Samples,
-    augmentation_draw,
     flip_and_shift,
     frozen,
     orthogonal_loss,
@@ -70,9 +69,9 @@ class SemiSupervised(TrainingMethod):
         }
 
     def draws(self, variant: StepVariant) -> dict[str, Draw]:
-        draws = {"labelled augmentation": augmentation_draw(FLIP_AND_SHIFT)}
+        draws = {"labelled augmentation": augmentation_draw("flip_translate")}
         if self.adversarial:
-            draws |= self.discriminator.draws(variant, judges_real=True)
+            draws |= adversarial_draws(self.discriminator.config, variant, judges_real=True)
             draws["D z"] = normal(self.z_dim)
             if variant.generator_turn:
                 draws["G z"] = normal(self.z_dim)

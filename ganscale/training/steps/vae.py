@@ -14,7 +14,7 @@ from ganscale.models.autoencoder import Autoencoder
 from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
-from ganscale.training.steps.likelihood import divergence, likeness
+from ganscale.training.steps.likelihood import posterior_kl, reconstruction_likelihood
 from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
 from ganscale.world import World
 
@@ -55,13 +55,13 @@ class Vae(TrainingMethod):
             encoded = self.autoencoder.network(
                 batch.real_images, inputs.noise["posterior"], batch.labels
             )
-        like = likeness(batch, batch.real_images, encoded.images)
-        kl = divergence(batch, encoded.mean, encoded.log_variance)
-        loss = like.nll + self.beta * kl / batch.real_images.shape[1:].numel()
+        likelihood = reconstruction_likelihood(batch, batch.real_images, encoded.images)
+        kl = posterior_kl(batch, encoded.mean, encoded.log_variance)
+        loss = likelihood.nll + self.beta * kl / batch.real_images.shape[1:].numel()
         self.autoencoder.backward(loss)
         return {
             "loss_G": loss.detach(),
-            "squared_error": like.squared_error.detach(),
+            "squared_error": likelihood.squared_error.detach(),
             "kl": kl.detach(),
             "grad_norm_G": self.autoencoder.step(inputs.schedules["lr_G"]),
         }

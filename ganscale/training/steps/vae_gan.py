@@ -21,9 +21,10 @@ from ganscale.models.autoencoder import Autoencoder, Encoded
 from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
+from ganscale.training.steps.adversarial_inputs import adversarial_draws
 from ganscale.training.steps.discriminator import DiscriminatorTrainer, Samples, orthogonal_loss
 from ganscale.training.steps.generator import generator_loss
-from ganscale.training.steps.likelihood import divergence, likeness
+from ganscale.training.steps.likelihood import posterior_kl, reconstruction_likelihood
 from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
 from ganscale.world import World
 
@@ -62,7 +63,7 @@ class VaeGan(TrainingMethod):
         }
 
     def draws(self, variant: StepVariant) -> dict[str, Draw]:
-        draws = self.discriminator.draws(variant)
+        draws = adversarial_draws(self.discriminator.config, variant)
         for phase in ("D", "G") if variant.generator_turn else ("D",):
             draws[f"{phase} posterior"] = normal(self.z_dim)
             draws[f"{phase} z"] = normal(self.z_dim)
@@ -92,13 +93,15 @@ class VaeGan(TrainingMethod):
         real, fake = Samples(batch.real_images, batch.labels), Samples(encoded.fakes, batch.labels)
         real_features = self.discriminator.features(real)
         features = self.discriminator.features(Samples(encoded.images, batch.labels))
-        like = likeness(batch, real_features.detach(), features)
-        kl = divergence(batch, encoded.mean, encoded.log_variance)
+        likelihood = reconstruction_likelihood(batch, real_features.detach(), features)
+        kl = posterior_kl(batch, encoded.mean, encoded.log_variance)
         adversarial = generator_loss(self.discriminator, inputs, real, fake)
-        loss = like.nll + self.settings.beta * kl / real_features.shape[1:].numel()
+        loss = likelihood.nll + self.settings.beta * kl / real_features.shape[1:].numel()
         loss = loss + self.settings.adversarial * adversarial
         self.autoencoder.backward(loss + orthogonal_loss(self.autoencoder.module, self.orthogonal))
-        squared_error = likeness(batch, batch.real_images, encoded.images).squared_error
+        squared_error = reconstruction_likelihood(
+            batch, batch.real_images, encoded.images
+        ).squared_error
         return {
             "loss_G": loss.detach(),
             "adversarial_loss": adversarial.detach(),
