@@ -274,7 +274,7 @@ def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("evaluation.metrics=[kid,neighbourhood]", "metrics.1='neighbourhood': .* now called prdc"),
+        ("evaluation.metrics=[kid,neighbourhood]", "metrics='neighbourhood': .* now called prdc"),
         ("checkpoint.best_metric=frechet", "best_metric='frechet': .* is now called fid"),
     ],
 )

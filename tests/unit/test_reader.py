@@ -250,13 +250,13 @@ def huge_png() -> bytes:
     ("image", "words"),
     [
         (png(16, 8), "is 16x8 in mode RGB, expected 16x16"),
-        (png(16, 16, "P"), "is 16x16 in mode P, expected 16x16 in mode RGB"),
+        (png(16, 16, "LA"), "has mode LA with transparency"),
         (png(16, 16, "L"), "in mode L, expected 16x16 in mode RGB"),
         (huge_png(), "is too large"),
         (png(16, 16)[:50], "cannot be decoded"),
         (b"<html>no image</html>", "is not an image"),
     ],
-    ids=["size", "palette", "gray", "20000x20000", "truncated", "html"],
+    ids=["size", "alpha", "gray", "20000x20000", "truncated", "html"],
 )
 def test_an_index_that_lies_about_an_image_is_found_when_it_is_read(
     own_set: ShardSet, image: bytes, words: str
