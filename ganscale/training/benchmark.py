@@ -34,7 +34,7 @@ class TrainingSpeed:
     precision: str
     batch_size: int
     images_per_second: float
-    """Median over rows of ten steps; of real images, each seen once a step."""
+    """Median over rows of ten steps; of real images, each of which is in one step."""
     parts: dict[str, float]
     """Mean seconds of a step's parts: data_wait, discriminator, generator, ..."""
     peak_memory_gib: float | None

@@ -1,4 +1,4 @@
-"""The generator measured while it trains: all ranks share the work, all get the same figures."""
+"""Evaluation of the generator during training, by all ranks together; all get the same metrics."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Evaluator:
     def measure(
         self, model: nn.Module, nimg: int, *, alive: Callable[[], None] = lambda: None
     ) -> Measured:
-        """Figures of the averaged generator `model`; all ranks call this together.
+        """Metrics of the averaged generator `model`; all ranks call this together.
 
         `alive` is called again and again while there is progress. The samples are of the same seeds
         each time. A generator that cannot be measured, since all its images are alike, is reported

@@ -1,6 +1,6 @@
 """Notices when training has gone wrong, from the rows of metrics that all ranks share.
 
-A GAN fails in a few ways that figures show long before anybody looks at pictures:
+A GAN fails in a few ways that metrics show long before anybody looks at samples:
 
 - `non_finite`: a loss is not a number, or, where gradients need no scaling, a gradient is not;
 - `scale_collapse`: under fp16, the loss scale has fallen below 1, or every other step is skipped;
