@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from ganscale.models.layers import MinibatchStd
@@ -95,9 +96,9 @@ def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # The count is filled in on the device: a tensor from host memory would make CUDA wait for the
     # copy, once a layer and forward, and could not be captured in a graph.
     entry = torch.cat([local_mean, local_squares, x.new_full((1,), len(rows))])
-    table = entry.new_zeros(dist.get_world_size(), len(entry))
-    table.select(0, dist.get_rank()).copy_(entry)
-    table = _sum_over_ranks_with_gradient(table)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    own_row = F.pad(entry[None], (0, 0, rank, world_size - 1 - rank))  # zeros in the others' rows
+    table = _sum_over_ranks_with_gradient(own_row)
     means, squares, counts = table.split([channels, channels, 1], dim=1)
     count = counts.sum()
     mean = (counts * means).sum(0) / count
