@@ -84,7 +84,7 @@ def test_a_start_that_cannot_train_changes_no_file_and_the_run_can_be_resumed(
         "optimizer.lr=0.5": "holds a run with other settings",
     }
     if not torch.cuda.is_available():
-        mistakes["launch.use_gpu=true"] = "torch sees no CUDA device here"
+        mistakes["launch.use_gpu=true"] = "cannot use this GPU"
     config = make_config()
     start(config, QUIET)
     before = contents(config.run_dir)
