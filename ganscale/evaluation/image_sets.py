@@ -8,6 +8,7 @@ processed are in memory.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -263,13 +264,17 @@ class GeneratedImages:
 def open_images(place: str, *, split: Split = "train", scratch: Path) -> ImageSet:
     """The images at a place: a shard set's folder or URL, or what `shards build --source` takes.
 
-    Archives are unpacked, and CIFAR-10 is downloaded if it is asked for, into `scratch`. Raises
-    `DataError` or `ConfigError` when there is nothing to be read.
+    Archives are unpacked, and CIFAR-10 is downloaded if it is asked for, into `scratch`. A warning
+    counts what is left out. Raises `DataError` or `ConfigError` when there is nothing to be read.
     """
     if is_url(place) or (Path(place).expanduser() / INDEX_NAME).is_file():
         return ImagesOfShards(ShardSet.load(place))
     spec, _ = resolve_source(place, split, download_dir=scratch)
-    return FileImages(open_source(spec), str(spec))
+    source = open_source(spec)
+    images = FileImages(source, str(spec))
+    if source.left_out:
+        warnings.warn(f"{spec}: left out: {source.left_out}", stacklevel=2)
+    return images
 
 
 def required_labels(images: ImageSet, purpose: str) -> Indices:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ganscale.models.layers import at_least_fp32
 
@@ -17,9 +18,8 @@ __all__ = ["ConditionalBatchNorm2d", "ProjectionHead", "one_hot"]
 def one_hot(labels: Tensor | None, num_classes: int) -> Tensor:
     """Labels as fp32 vectors, (N, num_classes)."""
     assert labels is not None, "a class-conditional model needs labels"
-    # F.one_hot checks the range of labels, which on the CPU is a host read in the step.
-    classes = torch.arange(num_classes, device=labels.device)
-    return (labels[:, None] == classes).float()
+    # F.one_hot checks the range of labels by a host read in the step; a lookup does so without.
+    return F.embedding(labels, torch.eye(num_classes, device=labels.device))
 
 
 class ConditionalBatchNorm2d(nn.Module):

@@ -123,11 +123,13 @@ def test_what_is_only_for_images_refuses_arrays(
 ) -> None:
     config = trained(make_config, spectrogram_shards)
     RunDirectory(config.run_dir).config.write_text(config.to_yaml())
-    np.save(tmp_path / "one.npy", np.zeros((32, 32), np.float32))
+    arrays = tmp_path / "arrays"
+    arrays.mkdir()
+    np.save(arrays / "one.npy", np.zeros((32, 32), np.float32))
     for arguments in (
         ("evaluate", "--run", config.run_dir, "--num", 8),
-        ("evaluate", "--images", tmp_path, "--reference", spectrogram_shards),
-        ("evaluate", "--images", tmp_path, "--reference", tmp_path),
+        ("evaluate", "--images", arrays, "--reference", spectrogram_shards),
+        ("evaluate", "--images", arrays, "--reference", arrays),
         ("nearest", config.run_dir, "--reference", spectrogram_shards, "--out", tmp_path / "x.png"),
         ("reconstruct", config.run_dir, "--images", spectrogram_shards,
          "--out", tmp_path / "x"),
