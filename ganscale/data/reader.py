@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+import torchvision.io  # noqa: F401  # takes seconds to load, which must not pass within a step
 from numpy.typing import NDArray
 
 from ganscale.data.order import BatchIndices, Order
