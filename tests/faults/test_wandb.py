@@ -157,10 +157,12 @@ def test_when_the_process_is_killed_an_offline_run_takes_what_comes_from_then_on
         time.sleep(0.05)  # so that wandb-core runs, and has what it was given
     process = psutil.Process(run.sink._helper._process.pid)
     (process if victim == "ganscale's process" else process.children()[0]).kill()
-    if victim == "wandb-core":
-        run.log(range(5, 6))  # on which ganscale's process notices
+    step = 5
     while not run.told:
-        time.sleep(0.05)
+        if victim == "wandb-core":  # a row that is sent to it while it dies goes unnoticed
+            run.log(range(step, step + 1))
+            step += 1
+        time.sleep(0.2)
     (message,) = run.told
     why = "killed by SIGKILL" if victim == "ganscale's process" else "wandb-core is gone"
     assert why in message
@@ -169,11 +171,11 @@ def test_when_the_process_is_killed_an_offline_run_takes_what_comes_from_then_on
     assert f"its log is {log}" in message
     assert "logged offline" in message
     assert "wandb sync" in message
-    run.log(range(6, 9))
+    run.log(range(step, step + 3))
     run.close()
     assert len(run.told) == 1
     (file,) = run.run_dir.root.glob("wandb/offline-run-*/*.wandb")
-    assert _metric_steps(file) == [6, 7, 8]
+    assert _metric_steps(file)[-3:] == [step, step + 1, step + 2]
     ids = {r["run"]["run_id"] for r in _records(file) if r["type"] == "run"}
     assert ids == {run.sink.run_id}
 
