@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ganscale.models.conditioning import ConditionalBatchNorm2d, ProjectionHead
+from ganscale.models.convolution import Conv2d
 from ganscale.models.layers import FullPrecision, spectral_norm
 from ganscale.models.residual import DownBlock, UpBlock, width_at
 
@@ -125,10 +126,10 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         inner, values = max(1, channels // 8), max(1, channels // 2)
-        self.query = nn.Conv2d(channels, inner, 1, bias=False)
-        self.key = nn.Conv2d(channels, inner, 1, bias=False)
-        self.value = nn.Conv2d(channels, values, 1, bias=False)
-        self.project = nn.Conv2d(values, channels, 1, bias=False)
+        self.query = Conv2d(channels, inner, 1, bias=False)
+        self.key = Conv2d(channels, inner, 1, bias=False)
+        self.value = Conv2d(channels, values, 1, bias=False)
+        self.project = Conv2d(values, channels, 1, bias=False)
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:

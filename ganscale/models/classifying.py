@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from ganscale.models.convolution import Conv2d
+
 __all__ = ["ClassifyingDiscriminator"]
 
 _SLOPE = 0.2
@@ -51,7 +53,7 @@ class ClassifyingDiscriminator(nn.Module):
 
 
 def _convolution(narrow: int, wide: int, stride: int) -> nn.Module:
-    convolution = nn.Conv2d(narrow, wide, 3, stride=stride, padding=1)
+    convolution = Conv2d(narrow, wide, 3, stride=stride, padding=1)
     nn.init.kaiming_normal_(convolution.weight, _SLOPE)
     normed: nn.Module = weight_norm(convolution)
     return normed

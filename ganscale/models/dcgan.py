@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ganscale.models.convolution import Conv2d
+
 __all__ = ["DcganDiscriminator", "DcganGenerator"]
 
 _SLOPE = 0.2
@@ -49,16 +51,16 @@ class DcganDiscriminator(nn.Module):
         super().__init__()
         widths = _widths(resolution, base_channels)
         layers: list[nn.Module] = [
-            nn.Conv2d(img_channels, widths[0], 4, stride=2, padding=1),
+            Conv2d(img_channels, widths[0], 4, stride=2, padding=1),
             nn.LeakyReLU(_SLOPE),
         ]
         for narrow, wide in zip(widths, widths[1:], strict=False):
             layers += [
-                nn.Conv2d(narrow, wide, 4, stride=2, padding=1, bias=False),
+                Conv2d(narrow, wide, 4, stride=2, padding=1, bias=False),
                 nn.BatchNorm2d(wide),
                 nn.LeakyReLU(_SLOPE),
             ]
-        layers += [nn.Conv2d(widths[-1], 1, 4)]
+        layers += [Conv2d(widths[-1], 1, 4)]
         self.layers = nn.Sequential(*layers)
         _initialise(self)
 

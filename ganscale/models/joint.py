@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ganscale.models.convolution import Conv2d
 from ganscale.models.layers import spectral_norm
 
 __all__ = ["JointDiscriminator"]
@@ -45,7 +46,7 @@ class JointDiscriminator(nn.Module):
 
 
 def _convolution(narrow: int, wide: int, *, stride: int = 1, padding: int = 0) -> nn.Module:
-    return spectral_norm(nn.Conv2d(narrow, wide, 4, stride=stride, padding=padding))
+    return spectral_norm(Conv2d(narrow, wide, 4, stride=stride, padding=padding))
 
 
 def _linear(narrow: int, wide: int) -> tuple[nn.Module, nn.Module]:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from ganscale.models.convolution import conv2d, conv_transpose2d
+
 __all__ = [
     "FullPrecision",
     "MinibatchStd",
@@ -109,15 +111,13 @@ def upsample(x: Tensor, taps: Tensor) -> Tensor:
     """
     kernel = _depthwise(4 * torch.outer(taps, taps), x)
     extra = len(taps) % 2
-    return F.conv_transpose2d(
-        x, kernel, stride=2, padding=1, output_padding=extra, groups=x.shape[1]
-    )
+    return conv_transpose2d(x, kernel, stride=2, padding=1, output_padding=extra, groups=x.shape[1])
 
 
 def downsample(x: Tensor, taps: Tensor) -> Tensor:
     """(N, C, H, W) to (N, C, H/2, W/2): the filter, with zeros beyond the border, each second."""
     kernel = _depthwise(torch.outer(taps, taps), x)
-    return F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
+    return conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
 
 
 def _depthwise(kernel: Tensor, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
 from ganscale.models.conditioning import ProjectionHead, one_hot
+from ganscale.models.convolution import Conv2d
 from ganscale.models.layers import FullPrecision, binomial_filter, downsample, upsample
 from ganscale.models.residual import width_at
 
@@ -99,10 +100,8 @@ class R3ganDiscriminator(nn.Module):
             stages += _blocks(width, blocks_per_stage, num_blocks)
             stages.append(_Resample(width, width_at(after, base_channels), up=False))
         self.stages = nn.Sequential(*stages)
-        basis = nn.Conv2d(base_channels, base_channels, 4, groups=base_channels, bias=False)
-        _he(basis.weight, 1.0)
         self.last = FullPrecision(
-            *_blocks(base_channels, blocks_per_stage, num_blocks), basis, nn.Flatten()
+            *_blocks(base_channels, blocks_per_stage, num_blocks), _DepthwiseSum(base_channels)
         )
         if num_classes:
             self.head: nn.Module = _Projection(base_channels, num_classes)
@@ -112,6 +111,21 @@ class R3ganDiscriminator(nn.Module):
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         logits: Tensor = self.head(self.last(self.stages(self.from_image(images))), labels)
         return logits
+
+
+class _DepthwiseSum(nn.Module):
+    """A depthwise 4x4 convolution of a 4x4 map, (N, C, 4, 4) to (N, C).
+
+    Written as a product and a sum: as a convolution it is a launch a channel on a GPU.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, 4, 4))
+        _he(self.weight, 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight.squeeze(1)).sum(dim=(2, 3))
 
 
 class _Projection(nn.Module):
@@ -137,9 +151,9 @@ class _Block(nn.Module):
         super().__init__()
         inner = _EXPANSION * channels
         groups = inner // _GROUP_CHANNELS
-        self.expand = nn.Conv2d(channels, inner, 1)
-        self.mix = nn.Conv2d(inner, inner, 3, padding=1, groups=groups)
-        self.contract = nn.Conv2d(inner, channels, 1, bias=False)
+        self.expand = Conv2d(channels, inner, 1)
+        self.mix = Conv2d(inner, inner, 3, padding=1, groups=groups)
+        self.contract = Conv2d(inner, channels, 1, bias=False)
         fixup = num_blocks ** (-1 / (2 * _LAYERS_PER_BLOCK - 2))
         for conv in (self.expand, self.mix):
             _he(conv.weight, _GAIN * fixup)
@@ -177,8 +191,8 @@ def _blocks(channels: int, number: int, num_blocks: int) -> list[nn.Module]:
     return [_Block(channels, num_blocks) for _ in range(number)]
 
 
-def _conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
-    conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+def _conv1x1(in_channels: int, out_channels: int) -> Conv2d:
+    conv = Conv2d(in_channels, out_channels, 1, bias=False)
     _he(conv.weight, 1.0)
     return conv
 

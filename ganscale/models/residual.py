@@ -10,6 +10,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ganscale.models.convolution import Conv2d
+
 __all__ = ["DownBlock", "UpBlock", "width_at"]
 
 _FULL_WIDTH_RESOLUTION = 32
@@ -31,10 +33,10 @@ class UpBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = norm1
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = norm2
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
         h: Tensor = F.interpolate(self.norm1(x, condition).relu(), scale_factor=2.0)
@@ -54,10 +56,10 @@ class DownBlock(nn.Module):
         super().__init__()
         self.down = down
         self.activation = nn.Identity() if first else nn.ReLU()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         learnt = down or in_channels != out_channels
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if learnt else nn.Identity()
+        self.shortcut = Conv2d(in_channels, out_channels, 1) if learnt else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.conv2(self.conv1(self.activation(x)).relu())

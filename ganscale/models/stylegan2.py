@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ganscale.models.conditioning import one_hot
+from ganscale.models.convolution import conv2d, conv_transpose2d
 from ganscale.models.layers import (
     FullPrecision,
     MinibatchStd,
@@ -146,7 +147,11 @@ def modulated_conv2d(
             norms = style.square() @ weight.square().sum(dim=(2, 3)).T
             scale = torch.rsqrt(norms + _EPSILON)
     x = x * style.to(x.dtype)[:, :, None, None]
-    x = F.conv2d(x, weight, padding="same") if taps is None else _up_conv2d(x, weight, taps)
+    x = (
+        conv2d(x, weight, padding=weight.shape[-1] // 2)
+        if taps is None
+        else _up_conv2d(x, weight, taps)
+    )
     return x * scale.to(x.dtype)[:, :, None, None] if demodulate else x
 
 
@@ -189,9 +194,9 @@ class EqualisedConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight / math.sqrt(self.weight[0].numel())
         if not self.down:
-            return F.conv2d(x, weight, padding="same")
+            return conv2d(x, weight, padding=weight.shape[-1] // 2)
         if weight.shape[-1] == 1:
-            return F.conv2d(downsample(x, self.taps), weight)
+            return conv2d(downsample(x, self.taps), weight)
         return _down_conv2d(x, weight, self.taps)
 
 
@@ -343,20 +348,20 @@ def _up_conv2d(x: Tensor, weight: Tensor, taps: Tensor) -> Tensor:
 
     The two differ only at the border, where the filter here sees what lies beyond the image.
     """
-    x = F.conv_transpose2d(x, weight.transpose(0, 1).flip(2, 3), stride=2)
+    x = conv_transpose2d(x, weight.transpose(0, 1).flip(2, 3), stride=2)
     return _filter(x, 4 * torch.outer(taps, taps), padding=1)
 
 
 def _down_conv2d(x: Tensor, weight: Tensor, taps: Tensor) -> Tensor:
     """The 3x3 convolution, then `downsample`, in the order that costs a quarter: filter first."""
     x = _filter(x, torch.outer(taps, taps), padding=2)
-    return F.conv2d(x, weight, stride=2)
+    return conv2d(x, weight, stride=2)
 
 
 def _filter(x: Tensor, kernel: Tensor, padding: int) -> Tensor:
     channels = x.shape[1]
     kernel = kernel.to(x.dtype).expand(channels, 1, *kernel.shape)
-    return F.conv2d(x, kernel, padding=padding, groups=channels)
+    return conv2d(x, kernel, padding=padding, groups=channels)
 
 
 def _normalise(x: Tensor) -> Tensor:
