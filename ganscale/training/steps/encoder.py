@@ -53,9 +53,8 @@ class InDomainEncoder(TrainingMethod):
         self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
     ) -> None:
         assert isinstance(config.method, EncoderMethod)
+        super().__init__(config, precision)
         self.adversarial = config.method.adversarial
-        self.orthogonal = config.penalty.orthogonal
-        self.precision = precision
         inverse = _Inverse(networks["encoder"], networks["generator"])
         self.inverse = OptimizedModel(inverse, config.optimizer, precision, world)
         self.discriminator = DiscriminatorTrainer(
@@ -86,7 +85,7 @@ class InDomainEncoder(TrainingMethod):
         }
 
     def draws(self, variant: StepVariant) -> dict[str, Draw]:
-        return adversarial_draws(self.discriminator.config, variant)
+        return adversarial_draws(self.config, variant)
 
     def phases(self, variant: StepVariant) -> list[PhaseUpdate]:
         phases: list[PhaseUpdate] = [("discriminator", self.update_discriminator)]
@@ -115,7 +114,8 @@ class InDomainEncoder(TrainingMethod):
         )
         adversarial = generator_loss(self.discriminator, inputs, real, fake)
         loss = pixels.nll + features.nll + self.adversarial * adversarial
-        self.inverse.backward(loss + orthogonal_loss(self.inverse.module, self.orthogonal))
+        orthogonal = orthogonal_loss(self.inverse.module, self.config.penalty.orthogonal)
+        self.inverse.backward(loss + orthogonal)
         return {
             "loss_E": loss.detach(),
             "adversarial_loss": adversarial.detach(),

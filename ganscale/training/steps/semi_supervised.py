@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ganscale.config import Config, SemiSupervisedMethod
-from ganscale.generation.latents import Draw, normal
+from ganscale.generation.latents import Draw
 from ganscale.models import build_classifier, build_generator
 from ganscale.models.classifying import ClassifyingDiscriminator
 from ganscale.training.distribute import sum_over_ranks
@@ -48,10 +48,8 @@ class SemiSupervised(TrainingMethod):
         self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
     ) -> None:
         assert isinstance(config.method, SemiSupervisedMethod)
+        super().__init__(config, precision)
         self.adversarial = config.method.adversarial
-        self.orthogonal = config.penalty.orthogonal
-        self.z_dim = config.model.z_dim
-        self.precision = precision
         self.world_size = world.world_size
         self.generator = OptimizedModel(networks["generator"], config.optimizer, precision, world)
         self.discriminator = DiscriminatorTrainer(config, networks["classifier"], precision, world)
@@ -71,10 +69,8 @@ class SemiSupervised(TrainingMethod):
     def draws(self, variant: StepVariant) -> dict[str, Draw]:
         draws = {"labelled augmentation": augmentation_draw("flip_translate")}
         if self.adversarial:
-            draws |= adversarial_draws(self.discriminator.config, variant, judges_real=True)
-            draws["D z"] = normal(self.z_dim)
-            if variant.generator_turn:
-                draws["G z"] = normal(self.z_dim)
+            draws |= self.latent_draws(variant, "z")
+            draws |= adversarial_draws(self.config, variant, judges_real=True)
         return draws
 
     def phases(self, variant: StepVariant) -> list[PhaseUpdate]:
@@ -126,7 +122,7 @@ class SemiSupervised(TrainingMethod):
         with torch.no_grad():
             real_mean = self._mean_features(inputs, "G real", inputs.batch.real_images)
             difference = sum_over_ranks(fake_mean - real_mean) / self.world_size
-        orthogonal = orthogonal_loss(self.generator.module, self.orthogonal)
+        orthogonal = orthogonal_loss(self.generator.module, self.config.penalty.orthogonal)
         self.generator.backward(2 * (difference @ fake_mean) + orthogonal)
         return {
             "loss_G": difference.square().sum(),
