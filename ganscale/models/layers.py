@@ -55,15 +55,12 @@ class SpectralNorm(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):
             matrix = weight.flatten(1)
             if self.training:
-                self._iterate(matrix.detach())
+                with torch.no_grad():
+                    self.right.copy_(F.normalize(matrix.T @ self.left, dim=0))
+                    self.left.copy_(F.normalize(matrix @ self.right, dim=0))
             # Copies: the next forward moves the vectors before this one's backward is run.
             sigma = torch.dot(self.left.clone(), matrix @ self.right.clone())
             return weight / sigma
-
-    @torch.no_grad()
-    def _iterate(self, matrix: Tensor) -> None:
-        self.right.copy_(F.normalize(matrix.T @ self.left, dim=0))
-        self.left.copy_(F.normalize(matrix @ self.right, dim=0))
 
 
 def spectral_norm(module: M) -> M:

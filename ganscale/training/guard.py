@@ -123,7 +123,10 @@ class Guard:
 
     def _signs(self, row: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         """What looks wrong in this row, and how to say it."""
-        skipped = self._skipped(row)
+        skipped = {
+            model: row.get(f"train/skips_{model}", 0.0) - self._skips.get(model, 0.0)
+            for model in self._models
+        }
         for model in self._models:
             loss = row.get(f"train/loss_{model}", 0.0)
             if not math.isfinite(loss):
@@ -166,10 +169,6 @@ class Guard:
             yield "exploding", text
         elif norm * _NORM_FACTOR < usual:
             yield "vanishing", text
-
-    def _skipped(self, row: Mapping[str, float]) -> dict[str, float]:
-        """Steps of each model that were skipped since the row before."""
-        return {p: row.get(f"train/skips_{p}", 0.0) - self._skips.get(p, 0.0) for p in self._models}
 
     def _remember(self, row: Mapping[str, float], signs: Mapping[str, str]) -> None:
         self._num_rows += 1
