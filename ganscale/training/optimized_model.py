@@ -77,17 +77,27 @@ class OptimizedModel:
         `lr` is the learning rate, (). With a non-finite gradient the weights stay and the skip is
         counted. All ranks hold the same averaged gradients, so they agree without communication.
         """
+        # In place: the optimizer, and a captured graph, read this very tensor.
         self.lr.copy_(lr)
+        # Gradients are those of the scaled loss up to here; norms and limits below are in true
+        # units. Unscaling also notes whether all are finite, which has to come before clipping:
+        # that would turn an inf into its limit.
         self.scaler.unscale(self.optimizer)
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        # Finite gradients may have an L2 norm that is not, as their squares overflow. So a skip is
+        # told by the largest element, which is what the scaler goes by too.
         largest = get_total_norm(gradients, norm_type=torch.inf)
         norm = get_total_norm(gradients)
+        # An inf times the factor 0 is NaN, so gradients that are not finite stay so.
         if self.config.clip_norm is not None:
             torch._foreach_mul_(gradients, (self.config.clip_norm / norm).clamp(max=1.0))
         if self.config.clip_value is not None:
             torch._foreach_clamp_min_(gradients, -self.config.clip_value)
             torch._foreach_clamp_max_(gradients, self.config.clip_value)
+        # Where a gradient was not finite the fused kernel leaves weights, moments and Adam's step
+        # count as they are, by a flag on the device.
         self.scaler.step(self.optimizer)
+        # WGAN's constraint (arXiv 1701.07875, algorithm 1) is on the weights after the update.
         if self.clip_weights is not None:
             weights = list(self.module.parameters())
             with torch.no_grad():

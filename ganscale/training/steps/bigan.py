@@ -49,6 +49,8 @@ class Bigan(TrainingMethod):
         self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
     ) -> None:
         super().__init__(config, precision)
+        # One module with one forward: DDP takes the parameters that its latest forward did not
+        # reach for unused, which would be the encoder's if the two were called one after the other.
         pairs = _Pairs(networks["encoder"], networks["generator"])
         self.pairs = OptimizedModel(pairs, config.optimizer, precision, world)
         self.discriminator = DiscriminatorTrainer(
@@ -68,6 +70,7 @@ class Bigan(TrainingMethod):
 
     def draws(self, variant: StepVariant) -> dict[str, Draw]:
         latents = self.latent_draws(variant, "posterior", "z")
+        # The encoder's part of the loss judges real pairs, whatever the objective is.
         return latents | adversarial_draws(self.config, variant, judges_real=True)
 
     def phases(self, variant: StepVariant) -> list[PhaseUpdate]:
@@ -84,6 +87,8 @@ class Bigan(TrainingMethod):
 
     def update_pairs(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
         """One update of generator and encoder, who make each other's pairs alike."""
+        # A fresh posterior sample and fresh latents: the pairs of the discriminator's phase belong
+        # to a graph that was not recorded.
         real, fake = self._make_pairs(self.pairs.network, inputs, "G")
         loss = generator_loss(self.discriminator, inputs, real, fake, real_learns=True)
         orthogonal = orthogonal_loss(self.pairs.module, self.config.penalty.orthogonal)
@@ -96,4 +101,5 @@ class Bigan(TrainingMethod):
         real_images, z = inputs.batch.real_images, inputs.noise[f"{phase} z"]
         with self.precision.autocast():
             encoded, fake_images = network(real_images, inputs.noise[f"{phase} posterior"], z)
+        # The condition of a pair is its latent. No labels: an unconditional encoder and generator.
         return Samples(real_images, encoded), Samples(fake_images, z)

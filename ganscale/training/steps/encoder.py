@@ -36,9 +36,12 @@ class _Inverse(nn.Module):
     def __init__(self, encoder: nn.Module, generator: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
+        # Evaluation mode, so that batch norm uses the statistics it was trained to, and no weight
+        # changes; gradients still pass through to the latents.
         self.generator = generator.eval().requires_grad_(False)
 
     def forward(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        # The mean alone: an inverse is to be one latent, not a distribution.
         mean, _ = self.encoder(images)
         made: Tensor = self.generator(mean, labels)
         return made
@@ -71,6 +74,7 @@ class InDomainEncoder(TrainingMethod):
         trained = load_generator(config.method.generator)
         theirs = trained.info["model"]
         if theirs != spec:
+            # The message lists every option that differs, ready to be copied to the command line.
             other = [
                 f"model.{name}={theirs[name]}" for name in theirs if theirs[name] != spec.get(name)
             ]
@@ -107,7 +111,10 @@ class InDomainEncoder(TrainingMethod):
         with self.precision.autocast():
             fake_images = self.inverse.network(batch.real_images, batch.labels)
         real, fake = Samples(batch.real_images, batch.labels), Samples(fake_images, batch.labels)
+        # Equation 2 of the paper weighs features against pixels by a constant. Here each has the
+        # variance that maximises its likelihood, so neither has to be tuned.
         pixels = reconstruction_likelihood(batch, real.images, fake_images)
+        # A target, and the discriminator is a fixed measure in this phase.
         real_features = self.discriminator.features(real).detach()
         features = reconstruction_likelihood(
             batch, real_features, self.discriminator.features(fake)

@@ -55,6 +55,8 @@ class Gan(TrainingMethod):
     def update_discriminator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
         """One update of the discriminator on fakes of its own latents."""
         batch = inputs.batch
+        # The bare module: without gradients there is nothing for DDP to average. Fakes take the
+        # labels of the real images, so a class is as frequent on both sides.
         with self.precision.autocast(), torch.no_grad():
             fake_images = self.generator.module(inputs.noise["D z"], batch.labels)
         real, fake = Samples(batch.real_images, batch.labels), Samples(fake_images, batch.labels)

@@ -88,6 +88,7 @@ class TrainingMethod(ABC):
         statistics: dict[str, Tensor] = {}
         for name, update in self.phases(variant):
             enter(name)
+            # In their order: a later phase is judged by the discriminator that has just learnt.
             statistics |= update(inputs, variant)
         return statistics
 
@@ -95,6 +96,8 @@ class TrainingMethod(ABC):
         """Which form of the step is taken at a position."""
         penalties: tuple[str, ...] = ()
         if self.discriminator is not None:
+            # Only the names: which penalties are in a step is a form of its graph, how strong they
+            # are is an input to it (`adversarial_schedules`).
             weights = penalty_weights(self.config, nimg=context.nimg, step=context.step)
             penalties = tuple(weights)
         return StepVariant(context.generator_turn, penalties)
@@ -104,6 +107,8 @@ class TrainingMethod(ABC):
         values: dict[str, Tensor] = {}
         for letter, model in self.models.items():
             lr = model.lr_schedule.at(self._nimg_of_update(letter, context)) * context.lr_factor
+            # float64, since fused Adam on the CPU reads a double: the bits are then those of a
+            # learning rate that is a plain number.
             values[f"lr_{letter}"] = scalar(lr, torch.float64)
         if self.discriminator is not None:
             values |= adversarial_schedules(self.config, context)

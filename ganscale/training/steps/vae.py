@@ -56,6 +56,8 @@ class Vae(TrainingMethod):
             )
         likelihood = reconstruction_likelihood(batch, batch.real_images, encoded.images)
         kl = posterior_kl(batch, encoded.mean, encoded.log_variance)
+        # The likelihood is per dimension of the image, so the divergence, which is per image, is
+        # divided by their number; beta = 1 is then the bound itself.
         loss = likelihood.nll + self.beta * kl / batch.real_images.shape[1:].numel()
         self.autoencoder.backward(loss)
         return {
