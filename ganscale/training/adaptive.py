@@ -54,7 +54,7 @@ class AdaController:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Load a saved state in place."""
-        # In place: a captured graph reads this very tensor.
+        # In place, so that a step captured as a graph reads what was loaded.
         self.p.copy_(state["p"])
         self._signs.copy_(state["signs"])
 

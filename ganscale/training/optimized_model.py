@@ -77,7 +77,7 @@ class OptimizedModel:
         `lr` is the learning rate, (). With a non-finite gradient the weights stay and the skip is
         counted. All ranks hold the same averaged gradients, so they agree without communication.
         """
-        # In place: the optimizer, and a captured graph, read this very tensor.
+        # In place: the optimizer reads this very tensor, as a captured graph of the step would.
         self.lr.copy_(lr)
         # Gradients are those of the scaled loss up to here; norms and limits below are in true
         # units. Unscaling also notes whether all are finite, which has to come before clipping:
