@@ -50,6 +50,7 @@ def bench_training(config: Config, world: World, *, seconds: float) -> TrainingS
     """
     kimg = _STEPS_IN_A_ROW * config.training.batch_size / 1000
     with tempfile.TemporaryDirectory() as folder:
+        # What is done between steps is put off beyond any run: only the steps are measured.
         config = config.with_changes(
             {
                 "name": "bench",
