@@ -55,7 +55,7 @@ class StepContext:
     step: int = 0
     """Steps before it."""
     batch_size: int = 1
-    """Of the global batch."""
+    """Size of the global batch."""
     lr_factor: float = 1.0
     """What learning rates are multiplied by."""
     discriminator_steps: int = 1
@@ -107,9 +107,9 @@ class LocalBatch:
     slots: Tensor
     """int64 (n,), the places of these samples in the global batch."""
     global_size: int
-    """B."""
+    """B, the number of samples in the global batch over all ranks."""
     loss_weight: float
-    """W / B."""
+    """W / B for W ranks, which turns a sum over local samples into a part of the global mean."""
     labelled: Labelled | None = None
     """For methods that learn from some labels only."""
 
