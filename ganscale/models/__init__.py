@@ -81,4 +81,6 @@ def build_joint_discriminator(spec: dict[str, Any]) -> nn.Module:
 
 def _build(player: Callable[..., Network], spec: dict[str, Any]) -> Network:
     """Each player takes those options of its architecture that its constructor names."""
+    # One description serves generator, discriminator and encoder, of which each knows some options.
+    # A constructor that wants an option the description lacks fails by its name.
     return player(**{name: spec[name] for name in inspect.signature(player).parameters})

@@ -50,6 +50,8 @@ class BigganGenerator(nn.Module):
         self.part_dim = _part_dim(z_dim, 1 + len(sizes))
         self.embedding = nn.Embedding(num_classes, _EMBEDDING_DIM)
         width = width_at(4, 4 * base_channels)
+        # The first part of the latent enters here, the others one block each (the paper's appendix
+        # B).
         self.linear = FullPrecision(nn.Linear(self.part_dim, width * 4 * 4))
         self.blocks, self.attentions = nn.ModuleList(), nn.ModuleList()
         norm = partial(_conditional_norm, condition_dim=self.part_dim + _EMBEDDING_DIM)
@@ -109,6 +111,8 @@ class BigganDiscriminator(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         x: Tensor = self.blocks(images).relu()
+        # Summed and not averaged, as in the paper; in fp32, as a sum of 64 values has more digits
+        # than half precision holds.
         features = x.sum(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
         logits: Tensor = self.head(features, labels)
         return logits
@@ -130,6 +134,7 @@ class SelfAttention(nn.Module):
         self.key = Conv2d(channels, inner, 1, bias=False)
         self.value = Conv2d(channels, values, 1, bias=False)
         self.project = Conv2d(values, channels, 1, bias=False)
+        # At the start attention adds nothing; the network learns how much of it to let in.
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,10 +144,13 @@ class SelfAttention(nn.Module):
     def attend(self, x: Tensor) -> Tensor:
         """The values averaged with each position's attention weights, (N, C / 2, H, W), fp32."""
         query = self.query(x).flatten(2)
+        # A quarter of the positions to attend to: a quarter of the scores, which are the memory
+        # here.
         key = F.max_pool2d(self.key(x), 2).flatten(2)
         value = F.max_pool2d(self.value(x), 2).flatten(2)
         dtype = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
+            # Scores are not divided by a root of the width, so they may leave the range of fp16.
             scores = query.to(dtype).transpose(1, 2) @ key.to(dtype)  # (N, HW, HW / 4)
             mixed: Tensor = value.to(dtype) @ scores.softmax(dim=2).transpose(1, 2)
         return mixed.view(len(x), -1, *x.shape[2:])
@@ -180,5 +188,7 @@ def _initialise(module: nn.Module) -> None:
 
 def _normalise(module: nn.Module, besides: nn.Module | None = None) -> None:
     """Spectral norm on every weight but that of `besides`."""
+    # A list, since registering adds modules to those that are walked. Called after initialisation,
+    # which sets weights that are computed ones from here on.
     for part in [p for p in module.modules() if isinstance(p, _WEIGHTED) and p is not besides]:
         spectral_norm(part)

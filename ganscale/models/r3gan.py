@@ -26,6 +26,7 @@ from ganscale.models.residual import width_at
 __all__ = ["R3ganDiscriminator", "R3ganGenerator"]
 
 _SLOPE = 0.2
+# He et al. (2015, arXiv 1502.01852): keeps the variance through a leaky ReLU.
 _GAIN = math.sqrt(2 / (1 + _SLOPE**2))
 _EXPANSION = 2
 _GROUP_CHANNELS = 16
@@ -52,6 +53,7 @@ class R3ganGenerator(nn.Module):
     ) -> None:
         super().__init__()
         sizes = _sizes(resolution)
+        # L of Fixup counts the blocks of the whole network, not of a stage.
         num_blocks = blocks_per_stage * len(sizes)
         self.num_classes = num_classes
         embedding = _linear(num_classes, _EMBEDDING_DIM) if num_classes else None
@@ -73,6 +75,8 @@ class R3ganGenerator(nn.Module):
             if self.embedding is not None:
                 label = one_hot(labels, self.num_classes).to(z.dtype)
                 z = torch.cat([z, self.embedding(label)], dim=1)
+            # Each channel of the first map is a learnt 4x4 pattern times a linear form of the
+            # latent.
             x = self.linear(z)[:, :, None, None] * self.basis
         images: Tensor = self.to_image(self.stages(self.first(x)))
         return images
@@ -100,6 +104,8 @@ class R3ganDiscriminator(nn.Module):
             stages += _blocks(width, blocks_per_stage, num_blocks)
             stages.append(_Resample(width, width_at(after, base_channels), up=False))
         self.stages = nn.Sequential(*stages)
+        # The mirror image of the generator's basis: one 4x4 pattern for each channel, without
+        # padding.
         self.last = FullPrecision(
             *_blocks(base_channels, blocks_per_stage, num_blocks), _DepthwiseSum(base_channels)
         )
@@ -134,6 +140,7 @@ class _Projection(nn.Module):
     def __init__(self, features: int, num_classes: int) -> None:
         super().__init__()
         self.linear = _linear(features, features)
+        # The logit is a sum over all features; this keeps it from growing with their number.
         self.embedding = _linear(num_classes, features, gain=1 / math.sqrt(features))
         self.num_classes = num_classes
 
@@ -159,6 +166,7 @@ class _Block(nn.Module):
             _he(conv.weight, _GAIN * fixup)
             assert conv.bias is not None
             nn.init.zeros_(conv.bias)
+        # At the start each block passes its input on, however many there are.
         nn.init.zeros_(self.contract.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -182,6 +190,8 @@ class _Resample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.up:
+            # A 1x1 convolution and a filter over space commute; it is taken where the map is
+            # smaller.
             return upsample(self.conv(x), self.taps)
         resampled: Tensor = self.conv(downsample(x, self.taps))
         return resampled

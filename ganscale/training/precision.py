@@ -78,6 +78,8 @@ class LossScaler:
         if self._moves:
             self._scaler.update()
         else:
+            # The scale stays, but the scaler has to be told that the step is over: it refuses to
+            # unscale the same optimizer twice before that.
             self._scaler.update(1.0)
 
     @property
