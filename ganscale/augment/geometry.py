@@ -59,7 +59,8 @@ def reflect(place: Tensor, resolution: int) -> Tensor:
 def _take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Pixels (n, C, A, B) of images (n, C, H, W) at places broadcastable to (n, A, B)."""
     places = rows * images.shape[-1] + columns
-    return gather_pixels(images.flatten(2), places.flatten(1)).unflatten(2, places.shape[1:])
+    taken: Tensor = gather_pixels(images.flatten(2), places.flatten(1))
+    return taken.unflatten(2, places.shape[1:])
 
 
 def move_whole_pixels(images: Tensor, mirror: Tensor, quarters: Tensor, shift: Tensor) -> Tensor:
