@@ -171,7 +171,7 @@ def _part_dim(z_dim: int, num_parts: int) -> int:
 
 
 def _attention_size(resolution: int) -> int:
-    """Side of the map that attention sees."""
+    """Side of the map that attention sees: 16, or half the image if that is less."""
     return min(_ATTENTION_RESOLUTION, resolution // 2)
 
 

@@ -106,7 +106,7 @@ class InDomainEncoder(TrainingMethod):
         return self.discriminator.update(inputs, variant, real, fake)
 
     def update_encoder(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
-        """One update of the encoder."""
+        """One update of the encoder: likelihoods of pixels and features, adversarial loss."""
         batch = inputs.batch
         with self.precision.autocast():
             fake_images = self.inverse.network(batch.real_images, batch.labels)

@@ -63,5 +63,5 @@ class Gan(TrainingMethod):
         return self.discriminator.update(inputs, variant, real, fake)
 
     def update_generator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
-        """One update of the generator."""
+        """One update of the generator on latents of its own, against the updated discriminator."""
         return update_generator(self.generator, self.discriminator, inputs)

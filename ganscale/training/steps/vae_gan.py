@@ -85,7 +85,7 @@ class VaeGan(TrainingMethod):
         return self.discriminator.update(inputs, variant, real, fake)
 
     def update_autoencoder(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
-        """One update of encoder and generator."""
+        """One update of encoder and generator: likelihood of features, KL, adversarial loss."""
         batch = inputs.batch
         encoded = self._encode(self.autoencoder.network, inputs, "G")
         assert encoded.fakes is not None
