@@ -40,6 +40,7 @@ __all__ = [
     "flip_and_shift",
     "frozen",
     "orthogonal_loss",
+    "real_and_fake",
 ]
 
 
@@ -51,6 +52,11 @@ class Samples:
     """(n, C, H, W)"""
     condition: Tensor | None = None
     """Labels, int64 (n,), or latents, (n, z_dim); None for images alone."""
+
+
+def real_and_fake(batch: LocalBatch, fake_images: Tensor) -> tuple[Samples, Samples]:
+    """Real images (n, C, H, W) and as many fakes, both with the labels of the real ones."""
+    return Samples(batch.real_images, batch.labels), Samples(fake_images, batch.labels)
 
 
 class DiscriminatorTrainer:
@@ -98,12 +104,12 @@ class DiscriminatorTrainer:
         It minimises `loss_factor` times the adversarial loss with its penalties, plus `extra_loss`.
         Returns statistics, each (); averaged over ranks they are those of the global batch.
         """
+        batch, schedules = inputs.batch, inputs.schedules
+        penalties = {name: PENALTIES[name] for name in variant.penalties}
         # Fakes are detached: whatever made them learns in its own phase, from fakes of its own.
         # Both sides are leaves of this graph. They require a gradient only where a penalty of this
         # variant differentiates by them: otherwise every backward would go on through the first
         # layer and the augmentation for nothing.
-        batch, schedules = inputs.batch, inputs.schedules
-        penalties = {name: PENALTIES[name] for name in variant.penalties}
         real_images = real.images.detach()
         real_images.requires_grad_(any(p.real_gradient for p in penalties.values()))
         # Generators may return half precision under autocast; a gradient by such images would be
