@@ -1,6 +1,6 @@
 """BigGAN (Brock et al. 2019, arXiv 1809.11096), the CIFAR form: class-conditional only.
 
-Residual players with spectral norm on every weight (but the generator's class embedding) and
+Residual networks with spectral norm on every weight (but the generator's class embedding) and
 orthogonal initialisation. The latent is split: a part enters the first layer, and one more with the
 class embedding sets the batch norm gains and biases of each block. Self-attention (Zhang et al.
 2019, arXiv 1805.08318) at 16x16, or at 8x8 of 16x16 images. `base_channels` is ch of the paper (96
