@@ -118,23 +118,21 @@ class DiscriminatorTrainer:
         fake_images.requires_grad_(any(p.fake_gradient for p in penalties.values()))
 
         with self.precision.autocast():
-            # Forward.
-            # Real and fake images go through in forwards of their own. In one forward of both,
-            # batch norm and the minibatch deviation would take their statistics over real and fake
-            # images together.
+            # Forward. Real and fake images go through one after the other: in one forward of both,
+            # batch norm and the minibatch deviation would take their statistics over the two
+            # together.
             real_logits_fn = self.logits_fn(inputs, "D real", real.condition, learns=True)
             fake_logits_fn = self.logits_fn(inputs, "D fake", fake.condition, learns=True)
             real_logits, fake_logits = real_logits_fn(real_images), fake_logits_fn(fake_images)
 
-            # Loss.
-            # Summed and multiplied by W / B instead of averaged: ranks may hold different numbers
-            # of samples, and DDP's mean over ranks is then still that of the global batch.
+            # Loss. It is summed and multiplied by W / B instead of averaged: ranks may hold
+            # different numbers of samples, and DDP's mean over ranks is then still the mean over
+            # the global batch.
             centered = center_logits(self.objective, batch, real_logits, fake_logits)
             loss = self.objective.discriminator(*centered).sum() * batch.loss_weight
 
-            # Penalties.
-            # Penalties reuse the logits above where they can; those at other images (between real
-            # and fake, perturbed, noisy) take further forwards.
+            # Penalties. They reuse the logits above where they can; those at other images (between
+            # real and fake, perturbed, noisy) take further forwards.
             penalty_inputs = PenaltyInputs(
                 real_logits_fn=real_logits_fn,
                 fake_logits_fn=fake_logits_fn,
@@ -156,9 +154,8 @@ class DiscriminatorTrainer:
         for name, mean in means.items():
             total = total + schedules[f"penalty/{name}"] * mean
 
-        # Backward; DDP averages the gradients over the ranks.
-        # The orthogonal penalty depends on the weights alone, so it is the same on every rank and
-        # its average over ranks is itself: it needs no factor W / B.
+        # Backward; DDP averages the gradients over the ranks. The orthogonal penalty depends on the
+        # weights alone, so it is the same on every rank and needs no factor W / B.
         orthogonal = orthogonal_loss(self.model.module, self.config.penalty.orthogonal)
         self.model.backward(loss_factor * total + extra_loss + orthogonal)
 
