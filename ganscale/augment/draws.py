@@ -82,7 +82,7 @@ class Chances:
         return self.draws.normal[:, self.columns.first[name][1] + column]
 
     def happens(self, name: str) -> Tensor:
-        """Tell which samples execute a transform."""
+        """Tell which samples execute a transform, (n,) bool."""
         # p may be a tensor on the device that a step moves (ADA); nothing is read back to compare.
         # One number decides all parameters of a transform, so they come together.
         return self.uniform(name, 0) < self.p * self.weights.get(name, 0.0)

@@ -1,4 +1,8 @@
-"""What the layers inside a network compute, for any architecture."""
+"""What the layers inside a network compute, for any architecture.
+
+Forward hooks record it, so that no architecture has to return its features; the price is a whole
+forward, even for a layer in the middle.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """BigGAN (Brock et al. 2019, arXiv 1809.11096), the CIFAR form: class-conditional only.
 
-Residual players with spectral norm on every weight (but the generator's class embedding) and
+Residual networks with spectral norm on every weight (but the generator's class embedding) and
 orthogonal initialisation. The latent is split: a part enters the first layer, and one more with the
 class embedding sets the batch norm gains and biases of each block. Self-attention (Zhang et al.
 2019, arXiv 1805.08318) at 16x16, or at 8x8 of 16x16 images. `base_channels` is ch of the paper (96
@@ -172,7 +172,7 @@ def _part_dim(z_dim: int, num_parts: int) -> int:
 
 
 def _attention_size(resolution: int) -> int:
-    """Side of the map that attention sees."""
+    """Side of the map that attention sees: 16, or half the image if that is less."""
     return min(_ATTENTION_RESOLUTION, resolution // 2)
 
 

@@ -48,7 +48,7 @@ class ClassifyingDiscriminator(nn.Module):
         return logits if classes else torch.logsumexp(logits, dim=1)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the classes are told from, (N, C)."""
+        """Means of the last maps, (N, C): what classes are told from, and generators match."""
         pooled: Tensor = self.body(images).mean((2, 3))
         return pooled
 

@@ -16,7 +16,7 @@ __all__ = ["ConditionalBatchNorm2d", "ProjectionHead", "one_hot"]
 
 
 def one_hot(labels: Tensor | None, num_classes: int) -> Tensor:
-    """Labels as fp32 vectors, (N, num_classes)."""
+    """Labels (N,) as fp32 unit vectors, (N, num_classes), without a host read."""
     assert labels is not None, "a class-conditional model needs labels"
     # F.one_hot checks the range of labels by a host read in the step; a lookup does so without.
     return F.embedding(labels, torch.eye(num_classes, device=labels.device))

@@ -1,4 +1,4 @@
-"""DCGAN (Radford, Metz and Chintala, 2016, arXiv 1511.06434), LeakyReLU in both players.
+"""DCGAN (Radford, Metz and Chintala, 2016, arXiv 1511.06434), LeakyReLU in both networks.
 
 The generator doubles a 4x4 map up to the resolution with transposed convolutions; the
 discriminator mirrors it with strided ones. Batch norm everywhere but at the image and the logit.

@@ -1,10 +1,10 @@
-"""R3GAN, configuration E (Huang et al. 2024, arXiv 2501.05441): plain residual players, no norms.
+"""R3GAN, configuration E (Huang et al. 2024, arXiv 2501.05441): plain residual networks, no norms.
 
-Both players are stages of inverted bottlenecks: 1x1 to twice the width, grouped 3x3, 1x1 back,
+Both are stages of inverted bottlenecks: 1x1 to twice the width, grouped 3x3, 1x1 back,
 with a leaky ReLU after each of the first two and only two biases, before those. The generator
 starts from a learnt 4x4 basis, the discriminator ends in a depthwise 4x4 one. Weights start as He
 et al. (2015) have them, scaled by Fixup's L^(-1/(2m-2)) for L blocks of m layers (Zhang et al.
-2019, arXiv 1901.09321), the last layer of each block at zero, so at the start a player is its
+2019, arXiv 1901.09321), the last layer of each block at zero, so at the start a network is its
 resampling and two linear maps.
 
 The 4x4 stage, the image and the logit are computed in fp32 under every precision.

@@ -1,4 +1,4 @@
-"""SNGAN's residual players (Miyato et al. 2018, arXiv 1802.05957, appendix B.4, table 4).
+"""SNGAN's residual networks (Miyato et al. 2018, arXiv 1802.05957, appendix B.4, table 4).
 
 The generator doubles a 4x4 map with residual blocks and batch norm; the discriminator halves the
 image down to 8x8, adds two blocks there, sums over the map, and has spectral norm on every weight.

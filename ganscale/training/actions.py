@@ -1,4 +1,8 @@
-"""The built-in callbacks: samples, evaluation, rows of metrics, snapshots, checkpoints."""
+"""The built-in callbacks: samples, evaluation, rows of metrics, snapshots, checkpoints.
+
+All ranks run them at the same positions, as some are collectives; rank 0 alone writes files. Their
+order matters and is that of `Trainer._make_actions`.
+"""
 
 from __future__ import annotations
 

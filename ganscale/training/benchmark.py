@@ -1,4 +1,8 @@
-"""How fast a configuration trains on one device: the training loop itself, for some seconds."""
+"""How fast a configuration trains on one device: the training loop itself, for some seconds.
+
+What is measured is what a run would log about itself, data path and averages included. There is no
+second loop that could be faster than the real one.
+"""
 
 from __future__ import annotations
 

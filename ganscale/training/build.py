@@ -1,4 +1,8 @@
-"""From a configuration and a world to the things the loop works with."""
+"""From a configuration and a world to what the loop works with: state, order, reader.
+
+Initial weights are a function of the seed, the order of samples one of the seed and the shard set.
+What does not fit together is refused here, with the option that would have to change.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +69,7 @@ def build_state(config: Config, precision: Precision, world: World) -> TrainingS
 
 
 def load_shards(config: Config) -> ShardSet:
-    """The index of the configured set."""
+    """The index of the configured set, from wherever `data.shards` is; `DataError` if damaged."""
     assert config.data.shards is not None, "the launcher builds missing shards"
     data = config.data
     policy = RetryPolicy(

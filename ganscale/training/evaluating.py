@@ -34,6 +34,7 @@ class Measured:
     problem: str
     """Why nothing could be measured, in one line; else empty."""
     skipped: dict[str, str]
+    """Metrics that could not be computed, each with the reason."""
 
 
 class Evaluator:

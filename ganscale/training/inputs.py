@@ -53,7 +53,7 @@ class StepContext:
     nimg: int = 0
     """The position before the step."""
     step: int = 0
-    """Steps before it."""
+    """Number of steps taken before this one."""
     batch_size: int = 1
     """Size of the global batch."""
     lr_factor: float = 1.0
@@ -63,7 +63,7 @@ class StepContext:
 
     @property
     def nimg_after(self) -> int:
-        """The position after the step."""
+        """The position after the step, in real images."""
         return self.nimg + self.batch_size
 
     @property
@@ -236,7 +236,7 @@ class InputPreparer:
         return HostInputs(variant, context, batch, buffer, layout)
 
     def to_device(self, host: HostInputs) -> StepInputs:
-        """What the step is called with."""
+        """Copy to the device and unpack, without waiting for the copy: the step's arguments."""
         tensors = host.to_device(self.world.torch_device)
         noise = _with_prefix(tensors, "noise/")
         has_classes = bool(self.config.generator_spec["num_classes"])

@@ -96,7 +96,7 @@ def train(
 
 
 class Trainer:
-    """One rank of a run."""
+    """One rank of a run: it owns the state, the reader, the outputs and the loop over them."""
 
     def __init__(
         self,
@@ -271,7 +271,7 @@ class Trainer:
         ]
 
     def _enter(self, phase: Phase) -> None:
-        """The next part of a step begins."""
+        """Tell the watchdog and the step times that the next part of a step begins."""
         self.watchdog.mark(self.state.step, phase)
         self.times.enter("data_wait" if phase == "data" else phase.replace(" ", "_"))
 

@@ -45,7 +45,7 @@ class Outputs:
         self.values = values
         self.classes = classes
         self.world = world
-        self._also = sinks
+        self._extra_sinks = sinks
         self._step = 0
         self.run_dir = RunDirectory(config.run_dir)
         self.attempt = 0
@@ -163,7 +163,7 @@ class Outputs:
         # which this process has seen nothing yet.
         history = History.read(self.run_dir)
         self._events = EventLog(self.run_dir.events)
-        sinks: list[Sink] = [JsonlSink(self.run_dir.metrics), *self._also]
+        sinks: list[Sink] = [JsonlSink(self.run_dir.metrics), *self._extra_sinks]
         if wandb_mode != "disabled":
             sinks.append(
                 WandbSink(

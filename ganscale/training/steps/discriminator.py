@@ -40,6 +40,7 @@ __all__ = [
     "flip_and_shift",
     "frozen",
     "orthogonal_loss",
+    "real_and_fake",
 ]
 
 
@@ -51,6 +52,11 @@ class Samples:
     """(n, C, H, W)"""
     condition: Tensor | None = None
     """Labels, int64 (n,), or latents, (n, z_dim); None for images alone."""
+
+
+def real_and_fake(batch: LocalBatch, fake_images: Tensor) -> tuple[Samples, Samples]:
+    """Real images (n, C, H, W) and as many fakes, both with the labels of the real ones."""
+    return Samples(batch.real_images, batch.labels), Samples(fake_images, batch.labels)
 
 
 class DiscriminatorTrainer:
@@ -98,12 +104,12 @@ class DiscriminatorTrainer:
         It minimises `loss_factor` times the adversarial loss with its penalties, plus `extra_loss`.
         Returns statistics, each (); averaged over ranks they are those of the global batch.
         """
+        batch, schedules = inputs.batch, inputs.schedules
+        penalties = {name: PENALTIES[name] for name in variant.penalties}
         # Fakes are detached: whatever made them learns in its own phase, from fakes of its own.
         # Both sides are leaves of this graph. They require a gradient only where a penalty of this
         # variant differentiates by them: otherwise every backward would go on through the first
         # layer and the augmentation for nothing.
-        batch, schedules = inputs.batch, inputs.schedules
-        penalties = {name: PENALTIES[name] for name in variant.penalties}
         real_images = real.images.detach()
         real_images.requires_grad_(any(p.real_gradient for p in penalties.values()))
         # Generators may return half precision under autocast; a gradient by such images would be
@@ -112,23 +118,21 @@ class DiscriminatorTrainer:
         fake_images.requires_grad_(any(p.fake_gradient for p in penalties.values()))
 
         with self.precision.autocast():
-            # Forward.
-            # Real and fake images go through in forwards of their own. In one forward of both,
-            # batch norm and the minibatch deviation would take their statistics over real and fake
-            # images together.
+            # Forward. Real and fake images go through one after the other: in one forward of both,
+            # batch norm and the minibatch deviation would take their statistics over the two
+            # together.
             real_logits_fn = self.logits_fn(inputs, "D real", real.condition, learns=True)
             fake_logits_fn = self.logits_fn(inputs, "D fake", fake.condition, learns=True)
             real_logits, fake_logits = real_logits_fn(real_images), fake_logits_fn(fake_images)
 
-            # Loss.
-            # Summed and multiplied by W / B instead of averaged: ranks may hold different numbers
-            # of samples, and DDP's mean over ranks is then still that of the global batch.
+            # Loss. It is summed and multiplied by W / B instead of averaged: ranks may hold
+            # different numbers of samples, and DDP's mean over ranks is then still the mean over
+            # the global batch.
             centered = center_logits(self.objective, batch, real_logits, fake_logits)
             loss = self.objective.discriminator(*centered).sum() * batch.loss_weight
 
-            # Penalties.
-            # Penalties reuse the logits above where they can; those at other images (between real
-            # and fake, perturbed, noisy) take further forwards.
+            # Penalties. They reuse the logits above where they can; those at other images (between
+            # real and fake, perturbed, noisy) take further forwards.
             penalty_inputs = PenaltyInputs(
                 real_logits_fn=real_logits_fn,
                 fake_logits_fn=fake_logits_fn,
@@ -150,9 +154,8 @@ class DiscriminatorTrainer:
         for name, mean in means.items():
             total = total + schedules[f"penalty/{name}"] * mean
 
-        # Backward; DDP averages the gradients over the ranks.
-        # The orthogonal penalty depends on the weights alone, so it is the same on every rank and
-        # its average over ranks is itself: it needs no factor W / B.
+        # Backward; DDP averages the gradients over the ranks. The orthogonal penalty depends on the
+        # weights alone, so it is the same on every rank and needs no factor W / B.
         orthogonal = orthogonal_loss(self.model.module, self.config.penalty.orthogonal)
         self.model.backward(loss_factor * total + extra_loss + orthogonal)
 

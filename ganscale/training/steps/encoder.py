@@ -21,7 +21,11 @@ from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
 from ganscale.training.steps.adversarial_inputs import adversarial_draws
-from ganscale.training.steps.discriminator import DiscriminatorTrainer, Samples, orthogonal_loss
+from ganscale.training.steps.discriminator import (
+    DiscriminatorTrainer,
+    orthogonal_loss,
+    real_and_fake,
+)
 from ganscale.training.steps.generator import generator_loss
 from ganscale.training.steps.likelihood import reconstruction_likelihood
 from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
@@ -102,15 +106,15 @@ class InDomainEncoder(TrainingMethod):
         batch = inputs.batch
         with self.precision.autocast(), torch.no_grad():
             fake_images = self.inverse.module(batch.real_images, batch.labels)
-        real, fake = Samples(batch.real_images, batch.labels), Samples(fake_images, batch.labels)
+        real, fake = real_and_fake(batch, fake_images)
         return self.discriminator.update(inputs, variant, real, fake)
 
     def update_encoder(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
-        """One update of the encoder."""
+        """One update of the encoder: likelihoods of pixels and features, adversarial loss."""
         batch = inputs.batch
         with self.precision.autocast():
             fake_images = self.inverse.network(batch.real_images, batch.labels)
-        real, fake = Samples(batch.real_images, batch.labels), Samples(fake_images, batch.labels)
+        real, fake = real_and_fake(batch, fake_images)
         # Equation 2 of the paper weighs features against pixels by a constant. Here each has the
         # variance that maximises its likelihood, so neither has to be tuned.
         pixels = reconstruction_likelihood(batch, real.images, fake_images)

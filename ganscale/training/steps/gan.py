@@ -14,7 +14,7 @@ from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
 from ganscale.training.steps.adversarial_inputs import adversarial_draws
-from ganscale.training.steps.discriminator import DiscriminatorTrainer, Samples
+from ganscale.training.steps.discriminator import DiscriminatorTrainer, real_and_fake
 from ganscale.training.steps.generator import update_generator
 from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
 from ganscale.world import World
@@ -59,9 +59,9 @@ class Gan(TrainingMethod):
         # labels of the real images, so a class is as frequent on both sides.
         with self.precision.autocast(), torch.no_grad():
             fake_images = self.generator.module(inputs.noise["D z"], batch.labels)
-        real, fake = Samples(batch.real_images, batch.labels), Samples(fake_images, batch.labels)
+        real, fake = real_and_fake(batch, fake_images)
         return self.discriminator.update(inputs, variant, real, fake)
 
     def update_generator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
-        """One update of the generator."""
+        """One update of the generator on latents of its own, against the updated discriminator."""
         return update_generator(self.generator, self.discriminator, inputs)

@@ -19,6 +19,7 @@ from ganscale.training.steps.discriminator import (
     center_logits,
     frozen,
     orthogonal_loss,
+    real_and_fake,
 )
 
 __all__ = ["generator_loss", "top_k_weights", "update_generator"]
@@ -35,7 +36,7 @@ def update_generator(
         fake_images = generator.network(inputs.noise["G z"], batch.labels)
 
     # Loss.
-    real, fake = Samples(batch.real_images, batch.labels), Samples(fake_images, batch.labels)
+    real, fake = real_and_fake(batch, fake_images)
     loss = generator_loss(discriminator, inputs, real, fake)
 
     # Penalty and backward; DDP averages the gradients over the ranks.

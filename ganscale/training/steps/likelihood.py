@@ -1,4 +1,8 @@
-"""How likely images are under reconstructions of them, over the global batch."""
+"""How likely images are under reconstructions of them, over the global batch.
+
+The variance of the likelihood is that of all ranks' errors, so that W workers minimise what one
+would; this takes one all-reduce a likelihood.
+"""
 
 from __future__ import annotations
 

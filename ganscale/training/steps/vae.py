@@ -48,7 +48,7 @@ class Vae(TrainingMethod):
         return [("autoencoder", self.update)]
 
     def update(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
-        """One update of both networks."""
+        """One update of encoder and generator on the negative bound, in nats per dimension."""
         batch = inputs.batch
         with self.precision.autocast():
             encoded = self.autoencoder.network(

@@ -22,7 +22,12 @@ from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
 from ganscale.training.steps.adversarial_inputs import adversarial_draws
-from ganscale.training.steps.discriminator import DiscriminatorTrainer, Samples, orthogonal_loss
+from ganscale.training.steps.discriminator import (
+    DiscriminatorTrainer,
+    Samples,
+    orthogonal_loss,
+    real_and_fake,
+)
 from ganscale.training.steps.generator import generator_loss
 from ganscale.training.steps.likelihood import posterior_kl, reconstruction_likelihood
 from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
@@ -81,15 +86,15 @@ class VaeGan(TrainingMethod):
         with torch.no_grad():
             fake_images = self._encode(self.autoencoder.module, inputs, "D").fakes
         assert fake_images is not None
-        real, fake = Samples(batch.real_images, batch.labels), Samples(fake_images, batch.labels)
+        real, fake = real_and_fake(batch, fake_images)
         return self.discriminator.update(inputs, variant, real, fake)
 
     def update_autoencoder(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
-        """One update of encoder and generator."""
+        """One update of encoder and generator: likelihood of features, KL, adversarial loss."""
         batch = inputs.batch
         encoded = self._encode(self.autoencoder.network, inputs, "G")
         assert encoded.fakes is not None
-        real, fake = Samples(batch.real_images, batch.labels), Samples(encoded.fakes, batch.labels)
+        real, fake = real_and_fake(batch, encoded.fakes)
         # Equation 7: how likely the features of the real images are under those of the
         # reconstructions.
         real_features = self.discriminator.features(real)
