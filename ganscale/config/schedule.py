@@ -51,6 +51,11 @@ class Schedule(Section):
         """Whether the value is always zero."""
         return self.start == self.end == 0
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether the value is the same everywhere."""
+        return self.start == self.end
+
     @model_validator(mode="before")
     @classmethod
     def _from_number(cls, value: Any) -> Any:

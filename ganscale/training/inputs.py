@@ -12,7 +12,7 @@ from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ __all__ = [
     "InputPreparer",
     "Labelled",
     "LocalBatch",
+    "Rates",
     "StepContext",
     "StepInputs",
     "StepVariant",
@@ -118,6 +119,14 @@ class LocalBatch:
         return values.new_full((self.global_size,), fill).index_copy(0, self.slots, values)
 
 
+class Rates(NamedTuple):
+    """An optimizer's rates in one step, each ()."""
+
+    lr: Tensor
+    beta2: Tensor
+    """The decay rate of Adam's mean squares."""
+
+
 @dataclass(frozen=True)
 class StepInputs:
     """The arguments of one step; all tensors are on the device."""
@@ -127,6 +136,10 @@ class StepInputs:
     """Random numbers by purpose, each (n, ...): latents, augmentation rows, noise of penalties."""
     schedules: Mapping[str, Tensor]
     """Values that follow the position, each (): learning rates, penalty weights, ..."""
+
+    def rates(self, letter: str) -> Rates:
+        """Those of the network with this letter."""
+        return Rates(self.schedules[f"lr_{letter}"], self.schedules[f"beta2_{letter}"])
 
 
 @dataclass(frozen=True)

@@ -186,8 +186,6 @@ class Trainer:
         # Noted by the rank that met them, on the host; ranks exchange them once a row.
         state.skipped_samples += [str(error) for error in host.batch.skipped]
         inputs = self.inputs.to_device(host)
-        # The one schedule that cannot come as a tensor (`OptimizedModel.set_betas`).
-        state.method.set_betas(host.context)
         statistics = state.method.step(inputs, host.variant, self._enter)
         self.times.enter("average")
         # Added up on the device: a loss is read by the host once a row and not once a step.

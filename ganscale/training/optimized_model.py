@@ -11,7 +11,9 @@ from torch.nn.utils import get_total_norm
 
 from ganscale.config import OptimizerConfig, Schedule
 from ganscale.training.distribute import distribute
+from ganscale.training.inputs import Rates
 from ganscale.training.precision import Precision
+from ganscale.training.scheduled_adam import ScheduledAdam
 from ganscale.world import World
 
 __all__ = ["OptimizedModel"]
@@ -41,44 +43,49 @@ class OptimizedModel:
         self.config = config
         self.lr_schedule = lr or config.lr
         self.clip_weights = clip_weights
-        # The fused kernel reads float32 on CUDA. On the CPU it reads a double, as it does a number.
-        on_cpu = world.torch_device.type == "cpu"
-        self.lr = torch.tensor(
-            self.lr_schedule.at(0),
-            dtype=torch.float64 if on_cpu else torch.float32,
-            device=world.torch_device,
+        # The optimizer reads its rates from tensors that stay where they are, as a captured graph
+        # does. The fused kernel reads float32 on CUDA; on the CPU it reads a double, as it does a
+        # number.
+        on_cuda = world.torch_device.type == "cuda"
+        self.lr, self.beta2 = (
+            torch.tensor(
+                schedule.at(0),
+                dtype=torch.float32 if on_cuda else torch.float64,
+                device=world.torch_device,
+            )
+            for schedule in (self.lr_schedule, config.beta2)
         )
-        self.optimizer = torch.optim.Adam(
-            self.module.parameters(),
-            lr=self.lr,
-            betas=(config.beta1, config.beta2.at(0)),
-            eps=config.eps,
-            fused=True,  # with a gradient that is not finite it skips on the device: no host sync
-        )
+        parameters = list(self.module.parameters())
+        # Both leave out an update with a gradient that is not finite by a flag on the device.
+        self.optimizer: torch.optim.Optimizer
+        if config.beta2.is_constant:
+            self.optimizer = torch.optim.Adam(
+                parameters,
+                lr=self.lr,
+                betas=(config.beta1, config.beta2.at(0)),
+                eps=config.eps,
+                fused=True,
+                capturable=on_cuda,
+            )
+        else:
+            self.optimizer = ScheduledAdam(
+                parameters, self.lr, config.beta1, self.beta2, config.eps
+            )
         self.scaler = precision.scaler()
         self.num_skips = torch.zeros((), dtype=torch.int64, device=world.torch_device)
-
-    def set_betas(self, nimg: int) -> None:
-        """Set Adam's decay rates to those of position `nimg`; call it before the step.
-
-        Fused Adam turns betas that are tensors into numbers by a host read, so they stay numbers
-        and cannot be inputs of the step, as the learning rate is.
-        """
-        for group in self.optimizer.param_groups:
-            group["betas"] = (self.config.beta1, self.config.beta2.at(nimg))
 
     def backward(self, loss: Tensor) -> None:
         """Scaled backward; meanwhile gradients are averaged over the ranks."""
         self.scaler.backward(loss)
 
-    def step(self, lr: Tensor) -> Tensor:
+    def step(self, rates: Rates) -> Tensor:
         """Update the weights and clear the gradients; returns the unclipped gradients' L2 norm, ().
 
-        `lr` is the learning rate, (). With a non-finite gradient the weights stay and the skip is
-        counted. All ranks hold the same averaged gradients, so they agree without communication.
+        With a non-finite gradient the weights stay and the skip is counted. All ranks hold the same
+        averaged gradients, so they agree without communication.
         """
-        # In place: the optimizer reads this very tensor, as a captured graph of the step would.
-        self.lr.copy_(lr)
+        self.lr.copy_(rates.lr)
+        self.beta2.copy_(rates.beta2)
         # Gradients are those of the scaled loss up to here; norms and limits below are in true
         # units. Unscaling also notes whether all are finite, which has to come before clipping:
         # that would turn an inf into its limit.
@@ -119,14 +126,16 @@ class OptimizedModel:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a saved state in place."""
         self.module.load_state_dict(state["model"])
+        # The rates and options are this run's: those of the configuration, which a resume may have
+        # changed, in the tensors that a captured graph reads, for the device that is here.
+        (options,) = ({**group} for group in self.optimizer.param_groups)
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr  # loading has put another tensor in its place
-        # Fused Adam walks a weight and its moments in the order of memory, so their strides must
-        # agree. Weights are channels_last; a checkpoint's tensors come back contiguous.
+        self.optimizer.param_groups[0].update(options)
         for parameter, moments in self.optimizer.state.items():
             for name, value in moments.items():
-                if value.shape == parameter.shape:
-                    moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                # Fused Adam walks a weight and its moments in the order of memory, so strides must
+                # agree. Weights are channels_last; a checkpoint's tensors come back contiguous.
+                like = parameter if value.shape == parameter.shape else parameter.new_empty(())
+                moments[name] = torch.empty_like(like, requires_grad=False).copy_(value)
         self.scaler.load_state_dict(state["scaler"])
         self.num_skips.copy_(state["num_skips"])

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ganscale.config import OptimizerConfig, Schedule
+from ganscale.training.inputs import Rates
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
 from ganscale.world import World, process_group
@@ -31,7 +32,8 @@ def _model(precision: str) -> OptimizedModel:
 
 def _update(model: OptimizedModel, factor: float) -> torch.Tensor:
     model.backward(model.network(torch.ones(2, 3)).sum() * factor)
-    return model.step(torch.tensor(0.1, dtype=torch.float64))
+    lr, beta2 = (torch.tensor(value, dtype=torch.float64) for value in (0.1, 0.999))
+    return model.step(Rates(lr, beta2))
 
 
 def test_step_is_adams_whatever_the_scale() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from ganscale.config import AugmentConfig, Config, OptimizerConfig, Schedule
 from ganscale.training.adaptive import AdaController, LecamAnchors, ada_p_step
 from ganscale.training.build import build_state, load_shards
-from ganscale.training.inputs import LocalBatch
+from ganscale.training.inputs import LocalBatch, Rates
 from ganscale.training.loop import Trainer
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
@@ -186,8 +186,8 @@ def updated(
     """A model of two weights after an update on the gradient (3, 4), and the gradient's norm."""
     model = OptimizedModel(nn.Linear(2, 1, bias=False), config, FP32, World(), **options)
     model.backward(model.network(torch.tensor([[3.0, 4.0]])).sum())
-    model.set_betas(nimg)
-    return model, model.step(torch.tensor(config.lr.at(nimg), dtype=torch.float64))
+    lr, beta2 = (torch.tensor(s.at(nimg), dtype=torch.float64) for s in (config.lr, config.beta2))
+    return model, model.step(Rates(lr, beta2))
 
 
 @pytest.mark.parametrize(

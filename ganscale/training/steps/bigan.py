@@ -93,7 +93,7 @@ class Bigan(TrainingMethod):
         loss = generator_loss(self.discriminator, inputs, real, fake, real_learns=True)
         orthogonal = orthogonal_loss(self.pairs.module, self.config.penalty.orthogonal)
         self.pairs.backward(loss + orthogonal)
-        return {"loss_G": loss.detach(), "grad_norm_G": self.pairs.step(inputs.schedules["lr_G"])}
+        return {"loss_G": loss.detach(), "grad_norm_G": self.pairs.step(inputs.rates("G"))}
 
     def _make_pairs(
         self, network: nn.Module, inputs: StepInputs, phase: str

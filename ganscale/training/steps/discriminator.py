@@ -160,7 +160,7 @@ class DiscriminatorTrainer:
         self.model.backward(loss_factor * total + extra_loss + orthogonal)
 
         # Update.
-        grad_norm = self.model.step(schedules["lr_D"])
+        grad_norm = self.model.step(inputs.rates("D"))
         # Only now, so that this step was augmented and anchored by what earlier steps have seen.
         logits = self._follow_logits(inputs, real_logits.detach(), fake_logits.detach())
         return {

@@ -131,5 +131,5 @@ class InDomainEncoder(TrainingMethod):
             "loss_E": loss.detach(),
             "adversarial_loss": adversarial.detach(),
             "squared_error": pixels.squared_error.detach(),
-            "grad_norm_E": self.inverse.step(inputs.schedules["lr_E"]),
+            "grad_norm_E": self.inverse.step(inputs.rates("E")),
         }

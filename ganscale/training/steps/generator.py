@@ -44,7 +44,7 @@ def update_generator(
     generator.backward(loss + orthogonal)
 
     # Update.
-    return {"loss_G": loss.detach(), "grad_norm_G": generator.step(inputs.schedules["lr_G"])}
+    return {"loss_G": loss.detach(), "grad_norm_G": generator.step(inputs.rates("G"))}
 
 
 def generator_loss(

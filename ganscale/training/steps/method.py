@@ -106,18 +106,15 @@ class TrainingMethod(ABC):
         """The values of all schedules in a step, on the host, each ()."""
         values: dict[str, Tensor] = {}
         for letter, model in self.models.items():
-            lr = model.lr_schedule.at(self._nimg_of_update(letter, context)) * context.lr_factor
+            nimg = self._nimg_of_update(letter, context)
+            lr = model.lr_schedule.at(nimg) * context.lr_factor
             # float64, since fused Adam on the CPU reads a double: the bits are then those of a
             # learning rate that is a plain number.
             values[f"lr_{letter}"] = scalar(lr, torch.float64)
+            values[f"beta2_{letter}"] = scalar(model.config.beta2.at(nimg), torch.float64)
         if self.discriminator is not None:
             values |= adversarial_schedules(self.config, context)
         return values
-
-    def set_betas(self, context: StepContext) -> None:
-        """Set Adam's decay rates before a step; `OptimizedModel` says why they are no inputs."""
-        for letter, model in self.models.items():
-            model.set_betas(self._nimg_of_update(letter, context))
 
     def extra_metrics(self, nimg: int) -> dict[str, float]:
         """What a row of metrics has besides the statistics, the same on all ranks."""

@@ -89,7 +89,7 @@ class SemiSupervised(TrainingMethod):
         classifier = self.discriminator.model
         if not self.adversarial:
             classifier.backward(loss)
-            return statistics | {"grad_norm_D": classifier.step(inputs.schedules["lr_D"])}
+            return statistics | {"grad_norm_D": classifier.step(inputs.rates("D"))}
         with self.precision.autocast(), torch.no_grad():
             fake_images = self.generator.module(inputs.noise["D z"])
         return statistics | self.discriminator.update(
@@ -133,7 +133,7 @@ class SemiSupervised(TrainingMethod):
         self.generator.backward(2 * (difference @ fake_mean) + orthogonal)
         return {
             "loss_G": difference.square().sum(),
-            "grad_norm_G": self.generator.step(inputs.schedules["lr_G"]),
+            "grad_norm_G": self.generator.step(inputs.rates("G")),
         }
 
     def _mean_features(self, inputs: StepInputs, purpose: str, images: Tensor) -> Tensor:

@@ -64,5 +64,5 @@ class Vae(TrainingMethod):
             "loss_G": loss.detach(),
             "squared_error": likelihood.squared_error.detach(),
             "kl": kl.detach(),
-            "grad_norm_G": self.autoencoder.step(inputs.schedules["lr_G"]),
+            "grad_norm_G": self.autoencoder.step(inputs.rates("G")),
         }

@@ -117,7 +117,7 @@ class VaeGan(TrainingMethod):
             "adversarial_loss": adversarial.detach(),
             "squared_error": squared_error.detach(),
             "kl": kl.detach(),
-            "grad_norm_G": self.autoencoder.step(inputs.schedules["lr_G"]),
+            "grad_norm_G": self.autoencoder.step(inputs.rates("G")),
         }
 
     def _encode(self, network: nn.Module, inputs: StepInputs, phase: str) -> Encoded:
