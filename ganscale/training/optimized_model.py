@@ -106,7 +106,7 @@ class OptimizedModel:
         self.scaler.step(self.optimizer)
         # WGAN's constraint (arXiv 1701.07875, algorithm 1) is on the weights after the update.
         if self.clip_weights is not None:
-            weights = list(self.module.parameters())
+            weights: list[Tensor] = list(self.module.parameters())
             with torch.no_grad():
                 torch._foreach_clamp_min_(weights, -self.clip_weights)
                 torch._foreach_clamp_max_(weights, self.clip_weights)
