@@ -15,7 +15,7 @@ from ganscale.checkpoint.store import (
     SavedFiles,
     Superseded,
 )
-from ganscale.checkpoint.writer import BackgroundWriter, Outcome
+from ganscale.checkpoint.writer import BackgroundWriter, SaveResult
 
 __all__ = [
     "Attempt",
@@ -25,7 +25,7 @@ __all__ = [
     "DamagedCheckpointWarning",
     "Heartbeat",
     "Holder",
-    "Outcome",
+    "SaveResult",
     "Retention",
     "RunInUse",
     "SavedFiles",

@@ -46,24 +46,30 @@ class CheckpointName:
 class Attempt:
     """One start of a run.
 
-    `salt` counts the rollbacks so far; it changes the random numbers of all that follows. `token`
-    tells an attempt's own claim from another's with the same number. `holder` is the process that
-    started the run; None for an attempt that no process holds.
+    `num_rollbacks` counts the run's rollbacks so far, this one included. The seed of latents and of
+    all other noise depends on it, so training does not repeat the draws that went wrong. `token`
+    distinguishes an attempt's own claim from another attempt's with the same number. `holder` is
+    the process that started the run; None for an attempt that no process holds.
     """
 
     number: int
     start: CheckpointName | None
-    salt: int
+    num_rollbacks: int
     token: str
     reason: Literal["start", "resume", "rollback"]
     holder: Holder | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As it is written in files."""
-        values = {**asdict(self), "start": None if self.start is None else str(self.start)}
-        if self.holder is None:
-            del values["holder"]
-        return values
+        values = {
+            "number": self.number,
+            "start": None if self.start is None else str(self.start),
+            # The files' name for it, kept so that every version reads the claims of the others.
+            "salt": self.num_rollbacks,
+            "token": self.token,
+            "reason": self.reason,
+        }
+        return values if self.holder is None else {**values, "holder": asdict(self.holder)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -76,7 +82,7 @@ class Attempt:
         return cls(
             number=int(values["number"]),
             start=parsed,
-            salt=int(values["salt"]),
+            num_rollbacks=int(values["salt"]),
             token=str(values["token"]),
             reason=values["reason"],
             holder=None if holder is None else Holder(**holder),

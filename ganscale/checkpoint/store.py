@@ -217,7 +217,7 @@ class CheckpointStore:
             attempt = Attempt(
                 number=number,
                 start=None if files is None else files.name,
-                salt=(last[0].salt if last else 0) + (reason == "rollback"),
+                num_rollbacks=(last[0].num_rollbacks if last else 0) + (reason == "rollback"),
                 token=token,
                 reason=reason if files is not None or reason == "rollback" else "start",
                 holder=None if session is None else session.holder,

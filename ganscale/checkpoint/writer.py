@@ -26,13 +26,13 @@ from ganscale.checkpoint.store import CheckpointStore, Retention, SavedState, Su
 from ganscale.data.storage import RetryPolicy
 from ganscale.errors import CheckpointError
 
-__all__ = ["BackgroundWriter", "HostCopy", "Outcome"]
+__all__ = ["BackgroundWriter", "HostCopy", "SaveResult"]
 
 _PROGRAMMING_ERRORS = (AssertionError, AttributeError, NameError, TypeError)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SaveResult:
     """Whether a checkpoint was written, and if not, why."""
 
     nimg: int
@@ -69,7 +69,7 @@ class HostCopy:
 class BackgroundWriter:
     """Writes the checkpoints of one attempt.
 
-    `submit`, `outcomes` and `finish` belong to the training thread. They raise `Superseded` when a
+    `submit`, `results` and `finish` belong to the training thread. They raise `Superseded` when a
     newer attempt has begun, and `CheckpointError` when the run has been without a durable
     checkpoint for too long.
     """
@@ -94,7 +94,7 @@ class BackgroundWriter:
         self._host = HostCopy()
         self._thread: threading.Thread | None = None
         self._give_up = threading.Event()
-        self._outcomes: deque[Outcome] = deque()
+        self._results: deque[SaveResult] = deque()
         self._error: BaseException | None = None
         self.last_problem = ""
         """Why the last checkpoint could not be written; empty if it was."""
@@ -117,26 +117,26 @@ class BackgroundWriter:
         )
         self._thread.start()
 
-    def outcomes(self) -> list[Outcome]:
+    def results(self) -> list[SaveResult]:
         """What became of checkpoints since the last call."""
         if self._error is not None:
             raise self._error
-        outcomes = [self._outcomes.popleft() for _ in range(len(self._outcomes))]
-        for outcome in outcomes:
-            if outcome.name is not None:
+        results = [self._results.popleft() for _ in range(len(self._results))]
+        for result in results:
+            if result.name is not None:
                 self._durable_at = self._clock()
             elif self._clock() - self._durable_at > self.max_staleness_seconds:
                 raise CheckpointError(
                     f"no checkpoint could be written to {self.store.location} for "
                     f"{(self._clock() - self._durable_at) / 60:.1f} minutes "
-                    f"(checkpoint.max_staleness_minutes); last: {outcome.problem}"
+                    f"(checkpoint.max_staleness_minutes); last: {result.problem}"
                 )
-        return outcomes
+        return results
 
-    def finish(self) -> list[Outcome]:
+    def finish(self) -> list[SaveResult]:
         """Wait for the checkpoint in flight, as long as the policy asks the store again."""
         self._join()
-        return self.outcomes()
+        return self.results()
 
     def close(self) -> None:
         """End soon: a write that is under way may finish, one that fails is not tried again."""
@@ -160,7 +160,7 @@ class BackgroundWriter:
             problem = str(error)
         seconds = time.perf_counter() - began
         self.last_problem = problem
-        self._outcomes.append(Outcome(state.nimg, name, problem, stall_seconds, seconds))
+        self._results.append(SaveResult(state.nimg, name, problem, stall_seconds, seconds))
 
     def _try_until_deadline(self, state: SavedState) -> tuple[CheckpointName | None, str]:
         problem = ""
