@@ -21,19 +21,18 @@ import os
 import re
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import psutil
 
 from ganscale.checkpoint.storage_backends import StorageBackend
+from ganscale.periodic import PeriodicThread
 
 __all__ = ["BEAT_SECONDS", "SILENT_SECONDS", "Heartbeat", "Holder", "Session"]
 
@@ -126,35 +125,24 @@ class Session:
     """The folder of the run that this run's folder is a copy of; empty if it is none."""
 
 
-class Heartbeat:
+class Heartbeat(PeriodicThread):
     """Renews the holder's file while the block runs, once the first claim has made the file."""
 
     def __init__(self, backend: StorageBackend, holder: Holder) -> None:
+        super().__init__("holder", BEAT_SECONDS)
         self._backend = backend
         self._holder = holder
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="holder", daemon=True)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
+    def _tick(self) -> None:
+        with suppress(Exception):  # the store cannot be reached; the next beat may reach it
+            # Renewed, never made here. The first claim makes it, so that a start that is refused
+            # leaves nothing behind; and whoever takes the run over removes it for good.
+            if self._backend.exists(self._holder.beat_file):
+                self._holder.beat(self._backend)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._done.set()
-        self._thread.join()
-        with suppress(Exception):  # of a store that is away: then the file falls silent instead
+    def _finish(self) -> None:
+        with suppress(Exception):  # the store cannot be reached: the file falls silent instead
             self._backend.remove(self._holder.beat_file)
-
-    def _beat(self) -> None:
-        while not self._done.wait(BEAT_SECONDS):
-            with suppress(Exception):  # of a store that is away; the next beat may reach it
-                if self._backend.exists(self._holder.beat_file):
-                    self._holder.beat(self._backend)
 
 
 def beat_files(files: list[str]) -> list[str]:

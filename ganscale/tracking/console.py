@@ -11,16 +11,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
 from ganscale.json_lines import end_of_lines, parse_lines
+from ganscale.periodic import PeriodicThread
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.sinks import WRONG
 
@@ -31,15 +31,14 @@ _LINE_SECONDS = 25.0
 """Between two lines about a task where there is no terminal: at least one every half minute."""
 
 
-class RunFollower(AbstractContextManager["RunFollower"]):
+class RunFollower(PeriodicThread):
     """Shows a run's progress while the block runs: a bar on a terminal, else plain lines."""
 
     def __init__(self, run_dir: RunDirectory, total_nimg: int, console: Console) -> None:
+        super().__init__("console", _POLL_SECONDS)
         self._total = total_nimg
         self._console = console
         self._tails = [_Tail(run_dir.events), _Tail(run_dir.metrics)]
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="console", daemon=True)
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -51,27 +50,17 @@ class RunFollower(AbstractContextManager["RunFollower"]):
         )
         self._task = self._progress.add_task("starting", total=total_nimg, status="")
 
-    def __enter__(self) -> Self:
+    def _begin(self) -> None:
         self._progress.start()
-        self._thread.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
+    def _finish(self) -> None:
         self._progress.stop()
 
-    def _follow(self) -> None:
-        while not self._stop.wait(_POLL_SECONDS):
-            self._show_news()
-        self._show_news()
+    def _run(self) -> None:
+        super()._run()
+        self._tick()  # the last rows, written since the last look
 
-    def _show_news(self) -> None:
+    def _tick(self) -> None:
         events, metrics = self._tails
         for event in events.new_rows():
             self._show_event(event)
@@ -140,7 +129,7 @@ def _each(row: dict[str, Any], prefix: str) -> str:
     return "/".join(f"{row[name]:g}" for name in sorted(row) if name.startswith(prefix))
 
 
-class _LineReporter:
+class _LineReporter(PeriodicThread):
     """Shows tasks without a terminal: a line at the start of each, and one at least every 30 s.
 
     The lines come from a thread, so that a task which reports nothing for minutes, such as one
@@ -148,19 +137,10 @@ class _LineReporter:
     """
 
     def __init__(self, console: Console) -> None:
+        super().__init__("progress", _LINE_SECONDS)
         self._console = console
         self._lock = threading.Lock()
-        self._stop = threading.Event()
         self._task: _Task | None = None
-        self._thread = threading.Thread(target=self._repeat, name="progress", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
 
     def start_task(self, description: str, total: int | None) -> Callable[[int], None]:
         """Report another task from now on; returns what takes how many more are done."""
@@ -170,12 +150,11 @@ class _LineReporter:
         self._print(description if total is None else f"{description} ({total})")
         return task.advance
 
-    def _repeat(self) -> None:
-        while not self._stop.wait(_LINE_SECONDS):
-            with self._lock:
-                task = self._task
-            if task is not None:
-                self._print(task.describe())
+    def _tick(self) -> None:
+        with self._lock:
+            task = self._task
+        if task is not None:
+            self._print(task.describe())
 
     def _print(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
