@@ -8,7 +8,7 @@ import platform
 import shutil
 from pathlib import Path
 
-from ganscale.data.sources import CIFAR10_ENV
+from ganscale.data.resolve_source import CIFAR10_ENV
 from ganscale.metrics.extractors import inception_weights
 from ganscale.tracking.wandb_sink import resolve_mode
 
