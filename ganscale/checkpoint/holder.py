@@ -2,7 +2,7 @@
 
 Every attempt names the process that started it, its holder. While that process lives it renews a
 file beside the attempts, `attempts/session-TOKEN.json`, and removes it when it ends. A start that
-finds another holder asks:
+finds another holder decides by the first of these that applies:
 
 - The file is gone: the holder has ended.
 - The holder ran on this machine: the operating system knows whether the process still exists.
@@ -10,8 +10,9 @@ finds another holder asks:
   that with its own clock. Clocks of two hosts are compared only to save this wait: a file that was
   renewed more than `SILENT_SECONDS + CLOCK_TOLERANCE_SECONDS` ago is not waited for.
 
-This protects against mistakes. That nothing of an older attempt is written after a newer one has
-begun does not depend on it; `store` guarantees that.
+This protects against mistakes, such as one run started twice. Correctness does not depend on it:
+`store` and `lineage` keep out what an older attempt writes after a newer one has begun, whether or
+not anybody was right about who is alive.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ __all__ = ["BEAT_SECONDS", "SILENT_SECONDS", "Heartbeat", "Holder", "Session"]
 BEAT_SECONDS = 10.0
 """Between two renewals of a holder's file."""
 SILENT_SECONDS = 60.0
-"""A holder on another machine whose file has not changed for so long is dead."""
+"""A holder on another machine whose file has not changed for so long is dead.
+
+Six renewals: one or two that a busy store loses do not make a live run look dead.
+"""
 CLOCK_TOLERANCE_SECONDS = 600.0
 """By how much the clocks of two hosts may differ."""
 _POLL_SECONDS = 1.0
@@ -93,10 +97,15 @@ class Holder:
     def is_alive(
         self, backend: StorageBackend, report: Callable[[str], None] = lambda text: None
     ) -> bool:
-        """Whether the holder still runs; may take `SILENT_SECONDS`, which `report` is told of."""
+        """Whether the holder still runs.
+
+        May take `SILENT_SECONDS`; `report` then gets a message for the user.
+        """
         seen = _contents(backend, self.beat_file)
         if seen is None:
             return False
+        # The id alone is not enough, since the system reuses ids; with the time of the start it
+        # names one process for good, and no waiting is needed.
         if self.machine == _machine():
             return _process_start(self.pid) == self.process_start
         if time.time() - _time_of(seen) > SILENT_SECONDS + CLOCK_TOLERANCE_SECONDS:
@@ -105,6 +114,7 @@ class Holder:
             f"{backend.location} was last held by {self}; waiting up to {SILENT_SECONDS:g} s for a "
             "sign that it is alive"
         )
+        # Any change counts, whatever time the file states: only our own clock measures.
         deadline = time.monotonic() + SILENT_SECONDS
         while time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
@@ -165,7 +175,10 @@ def _time_of(beat: bytes) -> float:
 
 
 def _machine() -> str:
-    """Differs between boots, hosts and containers with process ids of their own."""
+    """Differs between boots, hosts and containers with process ids of their own.
+
+    A host's name would not do: containers often share names, and after a reboot all ids are new.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

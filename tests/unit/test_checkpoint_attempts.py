@@ -264,7 +264,7 @@ def test_what_killed_writers_left_behind_is_removed_later(store: CheckpointStore
     assert store.repair() == []
     assert files_below(store, left)  # its writer may be alive
     begin(store)
-    assert store.repair() == [f"{left} removed: its writer never finished it"]
+    assert store.repair() == [f"{left} was removed: its writer never finished it"]
     assert not files_below(store, left)
     assert newest(store) == name
 
@@ -310,7 +310,7 @@ def test_damaged_checkpoints_are_put_aside(store: CheckpointStore) -> None:
         Raw(store).put(f"{name}/meta.json", b"{}")
     with pytest.warns(DamagedCheckpointWarning):
         store.newest()
-    problems = [f"{name} put aside in damaged/: {store.verify(name)}" for name in names[1:]]
+    problems = [f"{name} was moved to damaged/: {store.verify(name)}" for name in names[1:]]
     assert store.repair() == problems
     assert store.repair() == []
     assert newest(store) == names[0]

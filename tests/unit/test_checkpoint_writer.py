@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from ganscale.checkpoint import BackgroundWriter, CheckpointName, CheckpointStore, Retention
+from ganscale.checkpoint.files import SavedState
 from ganscale.checkpoint.lineage import Attempt
-from ganscale.checkpoint.store import SavedState, Superseded
+from ganscale.checkpoint.store import Superseded
 from ganscale.checkpoint.writer import HostCopy
 from ganscale.data.storage import RetryPolicy
 from ganscale.errors import CheckpointError
