@@ -96,8 +96,8 @@ def lineage(names: Iterable[CheckpointName], attempts: Sequence[Attempt]) -> lis
     names = sorted(names, reverse=True)
     line: list[CheckpointName] = []
     # From the latest attempt backwards, as each start cuts off what older attempts wrote beyond it.
-    # The limit only falls: where an attempt went back to before the start of an earlier one, nothing
-    # of that earlier one remains.
+    # The limit only falls: where an attempt went back to before the start of an earlier one,
+    # nothing of that earlier one remains.
     limit: int | None = None
     for attempt in sorted(attempts, key=lambda a: a.number, reverse=True):
         line += [
