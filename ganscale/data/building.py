@@ -1,9 +1,10 @@
-"""Writing shard sets, and indexing WebDataset tars that are there already.
+"""Writing shard sets, and indexing WebDataset tars that exist already.
 
 Building is deterministic: the samples are dealt to the shards by a fixed permutation, tar headers
 carry no time or user, and the same input gives the same bytes. Shards are written by all cores into
-a hidden folder beside the target, each renamed when it is durable; an interrupted build goes on
-with those it has, and the folder gets its name when the set is complete.
+a hidden folder beside the target, each renamed when it is durable. An interrupted build goes on
+with the shards it has, and the folder gets its name when the set is complete: a set under its own
+name is always a whole one.
 """
 
 from __future__ import annotations
@@ -46,9 +47,11 @@ Notify = Callable[[str], None]
 
 _BUILD_VERSION = 2
 """Counts up when the same source gives other shards than before."""
+# A power of two, as numbers of workers mostly are; then all workers have equally many streams.
 _MAX_DEFAULT_STREAMS = 64
 _MIN_DEFAULT_SHARDS = 8
 _IMAGES_PER_SHARD = 500
+# Multiples of the golden ratio modulo 1 are spread evenly and repeat with no period; see `_spread`.
 _GOLDEN = 0.6180339887498949
 
 
@@ -100,6 +103,9 @@ def build_shards(
         raise ConfigError(f"--num-shards must be in 1..{len(ids)} (the images), got {num_shards}")
     _streams(num_streams, num_shards)
     _check_range(value_range, source.encoding)
+    # Sources are often sorted by class. Dealt like this, every shard has images of all classes, so
+    # that the order's windows, which see few shards at a time, mix them. The key has no seed: the
+    # shards of a set are the same for everybody.
     dealt = [ids[i] for i in keyed_permutation(len(ids), "shards")]
     recipe = Recipe(spec, resolution, img_channels, background, source.fingerprint)
     if source.left_out:
@@ -114,6 +120,7 @@ def build_shards(
         _notify_of(built, notify)
         for record in folder.glob(".*"):
             record.unlink()
+        # An empty folder may be there, which on some systems a rename does not replace.
         if check_free(out).exists():
             out.rmdir()
         folder.replace(out)
@@ -161,7 +168,8 @@ def index_shards(
 def source_digest(spec: SourceSpec, source: Source) -> str:
     """sha256 that changes when `build_shards` would make other shards of the source by default.
 
-    It knows a folder's files by names, sizes and times, and an archive's by their checksums.
+    Files of a folder are told apart by names, sizes and times, members of an archive by their
+    checksums: reading all images at each start would take as long as building.
     """
     content = (_BUILD_VERSION, spec.kind, spec.split, spec.layout, source.fingerprint)
     return hashlib.sha256(repr(content).encode()).hexdigest()
@@ -220,7 +228,10 @@ def _check_colour(name: str) -> None:
 
 
 def _end_with_parent() -> None:
-    """A builder that is killed takes its processes along, before another goes on with its work."""
+    """End this process when the builder's ends, even if that was killed.
+
+    Else it would go on writing into the folder in which the next build continues.
+    """
     parent = parent_process()
     assert parent is not None, "runs in a process of the pool"
 
@@ -235,11 +246,15 @@ def _in_processes(
     function: Callable[..., BuiltShard], jobs: Sequence[tuple[Any, ...]], progress: Progress
 ) -> list[BuiltShard]:
     workers = min(len(jobs), os.cpu_count() or 1)
+    # Spawned and not forked: the caller has threads (progress, torch), and a fork copies their
+    # locks in whatever state they are.
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_end_with_parent
     ) as pool:
         futures = [pool.submit(function, *job) for job in jobs]
         try:
+            # Progress in the order of completion, results in the order of the jobs: the index must
+            # not depend on which process was faster.
             for future in as_completed(futures):
                 progress(future.result().shard.num_samples)
         except BrokenProcessPool:
@@ -247,6 +262,7 @@ def _in_processes(
                 "a building process was killed (out of memory?); run again to go on from here"
             ) from None
         except BaseException:
+            # Leaving the block waits for all jobs, those that have not begun included.
             pool.shutdown(cancel_futures=True)
             raise
         return [future.result() for future in futures]
@@ -289,7 +305,8 @@ def _values(
     _check_range(wanted, encoding)
     if encoding == PNG:
         return PIXELS
-    low, high = wanted or (float(stats.low.min()) + 0.0, float(stats.high.max()) + 0.0)  # no -0.0
+    # Adding 0.0 turns -0.0 into 0.0, which would be another text, and another digest, in the index.
+    low, high = wanted or (float(stats.low.min()) + 0.0, float(stats.high.max()) + 0.0)
     try:
         return ValueRange("float32", low, high)
     except ValueError as error:
@@ -317,16 +334,17 @@ def _streams(wanted: int | None, num_shards: int) -> int:
 
 @contextmanager
 def _partial_folder(out: Path, fingerprint: str) -> Iterator[Path]:
-    """The hidden folder that a set grows in, with what an interrupted build of the same left."""
+    """The hidden folder that a set grows in, with what an interrupted build of it has left."""
     folder = out.with_name(f".{out.name}.partial")
     lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise ConfigError(f"{out} is being built by another process; wait for it") from None
+        raise ConfigError(f"{out} is being built by another process: wait for its end") from None
     try:
-        check_free(out)  # one that has just ended is no longer locked
+        check_free(out)  # again: a build that has ended since the first look holds no lock any more
         folder.mkdir(exist_ok=True)
+        # Shards of another source, or with other arguments, are not gone on with but removed.
         note = folder / ".build"
         if not (note.is_file() and note.read_text() == fingerprint):
             for path in folder.iterdir():
@@ -336,7 +354,7 @@ def _partial_folder(out: Path, fingerprint: str) -> Iterator[Path]:
             path.unlink()
         yield folder
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held, so that it is ours
         lock.release()
 
 

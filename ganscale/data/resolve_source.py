@@ -1,4 +1,8 @@
-"""What the name or path of a source stands for: found, unpacked or downloaded."""
+"""What the name or path of a source stands for: found, unpacked or downloaded.
+
+What a folder holds is decided from the files in it, as people copy data sets around without saying
+what they are. Where that can be read in two ways, the error names the options that choose.
+"""
 
 from __future__ import annotations
 
@@ -79,6 +83,7 @@ def resolve_source(
         return _resolve_path(Path(location).expanduser().absolute(), split, scratch, layout), None
     try:
         return _download_cifar("cifar100" if is_cifar100 else "cifar10", scratch, split), None
+    # torchvision raises RuntimeError for a download whose md5 is wrong, OSError for no network.
     except (OSError, RuntimeError) as error:
         problem = f"{title} could not be downloaded ({' '.join(str(error).split())})"
         if name != "auto":
@@ -115,6 +120,7 @@ def _resolve_path(path: Path, split: Split, scratch: Path, layout: Layout) -> So
 
 
 def _resolve_folder(path: Path, split: Split, scratch: Path, layout: Layout) -> SourceSpec:
+    # The published pickles first, in the folder itself or in the one that their archive has.
     for folder in (path, path / "cifar-10-batches-py"):
         if (folder / "data_batch_1").is_file():
             return SourceSpec("cifar10", str(folder.parent), split)
@@ -124,6 +130,7 @@ def _resolve_folder(path: Path, split: Split, scratch: Path, layout: Layout) -> 
     tree = FolderTree(path)
     visible = [member for member in tree.members if not is_hidden(member)]
     archives = archives_of(visible)
+    # Archives beside images are refused later, where the images are counted.
     if layout == "tars" or archives and layout == "auto" and not trained_on(visible):
         return _resolve_archives(tree, archives, split, scratch, layout)
     return SourceSpec("files", str(path), split, layout)
@@ -175,14 +182,18 @@ def _unpacked(archive: Path, scratch: Path) -> Path:
     """The archive's content in a folder of its own, unpacked once."""
     state = archive.stat()
     stem = _stem(archive.name)
+    # A name that follows from the archive's identity: an archive that was changed is unpacked anew,
+    # and one that was not is found again by any later process.
     identity = f"{archive.resolve()} {state.st_size} {state.st_mtime_ns}"
     folder = scratch.absolute() / f"{stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if folder.exists():
         return folder
     scratch.mkdir(parents=True, exist_ok=True)
+    # Beside the final place and then renamed, so that a folder of that name is always complete.
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=scratch) as temporary:
         try:
             with _decompressed(archive) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                # The filter refuses members that would be written outside the folder.
                 tar.extractall(f"{temporary}/content", filter="data")
                 check_end(archive, file, tar.offset)
         except (
@@ -213,6 +224,7 @@ def _decompressed(archive: Path) -> BufferedIOBase:
 
 
 def _download_cifar(kind: Literal["cifar10", "cifar100"], folder: Path, split: Split) -> SourceSpec:
+    # torchvision's download has no timeout of its own; a network that drops packets would hang it.
     with _socket_timeout(_DOWNLOAD_TIMEOUT_SECONDS):
         cifar_class(kind)(str(folder), download=True)
     return SourceSpec(kind, str(folder), split)

@@ -1,4 +1,9 @@
-"""One shard: its images written to a tar, or read from one, and what is then known of them."""
+"""One shard: its images written to a tar, or read from one, and what is then known of them.
+
+A shard is built by one process from nothing but its recipe and the numbers of its images, so it has
+the same bytes whichever process builds it, and whether or not the build was interrupted. What is
+known of a finished shard is recorded beside it; a build that goes on takes it from there.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +38,7 @@ MAKE_ALIKE = "To make them alike: ganscale shards build --resolution N --img-cha
 
 @dataclass(frozen=True)
 class Recipe:
-    """From a source's image to what lies in the shard."""
+    """What is done to a source's image before it is stored in the shard."""
 
     spec: SourceSpec
     resolution: int | None
@@ -53,6 +58,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class BuiltShard:
+    """A shard that has been written or read, and what the index needs to know of it."""
+
     shard: Shard
     samples: Samples
     image_shape: tuple[int, int, int]
@@ -73,6 +80,7 @@ class BuiltShard:
                 "changes": dict(self.changes.items()),
             }
         )
+        # Durable and whole or not there, as it is what says that the shard need not be built again.
         with replacing(path) as file:
             np.savez(file, samples=self.samples, text=text, **vars(self.stats))
 
@@ -101,8 +109,11 @@ def build_shard(recipe: Recipe, folder: Path, number: int, ids: tuple[int, ...])
     path = folder / f"shard-{number:05d}.tar"
     record = folder / f".{path.name}.npz"
     if record.exists():
-        with suppress(EOFError, KeyError, ValueError, zipfile.BadZipFile):  # else: build it again
+        # A record that cannot be read is as good as none: the shard is built again.
+        with suppress(EOFError, KeyError, ValueError, zipfile.BadZipFile):
             return BuiltShard.load(record)
+    # The source is opened in this process by its spec: file handles and torchvision's data sets do
+    # not travel between processes, or would be copied for every shard.
     source = _opened(recipe.spec, recipe.fingerprint)
     summary = _Summary()
     with replacing(path) as file, _tar_writer(file) as writer:
@@ -115,6 +126,8 @@ def build_shard(recipe: Recipe, folder: Path, number: int, ids: tuple[int, ...])
             fields = {} if label < 0 else {"cls": str(label).encode()}
             fields[source.encoding.suffix] = normalised.data
             writer.write({"__key__": f"{index:06d}", **fields})
+    # Offsets and CRCs are those of the file as it is on the disk, not as it was meant to be: an
+    # error in writing it shows here and not in training.
     rows = np.array([sample.row for sample in scan_tar(path)], dtype=SAMPLE_DTYPE)
     built = summary.shard(path, rows)
     built.save(record)
@@ -138,7 +151,7 @@ def read_shard(path: Path) -> BuiltShard:
 
 
 class _Summary:
-    """Form, shape and stats of the images that were looked at."""
+    """What the images so far have in common, and their statistics; refuses one that differs."""
 
     def __init__(self) -> None:
         self.shape: tuple[int, int, int] | None = None
@@ -153,6 +166,8 @@ class _Summary:
             self.changes.add(change, image)
         channels, height, width = shape = values.shape
         if self.shape is None:
+            # As the networks double and halve the resolution. Asked of the first image, before
+            # thousands of others are converted.
             if height != width or height & (height - 1):
                 raise DataError(
                     f"is {width}x{height}; expected square images, a power of two. "
@@ -200,4 +215,5 @@ def _named(image: str) -> Iterator[None]:
 
 
 def _tar_writer(file: Any) -> Any:
+    # No time and no user of this machine, so that the same images give the same bytes.
     return wds.TarWriter(file, user="ganscale", group="ganscale", mtime=0.0, encoder=False)

@@ -1,7 +1,8 @@
 """Where images come from before they are shards: CIFAR, folders, archives, tars, formulas.
 
-A source is a list of encoded images with labels and class names; or of arrays of floats in npy
-files. It is opened by a picklable `SourceSpec`, because shards are built in several processes.
+A source is a list of encoded images, or of arrays of floats in npy files, with labels and class
+names. It is opened by a picklable `SourceSpec`, because shards are built in several processes. Its
+order is fixed: the shards, and so the order of training, follow from it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Source(Protocol):
 
     @property
     def left_out(self) -> Tally:
-        """What lies beside the images and is not among them."""
+        """What lies beside the images and is not used, counted by reason."""
         ...
 
     def __len__(self) -> int: ...
@@ -171,6 +172,7 @@ class _CifarPickles:
         self._spec = spec
         self._pixels: np.ndarray[Any, np.dtype[np.uint8]] = dataset.data
         self._labels: list[int] = dataset.targets
+        # Nothing of the files: torchvision has compared them with the published md5.
         self.fingerprint = f"{spec.kind} {spec.split}, checked by md5"
 
     def __len__(self) -> int:
@@ -197,6 +199,7 @@ class _Files:
         self.left_out = arrangement.left_out
         self._members = arrangement.members
         self._labels = arrangement.labels
+        # Labels too: a changed dataset.json gives other shards of the same files.
         marks = [
             (member, label, self._tree.members[member])
             for member, label in zip(self._members, self._labels, strict=True)
@@ -230,6 +233,8 @@ class _WebDataset:
         marks = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
         self.fingerprint = hashlib.sha256(repr(marks).encode()).hexdigest()
 
+    # Read when it is first needed: it takes a pass over all tars, and whether shards have to be
+    # built at all is decided by the fingerprint.
     @cached_property
     def _samples(self) -> list[tuple[Path, TarSample]]:
         samples = [(tar, one) for tar in self._tars for one in scan_tar(tar, self.left_out)]
