@@ -1,7 +1,8 @@
 """Progress on the terminal, read from the run's own files.
 
-The process that starts a run follows metrics.jsonl and events.jsonl; so the same lines appear
-whether the workers are this process, Ray's on this machine, or on another one that shares storage.
+The process that starts a run follows metrics.jsonl and events.jsonl. So the same lines appear
+whether the workers are this process, processes of Ray on this machine, or on another machine that
+shares storage, and nothing in training knows of a terminal.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ __all__ = ["RunFollower", "counting", "progress_bars", "stderr_console"]
 
 _POLL_SECONDS = 0.3
 _LINE_SECONDS = 25.0
-"""Between two lines about a task where there is no terminal: at least one every half minute."""
+"""Between two lines about a task where there is no terminal: at least one every half minute.
+
+Longer silence would look like a hang in the log of a scheduler or of a CI system.
+"""
 
 
 class RunFollower(PeriodicThread):
@@ -38,6 +42,7 @@ class RunFollower(PeriodicThread):
         super().__init__("console", _POLL_SECONDS)
         self._total = total_nimg
         self._console = console
+        # Made here and not in the thread: what the files hold now is an earlier session's.
         self._tails = [_Tail(run_dir.events), _Tail(run_dir.metrics)]
         self._progress = Progress(
             SpinnerColumn(),
@@ -62,6 +67,7 @@ class RunFollower(PeriodicThread):
 
     def _tick(self) -> None:
         events, metrics = self._tails
+        # Events first: a start comes before the rows that follow from it.
         for event in events.new_rows():
             self._show_event(event)
         for row in metrics.new_rows():
@@ -85,7 +91,7 @@ class RunFollower(PeriodicThread):
 
 
 def describe_event(event: dict[str, Any]) -> str | None:
-    """An event in a few words; None for one that nobody waits for, such as a checkpoint."""
+    """An event in a few words; None for one that is not shown, such as a checkpoint."""
     kind, kimg, message = event["event"], event.get("nimg", 0) / 1000, event.get("message", "")
     if kind in ("start", "resume", "rollback"):
         return (
@@ -125,15 +131,15 @@ def describe_row(row: dict[str, Any], total_nimg: int) -> str:
 
 
 def _each(row: dict[str, Any], prefix: str) -> str:
-    """The values of all players."""
+    """The values of all networks."""
     return "/".join(f"{row[name]:g}" for name in sorted(row) if name.startswith(prefix))
 
 
 class _LineReporter(PeriodicThread):
     """Shows tasks without a terminal: a line at the start of each, and one at least every 30 s.
 
-    The lines come from a thread, so that a task which reports nothing for minutes, such as one
-    slow file, is not taken for a hang.
+    The lines come from a thread, so that they also come during a task that reports no progress for
+    minutes, such as one slow file.
     """
 
     def __init__(self, console: Console) -> None:
@@ -143,7 +149,7 @@ class _LineReporter(PeriodicThread):
         self._task: _Task | None = None
 
     def start_task(self, description: str, total: int | None) -> Callable[[int], None]:
-        """Report another task from now on; returns what takes how many more are done."""
+        """Report another task from now on; returns a function that takes how many more are done."""
         task = _Task(description, total)
         with self._lock:
             self._task = task
@@ -210,6 +216,8 @@ def progress_bars(
     progress = Progress(console=console)
 
     def start_task(description: str, total: int | None) -> Callable[[int], None]:
+        # Parts follow each other, so earlier ones are done; one without a total would go on
+        # spinning.
         for earlier in progress.tasks:
             progress.update(earlier.id, total=earlier.total or 1, completed=earlier.total or 1)
         task = progress.add_task(description, total=total)
@@ -237,6 +245,7 @@ class _Tail:
         with self._path.open("rb") as file:
             file.seek(self._offset)
             data = file.read()
+        # A line that is just being written is left for the next look.
         complete = data[: data.rfind(b"\n") + 1]
         self._offset += len(complete)
         return parse_lines(complete)

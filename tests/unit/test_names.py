@@ -22,6 +22,7 @@ RETIRED = {
     "Slots": "BatchIndices",
     "Started": "StartTask",
     "Sums": "ChannelStats",
+    "WorkerFigures": "WorkerStats",
     "doomed": "prunable",
     "explorer": "sampler",
     "holds": "is_cached",
