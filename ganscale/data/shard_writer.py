@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import webdataset as wds
@@ -116,7 +115,9 @@ def build_shard(recipe: Recipe, folder: Path, number: int, ids: tuple[int, ...])
     # not travel between processes, or would be copied for every shard.
     source = _opened(recipe.spec, recipe.fingerprint)
     summary = _Summary()
-    with replacing(path) as file, _tar_writer(file) as writer:
+    # No time and no user of this machine, so that the same images give the same bytes.
+    form = {"user": "ganscale", "group": "ganscale", "mtime": 0.0, "encoder": False}
+    with replacing(path) as file, wds.TarWriter(file, **form) as writer:
         for index in ids:
             name, label = source.name(index), source.label(index)
             data = source.read(index)
@@ -212,8 +213,3 @@ def _named(image: str) -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(f"{image} {error}") from None
-
-
-def _tar_writer(file: Any) -> Any:
-    # No time and no user of this machine, so that the same images give the same bytes.
-    return wds.TarWriter(file, user="ganscale", group="ganscale", mtime=0.0, encoder=False)

@@ -149,7 +149,7 @@ class LocalStore:
         self.location = str(self.root)
         # A limit on open files, as a set may have more shards than a process may open. A file that
         # is evicted while another thread reads from it closes when that thread lets go of it.
-        self._opened = lru_cache(maxsize=_MAX_OPEN_FILES)(self._open)
+        self._opened = lru_cache(maxsize=_MAX_OPEN_FILES)(lambda name: OpenFile(self.root / name))
 
     def read(self, name: str) -> bytes:
         try:
@@ -176,9 +176,6 @@ class LocalStore:
             path = self.root / span.name
             return MissingData(f"shard {path} cannot be opened: {error.strerror}")
         return data if len(data) == span.length else cut_short(self.root / span.name, span, data)
-
-    def _open(self, name: str) -> OpenFile:
-        return OpenFile(self.root / name)
 
 
 class OpenFile:
