@@ -65,7 +65,7 @@ class World:
             check_cuda("launch.use_gpu=true or --device cuda")
         if device == "cpu" or not torch.cuda.is_available():
             return cls(rank, local_rank, world_size, "cpu")
-        # Modulo, since a launcher may show each worker only its own device, whatever its local rank.
+        # Modulo, as a launcher may show each worker only its own device, whatever its local rank.
         index = local_rank % torch.cuda.device_count()
         return cls(rank, local_rank, world_size, f"cuda:{index}")
 
