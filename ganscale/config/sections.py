@@ -206,6 +206,9 @@ class TrainingConfig(Section):
     """auto is fp16 with gradient scaling on CUDA and fp32 on CPU."""
     compile: bool = False
     """Compile both networks with torch.compile."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Capture steps on CUDA as graphs and replay them. With auto a step that cannot be captured is
+    launched kernel by kernel, with a warning; with on it ends the run."""
     discriminator_steps: int = Field(1, ge=1)
     """Discriminator updates for each update of the generator; each takes a batch."""
     ema_halflife_kimg: Annotated[Schedule, within(0)] = Schedule.constant(10.0)

@@ -23,7 +23,7 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
-from ganscale.data.reader import ImageReader, Images
+from ganscale.data.reader import DeviceRows, ImageReader, Images
 from ganscale.errors import ConfigError
 
 __all__ = ["CacheKind", "DecodedImages", "DevicePixels", "Exchange", "HostPixels", "choose_cache"]
@@ -47,7 +47,7 @@ class Pixels(Protocol):
         """Keep some images."""
         ...
 
-    def take(self, ids: NDArray[np.int64]) -> torch.Tensor:
+    def take(self, ids: NDArray[np.int64]) -> torch.Tensor | DeviceRows:
         """Some images that were put, (n, C, H, W)."""
         ...
 
@@ -116,7 +116,7 @@ class HostPixels:
 
 
 class DevicePixels:
-    """Images in the memory of an accelerator, gathered there."""
+    """Images in the memory of an accelerator there."""
 
     def __init__(
         self,
@@ -130,9 +130,8 @@ class DevicePixels:
         device = self._pixels.device
         self._pixels[torch.from_numpy(ids).to(device)] = pixels.to(device)
 
-    def take(self, ids: NDArray[np.int64]) -> torch.Tensor:
-        index = torch.from_numpy(ids).to(self._pixels.device, non_blocking=True)
-        return self._pixels.index_select(0, index)
+    def take(self, ids: NDArray[np.int64]) -> DeviceRows:
+        return DeviceRows(self._pixels, torch.from_numpy(ids))
 
     def __len__(self) -> int:
         return len(self._pixels)

@@ -47,14 +47,33 @@ class DamagedSample(DataError):
 
 
 @dataclass(frozen=True)
+class DeviceRows:
+    """Images that are on a device already: rows of a table, to be gathered there by an index."""
+
+    table: torch.Tensor
+    """(N, C, H, W), on the device"""
+    index: torch.Tensor
+    """int64 (n,), on the host"""
+
+    def gather(self) -> torch.Tensor:
+        """The images (n, C, H, W), on the device."""
+        return self.table.index_select(0, self.index.to(self.table.device))
+
+
+@dataclass(frozen=True)
 class Images:
     """Some samples' pixels, or values where the set has arrays, without the damaged ones."""
 
-    pixels: torch.Tensor
-    """(n, C, H, W) of the set's type (uint8, float32), on the reader's device"""
+    stored: torch.Tensor | DeviceRows
+    """(n, C, H, W) of the set's type (uint8, float32), or where they are on the device"""
     valid: NDArray[np.bool_]
     """(asked,) which of the samples that were asked for these are."""
     damaged: tuple[DamagedSample, ...] = ()
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """The images (n, C, H, W), on the reader's device."""
+        return self.stored.gather() if isinstance(self.stored, DeviceRows) else self.stored
 
 
 class ImageReader(Protocol):
@@ -77,14 +96,19 @@ class ImageReader(Protocol):
 class Batch:
     """A rank's part of one global batch."""
 
-    images: torch.Tensor
-    """(n, C, H, W) of the set's type (uint8, float32)"""
+    stored: torch.Tensor | DeviceRows
+    """(n, C, H, W) of the set's type (uint8, float32), or where they are on the device"""
     labels: torch.Tensor
     """int64, (n,); -1 where the set has none"""
     slots: torch.Tensor
     """int64, (n,): which of the global batch's places these are."""
     skipped: tuple[DamagedSample, ...] = ()
     """Samples of this rank's part that are missing because they are damaged."""
+
+    @property
+    def images(self) -> torch.Tensor:
+        """The images (n, C, H, W), on the reader's device."""
+        return self.stored.gather() if isinstance(self.stored, DeviceRows) else self.stored
 
 
 class ShardImages:
@@ -170,7 +194,6 @@ class BatchReader:
         rank, world_size: whose part.
         on_error: "fail" raises the first `DamagedSample`; "skip" leaves it out of the batch.
         ahead: what is read before a batch is asked for.
-        pin_memory: put images into page-locked memory, for asynchronous copies to a CUDA device.
     """
 
     def __init__(
@@ -183,7 +206,6 @@ class BatchReader:
         world_size: int,
         on_error: Literal["fail", "skip"] = "fail",
         ahead: ReadAhead = _READ_AHEAD,
-        pin_memory: bool = False,
     ) -> None:
         if world_size > shard_set.num_streams:
             raise ConfigError(
@@ -197,7 +219,6 @@ class BatchReader:
         self.world_size = world_size
         self.on_error = on_error
         self.ahead = ahead
-        self.pin_memory = pin_memory
 
     def batches(self, position: int, batch_size: int) -> Generator[Batch]:
         """The endless sequence of this rank's batches, from a global position on.
@@ -252,11 +273,8 @@ class BatchReader:
                 raise images.damaged[0]
             slots = slots[images.valid]
         labels = self._labels[slots.samples]
-        # Page-locked here, ahead of time, so that the step has only to start the copy to the
-        # device.
-        pixels = images.pixels.pin_memory() if self.pin_memory else images.pixels
         return Batch(
-            pixels,
+            images.stored,
             torch.from_numpy(labels.astype(np.int64)),
             torch.from_numpy(slots.positions - position),
             images.damaged,

@@ -26,35 +26,44 @@ class RunningMeans:
 
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
         self.names = names
-        self._sums = torch.zeros(len(names), dtype=torch.float64, device=device)
-        self._counts = dict.fromkeys(names, 0)
+        # Sums and counts, on the device as well: which statistics a step has depends on its form,
+        # and a captured step adds what it has by itself.
+        self._totals = torch.zeros(2, len(names), dtype=torch.float64, device=device)
+        self._absent, self._present = torch.tensor([0.0, 1.0], dtype=torch.float64, device=device)
         self.num_steps = 0
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add what a phase has of the statistics, each of shape ()."""
-        zero = torch.zeros((), dtype=torch.float64, device=self._sums.device)
-        self._sums += torch.stack([values.get(name, zero).double() for name in self.names])
-        for name in values:
-            self._counts[name] += 1
+        """Add what a step has of the statistics, each of shape ()."""
+        assert values.keys() <= set(self.names)
+        absent, present = self._absent, self._present
+        self._totals += torch.stack(
+            [
+                torch.stack([values.get(name, absent).double() for name in self.names]),
+                torch.stack([present if name in values else absent for name in self.names]),
+            ]
+        )
 
     def averages(
         self, sum_over_ranks: Callable[[Tensor], Tensor], world_size: int
     ) -> dict[str, float]:
         """Means over steps and ranks since the last call, of what was added; starts anew."""
-        # Counts are the same on all ranks, since all run the same phases; only sums are exchanged.
-        totals = (sum_over_ranks(self._sums) / world_size).tolist()
-        sums = zip(self.names, totals, strict=True)
-        means = {name: total / self._counts[name] for name, total in sums if self._counts[name]}
-        self._sums.zero_()
-        self._counts = dict.fromkeys(self.names, 0)
+        # All ranks take the same forms of steps, so the mean of their counts is each one's.
+        sums, counts = (sum_over_ranks(self._totals) / world_size).tolist()
+        means = {
+            name: total / count
+            for name, total, count in zip(self.names, sums, counts, strict=True)
+            if count
+        }
+        self._totals.zero_()
         self.num_steps = 0
         return means
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's unfinished sums."""
+        sums, counts = self._totals.tolist()
         return {
-            "sums": dict(zip(self.names, self._sums.tolist(), strict=True)),
-            "counts": dict(self._counts),
+            "sums": dict(zip(self.names, sums, strict=True)),
+            "counts": dict(zip(self.names, counts, strict=True)),
             "num_steps": self.num_steps,
         }
 
@@ -71,6 +80,7 @@ class RunningMeans:
                 name: sum(s["sums"].get(name, 0.0) for s in states) / len(states)
                 for name in self.names
             }
-        self._sums.copy_(torch.tensor([sums.get(n, 0.0) for n in self.names], dtype=torch.float64))
-        self._counts = {name: states[0]["counts"].get(name, 0) for name in self.names}
+        counts = states[0]["counts"]
+        rows = [[values.get(name, 0.0) for name in self.names] for values in (sums, counts)]
+        self._totals.copy_(torch.tensor(rows, dtype=torch.float64))
         self.num_steps = states[0]["num_steps"]

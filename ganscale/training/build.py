@@ -122,7 +122,6 @@ def build_reader(
             num_samples=shard_set.num_streams * data.shuffle_window // 2 if fetches else 0,
         ),
         # Only from page-locked memory does a copy to the GPU run beside its work.
-        pin_memory=cache != "device" and world.torch_device.type == "cuda",
     )
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "global_mean",
     "kth_largest",
     "sum_over_ranks",
+    "wrap_in_ddp",
 ]
 
 
@@ -157,15 +158,20 @@ def distribute(model: nn.Module, world: World) -> tuple[nn.Module, DistributedDa
     module = convert_batch_statistics(model.to(world.torch_device))
     # With channels first, cuDNN's grouped convolutions take 2.4 times as long on an H100.
     module = module.to(memory_format=torch.channels_last)
-    wrapper = DistributedDataParallel(
+    return module, wrap_in_ddp(module)
+
+
+def wrap_in_ddp(module: nn.Module, *, init_sync: bool = True) -> DistributedDataParallel:
+    """The wrapper in which a backward averages gradients; with `init_sync` a collective."""
+    return DistributedDataParallel(
         module,
+        init_sync=init_sync,
         gradient_as_bucket_view=True,
         # Otherwise DDP rearranges its buckets after the first step, and with them the order in
         # which more than two ranks' gradients are summed: a resumed run would round differently.
         find_unused_parameters=True,
         **_NO_BUFFER_SYNC,
     )
-    return module, wrapper
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -7,17 +7,19 @@ So a step reads nothing from the host and can be captured as a graph.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Generator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Generator, Hashable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ganscale.data.reader import Batch
+from ganscale.data.reader import Batch, DeviceRows
 from ganscale.data.values import PIXELS, ValueRange
 from ganscale.ema import ema_weight
 from ganscale.generation.latents import draw_noise, seed_for, uniform
@@ -33,6 +35,7 @@ __all__ = [
     "InputPreparer",
     "Labelled",
     "LocalBatch",
+    "PackedInputs",
     "Rates",
     "StepContext",
     "StepInputs",
@@ -42,6 +45,8 @@ __all__ = [
     "scalar",
 ]
 
+_STEPS_AHEAD = 4
+"""More than one, so that a slow batch delays no step as long as the mean keeps up."""
 _ALIGNMENT = 16
 """Bytes; a view of a buffer has to begin at a multiple of its type's size."""
 
@@ -143,25 +148,44 @@ class StepInputs:
 
 
 @dataclass(frozen=True)
+class PackedInputs:
+    """A step's inputs as one buffer, which crosses to the device in one copy."""
+
+    buffer: Tensor
+    """uint8, all tensors one after the other; in page-locked memory if they go to CUDA."""
+    layout: Mapping[str, tuple[int, torch.dtype, torch.Size]]
+    """Where in the buffer a tensor begins, its type and its shape."""
+    table: Tensor | None
+    """The whole set on the device, of which the step gathers its images by an index; or None."""
+
+    def to(self, device: torch.device) -> PackedInputs:
+        """A copy on the device, which nobody waits for."""
+        buffer = torch.empty_like(self.buffer, device=device, pin_memory=False)
+        buffer.copy_(self.buffer, non_blocking=True)
+        return replace(self, buffer=buffer)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, views of the buffer."""
+        tensors = {}
+        for name, (start, dtype, shape) in self.layout.items():
+            end = start + shape.numel() * dtype.itemsize
+            tensors[name] = self.buffer[start:end].view(dtype).view(shape)
+        return tensors
+
+
+@dataclass(frozen=True)
 class HostInputs:
-    """A step's inputs on the host, packed, before they go to the device."""
+    """A step's inputs on the host, and which form of the step takes them."""
 
     variant: StepVariant
     context: StepContext
     batch: Batch
-    buffer: Tensor
-    """uint8, all other tensors one after the other; in page-locked memory if they go to CUDA."""
-    layout: Mapping[str, tuple[int, torch.dtype, torch.Size]]
-    """Where in the buffer a tensor begins, its type and its shape."""
+    packed: PackedInputs
 
-    def to_device(self, device: torch.device) -> dict[str, Tensor]:
-        """The tensors by name, views of one buffer on the device."""
-        buffer = self.buffer.to(device, non_blocking=True)
-        tensors = {}
-        for name, (start, dtype, shape) in self.layout.items():
-            end = start + shape.numel() * dtype.itemsize
-            tensors[name] = buffer[start:end].view(dtype).view(shape)
-        return tensors
+    @property
+    def form(self) -> tuple[Hashable, ...]:
+        """What a graph is captured for: steps of one form differ in values alone."""
+        return (self.variant, *self.packed.layout.items())
 
 
 class InputPreparer:
@@ -198,25 +222,29 @@ class InputPreparer:
         self.lr_factor = config.guard.rollback_lr_factor**num_rollbacks
 
     def ahead(self, batches: Generator[Batch], nimg: int, step: int) -> Generator[HostInputs]:
-        """The inputs of the steps from (nimg, step) on, prepared one step ahead in a thread.
+        """The inputs of the steps from (nimg, step) on, prepared some steps ahead in a thread.
 
         An error is raised when its step is due, so the steps before it are taken.
         """
         size = self.config.training.batch_size
+        numbers = itertools.count()
 
-        def prepare_next(number: int) -> HostInputs:
+        def prepare_next() -> HostInputs:
+            number = next(numbers)
             return self.prepare(next(batches), nimg + number * size, step + number)
 
         # One thread: batches come from a generator, which two threads cannot advance at once.
         with closing(batches), ThreadPoolExecutor(1, thread_name_prefix="inputs") as pool:
-            number = 0
-            waiting: Future[HostInputs] = pool.submit(prepare_next, number)
-            while True:
-                ready = waiting.result()
-                number += 1
-                # Before the yield, so that it is prepared while the step runs.
-                waiting = pool.submit(prepare_next, number)
-                yield ready
+            waiting = deque(pool.submit(prepare_next) for _ in range(_STEPS_AHEAD))
+            try:
+                while True:
+                    ready = waiting.popleft().result()
+                    # Before the yield, so that it is prepared while the step runs.
+                    waiting.append(pool.submit(prepare_next))
+                    yield ready
+            finally:
+                for future in waiting:
+                    future.cancel()
 
     def prepare(self, batch: Batch, nimg: int, step: int) -> HostInputs:
         """The inputs of the step at (nimg, step) on `batch`, packed on the host."""
@@ -241,26 +269,34 @@ class InputPreparer:
         # Computed here as Python floats; they cross as tensors () with everything else.
         schedules = {**self.method.schedules(context), **self._ema_weights(context)}
         tensors = {"labels": batch.labels, "slots": batch.slots}
-        if batch.images.device.type == "cpu":  # decoded images may be cached on the device
-            tensors["images"] = batch.images
+        table = None
+        if isinstance(batch.stored, DeviceRows):
+            tensors["image_index"], table = batch.stored.index, batch.stored.table
+        else:
+            tensors["images"] = batch.stored
         tensors |= {f"noise/{name}": value for name, value in noise.items()}
         tensors |= {f"schedules/{name}": value for name, value in schedules.items()}
         buffer, layout = _packed(tensors, pin_memory=self.world.torch_device.type == "cuda")
-        return HostInputs(variant, context, batch, buffer, layout)
+        return HostInputs(variant, context, batch, PackedInputs(buffer, layout, table))
 
-    def to_device(self, host: HostInputs) -> StepInputs:
-        """Copy to the device and unpack, without waiting for the copy: the step's arguments."""
-        tensors = host.to_device(self.world.torch_device)
+    def unpack(self, packed: PackedInputs) -> StepInputs:
+        """The step's arguments, from inputs on the device; part of the step, as it computes."""
+        tensors = packed.tensors()
         noise = _with_prefix(tensors, "noise/")
         has_classes = bool(self.config.generator_spec["num_classes"])
+        size = self.config.training.batch_size
+        if packed.table is None:
+            images = tensors["images"]
+        else:
+            images = packed.table.index_select(0, tensors["image_index"])
         return StepInputs(
             batch=LocalBatch(
-                real_images=network_input(tensors.get("images", host.batch.images), self.values),
+                real_images=network_input(images, self.values),
                 # Batches always carry labels; a model without classes is not given them.
                 labels=tensors["labels"] if has_classes else None,
                 slots=tensors["slots"],
-                global_size=host.context.batch_size,
-                loss_weight=self.world.world_size / host.context.batch_size,
+                global_size=size,
+                loss_weight=self.world.world_size / size,
                 labelled=None if self.labelled is None else self.labelled.pick(noise["labelled"]),
             ),
             noise=noise,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, Literal
 
@@ -41,11 +41,12 @@ from ganscale.training.checkpoints import CheckpointManager, non_finite
 from ganscale.training.distribute import gather_objects
 from ganscale.training.evaluating import Evaluator
 from ganscale.training.guard import Guard
-from ganscale.training.inputs import HostInputs, InputPreparer
+from ganscale.training.inputs import HostInputs, InputPreparer, PackedInputs, StepVariant
 from ganscale.training.kernels import use_exact_kernels
 from ganscale.training.labelled import LabelledPool
 from ganscale.training.outputs import Outputs
 from ganscale.training.precision import Precision
+from ganscale.training.step_graphs import CudaCapture, StepRunner, own_stream
 from ganscale.training.stopping import (
     RankRequests,
     StopConsensus,
@@ -85,10 +86,10 @@ def train(
     if world.device == "cpu":
         torch.set_num_threads(config.launch.threads_per_worker)
     use_exact_kernels(world.torch_device)
-    trainer = Trainer(config, world, shard_set, stop, sinks, session, callbacks)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), own_stream(world.torch_device):
         # Of gradients with a dimension of size 1, whose strides mean nothing.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        trainer = Trainer(config, world, shard_set, stop, sinks, session, callbacks)
         try:
             return trainer.run()
         finally:
@@ -181,22 +182,28 @@ class Trainer:
 
     def step(self, host: HostInputs) -> None:
         """One step of the method on a global batch, and the averages after it."""
-        state = self.state
         self.times.enter("prepare")
         # Noted by the rank that met them, on the host; ranks exchange them once a row.
-        state.skipped_samples += [str(error) for error in host.batch.skipped]
-        inputs = self.inputs.to_device(host)
-        statistics = state.method.step(inputs, host.variant, self._enter)
-        self.times.enter("average")
+        self.state.skipped_samples += [str(error) for error in host.batch.skipped]
+        self.steps.run(host)
+        self.state.advance(self.config.training.batch_size)
+        self.times.num_steps += 1
+
+    def _update(
+        self, packed: PackedInputs, variant: StepVariant, enter: Callable[[Phase], None]
+    ) -> None:
+        """All that a step does on the device; from the same tensors it computes the same bits."""
+        state = self.state
+        inputs = self.inputs.unpack(packed)
+        statistics = state.method.step(inputs, variant, enter)
+        enter("average")
         # Added up on the device: a loss is read by the host once a row and not once a step.
         state.means.add({f"train/{name}": value for name, value in statistics.items()})
         # What is averaged has not changed in the discriminator's other turns; the weight counts the
         # images of all of them (`InputPreparer._ema_weights`).
-        if host.variant.generator_turn:
+        if variant.generator_turn:
             for name, ema in state.emas.items():
                 ema.update(state.averaged, inputs.schedules[f"ema_weight/{name}"])
-        state.advance(self.config.training.batch_size)
-        self.times.num_steps += 1
 
     def close(self) -> None:
         """Close files and W&B; a checkpoint that is being written may become whole."""
@@ -233,6 +240,16 @@ class Trainer:
             values=self.shard_set.values,
             num_rollbacks=num_rollbacks,
             labelled=self.labelled,
+        )
+        graphs = self.config.training.cuda_graphs
+        device = self.world.torch_device
+        self.steps = StepRunner(
+            self._update,
+            device,
+            enter=self._enter,
+            capture=CudaCapture() if device.type == "cuda" and graphs != "off" else None,
+            must_capture=graphs == "on",
+            recover=self.state.method.recover,
         )
         session = self.checkpoints.session
         # Last: the event that opens the attempt tells the position that was loaded.

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from ganscale.config import OptimizerConfig, Schedule
-from ganscale.training.distribute import distribute
+from ganscale.training.distribute import distribute, wrap_in_ddp
 from ganscale.training.inputs import Rates
 from ganscale.training.precision import Precision
 from ganscale.training.scheduled_adam import ScheduledAdam
@@ -113,6 +113,13 @@ class OptimizedModel:
         self.optimizer.zero_grad()
         self.num_skips += ~torch.isfinite(largest)
         return norm
+
+    def recover(self) -> None:
+        """Forget a forward or backward that was begun and not ended; weights and state stay."""
+        self.optimizer.zero_grad()
+        # The other ranks may not have to, so without asking them.
+        self.network = wrap_in_ddp(self.module, init_sync=False)
+        self.scaler.recover()
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimizer, scaler and skip count."""

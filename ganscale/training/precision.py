@@ -60,9 +60,8 @@ class LossScaler:
 
     def __init__(self, device_type: str, *, moves: bool) -> None:
         self._moves = moves
-        self._scaler = torch.amp.GradScaler(
-            device_type, init_scale=_INITIAL_FP16_SCALE if moves else 1.0
-        )
+        self._device_type = device_type
+        self._scaler = self._fresh()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of `loss`, (), times the scale; gradients stay scaled until `unscale`."""
@@ -81,6 +80,16 @@ class LossScaler:
             # The scale stays, but the scaler has to be told that the step is over: it refuses to
             # unscale the same optimizer twice before that.
             self._scaler.update(1.0)
+
+    def recover(self) -> None:
+        """Forget a step that was begun and not ended."""
+        state = self.state_dict()
+        self._scaler = self._fresh()
+        self.load_state_dict(state)
+
+    def _fresh(self) -> torch.amp.GradScaler:
+        initial = _INITIAL_FP16_SCALE if self._moves else 1.0
+        return torch.amp.GradScaler(self._device_type, init_scale=initial)
 
     @property
     def scale(self) -> float:

@@ -30,13 +30,16 @@ Phase = Literal[
     "evaluation",
     "write",
     "data",
+    "step",
     "discriminator",
     "autoencoder",
     "encoder",
     "generator",
     "generator and encoder",
+    "average",
 ]
-"""What a rank does in a step, in this order; a method has some of the last five."""
+"""What a rank does in a step, in this order. A step that is replayed as a graph is one phase,
+"step"; else a method has some of the others."""
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 

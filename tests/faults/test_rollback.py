@@ -14,7 +14,7 @@ from ganscale.run_directory import RunDirectory
 from ganscale.training import loop
 from ganscale.training.build import load_shards
 from ganscale.training.checkpoints import non_finite
-from ganscale.training.inputs import HostInputs, StepInputs
+from ganscale.training.inputs import HostInputs, PackedInputs, StepInputs
 from ganscale.world import World
 from tests.conftest import MakeConfig
 from tests.support.ranks import run_ranks
@@ -29,16 +29,16 @@ class Poisoned(loop.Trainer):
     num_faults = 1
 
     def step(self, host: HostInputs) -> None:
-        to_device = self.inputs.to_device
+        unpack = self.inputs.unpack
 
-        def poisoned(host: HostInputs) -> StepInputs:
-            inputs = to_device(host)
+        def poisoned(packed: PackedInputs) -> StepInputs:
+            inputs = unpack(packed)
             if self.world.rank == 1 and self.state.nimg == BAD_NIMG and self.num_faults:
                 self.num_faults -= 1
                 inputs.batch.real_images[0, 0, 0, 0] = torch.nan
             return inputs
 
-        with patch.object(self.inputs, "to_device", poisoned):
+        with patch.object(self.inputs, "unpack", poisoned):
             super().step(host)
 
 

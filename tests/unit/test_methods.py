@@ -257,7 +257,7 @@ def test_the_labels_of_the_other_images_are_kept_from_it(make_config: MakeConfig
         method={"name": "semi-supervised", "labels": 20}, model={"num_classes": 10, "z_dim": 16}
     )
     trainer = Trainer(config, World(), load_shards(config))
-    batch = trainer.inputs.to_device(next_inputs(trainer)).batch
+    batch = trainer.inputs.unpack(next_inputs(trainer).packed).batch
     trainer.close()
     assert batch.labels is None
     assert batch.labelled is not None

@@ -116,6 +116,11 @@ class TrainingMethod(ABC):
             values |= adversarial_schedules(self.config, context)
         return values
 
+    def recover(self) -> None:
+        """Forget a step that was begun and not ended; what it learned up to there stays."""
+        for model in self.models.values():
+            model.recover()
+
     def extra_metrics(self, nimg: int) -> dict[str, float]:
         """What a row of metrics has besides the statistics, the same on all ranks."""
         return {} if self.discriminator is None else self.discriminator.extra_metrics(nimg)
