@@ -38,5 +38,7 @@ class Ema:
         """
         for average, current in zip(self.model.parameters(), model.parameters(), strict=True):
             average.lerp_(current, weight)
+        # Copied and not averaged, as in StyleGAN2-ADA's code; some are counters, which have no
+        # average.
         for kept, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             kept.copy_(buffer)

@@ -30,10 +30,13 @@ def recolour(
     shift, gain, spread, angle = (
         parameter[:, None, None, None] for parameter in (luma_shift, luma_gain, chroma_gain, hue)
     )
+    # Of a gray image the mean is the image, and the chroma 0, so nothing below needs a case for it.
     luma = rgb.mean(1, keepdim=True)
     chroma = rgb - luma
     across = (chroma.roll(-2, 1) - chroma.roll(-1, 1)) / math.sqrt(3)  # v x chroma
+    # Rodrigues' rotation about v; its third term is along v, where chroma has no part.
     turned = angle.cos() * chroma + angle.sin() * across
+    # Taking luma and chroma apart and adding them rounds, so untouched images are passed by.
     changed = (shift != 0) | (gain != 1) | (spread != 1) | (angle != 0)
     rgb = torch.where(changed, gain * (luma + shift) + spread * turned, rgb)
     return torch.cat((rgb, alpha), 1)

@@ -82,15 +82,20 @@ class Chances:
         return self.draws.normal[:, self.columns.first[name][1] + column]
 
     def happens(self, name: str) -> Tensor:
-        """Tell which samples execute a transform."""
+        """Tell which samples execute a transform, (n,) bool."""
+        # p may be a tensor on the device that a step moves (ADA); nothing is read back to compare.
+        # One number decides all parameters of a transform, so they come together.
         return self.uniform(name, 0) < self.p * self.weights.get(name, 0.0)
 
     def choose(self, name: str, value: Tensor, otherwise: float = 0.0) -> Tensor:
         """Return `value` where the transform is executed."""
+        # Every sample's value is computed and some are thrown away: which samples need it is known
+        # on the device alone.
         return torch.where(self.happens(name), value, otherwise)
 
     def gain(self, name: str, std: float) -> Tensor:
         """Return 2 ** N(0, std ** 2) where the transform is executed, else 1."""
+        # Log-normal, so that magnifying by a factor is as likely as shrinking by it.
         return self.choose(name, torch.exp2(self.normal(name) * std), 1.0)
 
     def turn(self, name: str) -> Tensor:

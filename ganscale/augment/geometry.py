@@ -56,6 +56,8 @@ def reflect(place: Tensor, resolution: int) -> Tensor:
 
 def _take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Pixels (n, C, A, B) of images (n, C, H, W) at places broadcastable to (n, A, B)."""
+    # One gather over flat places for all channels; its derivative, a scatter, is linear, so there
+    # are derivatives of any order.
     places = rows * images.shape[-1] + columns
     index = places.flatten(1).unsqueeze(1).expand(-1, images.shape[1], -1)
     taken: Tensor = images.flatten(2).gather(2, index).unflatten(2, places.shape[1:])
@@ -71,9 +73,11 @@ def move_whole_pixels(images: Tensor, mirror: Tensor, quarters: Tensor, shift: T
     last = resolution - 1
     place = torch.arange(resolution, device=images.device)
     down, right = shift[:, :, None, None].unbind(1)
-    # Twice the distance from the centre is whole at every resolution.
+    # From each pixel of the result back to where it comes from: what was done last, the shift, is
+    # undone first. Twice the distance from the centre is whole at every resolution.
     y = 2 * (place[:, None] - down) - last
     x = 2 * (place[None, :] - right) - last
+    # Rotations by quarters with whole sines and cosines; nothing is rounded.
     quarters = quarters[:, None, None]
     cos = (quarters == 0).long() - (quarters == 2).long()
     sin = (quarters == 1).long() - (quarters == 3).long()
@@ -89,6 +93,7 @@ def shift_into_zeros(images: Tensor, shift: Tensor) -> Tensor:
     down, right = shift[:, :, None, None].unbind(1)
     y, x = place[:, None] - down, place[None, :] - right
     inside = (y >= 0) & (y < resolution) & (x >= 0) & (x < resolution)
+    # Clamped, so that the gather stays inside; what it takes there is replaced below.
     moved = _take(images, y.clamp(0, resolution - 1), x.clamp(0, resolution - 1))
     return torch.where(inside.unsqueeze(1), moved, 0.0)
 
@@ -102,6 +107,7 @@ def cut_out(images: Tensor, centre: Tensor, executed: Tensor) -> Tensor:
     place = (torch.arange(resolution, device=images.device) + 0.5) / resolution
     near = (place - centre.unsqueeze(2)).abs() < 0.25  # (n, 2, R)
     hole = near[:, 0, :, None] & near[:, 1, None, :] & executed[:, None, None]
+    # 0 is mid-gray in [-1, 1].
     return torch.where(hole.unsqueeze(1), 0.0, images)
 
 
@@ -115,6 +121,8 @@ def inverse_motion(
     Neutral parameters give exactly the identity.
     """
     zero = torch.zeros_like(scale)
+    # The inverse of a product: the inverses in the opposite order. Magnifying commutes with all but
+    # the shift, so it is undone together with the stretch.
     undo_stretch = _matrix(stretch / scale, zero, zero, 1 / (stretch * scale))
     linear = _product(_product(_rotation(before), undo_stretch), _rotation(after))
     return torch.cat((linear, _product(linear, -shift.unsqueeze(2))), 2)
@@ -143,11 +151,14 @@ def resample(images: Tensor, inverse: Tensor) -> Tensor:
     centre = (resolution - 1) / 2
     up, down = _filters(resolution, images.dtype, images.device)
     fine = torch.arange(len(up), device=images.device, dtype=images.dtype)
+    # Coordinates of the fine grid in pixels from the centre. The result is computed there and then
+    # brought down, so the second filter removes what the move has put beyond its resolution.
     place = (fine - DELAY) / 2 - centre
     entries = inverse[:, :, :, None, None].unbind(2)
     source = entries[0] * place[:, None] + entries[1] * place[None, :] + entries[2]
     y, x = _fine_index(source + centre, resolution).unbind(1)
     moved = _on_both_axes(_bilinear(_on_both_axes(images, up), y, x), down)
+    # The two filters undo each other to rounding only; images that stay take no part in that.
     identity = torch.eye(2, 3, device=images.device, dtype=images.dtype)
     changed = (inverse != identity).flatten(1).any(1)
     return torch.where(changed[:, None, None, None], moved, images)
@@ -164,6 +175,7 @@ def _fine_index(place: Tensor, resolution: int) -> Tensor:
 
 def _bilinear(images: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Pixels (n, C, A, B) of images (n, C, H, W), interpolated at indices (n, A, B) inside."""
+    # At the last row the fraction becomes 1 instead, so row + 1 is always inside.
     row = y.floor().clamp(max=images.shape[-2] - 2)
     column = x.floor().clamp(max=images.shape[-1] - 2)
     right, low = (x - column).unsqueeze(1), (y - row).unsqueeze(1)
@@ -186,7 +198,11 @@ def _filters(resolution: int, dtype: torch.dtype, device: torch.device) -> tuple
     Upsampled, x is y[m] = sqrt(2) sum_i h[m - 2 i] x[i], with x reflected at its borders; the
     way down is its adjoint, x[j] = sum_k h[k] y[2 j + k] / sqrt(2).
     """
+    # The first call may come from a block of inference mode, whose tensors no later backward could
+    # save.
     with torch.inference_mode(False), torch.no_grad():
+        # The matrices are banded Toeplitz in the pixels with margin; folding the margin back onto
+        # the image by `mirrored` builds the reflection at the border in.
         pixels = torch.arange(-MARGIN, resolution + MARGIN)
         fine = torch.arange(2 * (resolution + MARGIN))
         tap = fine[:, None] - 2 * pixels

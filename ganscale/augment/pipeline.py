@@ -61,6 +61,7 @@ def _move_whole_pixels(images: Tensor, chances: Chances) -> Tensor:
 def _resample(images: Tensor, chances: Chances) -> Tensor:
     before, after = chances.half_turns("rotate")
     shift = torch.stack([chances.choose("xfrac", chances.normal("xfrac", axis)) for axis in (0, 1)])
+    # Four transforms make one matrix, so an image is filtered once and not four times.
     inverse = inverse_motion(
         chances.gain("scale", 0.2),
         before,
@@ -72,6 +73,8 @@ def _resample(images: Tensor, chances: Chances) -> Tensor:
 
 
 def _recolour(images: Tensor, chances: Chances) -> Tensor:
+    # Contrast scales luma and chroma, saturation chroma alone, and a luma flip mirrors luma:
+    # products of matrices that commute become products of numbers.
     contrast = chances.gain("contrast", 0.5)
     flip = chances.happens("lumaflip") & (chances.uniform("lumaflip", 1) < 0.5)
     return recolour(
@@ -105,6 +108,8 @@ def _cut_out(images: Tensor, chances: Chances) -> Tensor:
     return cut_out(images, centre, chances.happens("cutout"))
 
 
+# In the order in which they are applied, which is the papers'. What one stage does together is one
+# pass over the images.
 _STAGES: tuple[tuple[frozenset[str], Callable[[Tensor, Chances], Tensor]], ...] = (
     (frozenset({"xflip", "rotate90", "xint"}), _move_whole_pixels),
     (frozenset({"scale", "rotate", "aniso", "xfrac"}), _resample),
@@ -132,6 +137,7 @@ class Augmentation:
         for name, weight in transforms.items():
             if not 0 <= weight <= 1:
                 raise ValueError(f"the weight of {name} must be within [0, 1], got {weight}")
+        # In the order of `TRANSFORMS`, since columns and stages follow it.
         self.weights = {name: transforms[name] for name in TRANSFORMS if name in transforms}
         self._columns = Columns.lay_out({name: TRANSFORMS[name] for name in self.weights})
         self._stages = [stage for names, stage in _STAGES if names & set(self.weights)]
@@ -152,11 +158,14 @@ class Augmentation:
 
     def __call__(self, images: Tensor, draws: Draws, p: Tensor | float) -> Tensor:
         """Augment n images with n rows of draws, all on one device; p is within [0, 1]."""
+        # A tensor is not checked, as that would be a host read; ADA clamps its own.
         if not isinstance(p, Tensor) and not 0 <= p <= 1:
             raise ValueError(f"the augmentation probability p must be within [0, 1], got {p}")
         assert images.shape[1] in (1, 3, 4)
         assert images.shape[2] == images.shape[3] >= 2
         assert len(images) == len(draws.uniform)
+        # Autocast would take the filters' matrix products in half precision, where the two filters
+        # of a move no longer undo each other.
         with torch.autocast(images.device.type, enabled=False):
             images = images if images.dtype == torch.float64 else images.float()
             draws = Draws(draws.uniform.to(images.dtype), draws.normal.to(images.dtype))

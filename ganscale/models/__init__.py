@@ -39,7 +39,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to build the two players of one kind."""
+    """How to build the generator and the discriminator of one kind."""
 
     generator: Callable[..., nn.Module]
     discriminator: Callable[..., nn.Module]
@@ -79,6 +79,8 @@ def build_joint_discriminator(spec: dict[str, Any]) -> nn.Module:
     return _build(JointDiscriminator, spec)
 
 
-def _build(player: Callable[..., Network], spec: dict[str, Any]) -> Network:
-    """Each player takes those options of its architecture that its constructor names."""
-    return player(**{name: spec[name] for name in inspect.signature(player).parameters})
+def _build(network: Callable[..., Network], spec: dict[str, Any]) -> Network:
+    """Each network takes those options of its architecture that its constructor names."""
+    # One description serves generator, discriminator and encoder, of which each knows some options.
+    # A constructor that wants an option the description lacks fails by its name.
+    return network(**{name: spec[name] for name in inspect.signature(network).parameters})

@@ -51,10 +51,14 @@ class Autoencoder(nn.Module):
         z = sampled(mean, log_variance, noise)
         fakes = None
         if prior is not None and from_prior is not None:
+            # Detached: the encoder does not learn from the adversarial loss (Larsen et al. 2016,
+            # algorithm 1).
             fakes = self.generator(torch.where(from_prior, prior, z.detach()), labels)
         return Encoded(self.generator(z, labels), mean, log_variance, fakes)
 
 
 def sampled(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
     """Latents of the posterior: mean + standard deviation * noise."""
+    # The reparametrisation (Kingma and Welling 2014, section 2.4): noise comes from outside, so the
+    # gradient reaches mean and variance.
     return mean + torch.exp(log_variance / 2) * noise

@@ -1,6 +1,6 @@
 """BigGAN (Brock et al. 2019, arXiv 1809.11096), the CIFAR form: class-conditional only.
 
-Residual players with spectral norm on every weight (but the generator's class embedding) and
+Residual networks with spectral norm on every weight (but the generator's class embedding) and
 orthogonal initialisation. The latent is split: a part enters the first layer, and one more with the
 class embedding sets the batch norm gains and biases of each block. Self-attention (Zhang et al.
 2019, arXiv 1805.08318) at 16x16, or at 8x8 of 16x16 images. `base_channels` is ch of the paper (96
@@ -49,6 +49,8 @@ class BigganGenerator(nn.Module):
         self.part_dim = _part_dim(z_dim, 1 + len(sizes))
         self.embedding = nn.Embedding(num_classes, _EMBEDDING_DIM)
         width = width_at(4, 4 * base_channels)
+        # The first part of the latent enters here, the others one block each (the paper's appendix
+        # B).
         self.linear = FullPrecision(nn.Linear(self.part_dim, width * 4 * 4))
         self.blocks, self.attentions = nn.ModuleList(), nn.ModuleList()
         norm = partial(_conditional_norm, condition_dim=self.part_dim + _EMBEDDING_DIM)
@@ -108,6 +110,8 @@ class BigganDiscriminator(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         x: Tensor = self.blocks(images).relu()
+        # Summed and not averaged, as in the paper; in fp32, as a sum of 64 values has more digits
+        # than half precision holds.
         features = x.sum(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
         logits: Tensor = self.head(features, labels)
         return logits
@@ -129,6 +133,7 @@ class SelfAttention(nn.Module):
         self.key = nn.Conv2d(channels, inner, 1, bias=False)
         self.value = nn.Conv2d(channels, values, 1, bias=False)
         self.project = nn.Conv2d(values, channels, 1, bias=False)
+        # At the start attention adds nothing; the network learns how much of it to let in.
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,10 +143,13 @@ class SelfAttention(nn.Module):
     def attend(self, x: Tensor) -> Tensor:
         """The values averaged with each position's attention weights, (N, C / 2, H, W), fp32."""
         query = self.query(x).flatten(2)
+        # A quarter of the positions to attend to: a quarter of the scores, which are the memory
+        # here.
         key = F.max_pool2d(self.key(x), 2).flatten(2)
         value = F.max_pool2d(self.value(x), 2).flatten(2)
         dtype = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
+            # Scores are not divided by a root of the width, so they may leave the range of fp16.
             scores = query.to(dtype).transpose(1, 2) @ key.to(dtype)  # (N, HW, HW / 4)
             mixed: Tensor = value.to(dtype) @ scores.softmax(dim=2).transpose(1, 2)
         return mixed.view(len(x), -1, *x.shape[2:])
@@ -163,7 +171,7 @@ def _part_dim(z_dim: int, num_parts: int) -> int:
 
 
 def _attention_size(resolution: int) -> int:
-    """Side of the map that attention sees."""
+    """Side of the map that attention sees: 16, or half the image if that is less."""
     return min(_ATTENTION_RESOLUTION, resolution // 2)
 
 
@@ -179,5 +187,7 @@ def _initialise(module: nn.Module) -> None:
 
 def _normalise(module: nn.Module, besides: nn.Module | None = None) -> None:
     """Spectral norm on every weight but that of `besides`."""
+    # A list, since registering adds modules to those that are walked. Called after initialisation,
+    # which sets weights that are computed ones from here on.
     for part in [p for p in module.modules() if isinstance(p, _WEIGHTED) and p is not besides]:
         spectral_norm(part)

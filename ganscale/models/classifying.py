@@ -39,19 +39,21 @@ class ClassifyingDiscriminator(nn.Module):
         self.head = nn.Linear(channels, num_classes)
 
     def forward(
-        self, images: Tensor, beside: Tensor | None = None, *, classes: bool = False
+        self, images: Tensor, labels: Tensor | None = None, *, classes: bool = False
     ) -> Tensor:
+        # fp32 before logsumexp, which exponentiates.
         logits: Tensor = self.head(self.features(images)).float()
         return logits if classes else torch.logsumexp(logits, dim=1)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the classes are told from, (N, C)."""
+        """Means of the last maps, (N, C): what classes are told from, and generators match."""
         pooled: Tensor = self.body(images).mean((2, 3))
         return pooled
 
 
 def _convolution(narrow: int, wide: int, stride: int) -> nn.Module:
     convolution = nn.Conv2d(narrow, wide, 3, stride=stride, padding=1)
+    # Before weight norm, which takes direction and norm from the weight it finds.
     nn.init.kaiming_normal_(convolution.weight, _SLOPE)
     normed: nn.Module = weight_norm(convolution)
     return normed

@@ -16,7 +16,7 @@ __all__ = ["ConditionalBatchNorm2d", "ProjectionHead", "one_hot"]
 
 
 def one_hot(labels: Tensor | None, num_classes: int) -> Tensor:
-    """Labels as fp32 vectors, (N, num_classes)."""
+    """Labels (N,) as fp32 unit vectors, (N, num_classes), without a host read."""
     assert labels is not None, "a class-conditional model needs labels"
     # F.one_hot checks the range of labels by a host read in the step; a lookup does so without.
     return F.embedding(labels, torch.eye(num_classes, device=labels.device))
@@ -31,6 +31,8 @@ class ConditionalBatchNorm2d(nn.Module):
 
     def __init__(self, num_features: int, gain: nn.Module, bias: nn.Module) -> None:
         super().__init__()
+        # A plain batch norm inside, so that one of the global batch can take its place from
+        # outside.
         self.norm = nn.BatchNorm2d(num_features, affine=False)
         self.gain = gain
         self.bias = bias
@@ -39,6 +41,7 @@ class ConditionalBatchNorm2d(nn.Module):
         gain: Tensor = self.gain(condition)[:, :, None, None]
         bias: Tensor = self.bias(condition)[:, :, None, None]
         normalised: Tensor = self.norm(x)
+        # Around 1: a condition that says nothing leaves the map as it is.
         return normalised * (1 + gain) + bias
 
 
@@ -55,6 +58,7 @@ class ProjectionHead(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor | None) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
+            # Features are sums over a map and the logit is what losses and penalties look at.
             values = at_least_fp32(features)
             logits: Tensor = self.linear(values).squeeze(1)
             if self.embedding is None:

@@ -1,4 +1,4 @@
-"""DCGAN (Radford, Metz and Chintala, 2016, arXiv 1511.06434), LeakyReLU in both players.
+"""DCGAN (Radford, Metz and Chintala, 2016, arXiv 1511.06434), LeakyReLU in both networks.
 
 The generator doubles a 4x4 map up to the resolution with transposed convolutions; the
 discriminator mirrors it with strided ones. Batch norm everywhere but at the image and the logit.
@@ -29,6 +29,8 @@ class DcganGenerator(nn.Module):
         ]
         for wide, narrow in zip(widths, widths[1:], strict=False):
             layers += [
+                # No bias before batch norm, which would subtract it. Kernels of 4 at stride 2
+                # overlap evenly, so the result has no checkerboard of unequal counts.
                 nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1, bias=False),
                 nn.BatchNorm2d(narrow),
                 nn.LeakyReLU(_SLOPE),
@@ -49,6 +51,7 @@ class DcganDiscriminator(nn.Module):
         super().__init__()
         widths = _widths(resolution, base_channels)
         layers: list[nn.Module] = [
+            # Batch norm next to the image made training unstable (the paper's section 3).
             nn.Conv2d(img_channels, widths[0], 4, stride=2, padding=1),
             nn.LeakyReLU(_SLOPE),
         ]

@@ -25,6 +25,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.z_dim = z_dim
         levels = range(resolution.bit_length() - 3)
+        # Capped: `base_channels` may be that of an architecture that is wide at every resolution.
         widths = [min(base_channels << level, _MAX_CHANNELS) for level in levels]
         layers: list[nn.Module] = [
             nn.Conv2d(img_channels, widths[0], 4, stride=2, padding=1),
@@ -45,5 +46,6 @@ class Encoder(nn.Module):
                     nn.init.zeros_(part.bias)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        # fp32, since the log-variance is exponentiated.
         mean, log_variance = self.layers(images).flatten(1).float().split(self.z_dim, dim=1)
         return mean, log_variance

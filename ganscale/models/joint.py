@@ -39,6 +39,7 @@ class JointDiscriminator(nn.Module):
         self.pair = nn.Sequential(*_linear(2 * size, size), spectral_norm(nn.Linear(size, 1)))
 
     def forward(self, images: Tensor, z: Tensor) -> Tensor:
+        # Joined as vectors of one size, so that neither side drowns the other.
         vectors = torch.cat([self.image(images), self.latent(z)], dim=1)
         logits: Tensor = self.pair(vectors)
         return logits.flatten()

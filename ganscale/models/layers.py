@@ -48,6 +48,7 @@ class SpectralNorm(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         rows, columns = weight.flatten(1).shape
+        # Buffers, so that the iteration goes on after a resume where it was.
         self.register_buffer("left", F.normalize(torch.randn(rows), dim=0))
         self.register_buffer("right", F.normalize(torch.randn(columns), dim=0))
 
@@ -55,21 +56,21 @@ class SpectralNorm(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):
             matrix = weight.flatten(1)
             if self.training:
-                self._iterate(matrix.detach())
+                # One step is enough, since weights move little between two (the paper's appendix
+                # A).
+                with torch.no_grad():
+                    self.right.copy_(F.normalize(matrix.T @ self.left, dim=0))
+                    self.left.copy_(F.normalize(matrix @ self.right, dim=0))
             # Copies: the next forward moves the vectors before this one's backward is run.
             sigma = torch.dot(self.left.clone(), matrix @ self.right.clone())
             return weight / sigma
-
-    @torch.no_grad()
-    def _iterate(self, matrix: Tensor) -> None:
-        self.right.copy_(F.normalize(matrix.T @ self.left, dim=0))
-        self.left.copy_(F.normalize(matrix @ self.right, dim=0))
 
 
 def spectral_norm(module: M) -> M:
     """Put `SpectralNorm` on a linear, convolution or embedding layer's weight; returns it."""
     weight = module.weight
     assert isinstance(weight, Tensor)
+    # A parametrization and not torch's own spectral norm, which works in the precision around it.
     parametrize.register_parametrization(module, "weight", SpectralNorm(weight))
     return module
 
@@ -84,12 +85,13 @@ class MinibatchStd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         values = at_least_fp32(x)
+        # The root has an infinite slope at 0, where all samples are alike.
         std = (self.variance(values) + 1e-8).sqrt().mean()
         extra = std.to(x.dtype).expand(len(x), 1, *x.shape[2:])
         return torch.cat([x, extra], dim=1)
 
     def variance(self, x: Tensor) -> Tensor:
-        """Of each element over the batch, biased, (C, H, W)."""
+        """The biased variance of each element over the batch, (C, H, W)."""
         return x.var(dim=0, correction=0)
 
 
@@ -107,7 +109,9 @@ def upsample(x: Tensor, taps: Tensor) -> Tensor:
     The adjoint of `downsample`, times 4. `taps` has 3 or 4 elements: with 3 a pixel stays centred
     on an even place, with 4 between its two halves.
     """
+    # Three of four places hold zeros, so the filter is four times as strong to keep the mean.
     kernel = _depthwise(4 * torch.outer(taps, taps), x)
+    # Without it an odd filter would give 2H - 1 rows.
     extra = len(taps) % 2
     return F.conv_transpose2d(
         x, kernel, stride=2, padding=1, output_padding=extra, groups=x.shape[1]

@@ -1,10 +1,10 @@
-"""R3GAN, configuration E (Huang et al. 2024, arXiv 2501.05441): plain residual players, no norms.
+"""R3GAN, configuration E (Huang et al. 2024, arXiv 2501.05441): plain residual networks, no norms.
 
-Both players are stages of inverted bottlenecks: 1x1 to twice the width, grouped 3x3, 1x1 back,
+Both are stages of inverted bottlenecks: 1x1 to twice the width, grouped 3x3, 1x1 back,
 with a leaky ReLU after each of the first two and only two biases, before those. The generator
 starts from a learnt 4x4 basis, the discriminator ends in a depthwise 4x4 one. Weights start as He
 et al. (2015) have them, scaled by Fixup's L^(-1/(2m-2)) for L blocks of m layers (Zhang et al.
-2019, arXiv 1901.09321), the last layer of each block at zero, so at the start a player is its
+2019, arXiv 1901.09321), the last layer of each block at zero, so at the start a network is its
 resampling and two linear maps.
 
 The 4x4 stage, the image and the logit are computed in fp32 under every precision.
@@ -25,6 +25,7 @@ from ganscale.models.residual import width_at
 __all__ = ["R3ganDiscriminator", "R3ganGenerator"]
 
 _SLOPE = 0.2
+# He et al. (2015, arXiv 1502.01852): keeps the variance through a leaky ReLU.
 _GAIN = math.sqrt(2 / (1 + _SLOPE**2))
 _EXPANSION = 2
 _GROUP_CHANNELS = 16
@@ -51,6 +52,7 @@ class R3ganGenerator(nn.Module):
     ) -> None:
         super().__init__()
         sizes = _sizes(resolution)
+        # L of Fixup counts the blocks of the whole network, not of a stage.
         num_blocks = blocks_per_stage * len(sizes)
         self.num_classes = num_classes
         embedding = _linear(num_classes, _EMBEDDING_DIM) if num_classes else None
@@ -72,6 +74,8 @@ class R3ganGenerator(nn.Module):
             if self.embedding is not None:
                 label = one_hot(labels, self.num_classes).to(z.dtype)
                 z = torch.cat([z, self.embedding(label)], dim=1)
+            # Each channel of the first map is a learnt 4x4 pattern times a linear form of the
+            # latent.
             x = self.linear(z)[:, :, None, None] * self.basis
         images: Tensor = self.to_image(self.stages(self.first(x)))
         return images
@@ -99,6 +103,8 @@ class R3ganDiscriminator(nn.Module):
             stages += _blocks(width, blocks_per_stage, num_blocks)
             stages.append(_Resample(width, width_at(after, base_channels), up=False))
         self.stages = nn.Sequential(*stages)
+        # The mirror image of the generator's basis: one 4x4 pattern for each channel, without
+        # padding.
         basis = nn.Conv2d(base_channels, base_channels, 4, groups=base_channels, bias=False)
         _he(basis.weight, 1.0)
         self.last = FullPrecision(
@@ -120,6 +126,7 @@ class _Projection(nn.Module):
     def __init__(self, features: int, num_classes: int) -> None:
         super().__init__()
         self.linear = _linear(features, features)
+        # The logit is a sum over all features; this keeps it from growing with their number.
         self.embedding = _linear(num_classes, features, gain=1 / math.sqrt(features))
         self.num_classes = num_classes
 
@@ -145,6 +152,7 @@ class _Block(nn.Module):
             _he(conv.weight, _GAIN * fixup)
             assert conv.bias is not None
             nn.init.zeros_(conv.bias)
+        # At the start each block passes its input on, however many there are.
         nn.init.zeros_(self.contract.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,6 +176,8 @@ class _Resample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.up:
+            # A 1x1 convolution and a filter over space commute; it is taken where the map is
+            # smaller.
             return upsample(self.conv(x), self.taps)
         resampled: Tensor = self.conv(downsample(x, self.taps))
         return resampled

@@ -53,6 +53,7 @@ class DownBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.down = down
+        # A ReLU on pixels would throw away everything below mid-gray.
         self.activation = nn.Identity() if first else nn.ReLU()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)

@@ -1,4 +1,4 @@
-"""SNGAN's residual players (Miyato et al. 2018, arXiv 1802.05957, appendix B.4, table 4).
+"""SNGAN's residual networks (Miyato et al. 2018, arXiv 1802.05957, appendix B.4, table 4).
 
 The generator doubles a 4x4 map with residual blocks and batch norm; the discriminator halves the
 image down to 8x8, adds two blocks there, sums over the map, and has spectral norm on every weight.
@@ -78,11 +78,15 @@ class SnganDiscriminator(nn.Module):
         embedding = nn.Embedding(num_classes, base_channels) if num_classes else None
         self.head = ProjectionHead(nn.Linear(base_channels, 1), embedding)
         _initialise(self)
+        # A list, since registering adds modules to those that are walked; after initialisation,
+        # which sets weights that are computed ones from here on.
         for part in [p for p in self.modules() if isinstance(p, _WEIGHTED)]:
             spectral_norm(part)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         x: Tensor = self.blocks(images).relu()
+        # Summed and not averaged, as in the paper; in fp32, as a sum of 64 values has more digits
+        # than half precision holds.
         features = x.sum(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
         logits: Tensor = self.head(features, labels)
         return logits
@@ -97,6 +101,7 @@ class _Norm(nn.Module):
         if num_classes:
             embeddings = [nn.Embedding(num_classes, num_features) for _ in range(2)]
             for embedding in embeddings:
+                # Gain 1 and bias 0 for every class: at the start the norm is an unconditional one.
                 nn.init.zeros_(embedding.weight)
             self.norm = ConditionalBatchNorm2d(num_features, *embeddings)
         self.conditional = num_classes > 0

@@ -39,6 +39,8 @@ __all__ = [
 _SLOPE = 0.2
 _CLAMP = 256.0
 _EPSILON = 1e-8
+# The mapping learns a hundred times more slowly than the rest (Karras et al. 2019, arXiv
+# 1812.04948, appendix C).
 _MAPPING_RATE = 0.01
 _LABEL_LAYERS = 8
 _WIDTH_TIMES_RESOLUTION = 16384
@@ -64,6 +66,8 @@ class Stylegan2Generator(nn.Module):
         super().__init__()
         self.mapping = _Mapping(z_dim, num_classes, z_dim, mapping_layers)
         width = _width(base_channels, 4)
+        # The synthesis starts from a constant: all that distinguishes images comes in through
+        # styles.
         self.constant = nn.Parameter(torch.randn(width, 4, 4))
         self.first = _ModulatedLayer(width, width, z_dim, up=False)
         self.first_image = _ToImage(width, img_channels, z_dim)
@@ -125,6 +129,7 @@ class Stylegan2Discriminator(nn.Module):
         if self.label_mapping is None:
             return features.squeeze(1)
         mapped: Tensor = self.label_mapping(None, labels)
+        # Both factors have elements of a size around 1, so the sum's deviation grows as the root.
         return (features * mapped).sum(dim=1) / math.sqrt(features.shape[1])
 
 
@@ -143,8 +148,11 @@ def modulated_conv2d(
             style = style / style.detach().abs().amax(dim=1, keepdim=True).clamp_min(_EPSILON)
             largest = weight.detach().abs().amax(dim=(1, 2, 3), keepdim=True)
             weight = weight / (largest.clamp_min(_EPSILON) * math.sqrt(weight[0].numel()))
+            # Equation 3 without a weight for each sample: sum_ik (s_i w_oik)^2 = sum_i s_i^2 sum_k
+            # w_oik^2.
             norms = style.square() @ weight.square().sum(dim=(2, 3)).T
             scale = torch.rsqrt(norms + _EPSILON)
+    # A convolution is linear in its input channels, so scaling those is scaling the weight's.
     x = x * style.to(x.dtype)[:, :, None, None]
     x = F.conv2d(x, weight, padding="same") if taps is None else _up_conv2d(x, weight, taps)
     return x * scale.to(x.dtype)[:, :, None, None] if demodulate else x
@@ -160,6 +168,8 @@ class EqualisedLinear(nn.Module):
         self, in_features: int, out_features: int, *, bias: float = 0.0, learning_rate: float = 1.0
     ) -> None:
         super().__init__()
+        # Adam moves parameters of all sizes alike, so a larger parameter that is scaled down learns
+        # more slowly.
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / learning_rate)
         self.bias = nn.Parameter(torch.full((out_features,), bias / learning_rate))
         self.learning_rate = learning_rate
@@ -184,12 +194,16 @@ class EqualisedConv2d(nn.Module):
         shape = (out_channels, in_channels, kernel_size, kernel_size)
         self.weight = nn.Parameter(torch.randn(shape))
         self.down = down
+        # A constant: it moves with the module and is no part of checkpoints.
         self.register_buffer("taps", binomial_filter(4), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        # He's scale at run time and not at initialisation, so that Adam's steps are as large for
+        # wide layers as for narrow ones, relative to their weights.
         weight = self.weight / math.sqrt(self.weight[0].numel())
         if not self.down:
             return F.conv2d(x, weight, padding="same")
+        # A 1x1 convolution commutes with the filter, so it is taken on the smaller map.
         if weight.shape[-1] == 1:
             return F.conv2d(downsample(x, self.taps), weight)
         return _down_conv2d(x, weight, self.taps)
@@ -208,6 +222,7 @@ class _Mapping(nn.Module):
     def __init__(self, z_dim: int, num_classes: int, w_dim: int, num_layers: int) -> None:
         super().__init__()
         self.num_classes = num_classes
+        # The label weighs as much as the latent beside it; without a latent it is all there is.
         label_dim = (z_dim or w_dim) if num_classes else 0
         self.embedding = EqualisedLinear(num_classes, label_dim) if num_classes else None
         layers: list[nn.Module] = []
@@ -235,6 +250,7 @@ class _ModulatedConv2d(nn.Module):
         super().__init__()
         shape = (out_channels, in_channels, kernel_size, kernel_size)
         self.weight = nn.Parameter(torch.randn(shape))
+        # Styles start around 1: they scale channels a little at first and do not flip their signs.
         self.affine = EqualisedLinear(w_dim, in_channels, bias=1.0)
 
     def forward(
@@ -343,7 +359,9 @@ def _up_conv2d(x: Tensor, weight: Tensor, taps: Tensor) -> Tensor:
 
     The two differ only at the border, where the filter here sees what lies beyond the image.
     """
+    # A transposed convolution turns the kernel over, which the flip undoes.
     x = F.conv_transpose2d(x, weight.transpose(0, 1).flip(2, 3), stride=2)
+    # Four times as strong for the zeros that a stride of 2 has put between the pixels.
     return _filter(x, 4 * torch.outer(taps, taps), padding=1)
 
 

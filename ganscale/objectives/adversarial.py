@@ -55,6 +55,7 @@ class Objective:
 
     discriminator: Callable[[Tensor, Tensor], Tensor]
     generator: Callable[[Tensor | None, Tensor], Tensor]
+    # Asked for by name, so that the others are spared a forward of real images.
     generator_sees_real: bool = False
     centred: bool = False
     """Logits are given minus the mean of the other side's over the global batch."""
@@ -69,6 +70,8 @@ def _nonsaturating_generator(_: Tensor | None, fake_logits: Tensor) -> Tensor:
 
 
 def _minimax_generator(_: Tensor | None, fake_logits: Tensor) -> Tensor:
+    # Saturates: the gradient is sigmoid(logit), which vanishes where the discriminator is sure. It
+    # is here because it is the game of the paper; `nonsaturating` is what is played.
     return -softplus(fake_logits.float())
 
 
@@ -89,10 +92,13 @@ def _wasserstein(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def _minus_logits_generator(_: Tensor | None, fake_logits: Tensor) -> Tensor:
+    # No margin for the generator: beyond one it would get no gradient from its best images.
     return -fake_logits.float()
 
 
 def _relativistic(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    # Real and fake samples are drawn independently, so any pairing is a sample of the expectation;
+    # pairs of one place in the batch have the same label too.
     return softplus(fake_logits.float() - real_logits.float())
 
 
@@ -103,6 +109,7 @@ def _relativistic_generator(real_logits: Tensor | None, fake_logits: Tensor) -> 
 
 def _swapped_cross_entropy(real_logits: Tensor | None, fake_logits: Tensor) -> Tensor:
     assert real_logits is not None
+    # Both terms depend on the generator here, since each side's mean enters the other's.
     return _cross_entropy(fake_logits, real_logits)
 
 

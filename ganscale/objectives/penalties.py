@@ -90,7 +90,11 @@ def input_gradient(logits: Tensor, images: Tensor, scale: float = 1.0) -> Tensor
     A logit must depend on its own image alone for this to be each sample's gradient.
     """
     scaled: Tensor
+    # The sum's gradient by one image is that of its own logit, if logits do not mix samples. The
+    # graph is kept, since the penalty is differentiated by the weights in its turn.
     (scaled,) = torch.autograd.grad((logits * scale).sum(), images, create_graph=True)
+    # fp32 before the division: that is what brings small elements back, and they would be lost
+    # again in half precision.
     return _wide(scaled) / scale
 
 
@@ -98,6 +102,8 @@ def gradient_normalised(logits_fn: LogitsFn, scale: float = 1.0) -> LogitsFn:
     """D(x) / (||grad D(x)|| + |D(x)|): Wu et al. (2021, arXiv 2109.02235), equation 9."""
 
     def normalised(images: Tensor) -> Tensor:
+        # Fakes in the generator's phase carry a graph, through which the gradient has to reach the
+        # generator; real images and constants become leaves.
         if not images.requires_grad:
             images = images.detach().requires_grad_()
         logits = logits_fn(images)
@@ -114,10 +120,14 @@ def orthogonal_penalty(parameters: Mapping[str, Tensor]) -> Tensor:
     """
     total: Tensor = torch.zeros((), device=next(iter(parameters.values())).device)
     for name, weight in parameters.items():
+        # Biases and gains have no rows to compare. Rows of a class embedding are no filters of one
+        # layer; BigGAN's published code leaves it out too.
         if weight.ndim < 2 or "embedding" in name:
             continue
         rows = weight.flatten(1)
         products = rows @ rows.T
+        # Off the diagonal alone: filters are to be orthogonal, not of norm 1, which limits them too
+        # much (the paper's section 3.1).
         total += products.square().sum() - products.diagonal().square().sum()
     return total
 
@@ -142,6 +152,7 @@ def _r2_finite_difference(inputs: PenaltyInputs) -> Tensor:
 
 def _wgan_gp(inputs: PenaltyInputs) -> Tensor:
     real, fake = inputs.real_images.detach(), inputs.fake_images.detach()
+    # One number an image, so x^ is on the straight line between a real and a fake image.
     between = torch.lerp(real, fake, inputs.noise["wgan_gp"])
     return _distance_from_unit_slope(inputs, between)
 
@@ -152,12 +163,14 @@ def _dragan(inputs: PenaltyInputs) -> Tensor:
 
 
 def _consistency(inputs: PenaltyInputs) -> Tensor:
+    # The same rows of augmentation for both, so that only the perturbation makes them differ.
     perturbed = inputs.real_logits_fn(inputs.perturb(inputs.real_images.detach()))
     return (_wide(inputs.real_logits) - _wide(perturbed)).square()
 
 
 def _lecam(inputs: PenaltyInputs) -> Tensor:
     assert inputs.anchors is not None
+    # Crosswise: real logits are held near the mean of fake ones, and the other way round.
     real = (_wide(inputs.real_logits) - inputs.anchors[1]).square()
     fake = (_wide(inputs.fake_logits) - inputs.anchors[0]).square()
     return real + fake
@@ -168,12 +181,16 @@ def _half_squared_gradient(logits: Tensor, images: Tensor, scale: float) -> Tens
 
 
 def _half_squared_slope(logits_fn: LogitsFn, images: Tensor, logits: Tensor, u: Tensor) -> Tensor:
+    # The unmoved logits are those of the loss, so this costs one forward and one backward more, and
+    # no gradient of a gradient. E (u . g)^2 = ||g||^2 for u ~ N(0, 1).
     moved = logits_fn(images.detach() + FINITE_DIFFERENCE_STEP * u)
     slope = (_wide(moved) - _wide(logits)) / FINITE_DIFFERENCE_STEP
     return slope.square() / 2
 
 
 def _distance_from_unit_slope(inputs: PenaltyInputs, images: Tensor) -> Tensor:
+    # A tensor made for this, between or beside the batch's images: a leaf of its own. It is judged
+    # with the condition and the augmentation of the real image of its place.
     images.requires_grad_()
     gradient = input_gradient(inputs.real_logits_fn(images), images, inputs.inner_scale)
     return (_norm(gradient) - 1).square()
@@ -181,10 +198,12 @@ def _distance_from_unit_slope(inputs: PenaltyInputs, images: Tensor) -> Tensor:
 
 def _norm(gradient: Tensor) -> Tensor:
     """L2 norm of each sample, (n,); its own gradient at zero is finite."""
+    # The root has an infinite slope at 0, and a dead discriminator has such gradients.
     return (gradient.square().sum(dim=(1, 2, 3)) + 1e-12).sqrt()
 
 
 def _wide(values: Tensor) -> Tensor:
+    # float64 passes, so that tests can compare with finite differences.
     return values if values.dtype == torch.float64 else values.float()
 
 

@@ -28,4 +28,5 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 def gaussian_nll(squared_error: Tensor, variance: Tensor) -> Tensor:
     """-log N(x; x', variance) of a dimension, from its (mean) squared error."""
+    # The constant has no gradient; with it the value is a likelihood, in nats, and not a score.
     return (squared_error / variance + torch.log(2 * math.pi * variance)) / 2

@@ -1,4 +1,8 @@
-"""The built-in callbacks: samples, evaluation, rows of metrics, snapshots, checkpoints."""
+"""The built-in callbacks: samples, evaluation, rows of metrics, snapshots, checkpoints.
+
+All ranks run them at the same positions, as some are collectives; rank 0 alone writes files. Their
+order matters and is that of `Trainer._make_actions`.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,7 @@ from ganscale.training.watchdog import Phase, Watchdog
 
 __all__ = ["DrawSamples", "Evaluate", "LogMetrics", "SaveCheckpoint", "SaveSnapshots"]
 
+# An event is one line of a file, and a damaged set may have any number of bad samples.
 _MAX_SKIPS_NAMED = 100
 
 
@@ -42,10 +47,15 @@ class DrawSamples(Callback):
         with state.not_training():
             diversity: list[float | None] = [None]
             if state.world.is_main:
+                # A superseded process must not overwrite the pictures of the attempt that took
+                # over.
                 self.checkpoints.check_current()
                 diversity = [self.outputs.draw_samples(state)]
+            # The other ranks wait here, so the time is no training on any of them.
             dist.broadcast_object_list(diversity, src=0)
             if diversity[0] is not None:
+                # The guard looks at the row on every rank and must come to the same verdict
+                # everywhere, so all get what rank 0 has measured.
                 state.latest_metrics["metrics/diversity"] = diversity[0]
                 state.next_row["metrics/diversity"] = diversity[0]
 
@@ -81,10 +91,12 @@ class Evaluate(Callback):
                 self.outputs.event("evaluation_failed", message=measured.problem, nimg=state.nimg)
             else:
                 self.outputs.event("evaluation", nimg=state.nimg, skipped=measured.skipped)
+            # FID is not among the run's metrics, or could not be measured.
             if measured.fid is None:
                 return
             state.latest_metrics["fid"] = measured.fid
             if measured.fid < self.best_fid:
+                # On all ranks alike: it is part of the state that every rank loads.
                 self.best_fid = measured.fid
                 self.checkpoints.check_current()
                 self.outputs.save_best(state)
@@ -118,9 +130,14 @@ class LogMetrics(Callback):
         self._check(row, state)
 
     def _row(self, state: TrainingState) -> dict[str, float]:
+        # Taken before the times are read below, which starts them anew.
         num_steps = self.times.num_steps
+        # This transfer waits for the device, so the clock that is read next tells the time of steps
+        # that have been computed and not only launched.
         means = state.means.averages(sum_over_ranks, state.world.world_size)
         now = time.perf_counter()
+        # Samples, evaluations and the like are no training; a run that evaluates often is not
+        # slower.
         seconds = now - self._last_time - state.excluded_seconds
         self._last_time, state.excluded_seconds = now, 0.0
         row: dict[str, float] = {
@@ -134,6 +151,7 @@ class LogMetrics(Callback):
             row[f"train/skips_{letter}"] = int(model.num_skips)
         extra = state.method.extra_metrics(state.nimg)
         row |= {f"train/{name}": value for name, value in extra.items()}
+        # A collective: all ranks log at the same position.
         row |= merged(gather_objects(self._worker.measure(self.times.means())))
         row["time/images_per_second"] = num_steps * self.config.training.batch_size / seconds
         if self.config.data.on_error == "skip":
@@ -162,6 +180,7 @@ class LogMetrics(Callback):
         """
         alarms, settings = self.guard.look(row), self.config.guard
         policy = settings.policy
+        # A run that fails again and again after going back would do so forever.
         if policy == "rollback" and self.num_rollbacks >= settings.max_rollbacks:
             policy = "stop"
         for alarm in alarms:
@@ -176,6 +195,7 @@ class LogMetrics(Callback):
             )
         if not alarms or policy == "warn":
             return
+        # The earliest of several causes: a checkpoint after it may hold it already.
         first = min(alarms, key=lambda alarm: alarm.healthy_nimg)
         if policy == "rollback":
             raise Rollback(first.healthy_nimg)
@@ -201,6 +221,7 @@ class SaveSnapshots(Callback):
         self.checkpoints = checkpoints
 
     def run(self, state: TrainingState) -> None:
+        # The averages are the same on all ranks, so nothing has to be gathered.
         if state.world.is_main:
             self.checkpoints.check_current()
             self.outputs.save_snapshots(state)
@@ -224,6 +245,8 @@ class SaveCheckpoint(Callback):
         self.run_state = run_state
 
     def is_due(self, state: TrainingState) -> bool:
+        # The clock and a stop ask for checkpoints at positions that another run would not have.
+        # That is harmless: writing one changes nothing that is computed.
         return state.checkpoint_requested or super().is_due(state)
 
     def run(self, state: TrainingState) -> None:

@@ -18,8 +18,11 @@ _ANCHOR_DECAY = 0.99
 
 def ada_p_step(config: AugmentConfig, step: int, batch_size: int) -> float:
     """How far ADA's p may move in update number `step` (0, 1, ...) of a global batch; often 0."""
+    # Decided here, on the host, by the position: on the device p always moves, by 0 most of the
+    # time, so that one graph does for all steps.
     if step % _STEPS_PER_ADAPTATION != _STEPS_PER_ADAPTATION - 1:
         return 0.0
+    # If each of its moves goes up, p comes from 0 to 1 in `adapt_kimg`.
     return batch_size * _STEPS_PER_ADAPTATION / (1000 * config.adapt_kimg)
 
 
@@ -38,6 +41,8 @@ class AdaController:
 
     def update(self, mean_sign: Tensor, p_step: Tensor) -> None:
         """Take in the mean sign of the logits at real images, (), and move p by `p_step`, ()."""
+        # r_t of the paper's equation 1, E[sign(D(x))], over four minibatches: near 1 the
+        # discriminator has overfitted, and more augmentation helps.
         self._signs += mean_sign
         excess = self._signs / _STEPS_PER_ADAPTATION - self.target
         self.p.add_(excess.sign() * p_step).clamp_(0, 1)
@@ -49,6 +54,7 @@ class AdaController:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Load a saved state in place."""
+        # In place, so that a step captured as a graph reads what was loaded.
         self.p.copy_(state["p"])
         self._signs.copy_(state["signs"])
 

@@ -1,18 +1,21 @@
-"""How fast a configuration trains on one device: the training loop itself, for some seconds."""
+"""How fast a configuration trains on one device: the training loop itself, for some seconds.
+
+What is measured is what a run would log about itself, data path and averages included. There is no
+second loop that could be faster than the real one.
+"""
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ganscale.config import Config
+from ganscale.json_lines import read_lines
 from ganscale.run_directory import RunDirectory
 from ganscale.training.loop import train
 from ganscale.training.precision import Precision
@@ -51,6 +54,7 @@ def bench_training(config: Config, world: World, *, seconds: float) -> TrainingS
     """
     kimg = _STEPS_IN_A_ROW * config.training.batch_size / 1000
     with tempfile.TemporaryDirectory() as folder:
+        # What is done between steps is put off beyond any run: only the steps are measured.
         config = config.with_changes(
             {
                 "name": "bench",
@@ -71,7 +75,7 @@ def bench_training(config: Config, world: World, *, seconds: float) -> TrainingS
 
         def stop_when_measured() -> None:
             ended.wait(seconds)
-            while not (ended.is_set() or _rows_after_warm_up(metrics)):
+            while not (ended.is_set() or read_lines(metrics)[_WARM_UP_ROWS:]):
                 ended.wait(_POLL_SECONDS)
             stop.reason = "interrupted"
 
@@ -85,13 +89,7 @@ def bench_training(config: Config, world: World, *, seconds: float) -> TrainingS
         finally:
             ended.set()
             clock.join()
-        return _summary(config, world, _rows_after_warm_up(metrics))
-
-
-def _rows_after_warm_up(metrics: Path) -> list[dict[str, Any]]:
-    """Of whole lines; the last may be being written."""
-    text = metrics.read_text() if metrics.exists() else ""
-    return [json.loads(line) for line in text.split("\n")[_WARM_UP_ROWS:-1]]
+        return _summary(config, world, read_lines(metrics)[_WARM_UP_ROWS:])
 
 
 def _summary(config: Config, world: World, rows: list[dict[str, Any]]) -> TrainingSpeed:

@@ -1,4 +1,8 @@
-"""From a configuration and a world to the things the loop works with."""
+"""From a configuration and a world to what the loop works with: state, order, reader.
+
+Initial weights are a function of the seed, the order of samples one of the seed and the shard set.
+What does not fit together is refused here, with the option that would have to change.
+"""
 
 from __future__ import annotations
 
@@ -45,14 +49,19 @@ __all__ = [
 def build_state(config: Config, precision: Precision, world: World) -> TrainingState:
     """A fresh state whose weights depend on the seed alone, but for those that are loaded."""
     kind = METHODS[config.method.name]
+    # The initial weights are a function of the seed alone. The global generator is restored, since
+    # this process may be a user's own.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "weights"))
         networks = kind.networks(config)
+    # Averages copy the networks before they are compiled, distributed and moved: a plain module is
+    # what samples and snapshots need.
     averaged = nn.ModuleDict({name: networks[name] for name in AVERAGED if name in networks})
     emas = {name: Ema(averaged) for name in ema_halflives(config, 0)}
     for ema in emas.values():
         ema.model.to(world.torch_device)
     if config.training.compile:
+        # In place, so that names in state dictionaries stay what they are without compilation.
         for network in networks.values():
             network.compile()
     method = kind(config, networks, precision, world)
@@ -60,7 +69,7 @@ def build_state(config: Config, precision: Precision, world: World) -> TrainingS
 
 
 def load_shards(config: Config) -> ShardSet:
-    """The index of the configured set."""
+    """The index of the configured set, from wherever `data.shards` is; `DataError` if damaged."""
     assert config.data.shards is not None, "the launcher builds missing shards"
     data = config.data
     policy = RetryPolicy(
@@ -89,6 +98,8 @@ def build_reader(
     images: ImageReader = ShardImages(shard_set, store)
     shape = (shard_set.num_samples, *shard_set.image_shape)
     values = shard_set.values
+    # Of the whole set, decoded; ranks decide together, as host memory is shared between the ranks
+    # of a machine.
     num_bytes = math.prod(shape) * values.numpy_dtype.itemsize
     cache = choose_cache(data.cache, num_bytes, world.torch_device, exchange)
     if cache == "ram":
@@ -110,6 +121,7 @@ def build_reader(
             # Half a block of the order: time enough to fetch the shards that come next.
             num_samples=shard_set.num_streams * data.shuffle_window // 2 if fetches else 0,
         ),
+        # Only from page-locked memory does a copy to the GPU run beside its work.
         pin_memory=cache != "device" and world.torch_device.type == "cuda",
     )
 
@@ -126,6 +138,7 @@ def check_generator(config: Config, shard_set: ShardSet) -> None:
     """Raise `ConfigError` if an encoder's generator was trained with a different value range."""
     if not isinstance(config.method, EncoderMethod):
         return
+    # Reconstructions are compared with the images, so both have to be in the same units.
     values = load_generator(config.method.generator).values
     if values != shard_set.values:
         raise ConfigError(
@@ -155,6 +168,7 @@ def check_against_shards(config: Config, shard_set: ShardSet) -> None:
             f"model.num_classes={config.model.num_classes}, but the set in {shard_set.location} "
             f"has {num_classes} classes"
         )
+    # A rank reads whole streams of the order; with more ranks than streams some would have none.
     if config.launch.max_workers > shard_set.num_streams:
         raise ConfigError(
             f"launch.num_workers={config.launch.max_workers} is more than the "

@@ -45,8 +45,11 @@ class Callback:
 
     def is_due(self, state: TrainingState) -> bool:
         """Whether the last step crossed a multiple of `every_kimg`, or was the last one."""
+        # Nothing has been crossed yet, and 0 is a multiple of every distance.
         if state.nimg == 0:
             return self.at_start
+        # By crossing, not by equality: a multiple need not be a position, since positions are
+        # multiples of the batch size.
         every_nimg = 1000 * self.every_kimg
         return state.done or state.nimg // every_nimg > state.previous_nimg // every_nimg
 

@@ -61,6 +61,7 @@ class CheckpointManager:
         self.store = CheckpointStore(config.checkpoints) if world.is_main else None
         self._writer: BackgroundWriter | None = None
         self.start_nimg = -1
+        # The position of the newest checkpoint that was begun or loaded, which needs no second one.
         self._last_nimg = -1
         self._last_time = time.monotonic()
 
@@ -76,12 +77,15 @@ class CheckpointManager:
         `accept` finds nothing wrong. Until the attempt has begun nothing of the run is changed;
         then its configuration is written. All ranks call this together. Raises `RunInUse`.
         """
+        # Rank 0 alone claims the attempt and reads; then all get the same bytes and decode them.
         files: SavedFiles | None = None
         header: list[Any] = [None]
         if self.store is not None:
             store, token, session = self.store, secrets.token_hex(8), self.session
             if session is not None and session.copied_from:
                 self._leave_wandb_run_of_the_original(session)
+            # The token stays the same over all tries, so a claim whose answer was lost is
+            # recognised as ours.
             self.attempt, files = retry(
                 lambda: store.claim(
                     lambda: store.newest(up_to=up_to, accept=accept),
@@ -97,9 +101,12 @@ class CheckpointManager:
             header = [(self.attempt, None if files is None else files.name)]
             if files is not None:
                 self._restore_history(files)
+        # Small things first, as a pickled list; the tensors follow as bytes in pieces.
         dist.broadcast_object_list(header, src=0)
         name: CheckpointName | None
         self.attempt, name = header[0]
+        # What the loop does at a position was done before its checkpoint was saved, so the loop
+        # does nothing there (`Trainer._train`).
         self.start_nimg = self._last_nimg = -1 if name is None else name.nimg
         if name is None:
             return None
@@ -110,6 +117,7 @@ class CheckpointManager:
     def is_due(self) -> bool:
         """Whether rank 0's clock asks for a checkpoint."""
         minutes = (time.monotonic() - self._last_time) / 60
+        # Clocks differ between machines; rank 0's decides for all, through `StopConsensus`.
         return self.world.is_main and minutes >= self.config.checkpoint.every_minutes
 
     def save(
@@ -128,6 +136,7 @@ class CheckpointManager:
         if nimg == self._last_nimg:
             return
         self._last_nimg, self._last_time = nimg, time.monotonic()
+        # Ranks other than 0 come this far, to know which position was saved last.
         if self._writer is None:
             return
         meta = {
@@ -138,6 +147,8 @@ class CheckpointManager:
             "wandb_run_id": _text(self.run_dir.wandb_run_id),
             "config": self.config.model_dump(mode="json"),
         }
+        # The rows travel with the checkpoint, so another machine goes on with the run's whole
+        # history.
         history = _text(self.run_dir.metrics).encode()
         self._writer.submit(
             nimg, state, meta, history=history, metrics=dict(metrics), healthy_nimg=healthy_nimg
@@ -243,6 +254,7 @@ def retry(action: Callable[[], Result], policy: RetryPolicy) -> Result:
     while True:
         try:
             return action()
+        # Asking again does not cure a damaged checkpoint or a programming error.
         except (GanscaleError, AssertionError, AttributeError, NameError, TypeError):
             raise
         except Exception as error:  # a store may raise anything

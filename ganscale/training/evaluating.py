@@ -34,6 +34,7 @@ class Measured:
     problem: str
     """Why nothing could be measured, in one line; else empty."""
     skipped: dict[str, str]
+    """Metrics that could not be computed, each with the reason."""
 
 
 class Evaluator:
@@ -52,6 +53,7 @@ class Evaluator:
         self.extractor = open_extractor(name[0])
         self.extractor.to(world.device)
         self._cache = FeatureCache()
+        # The training set itself, unless the configuration names another one.
         self._reference: ImageSet = ImagesOfShards(shard_set)
         if settings.reference is not None:
             scratch = self._cache.folder.parent
@@ -68,6 +70,8 @@ class Evaluator:
         """
 
         def started(what: str, total: int | None) -> Callable[[int], None]:
+            # An evaluation takes longer than a step may; each sign of progress starts the
+            # watchdog's clock anew.
             alive()
             return lambda num_images: alive()
 
@@ -89,12 +93,15 @@ class Evaluator:
                     start_task=started,
                     device=self.world.device,
                 )
+        # Images that are all alike, for instance: a collapse that may pass is no reason to lose the
+        # run.
         except DataError as error:
             problem = str(error)
         row = {} if evaluation is None else evaluation.row()
         row["time/evaluation_seconds"] = time.perf_counter() - began
         fid = row.get(f"metrics/{column_of('fid', self.extractor)}")
         skipped = {} if evaluation is None else dict(evaluation.skipped)
+        # Rank 0's on all ranks: whether a generator is the best decides what is written.
         measured = [Measured(row, fid, problem, skipped)]
         dist.broadcast_object_list(measured, src=0)
         return measured[0]

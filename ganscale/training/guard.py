@@ -83,14 +83,17 @@ class Guard:
         nimg = int(row["nimg"])
         alarms = []
         for kind, patience in _PATIENCE.items():
+            # Rows without a measurement say nothing; they neither raise nor clear the alarm.
             if kind == "collapse" and "metrics/diversity" not in row:
                 continue
             if kind not in signs:
                 self._counts[kind], self._healthy_nimg[kind] = 0, nimg
                 continue
             self._counts[kind] += 1
+            # Equal, not at least: an alarm that lasts is raised once.
             if self._counts[kind] == patience:
                 alarms.append(Alarm(kind, signs[kind], self._healthy_nimg[kind]))
+        # After looking: a row is compared with what came before it.
         self._remember(row, signs)
         return alarms
 
@@ -123,11 +126,15 @@ class Guard:
 
     def _signs(self, row: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         """What looks wrong in this row, and how to say it."""
-        skipped = self._skipped(row)
+        skipped = {
+            model: row.get(f"train/skips_{model}", 0.0) - self._skips.get(model, 0.0)
+            for model in self._models
+        }
         for model in self._models:
             loss = row.get(f"train/loss_{model}", 0.0)
             if not math.isfinite(loss):
                 yield "non_finite", f"the loss of {model} is {loss}"
+            # Without scaling no gradient overflows by design, so a single skip is a sign.
             elif skipped[model] and not self._scaled:
                 yield (
                     "non_finite",
@@ -135,6 +142,7 @@ class Guard:
                 )
             scale = row.get(f"train/loss_scale_{model}", 1.0)
             steps = row["step"] - self._last_step
+            # A scale below 1 makes the loss smaller, and still its gradients have overflowed.
             if self._scaled and scale < 1:
                 yield "scale_collapse", f"the loss scale of {model} has fallen to {scale:g}"
             elif self._scaled and 2 * skipped[model] > steps:
@@ -144,9 +152,12 @@ class Guard:
                 )
             yield from self._norm_signs(model, row.get(f"train/grad_norm_{model}"))
         gap = row.get("train/real_logits", 0.0) - row.get("train/fake_logits", 0.0)
+        # A Wasserstein critic or least squares has no such bound; its logits may be as far apart as
+        # data demand.
         if self._bounded and math.isfinite(gap) and abs(gap) > _LOGIT_GAP:
             winner = "discriminator" if gap > 0 else "generator"
             yield "stuck", f"the {winner} has won: real and fake logits are {gap:.0f} apart"
+        # Compared with the run's own best, since how diverse images are depends on the data.
         diversity = row.get("metrics/diversity", math.inf)
         if diversity < _LOST_DIVERSITY * self._best_diversity:
             yield (
@@ -167,10 +178,6 @@ class Guard:
         elif norm * _NORM_FACTOR < usual:
             yield "vanishing", text
 
-    def _skipped(self, row: Mapping[str, float]) -> dict[str, float]:
-        """Steps of each model that were skipped since the row before."""
-        return {p: row.get(f"train/skips_{p}", 0.0) - self._skips.get(p, 0.0) for p in self._models}
-
     def _remember(self, row: Mapping[str, float], signs: Mapping[str, str]) -> None:
         self._num_rows += 1
         self._last_step = row["step"]
@@ -178,6 +185,9 @@ class Guard:
         for model in self._models:
             self._skips[model] = row.get(f"train/skips_{model}", 0.0)
             norm = row.get(f"train/grad_norm_{model}")
+            # A norm that is under suspicion must not become what is usual, or a slow explosion
+            # would excuse itself. The mean is one of logarithms, as norms spread over orders of
+            # magnitude.
             if norm and math.isfinite(norm) and not {"exploding", "vanishing"} & set(signs):
                 usual = self._norms.get(model, norm)
                 mean = _NORM_MEMORY * math.log(usual) + (1 - _NORM_MEMORY) * math.log(norm)

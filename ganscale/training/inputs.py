@@ -53,9 +53,9 @@ class StepContext:
     nimg: int = 0
     """The position before the step."""
     step: int = 0
-    """Steps before it."""
+    """Number of steps taken before this one."""
     batch_size: int = 1
-    """Of the global batch."""
+    """Size of the global batch."""
     lr_factor: float = 1.0
     """What learning rates are multiplied by."""
     discriminator_steps: int = 1
@@ -63,7 +63,7 @@ class StepContext:
 
     @property
     def nimg_after(self) -> int:
-        """The position after the step."""
+        """The position after the step, in real images."""
         return self.nimg + self.batch_size
 
     @property
@@ -107,9 +107,9 @@ class LocalBatch:
     slots: Tensor
     """int64 (n,), the places of these samples in the global batch."""
     global_size: int
-    """B."""
+    """B, the number of samples in the global batch over all ranks."""
     loss_weight: float
-    """W / B."""
+    """W / B for W ranks, which turns a sum over local samples into a part of the global mean."""
     labelled: Labelled | None = None
     """For methods that learn from some labels only."""
 
@@ -178,6 +178,8 @@ class InputPreparer:
         self.method = method
         self.values = values
         self.labelled = labelled
+        # With the same random numbers the run would come to the same place again, so a rollback has
+        # others. The order of the images stays, as it belongs to the position.
         seed = config.seed
         self.seed = seed_for(seed, "rollback", num_rollbacks) if num_rollbacks else seed
         self.lr_factor = config.guard.rollback_lr_factor**num_rollbacks
@@ -192,12 +194,14 @@ class InputPreparer:
         def prepare_next(number: int) -> HostInputs:
             return self.prepare(next(batches), nimg + number * size, step + number)
 
+        # One thread: batches come from a generator, which two threads cannot advance at once.
         with closing(batches), ThreadPoolExecutor(1, thread_name_prefix="inputs") as pool:
             number = 0
             waiting: Future[HostInputs] = pool.submit(prepare_next, number)
             while True:
                 ready = waiting.result()
                 number += 1
+                # Before the yield, so that it is prepared while the step runs.
                 waiting = pool.submit(prepare_next, number)
                 yield ready
 
@@ -209,8 +213,11 @@ class InputPreparer:
         )
         variant = self.method.variant(context)
         draws = dict(self.method.draws(variant))
+        # Which labelled images a step takes is random too, and so belongs to the position.
         if self.labelled is not None:
             draws["labelled"] = uniform(1)
+        # Drawn for the global batch, of which this rank keeps the rows of its own samples: W
+        # workers get the numbers that one would have drawn, at the price of drawing B rows on each.
         noise = draw_noise(
             draws,
             seed=self.seed,
@@ -218,6 +225,7 @@ class InputPreparer:
             batch_size=training.batch_size,
             slots=batch.slots,
         )
+        # Computed here as Python floats; they cross as tensors () with everything else.
         schedules = {**self.method.schedules(context), **self._ema_weights(context)}
         tensors = {"labels": batch.labels, "slots": batch.slots}
         if batch.images.device.type == "cpu":  # decoded images may be cached on the device
@@ -228,13 +236,14 @@ class InputPreparer:
         return HostInputs(variant, context, batch, buffer, layout)
 
     def to_device(self, host: HostInputs) -> StepInputs:
-        """What the step is called with."""
+        """Copy to the device and unpack, without waiting for the copy: the step's arguments."""
         tensors = host.to_device(self.world.torch_device)
         noise = _with_prefix(tensors, "noise/")
         has_classes = bool(self.config.generator_spec["num_classes"])
         return StepInputs(
             batch=LocalBatch(
                 real_images=network_input(tensors.get("images", host.batch.images), self.values),
+                # Batches always carry labels; a model without classes is not given them.
                 labels=tensors["labels"] if has_classes else None,
                 slots=tensors["slots"],
                 global_size=host.context.batch_size,
@@ -248,6 +257,7 @@ class InputPreparer:
     def _ema_weights(self, context: StepContext) -> dict[str, Tensor]:
         if not context.generator_turn:
             return {}
+        # Averages move once in so many steps; half-lives count all real images.
         num_images = context.discriminator_steps * context.batch_size
         halflives = ema_halflives(self.config, context.nimg_after)
         return {
@@ -270,6 +280,7 @@ def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def network_input(pixels: Tensor, values: ValueRange = PIXELS) -> Tensor:
     """Stored (n, C, H, W) to [-1, 1], with the channels last in memory."""
+    # The layout of the networks' weights (`distribute`), for which convolutions need no transposes.
     return values.to_network(pixels).contiguous(memory_format=torch.channels_last)
 
 
@@ -282,6 +293,7 @@ def _packed(
     for name, tensor in tensors.items():
         layout[name] = (size, tensor.dtype, tensor.shape)
         size += math.ceil(tensor.nbytes / _ALIGNMENT) * _ALIGNMENT
+    # A new one each time: that of the step before may still be on its way to the device.
     buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory)
     for name, (start, dtype, shape) in layout.items():
         part = buffer[start : start + tensors[name].nbytes]

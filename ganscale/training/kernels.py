@@ -21,5 +21,7 @@ def use_exact_kernels(device: torch.device) -> None:
     if device.type != "cuda":
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _CUBLAS_WORKSPACE)
+    # Deterministic mode would fill every empty tensor with NaN, to show where one is read, at the
+    # price of a kernel each.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)

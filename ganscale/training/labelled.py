@@ -31,8 +31,10 @@ class LabelledPool:
         seed: int,
         device: torch.device,
     ) -> None:
+        # The same images on every rank and after every restart, chosen by the seed alone.
         samples = labelled_samples(shard_set, num_labels, seed=seed)
         stored = images.read(samples)
+        # Not skipped, whatever `data.on_error` is: a class would silently have fewer labels.
         if stored.damaged:
             raise stored.damaged[0]
         self._pixels = stored.pixels.to(device)
@@ -55,6 +57,7 @@ def labelled_samples(shard_set: ShardSet, num_labels: int, *, seed: int) -> NDAr
     """
     labels = shard_set.samples["label"]
     num_classes = len(shard_set.classes)
+    # Balanced classes, as in the experiments of Salimans et al. (2016, arXiv 1606.03498).
     per_class = num_labels // num_classes
     random = np.random.default_rng(seed_for(seed, "labelled samples"))
     chosen = []

@@ -77,8 +77,11 @@ def train(
     `TrainingFault` when the guard ends the run, `Superseded` when a newer attempt has taken over.
     """
     shard_set = load_shards(config)
+    # What the set rules out is refused before a file of the run is touched.
     check_against_shards(config, shard_set)
     check_generator(config, shard_set)
+    # On the CPU the ranks of one machine share its cores, and torch by default takes all of them
+    # for each process.
     if world.device == "cpu":
         torch.set_num_threads(config.launch.threads_per_worker)
     use_exact_kernels(world.torch_device)
@@ -93,7 +96,7 @@ def train(
 
 
 class Trainer:
-    """One rank of a run."""
+    """One rank of a run: it owns the state, the reader, the outputs and the loop over them."""
 
     def __init__(
         self,
@@ -129,6 +132,8 @@ class Trainer:
             report=lambda **fields: self.outputs.event("stall", **fields),
             host=socket.gethostname(),
         )
+        # Made once for the run, not once an attempt: it loads an extractor and caches the features
+        # of the reference. A missing extractor or reference is refused here, before the start.
         self.evaluator: Evaluator | None = None
         if config.evaluation.every_kimg:
             self.evaluator = Evaluator(config, shard_set, world)
@@ -141,9 +146,12 @@ class Trainer:
                 state, size = self.state, self.config.training.batch_size
                 batches = self.reader.batches(state.nimg, size)
                 try:
+                    # Closed before a rollback begins: its threads prepare inputs with the old
+                    # random numbers from the old position.
                     with closing(self.inputs.ahead(batches, state.nimg, state.step)) as inputs:
                         return self._train(inputs)
                 except Rollback as rollback:
+                    # The checkpoint in flight may be the one to go back to.
                     self._report_checkpoints(wait=True)
                     self._begin("rollback", up_to=rollback.healthy_nimg)
 
@@ -151,8 +159,11 @@ class Trainer:
         """The loop: samples, evaluation, callbacks, row, snapshots, checkpoint, done?, step."""
         state, consensus = self.state, StopConsensus()
         while True:
+            # What the ranks proposed before the last step. It was on its way during that step, so
+            # nobody waits for it here, and all act on it at the same position.
             requests = consensus.result()
             state.done = state.nimg >= self.config.total_nimg
+            # A run that is asked to stop leaves a checkpoint at the very position that it stops at.
             state.checkpoint_requested = requests.checkpoint or bool(requests.stop)
             self._enter("write")
             self._report_checkpoints()
@@ -161,6 +172,7 @@ class Trainer:
                 for action in self.actions:
                     if action.is_due(state):
                         action.run(state)
+            # After the actions: the end of the run is sampled, logged and saved, a stop is saved.
             if state.done or requests.stop:
                 return self._finish("" if state.done else requests.stop)
             consensus.propose(RankRequests(self.stop.reason, self.checkpoints.is_due()))
@@ -171,12 +183,17 @@ class Trainer:
         """One step of the method on a global batch, and the averages after it."""
         state = self.state
         self.times.enter("prepare")
+        # Noted by the rank that met them, on the host; ranks exchange them once a row.
         state.skipped_samples += [str(error) for error in host.batch.skipped]
         inputs = self.inputs.to_device(host)
+        # The one schedule that cannot come as a tensor (`OptimizedModel.set_betas`).
         state.method.set_betas(host.context)
         statistics = state.method.step(inputs, host.variant, self._enter)
         self.times.enter("average")
+        # Added up on the device: a loss is read by the host once a row and not once a step.
         state.means.add({f"train/{name}": value for name, value in statistics.items()})
+        # What is averaged has not changed in the discriminator's other turns; the weight counts the
+        # images of all of them (`InputPreparer._ema_weights`).
         if host.variant.generator_turn:
             for name, ema in state.emas.items():
                 ema.update(state.averaged, inputs.schedules[f"ema_weight/{name}"])
@@ -190,11 +207,17 @@ class Trainer:
 
     def _begin(self, reason: Literal["resume", "rollback"], up_to: int | None = None) -> None:
         """Begin an attempt, from the newest checkpoint (at most at `up_to`) or from nothing."""
+        # A rollback, too, builds everything anew and then loads: no state can be left behind by
+        # what went wrong.
         precision = Precision.resolve(self.config.training.precision, self.world.torch_device)
         self.state = build_state(self.config, precision, self.world)
         self.times = StepTimes(self.world.torch_device)
+        # Resuming must take the newest checkpoint, whatever is in it, to be bit-identical. Going
+        # back is about finding a good one, and weights may have gone bad before a row showed it.
         accept = non_finite if reason == "rollback" else lambda _: None
         saved = self.checkpoints.begin(reason, up_to, accept)
+        # After the attempt has begun, which decides the number of rollbacks, and before the state
+        # is loaded, of which the actions have a part.
         self.actions = self._make_actions(precision)
         if saved is not None:
             try:
@@ -214,6 +237,7 @@ class Trainer:
             labelled=self.labelled,
         )
         session = self.checkpoints.session
+        # Last: the event that opens the attempt tells the position that was loaded.
         self.outputs.open(
             self.checkpoints.attempt,
             self.state,
@@ -247,7 +271,7 @@ class Trainer:
         ]
 
     def _enter(self, phase: Phase) -> None:
-        """The next part of a step begins."""
+        """Tell the watchdog and the step times that the next part of a step begins."""
         self.watchdog.mark(self.state.step, phase)
         self.times.enter("data_wait" if phase == "data" else phase.replace(" ", "_"))
 
@@ -257,6 +281,8 @@ class Trainer:
             **self.state.state_dict(),
             "actions": {name: action.state_dict() for name, action in self._named_actions()},
             "shards": self.shard_set.digest,
+            # Each rank's sums since its last row; another number of workers shares them out when it
+            # resumes.
             "ranks": gather_objects(self.state.rank_state_dict()),
         }
 
@@ -299,6 +325,7 @@ class Trainer:
     def _finish(self, reason: StopReason) -> TrainResult:
         """Report the end when the last checkpoint is durable."""
         self._report_checkpoints(wait=True)
+        # A run ends well only if what it ends with can be loaded again.
         self.checkpoints.require_durable(self.state.nimg)
         kind = "stop" if reason else "end"
         self.outputs.event(kind, nimg=self.state.nimg, step=self.state.step, reason=reason)

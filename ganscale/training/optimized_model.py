@@ -77,29 +77,35 @@ class OptimizedModel:
         `lr` is the learning rate, (). With a non-finite gradient the weights stay and the skip is
         counted. All ranks hold the same averaged gradients, so they agree without communication.
         """
+        # In place: the optimizer reads this very tensor, as a captured graph of the step would.
         self.lr.copy_(lr)
+        # Gradients are those of the scaled loss up to here; norms and limits below are in true
+        # units. Unscaling also notes whether all are finite, which has to come before clipping:
+        # that would turn an inf into its limit.
         self.scaler.unscale(self.optimizer)
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        # Finite gradients may have an L2 norm that is not, as their squares overflow. So a skip is
+        # told by the largest element, which is what the scaler goes by too.
         largest = get_total_norm(gradients, norm_type=torch.inf)
         norm = get_total_norm(gradients)
-        self._clip(gradients, norm)
+        # An inf times the factor 0 is NaN, so gradients that are not finite stay so.
+        if self.config.clip_norm is not None:
+            torch._foreach_mul_(gradients, (self.config.clip_norm / norm).clamp(max=1.0))
+        if self.config.clip_value is not None:
+            torch._foreach_clamp_min_(gradients, -self.config.clip_value)
+            torch._foreach_clamp_max_(gradients, self.config.clip_value)
+        # Where a gradient was not finite the fused kernel leaves weights, moments and Adam's step
+        # count as they are, by a flag on the device.
         self.scaler.step(self.optimizer)
+        # WGAN's constraint (arXiv 1701.07875, algorithm 1) is on the weights after the update.
         if self.clip_weights is not None:
-            limit = self.clip_weights
+            weights: list[Tensor] = list(self.module.parameters())
             with torch.no_grad():
-                torch._foreach_clamp_min_(list(self.module.parameters()), -limit)
-                torch._foreach_clamp_max_(list(self.module.parameters()), limit)
+                torch._foreach_clamp_min_(weights, -self.clip_weights)
+                torch._foreach_clamp_max_(weights, self.clip_weights)
         self.optimizer.zero_grad()
         self.num_skips += ~torch.isfinite(largest)
         return norm
-
-    def _clip(self, gradients: list[Tensor], norm: Tensor) -> None:
-        config = self.config
-        if config.clip_norm is not None:
-            torch._foreach_mul_(gradients, (config.clip_norm / norm).clamp(max=1.0))
-        if config.clip_value is not None:
-            torch._foreach_clamp_min_(gradients, -config.clip_value)
-            torch._foreach_clamp_max_(gradients, config.clip_value)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimizer, scaler and skip count."""
@@ -116,13 +122,11 @@ class OptimizedModel:
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr  # loading has put another tensor in its place
-        self._lay_out_moments()
-        self.scaler.load_state_dict(state["scaler"])
-        self.num_skips.copy_(state["num_skips"])
-
-    def _lay_out_moments(self) -> None:
-        """Give moments the strides of their weights, which fused Adam takes for granted."""
+        # Fused Adam walks a weight and its moments in the order of memory, so their strides must
+        # agree. Weights are channels_last; a checkpoint's tensors come back contiguous.
         for parameter, moments in self.optimizer.state.items():
             for name, value in moments.items():
                 if value.shape == parameter.shape:
                     moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        self.scaler.load_state_dict(state["scaler"])
+        self.num_skips.copy_(state["num_skips"])

@@ -45,7 +45,7 @@ class Outputs:
         self.values = values
         self.classes = classes
         self.world = world
-        self._also = sinks
+        self._extra_sinks = sinks
         self._step = 0
         self.run_dir = RunDirectory(config.run_dir)
         self.attempt = 0
@@ -70,6 +70,7 @@ class Outputs:
         if not self.world.is_main:
             return
         mode = resolve_mode(self.config.tracking.wandb)
+        # A rollback begins a new attempt in the same process, with the files still open.
         if self._events is None:
             self._open_sinks(mode)
         self.event(
@@ -88,6 +89,7 @@ class Outputs:
 
     def close(self) -> None:
         """Close files and W&B."""
+        # Before the events: W&B's process may have something to tell while it ends.
         self._sink.close()
         with self._lock:
             if self._events is not None:
@@ -104,6 +106,7 @@ class Outputs:
     def event(self, event: str, **fields: Any) -> None:
         """Note that something happened; may be called from any thread."""
         log_event({"step": self._step, **fields, "event": event}, self.config.name, self.world.rank)
+        # The watchdog and W&B report from threads of their own.
         with self._lock:
             if self._events is not None:
                 self._sink.event(self._events.write(event, attempt=self.attempt, **fields))
@@ -113,6 +116,8 @@ class Outputs:
         spec = self.config.generator_spec
         generator = SampleableGenerator(state.generator, spec=spec, info={}, values=self.values)
         path = self.run_dir.sample_grid(state.nimg)
+        # The same latents each time: a grid shows what became of an image, and diversity compares
+        # like with like.
         images = generator.sample(self.config.samples.num_images, seed=0)
         save_grid(as_pictures(images, self.values), path)
         self._sink.log_picture("samples", path, nimg=state.nimg, step=state.step)
@@ -132,6 +137,7 @@ class Outputs:
         path = self.run_dir.snapshot(state.nimg, "best")
         self._save_snapshot(state, "", path)
         self._sink.log_snapshot(path, average="best", nimg=state.nimg)
+        # Only now that the new one is whole: a crash in between leaves two, never none.
         for other in path.parent.glob("*.safetensors"):
             if other != path:
                 other.unlink()
@@ -153,9 +159,11 @@ class Outputs:
     def _open_sinks(self, wandb_mode: str) -> None:
         tracking = self.config.tracking
         self.run_dir.root.mkdir(parents=True, exist_ok=True)
+        # Read before anything is appended. W&B counts faults and shows tables of the whole run, of
+        # which this process has seen nothing yet.
         history = History.read(self.run_dir)
         self._events = EventLog(self.run_dir.events)
-        sinks: list[Sink] = [JsonlSink(self.run_dir.metrics), *self._also]
+        sinks: list[Sink] = [JsonlSink(self.run_dir.metrics), *self._extra_sinks]
         if wandb_mode != "disabled":
             sinks.append(
                 WandbSink(

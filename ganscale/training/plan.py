@@ -1,4 +1,8 @@
-"""What a configuration would do, before it does it."""
+"""What a configuration would do, before it does it: `--dry-run`.
+
+The memory is that of weights, gradients, moments and averages, which follows from the parameters.
+Activations depend on kernels and batch, and are not estimated.
+"""
 
 from __future__ import annotations
 

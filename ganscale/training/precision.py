@@ -38,7 +38,7 @@ class Precision:
         return cls(name, device.type)
 
     def autocast(self) -> AbstractContextManager[None]:
-        """The context for forwards."""
+        """The context for forwards; under fp32 it changes nothing."""
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.name)
         context: AbstractContextManager[None] = torch.autocast(
             self.device_type, dtype=dtype or torch.bfloat16, enabled=dtype is not None
@@ -65,7 +65,7 @@ class LossScaler:
         )
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Backward of the scaled loss."""
+        """Backward of `loss`, (), times the scale; gradients stay scaled until `unscale`."""
         self._scaler.scale(loss).backward()
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
@@ -78,11 +78,13 @@ class LossScaler:
         if self._moves:
             self._scaler.update()
         else:
+            # The scale stays, but the scaler has to be told that the step is over: it refuses to
+            # unscale the same optimizer twice before that.
             self._scaler.update(1.0)
 
     @property
     def scale(self) -> float:
-        """The current loss scale."""
+        """The current loss scale; on CUDA this waits for the device."""
         return self._scaler.get_scale()
 
     def state_dict(self) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class TrainingState:
         self.emas = emas
         self.world = world
         names = tuple(f"train/{name}" for name in method.statistics)
+        # All names from the start, also those of lazy penalties: the sums are one tensor on the
+        # device.
         self.means = RunningMeans(names, world.torch_device)
         self.nimg = 0
         self.step = 0
@@ -119,5 +121,6 @@ class TrainingState:
         self.means.load_state_dict(
             [state["means"] for state in states], world.rank, world.world_size
         )
+        # Nobody can say who read them in the new world; rank 0 reports them once.
         if world.is_main:
             self.skipped_samples = [text for state in states for text in state["skipped"]]

@@ -16,6 +16,8 @@ from torch import distributed as dist
 __all__ = ["RankRequests", "StopConsensus", "StopRequest", "TrainResult"]
 
 StopReason = Literal["", "regroup", "terminated", "interrupted"]
+# In the order of their strength: the maximum over ranks is what all do. A regroup goes on by itself
+# afterwards, so a request to end outweighs it.
 _REASONS: tuple[StopReason, ...] = ("", "regroup", "terminated", "interrupted")
 
 
@@ -57,11 +59,14 @@ class StopConsensus:
     def propose(self, requests: RankRequests) -> None:
         """Send this rank's requests without waiting; all ranks call this before the same step."""
         values = [_REASONS.index(requests.stop), int(requests.checkpoint)]
+        # On the host, so the collective needs no stream of the device and reading it does not wait
+        # for one.
         self._values = torch.tensor(values, dtype=torch.int64)
         self._work = dist.all_reduce(self._values, dist.ReduceOp.MAX, async_op=True)
 
     def result(self) -> RankRequests:
         """What all proposed before the step."""
+        # Before the first step nothing has been proposed.
         if self._work is None:
             return RankRequests()
         self._work.wait()

@@ -96,13 +96,18 @@ class Watchdog:
         self._stall_seconds = stall_seconds
         self._report = report
         self._host = host
+        # At least twenty beats before a stall, so that five missing ones are noticed in good time.
         self._interval = min(1.0, stall_seconds / 20)
+        # Assigned whole by the training thread and read by the others: a tuple is never seen half
+        # changed, so a lock, which a hanging thread could hold, is not needed.
         self._at: tuple[int, Phase, float] = (0, "start", time.monotonic())
         self._began = time.monotonic()
         self._stop = threading.Event()
         self._answered = time.monotonic()
         self._beats: dict[int, Heartbeat] = {}
         self._unchanged: dict[int, int] = {}
+        # The group's own store, since a collective cannot be used to ask who does not answer in a
+        # collective.
         self._store = PrefixStore("ganscale/watchdog", _get_default_store())
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
@@ -139,6 +144,8 @@ class Watchdog:
             beat = Heartbeat(self._world.rank, number, step, phase, self._host)
             try:
                 self._store.set(str(self._world.rank), json.dumps(asdict(beat)))
+                # Listening costs a request for each rank, which is spent only when something looks
+                # wrong.
                 if time.monotonic() - self._began > self._stall_seconds / 2:
                     for rank in range(self._world.world_size):
                         self._receive(rank)
@@ -148,6 +155,7 @@ class Watchdog:
             self._stop.wait(self._interval)
 
     def _receive(self, rank: int) -> None:
+        # `get` waits for a key that is not there yet.
         if not self._store.check([str(rank)]):
             return
         beat = Heartbeat(**json.loads(self._store.get(str(rank))))
@@ -180,6 +188,7 @@ class Watchdog:
         patience = _SILENT_BEATS * self._interval
         if self._world.rank and time.monotonic() - self._answered > patience:
             silent = {0}  # which holds the store
+        # One report for a stall: from the lowest rank that can still speak.
         able = [r for r in range(self._world.world_size) if r not in silent]
         if self._world.rank != min(able, default=0):
             return

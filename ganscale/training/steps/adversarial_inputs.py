@@ -35,6 +35,10 @@ def penalty_weights(config: Config, *, nimg: int, step: int) -> dict[str, float]
     Lazy ones are on at every `interval`-th step only, with `interval` times their weight.
     """
     penalty = config.penalty
+    # Lazy regularisation (Karras et al. 2020, arXiv 1912.04958, section 3.1). Multiplying by the
+    # interval keeps the mean strength. StyleGAN2 takes the penalty in an update of its own and
+    # corrects Adam's rates for that; here it is added to the loss of the same update, so nothing
+    # has to be corrected.
     lazy = penalty.interval if step % penalty.interval == 0 else 0
     suffix = "_finite_difference" if penalty.form == "finite_difference" else ""
     weights = {
@@ -42,9 +46,12 @@ def penalty_weights(config: Config, *, nimg: int, step: int) -> dict[str, float]
         f"r2{suffix}": lazy * penalty.r2.at(nimg),
         "wgan_gp": lazy * penalty.wgan_gp,
         "dragan": lazy * penalty.dragan,
+        # These two take no gradient of a gradient, so there is nothing to be saved by laziness.
         "consistency": penalty.consistency,
         "lecam": penalty.lecam,
     }
+    # A weight of 0 leaves the penalty out of the step altogether: multiplying it by 0 would cost as
+    # much, and 0 times a value that is not finite is not 0.
     return {name: weight for name, weight in weights.items() if weight}
 
 
@@ -58,6 +65,8 @@ def adversarial_draws(
     draws: dict[str, Draw] = {}
     model = config.model
     for penalty in (PENALTIES[name] for name in variant.penalties):
+        # Drawn for every penalty of the variant alone: the purpose is part of the seed, so a
+        # penalty that is off changes no number of another.
         if penalty.pixel_noise:
             draws[penalty.pixel_noise] = normal(
                 model.img_channels, model.resolution, model.resolution
@@ -67,6 +76,7 @@ def adversarial_draws(
     if "consistency" in variant.penalties:
         draws["perturb"] = augmentation_draw("flip_translate")
     if config.augment.name != "none":
+        # Each batch that a discriminator sees is augmented by rows of its own.
         purposes = ["D real", "D fake"]
         if variant.generator_turn:
             purposes.append("G fake")
@@ -82,10 +92,14 @@ def adversarial_schedules(config: Config, context: StepContext) -> dict[str, Ten
     weights = penalty_weights(config, nimg=nimg, step=context.step)
     values = {f"penalty/{name}": scalar(weight) for name, weight in weights.items()}
     if config.augment.target is not None:
+        # p itself is state on the device, since it follows logits; how far it may move is known
+        # here.
         values["ada_p_step"] = scalar(ada_p_step(config.augment, context.step, size))
     elif config.augment.name != "none":
         values["augment_p"] = scalar(config.augment.p.at(nimg))
     if uses_top_k(config):
+        # k is an int64, which an index on the device is made of; its scale is a separate input, so
+        # that the step divides nothing on the host.
         k = max(1, round(config.objective.top_k.at(nimg) * size))
         values["top_k"] = scalar(k, torch.int64)
         values["top_k_scale"] = scalar(size / k)
@@ -107,6 +121,7 @@ def augmentation_named(name: str) -> Augmentation | None:
     return None if name == "none" else _augmentation(name)
 
 
+# An augmentation is a table of names and columns without tensors, so one object serves all.
 @cache
 def _augmentation(name: str) -> Augmentation:
     return Augmentation(AUGMENTATIONS[name])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ganscale.config import Config
-from ganscale.generation.latents import Draw, normal
+from ganscale.generation.latents import Draw
 from ganscale.models import build_encoder, build_generator, build_joint_discriminator
 from ganscale.models.autoencoder import sampled
 from ganscale.training.inputs import StepInputs, StepVariant
@@ -48,9 +48,9 @@ class Bigan(TrainingMethod):
     def __init__(
         self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
     ) -> None:
-        self.z_dim = config.model.z_dim
-        self.orthogonal = config.penalty.orthogonal
-        self.precision = precision
+        super().__init__(config, precision)
+        # One module with one forward: DDP takes the parameters that its latest forward did not
+        # reach for unused, which would be the encoder's if the two were called one after the other.
         pairs = _Pairs(networks["encoder"], networks["generator"])
         self.pairs = OptimizedModel(pairs, config.optimizer, precision, world)
         self.discriminator = DiscriminatorTrainer(
@@ -69,11 +69,9 @@ class Bigan(TrainingMethod):
         }
 
     def draws(self, variant: StepVariant) -> dict[str, Draw]:
-        draws = adversarial_draws(self.discriminator.config, variant, judges_real=True)
-        for phase in ("D", "G") if variant.generator_turn else ("D",):
-            draws[f"{phase} posterior"] = normal(self.z_dim)
-            draws[f"{phase} z"] = normal(self.z_dim)
-        return draws
+        latents = self.latent_draws(variant, "posterior", "z")
+        # The encoder's part of the loss judges real pairs, whatever the objective is.
+        return latents | adversarial_draws(self.config, variant, judges_real=True)
 
     def phases(self, variant: StepVariant) -> list[PhaseUpdate]:
         phases: list[PhaseUpdate] = [("discriminator", self.update_discriminator)]
@@ -89,9 +87,12 @@ class Bigan(TrainingMethod):
 
     def update_pairs(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
         """One update of generator and encoder, who make each other's pairs alike."""
+        # A fresh posterior sample and fresh latents: the pairs of the discriminator's phase belong
+        # to a graph that was not recorded.
         real, fake = self._make_pairs(self.pairs.network, inputs, "G")
         loss = generator_loss(self.discriminator, inputs, real, fake, real_learns=True)
-        self.pairs.backward(loss + orthogonal_loss(self.pairs.module, self.orthogonal))
+        orthogonal = orthogonal_loss(self.pairs.module, self.config.penalty.orthogonal)
+        self.pairs.backward(loss + orthogonal)
         return {"loss_G": loss.detach(), "grad_norm_G": self.pairs.step(inputs.schedules["lr_G"])}
 
     def _make_pairs(
@@ -100,4 +101,5 @@ class Bigan(TrainingMethod):
         real_images, z = inputs.batch.real_images, inputs.noise[f"{phase} z"]
         with self.precision.autocast():
             encoded, fake_images = network(real_images, inputs.noise[f"{phase} posterior"], z)
+        # The condition of a pair is its latent. No labels: an unconditional encoder and generator.
         return Samples(real_images, encoded), Samples(fake_images, z)

@@ -40,6 +40,7 @@ __all__ = [
     "flip_and_shift",
     "frozen",
     "orthogonal_loss",
+    "real_and_fake",
 ]
 
 
@@ -51,6 +52,11 @@ class Samples:
     """(n, C, H, W)"""
     condition: Tensor | None = None
     """Labels, int64 (n,), or latents, (n, z_dim); None for images alone."""
+
+
+def real_and_fake(batch: LocalBatch, fake_images: Tensor) -> tuple[Samples, Samples]:
+    """Real images (n, C, H, W) and as many fakes, both with the labels of the real ones."""
+    return Samples(batch.real_images, batch.labels), Samples(fake_images, batch.labels)
 
 
 class DiscriminatorTrainer:
@@ -100,22 +106,33 @@ class DiscriminatorTrainer:
         """
         batch, schedules = inputs.batch, inputs.schedules
         penalties = {name: PENALTIES[name] for name in variant.penalties}
+        # Fakes are detached: whatever made them learns in its own phase, from fakes of its own.
+        # Both sides are leaves of this graph. They require a gradient only where a penalty of this
+        # variant differentiates by them: otherwise every backward would go on through the first
+        # layer and the augmentation for nothing.
         real_images = real.images.detach()
         real_images.requires_grad_(any(p.real_gradient for p in penalties.values()))
+        # Generators may return half precision under autocast; a gradient by such images would be
+        # rounded to it. Real images are fp32 already.
         fake_images = fake.images.detach().float()
         fake_images.requires_grad_(any(p.fake_gradient for p in penalties.values()))
 
         with self.precision.autocast():
-            # Forward.
+            # Forward. Real and fake images go through one after the other: in one forward of both,
+            # batch norm and the minibatch deviation would take their statistics over the two
+            # together.
             real_logits_fn = self.logits_fn(inputs, "D real", real.condition, learns=True)
             fake_logits_fn = self.logits_fn(inputs, "D fake", fake.condition, learns=True)
             real_logits, fake_logits = real_logits_fn(real_images), fake_logits_fn(fake_images)
 
-            # Loss.
+            # Loss. It is summed and multiplied by W / B instead of averaged: ranks may hold
+            # different numbers of samples, and DDP's mean over ranks is then still the mean over
+            # the global batch.
             centered = center_logits(self.objective, batch, real_logits, fake_logits)
             loss = self.objective.discriminator(*centered).sum() * batch.loss_weight
 
-            # Penalties.
+            # Penalties. They reuse the logits above where they can; those at other images (between
+            # real and fake, perturbed, noisy) take further forwards.
             penalty_inputs = PenaltyInputs(
                 real_logits_fn=real_logits_fn,
                 fake_logits_fn=fake_logits_fn,
@@ -132,16 +149,19 @@ class DiscriminatorTrainer:
                 name: penalty.value(penalty_inputs).sum() * batch.loss_weight
                 for name, penalty in penalties.items()
             }
+        # A penalty's weight is a tensor: a number would be a constant of a captured graph.
         total = loss
         for name, mean in means.items():
             total = total + schedules[f"penalty/{name}"] * mean
 
-        # Backward; DDP averages the gradients over the ranks.
+        # Backward; DDP averages the gradients over the ranks. The orthogonal penalty depends on the
+        # weights alone, so it is the same on every rank and needs no factor W / B.
         orthogonal = orthogonal_loss(self.model.module, self.config.penalty.orthogonal)
         self.model.backward(loss_factor * total + extra_loss + orthogonal)
 
         # Update.
         grad_norm = self.model.step(schedules["lr_D"])
+        # Only now, so that this step was augmented and anchored by what earlier steps have seen.
         logits = self._follow_logits(inputs, real_logits.detach(), fake_logits.detach())
         return {
             "loss_D": loss.detach(),
@@ -159,6 +179,8 @@ class DiscriminatorTrainer:
         `purpose` names the random numbers of the augmentation. With `learns` a backward averages
         the discriminator's gradients over ranks; without, they are not wanted.
         """
+        # A forward through the DDP wrapper prepares its reducer for a backward that reaches these
+        # weights; the generator's backward does not, so it takes the bare module.
         network = self.model.network if learns else self.model.module
 
         def logits(images: Tensor) -> Tensor:
@@ -184,16 +206,20 @@ class DiscriminatorTrainer:
     def _follow_logits(self, inputs: StepInputs, real: Tensor, fake: Tensor) -> Tensor:
         """Update ADA and LeCam; returns this rank's part of the mean real and fake logits, (3,)."""
         real, fake = real.float(), fake.float()
+        # One tensor, so that ADA and LeCam cost a single all-reduce together.
         sums = torch.stack([real.sum(), fake.sum(), real.sign().sum()])
         local = sums * inputs.batch.loss_weight
+        # Nothing has to be known within the step then; the log averages over ranks once a row.
         if self.ada is None and self.lecam is None:
             return local
         means = sum_over_ranks(local) / self.world_size
         # A step that is skipped for non-finite gradients must leave no trace here either.
         is_finite = means.isfinite().all()
         if self.lecam is not None:
+            # Moving towards where they are leaves the anchors in place.
             self.lecam.update(torch.where(is_finite, means[:2], self.lecam.values))
         if self.ada is not None:
+            # The sign of inf is finite, so it is the mean logits that give such a step away.
             mean_sign = torch.where(is_finite, means[2], 0.0)
             self.ada.update(mean_sign, inputs.schedules["ada_p_step"])
         return local
@@ -202,6 +228,7 @@ class DiscriminatorTrainer:
         """What a row of metrics has of it besides its statistics; reads from the device."""
         if self.augmentation is None:
             return {}
+        # A host read, which only a row of metrics can afford.
         p = self.config.augment.p.at(nimg) if self.ada is None else float(self.ada.p)
         return {"augment_p": p}
 
@@ -221,6 +248,9 @@ def center_logits(
     objective: Objective, batch: LocalBatch, real_logits: Tensor, fake_logits: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Real and fake logits (n,), minus the other side's global mean where the objective asks."""
+    # Relativistic average losses compare with E of the other side (arXiv 1807.00734, equations 10
+    # and 11). The mean is global and carries its gradient over ranks, or W workers would minimise
+    # another loss than one worker does.
     if not objective.centred:
         return real_logits, fake_logits
     real, fake = real_logits.float(), fake_logits.float()
@@ -242,6 +272,9 @@ def flip_and_shift(images: Tensor, noise: Tensor) -> Tensor:
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """No parameter of the module asks for a gradient while a forward is recorded."""
+    # Only the recording counts: a graph that was recorded with frozen weights computes no gradients
+    # of them in its backward, even after the block has ended. Activations still carry gradients to
+    # the images.
     module.requires_grad_(False)
     try:
         yield

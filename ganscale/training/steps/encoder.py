@@ -21,7 +21,11 @@ from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
 from ganscale.training.steps.adversarial_inputs import adversarial_draws
-from ganscale.training.steps.discriminator import DiscriminatorTrainer, Samples, orthogonal_loss
+from ganscale.training.steps.discriminator import (
+    DiscriminatorTrainer,
+    orthogonal_loss,
+    real_and_fake,
+)
 from ganscale.training.steps.generator import generator_loss
 from ganscale.training.steps.likelihood import reconstruction_likelihood
 from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
@@ -36,9 +40,12 @@ class _Inverse(nn.Module):
     def __init__(self, encoder: nn.Module, generator: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
+        # Evaluation mode, so that batch norm uses the statistics it was trained to, and no weight
+        # changes; gradients still pass through to the latents.
         self.generator = generator.eval().requires_grad_(False)
 
     def forward(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        # The mean alone: an inverse is to be one latent, not a distribution.
         mean, _ = self.encoder(images)
         made: Tensor = self.generator(mean, labels)
         return made
@@ -53,9 +60,8 @@ class InDomainEncoder(TrainingMethod):
         self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
     ) -> None:
         assert isinstance(config.method, EncoderMethod)
+        super().__init__(config, precision)
         self.adversarial = config.method.adversarial
-        self.orthogonal = config.penalty.orthogonal
-        self.precision = precision
         inverse = _Inverse(networks["encoder"], networks["generator"])
         self.inverse = OptimizedModel(inverse, config.optimizer, precision, world)
         self.discriminator = DiscriminatorTrainer(
@@ -72,6 +78,7 @@ class InDomainEncoder(TrainingMethod):
         trained = load_generator(config.method.generator)
         theirs = trained.info["model"]
         if theirs != spec:
+            # The message lists every option that differs, ready to be copied to the command line.
             other = [
                 f"model.{name}={theirs[name]}" for name in theirs if theirs[name] != spec.get(name)
             ]
@@ -86,7 +93,7 @@ class InDomainEncoder(TrainingMethod):
         }
 
     def draws(self, variant: StepVariant) -> dict[str, Draw]:
-        return adversarial_draws(self.discriminator.config, variant)
+        return adversarial_draws(self.config, variant)
 
     def phases(self, variant: StepVariant) -> list[PhaseUpdate]:
         phases: list[PhaseUpdate] = [("discriminator", self.update_discriminator)]
@@ -99,23 +106,27 @@ class InDomainEncoder(TrainingMethod):
         batch = inputs.batch
         with self.precision.autocast(), torch.no_grad():
             fake_images = self.inverse.module(batch.real_images, batch.labels)
-        real, fake = Samples(batch.real_images, batch.labels), Samples(fake_images, batch.labels)
+        real, fake = real_and_fake(batch, fake_images)
         return self.discriminator.update(inputs, variant, real, fake)
 
     def update_encoder(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
-        """One update of the encoder."""
+        """One update of the encoder: likelihoods of pixels and features, adversarial loss."""
         batch = inputs.batch
         with self.precision.autocast():
             fake_images = self.inverse.network(batch.real_images, batch.labels)
-        real, fake = Samples(batch.real_images, batch.labels), Samples(fake_images, batch.labels)
+        real, fake = real_and_fake(batch, fake_images)
+        # Equation 2 of the paper weighs features against pixels by a constant. Here each has the
+        # variance that maximises its likelihood, so neither has to be tuned.
         pixels = reconstruction_likelihood(batch, real.images, fake_images)
+        # A target, and the discriminator is a fixed measure in this phase.
         real_features = self.discriminator.features(real).detach()
         features = reconstruction_likelihood(
             batch, real_features, self.discriminator.features(fake)
         )
         adversarial = generator_loss(self.discriminator, inputs, real, fake)
         loss = pixels.nll + features.nll + self.adversarial * adversarial
-        self.inverse.backward(loss + orthogonal_loss(self.inverse.module, self.orthogonal))
+        orthogonal = orthogonal_loss(self.inverse.module, self.config.penalty.orthogonal)
+        self.inverse.backward(loss + orthogonal)
         return {
             "loss_E": loss.detach(),
             "adversarial_loss": adversarial.detach(),

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ganscale.config import Config
-from ganscale.generation.latents import Draw, normal
+from ganscale.generation.latents import Draw
 from ganscale.models import build_discriminator, build_generator
 from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
 from ganscale.training.steps.adversarial_inputs import adversarial_draws
-from ganscale.training.steps.discriminator import DiscriminatorTrainer, Samples
+from ganscale.training.steps.discriminator import DiscriminatorTrainer, real_and_fake
 from ganscale.training.steps.generator import update_generator
 from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
 from ganscale.world import World
@@ -30,8 +30,7 @@ class Gan(TrainingMethod):
     def __init__(
         self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
     ) -> None:
-        self.z_dim = config.model.z_dim
-        self.precision = precision
+        super().__init__(config, precision)
         self.generator = OptimizedModel(networks["generator"], config.optimizer, precision, world)
         self.discriminator = DiscriminatorTrainer(
             config, networks["discriminator"], precision, world
@@ -45,10 +44,7 @@ class Gan(TrainingMethod):
         return {"generator": build_generator(spec), "discriminator": build_discriminator(spec)}
 
     def draws(self, variant: StepVariant) -> dict[str, Draw]:
-        latents = {"D z": normal(self.z_dim)}
-        if variant.generator_turn:
-            latents["G z"] = normal(self.z_dim)
-        return latents | adversarial_draws(self.discriminator.config, variant)
+        return self.latent_draws(variant, "z") | adversarial_draws(self.config, variant)
 
     def phases(self, variant: StepVariant) -> list[PhaseUpdate]:
         phases: list[PhaseUpdate] = [("discriminator", self.update_discriminator)]
@@ -59,11 +55,13 @@ class Gan(TrainingMethod):
     def update_discriminator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
         """One update of the discriminator on fakes of its own latents."""
         batch = inputs.batch
+        # The bare module: without gradients there is nothing for DDP to average. Fakes take the
+        # labels of the real images, so a class is as frequent on both sides.
         with self.precision.autocast(), torch.no_grad():
             fake_images = self.generator.module(inputs.noise["D z"], batch.labels)
-        real, fake = Samples(batch.real_images, batch.labels), Samples(fake_images, batch.labels)
+        real, fake = real_and_fake(batch, fake_images)
         return self.discriminator.update(inputs, variant, real, fake)
 
     def update_generator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
-        """One update of the generator."""
+        """One update of the generator on latents of its own, against the updated discriminator."""
         return update_generator(self.generator, self.discriminator, inputs)

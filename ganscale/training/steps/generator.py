@@ -19,6 +19,7 @@ from ganscale.training.steps.discriminator import (
     center_logits,
     frozen,
     orthogonal_loss,
+    real_and_fake,
 )
 
 __all__ = ["generator_loss", "top_k_weights", "update_generator"]
@@ -35,7 +36,7 @@ def update_generator(
         fake_images = generator.network(inputs.noise["G z"], batch.labels)
 
     # Loss.
-    real, fake = Samples(batch.real_images, batch.labels), Samples(fake_images, batch.labels)
+    real, fake = real_and_fake(batch, fake_images)
     loss = generator_loss(discriminator, inputs, real, fake)
 
     # Penalty and backward; DDP averages the gradients over the ranks.
@@ -63,17 +64,25 @@ def generator_loss(
     batch, objective = inputs.batch, discriminator.objective
     real_logits = None
     with discriminator.precision.autocast(), frozen(discriminator.model.module):
+        # Most losses of a generator do not look at real logits; their forward is saved.
         if objective.generator_sees_real or real_learns:
             real_logits_fn = discriminator.logits_fn(inputs, "G real", real.condition, learns=False)
             real_logits = real_logits_fn(real.images)
+            # Detached, since gradient normalisation makes logits a function of images that ask for
+            # a gradient of their own.
             real_logits = real_logits if real_learns else real_logits.detach()
         fake_logits_fn = discriminator.logits_fn(inputs, "G fake", fake.condition, learns=False)
         fake_logits = fake_logits_fn(fake.images)
         if real_logits is not None:
             real_logits, fake_logits = center_logits(objective, batch, real_logits, fake_logits)
         loss = objective.generator(real_logits, fake_logits)
+        # An encoder wants its real pairs to pass for fakes. Turning the sign of a logit swaps the
+        # sides, so this is the generator's loss seen from there. Relativistic losses, a function of
+        # the difference, have done both in one already.
         if real_learns and real_logits is not None and not objective.generator_sees_real:
             loss = loss + objective.generator(None, -real_logits)
+        # Weights multiply the loss after centring: which samples count is chosen by the logits, but
+        # what they are compared with stays the mean of all.
         if uses_top_k(discriminator.config):
             loss = loss * top_k_weights(inputs, fake_logits)
         return loss.sum() * batch.loss_weight
@@ -85,6 +94,9 @@ def top_k_weights(inputs: StepInputs, fake_logits: Tensor) -> Tensor:
     Sinha et al. (2020, arXiv 2002.06224).
     """
     logits = fake_logits.detach().float()
+    # "The k best" is a statement about the global batch, so the ranks' logits are put into one
+    # table. Every rank fills its own places, and the maximum over ranks fills the others.
     table = inputs.batch.in_global_batch(logits, fill=-torch.inf)
     threshold = kth_largest(table, inputs.schedules["top_k"])
+    # Logits that tie with the k-th are all kept, though the scale counts k of them.
     return (logits >= threshold) * inputs.schedules["top_k_scale"]

@@ -1,4 +1,8 @@
-"""How likely images are under reconstructions of them, over the global batch."""
+"""How likely images are under reconstructions of them, over the global batch.
+
+The variance of the likelihood is that of all ranks' errors, so that W workers minimise what one
+would; this takes one all-reduce a likelihood.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +33,12 @@ def reconstruction_likelihood(batch: LocalBatch, target: Tensor, output: Tensor)
 
     All ranks call it together; shapes are (n, ...), images or features.
     """
+    # The mean over dimensions first, so features and images of any size compare.
     errors = (output.float() - target.float()).square().flatten(1).mean(1)
     squared_error = errors.sum() * batch.loss_weight
+    # The variance is a constant to the gradient. That loses nothing: at the value that maximises
+    # the likelihood the derivative by the variance is zero. It is that of the global batch, or
+    # ranks would weigh their samples differently.
     variance = sum_over_ranks(squared_error.detach()) / dist.get_world_size()
     return Likelihood(gaussian_nll(squared_error, variance), squared_error)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ganscale.config import Config
-from ganscale.generation.latents import Draw
+from ganscale.generation.latents import Draw, normal
 from ganscale.generation.snapshot import OTHERS
 from ganscale.training.inputs import StepContext, StepInputs, StepVariant, scalar
 from ganscale.training.optimized_model import OptimizedModel
@@ -48,6 +48,10 @@ class TrainingMethod(ABC):
     discriminator: DiscriminatorTrainer | None = None
     """Its discriminator, for methods that have one; it is one of the models, with the letter D."""
 
+    def __init__(self, config: Config, precision: Precision) -> None:
+        self.config = config
+        self.precision = precision
+
     @staticmethod
     @abstractmethod
     def networks(config: Config) -> dict[str, nn.Module]:
@@ -59,6 +63,12 @@ class TrainingMethod(ABC):
     @abstractmethod
     def draws(self, variant: StepVariant) -> dict[str, Draw]:
         """The random numbers that a step needs, by purpose."""
+
+    def latent_draws(self, variant: StepVariant, *purposes: str) -> dict[str, Draw]:
+        """Draws N(0, 1), (B, z_dim), for each purpose in each phase: "D z", "G z"."""
+        phases = ("D", "G") if variant.generator_turn else ("D",)
+        draw = normal(self.config.model.z_dim)
+        return {f"{phase} {purpose}": draw for phase in phases for purpose in purposes}
 
     @abstractmethod
     def phases(self, variant: StepVariant) -> Sequence[PhaseUpdate]:
@@ -78,6 +88,7 @@ class TrainingMethod(ABC):
         statistics: dict[str, Tensor] = {}
         for name, update in self.phases(variant):
             enter(name)
+            # In their order: a later phase is judged by the discriminator that has just learnt.
             statistics |= update(inputs, variant)
         return statistics
 
@@ -85,8 +96,10 @@ class TrainingMethod(ABC):
         """Which form of the step is taken at a position."""
         penalties: tuple[str, ...] = ()
         if self.discriminator is not None:
-            config = self.discriminator.config
-            penalties = tuple(penalty_weights(config, nimg=context.nimg, step=context.step))
+            # Only the names: which penalties are in a step is a form of its graph, how strong they
+            # are is an input to it (`adversarial_schedules`).
+            weights = penalty_weights(self.config, nimg=context.nimg, step=context.step)
+            penalties = tuple(weights)
         return StepVariant(context.generator_turn, penalties)
 
     def schedules(self, context: StepContext) -> dict[str, Tensor]:
@@ -94,9 +107,11 @@ class TrainingMethod(ABC):
         values: dict[str, Tensor] = {}
         for letter, model in self.models.items():
             lr = model.lr_schedule.at(self._nimg_of_update(letter, context)) * context.lr_factor
+            # float64, since fused Adam on the CPU reads a double: the bits are then those of a
+            # learning rate that is a plain number.
             values[f"lr_{letter}"] = scalar(lr, torch.float64)
         if self.discriminator is not None:
-            values |= adversarial_schedules(self.discriminator.config, context)
+            values |= adversarial_schedules(self.config, context)
         return values
 
     def set_betas(self, context: StepContext) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ganscale.config import Config, SemiSupervisedMethod
-from ganscale.generation.latents import Draw, normal
+from ganscale.generation.latents import Draw
 from ganscale.models import build_classifier, build_generator
 from ganscale.models.classifying import ClassifyingDiscriminator
 from ganscale.training.distribute import sum_over_ranks
@@ -48,10 +48,8 @@ class SemiSupervised(TrainingMethod):
         self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
     ) -> None:
         assert isinstance(config.method, SemiSupervisedMethod)
+        super().__init__(config, precision)
         self.adversarial = config.method.adversarial
-        self.orthogonal = config.penalty.orthogonal
-        self.z_dim = config.model.z_dim
-        self.precision = precision
         self.world_size = world.world_size
         self.generator = OptimizedModel(networks["generator"], config.optimizer, precision, world)
         self.discriminator = DiscriminatorTrainer(config, networks["classifier"], precision, world)
@@ -59,6 +57,7 @@ class SemiSupervised(TrainingMethod):
         own = ("cross_entropy", "accuracy", "grad_norm_D")
         adversarial = (*self.discriminator.statistics, "loss_G", "grad_norm_G")
         names = (*adversarial, *own) if self.adversarial else own
+        # `grad_norm_D` is in both lists; a name may come once.
         self.statistics = tuple(dict.fromkeys(names))
 
     @staticmethod
@@ -71,10 +70,8 @@ class SemiSupervised(TrainingMethod):
     def draws(self, variant: StepVariant) -> dict[str, Draw]:
         draws = {"labelled augmentation": augmentation_draw("flip_translate")}
         if self.adversarial:
-            draws |= adversarial_draws(self.discriminator.config, variant, judges_real=True)
-            draws["D z"] = normal(self.z_dim)
-            if variant.generator_turn:
-                draws["G z"] = normal(self.z_dim)
+            draws |= self.latent_draws(variant, "z")
+            draws |= adversarial_draws(self.config, variant, judges_real=True)
         return draws
 
     def phases(self, variant: StepVariant) -> list[PhaseUpdate]:
@@ -85,6 +82,8 @@ class SemiSupervised(TrainingMethod):
 
     def update_classifier(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
         """One update of the classifier, on labels and, with `adversarial`, on real and fake."""
+        # Labelled, real and fake images go through in three forwards and one backward: the sum of
+        # the supervised and the adversarial loss is one objective with one optimizer.
         loss, accuracy = self.supervised_loss(inputs)
         statistics = {"cross_entropy": loss.detach(), "accuracy": accuracy}
         classifier = self.discriminator.model
@@ -107,8 +106,10 @@ class SemiSupervised(TrainingMethod):
         batch = inputs.batch
         assert batch.labelled is not None
         labels = batch.labelled.labels
+        # Always, whatever the augmentation of the discriminator is: few labels are seen many times.
         images = flip_and_shift(batch.labelled.images, inputs.noise["labelled augmentation"])
         with self.precision.autocast():
+            # Through the wrapper, so that this forward's gradients are averaged with the others'.
             logits = self.discriminator.model.network(images, classes=True)
         num_correct = (logits.argmax(1) == labels).float().sum()
         loss = cross_entropy(logits, labels, reduction="sum")
@@ -125,8 +126,10 @@ class SemiSupervised(TrainingMethod):
         fake_mean = self._mean_features(inputs, "G fake", fake_images)
         with torch.no_grad():
             real_mean = self._mean_features(inputs, "G real", inputs.batch.real_images)
+            # The gradient of ||m||^2 is 2 m dm: m is a constant of the global batch here, and only
+            # this rank's part of dm is differentiated.
             difference = sum_over_ranks(fake_mean - real_mean) / self.world_size
-        orthogonal = orthogonal_loss(self.generator.module, self.orthogonal)
+        orthogonal = orthogonal_loss(self.generator.module, self.config.penalty.orthogonal)
         self.generator.backward(2 * (difference @ fake_mean) + orthogonal)
         return {
             "loss_G": difference.square().sum(),
@@ -138,5 +141,6 @@ class SemiSupervised(TrainingMethod):
         classifier = self.discriminator.model.module
         assert isinstance(classifier, ClassifyingDiscriminator)
         with self.precision.autocast(), frozen(classifier):
+            # Augmented as in the discriminator's phase: it knows only such images.
             features = classifier.features(self.discriminator.augment(inputs, purpose, images))
         return features.float().sum(0) * inputs.batch.loss_weight

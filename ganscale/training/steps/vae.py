@@ -30,9 +30,8 @@ class Vae(TrainingMethod):
         self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
     ) -> None:
         assert isinstance(config.method, VaeMethod)
-        self.z_dim = config.model.z_dim
+        super().__init__(config, precision)
         self.beta = config.method.beta
-        self.precision = precision
         autoencoder = Autoencoder(networks["encoder"], networks["generator"])
         self.autoencoder = OptimizedModel(autoencoder, config.optimizer, precision, world)
         self.models = {"G": self.autoencoder}
@@ -43,13 +42,13 @@ class Vae(TrainingMethod):
         return {"generator": build_generator(spec), "encoder": build_encoder(spec)}
 
     def draws(self, variant: StepVariant) -> dict[str, Draw]:
-        return {"posterior": normal(self.z_dim)}
+        return {"posterior": normal(self.config.model.z_dim)}
 
     def phases(self, variant: StepVariant) -> list[PhaseUpdate]:
         return [("autoencoder", self.update)]
 
     def update(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
-        """One update of both networks."""
+        """One update of encoder and generator on the negative bound, in nats per dimension."""
         batch = inputs.batch
         with self.precision.autocast():
             encoded = self.autoencoder.network(
@@ -57,6 +56,8 @@ class Vae(TrainingMethod):
             )
         likelihood = reconstruction_likelihood(batch, batch.real_images, encoded.images)
         kl = posterior_kl(batch, encoded.mean, encoded.log_variance)
+        # The likelihood is per dimension of the image, so the divergence, which is per image, is
+        # divided by their number; beta = 1 is then the bound itself.
         loss = likelihood.nll + self.beta * kl / batch.real_images.shape[1:].numel()
         self.autoencoder.backward(loss)
         return {

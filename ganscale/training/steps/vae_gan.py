@@ -15,14 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from ganscale.config import Config, VaeGanMethod
-from ganscale.generation.latents import Draw, normal, uniform
+from ganscale.generation.latents import Draw, uniform
 from ganscale.models import build_discriminator, build_encoder, build_generator
 from ganscale.models.autoencoder import Autoencoder, Encoded
 from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
 from ganscale.training.steps.adversarial_inputs import adversarial_draws
-from ganscale.training.steps.discriminator import DiscriminatorTrainer, Samples, orthogonal_loss
+from ganscale.training.steps.discriminator import (
+    DiscriminatorTrainer,
+    Samples,
+    orthogonal_loss,
+    real_and_fake,
+)
 from ganscale.training.steps.generator import generator_loss
 from ganscale.training.steps.likelihood import posterior_kl, reconstruction_likelihood
 from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
@@ -40,10 +45,8 @@ class VaeGan(TrainingMethod):
         self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
     ) -> None:
         assert isinstance(config.method, VaeGanMethod)
-        self.z_dim = config.model.z_dim
-        self.orthogonal = config.penalty.orthogonal
+        super().__init__(config, precision)
         self.settings = config.method
-        self.precision = precision
         autoencoder = Autoencoder(networks["encoder"], networks["generator"])
         self.autoencoder = OptimizedModel(autoencoder, config.optimizer, precision, world)
         self.discriminator = DiscriminatorTrainer(
@@ -63,10 +66,11 @@ class VaeGan(TrainingMethod):
         }
 
     def draws(self, variant: StepVariant) -> dict[str, Draw]:
-        draws = adversarial_draws(self.discriminator.config, variant)
+        latents = self.latent_draws(variant, "posterior", "z")
+        draws = latents | adversarial_draws(self.config, variant)
         for phase in ("D", "G") if variant.generator_turn else ("D",):
-            draws[f"{phase} posterior"] = normal(self.z_dim)
-            draws[f"{phase} z"] = normal(self.z_dim)
+            # A number below one half takes a row from the prior: fakes are of both kinds that
+            # algorithm 1 of the paper shows the discriminator.
             draws[f"{phase} from prior"] = uniform(1)
         return draws
 
@@ -82,23 +86,29 @@ class VaeGan(TrainingMethod):
         with torch.no_grad():
             fake_images = self._encode(self.autoencoder.module, inputs, "D").fakes
         assert fake_images is not None
-        real, fake = Samples(batch.real_images, batch.labels), Samples(fake_images, batch.labels)
+        real, fake = real_and_fake(batch, fake_images)
         return self.discriminator.update(inputs, variant, real, fake)
 
     def update_autoencoder(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
-        """One update of encoder and generator."""
+        """One update of encoder and generator: likelihood of features, KL, adversarial loss."""
         batch = inputs.batch
         encoded = self._encode(self.autoencoder.network, inputs, "G")
         assert encoded.fakes is not None
-        real, fake = Samples(batch.real_images, batch.labels), Samples(encoded.fakes, batch.labels)
+        real, fake = real_and_fake(batch, encoded.fakes)
+        # Equation 7: how likely the features of the real images are under those of the
+        # reconstructions.
         real_features = self.discriminator.features(real)
         features = self.discriminator.features(Samples(encoded.images, batch.labels))
         likelihood = reconstruction_likelihood(batch, real_features.detach(), features)
         kl = posterior_kl(batch, encoded.mean, encoded.log_variance)
+        # Fakes are decoded from detached encodings, so this term reaches the decoder only.
         adversarial = generator_loss(self.discriminator, inputs, real, fake)
+        # The likelihood is per feature, so the divergence per image is divided by their number.
         loss = likelihood.nll + self.settings.beta * kl / real_features.shape[1:].numel()
         loss = loss + self.settings.adversarial * adversarial
-        self.autoencoder.backward(loss + orthogonal_loss(self.autoencoder.module, self.orthogonal))
+        orthogonal = orthogonal_loss(self.autoencoder.module, self.config.penalty.orthogonal)
+        self.autoencoder.backward(loss + orthogonal)
+        # Logged only, in pixels: that of features shrinks and grows with the discriminator.
         squared_error = reconstruction_likelihood(
             batch, batch.real_images, encoded.images
         ).squared_error
@@ -118,6 +128,7 @@ class VaeGan(TrainingMethod):
                 noise[f"{phase} posterior"],
                 inputs.batch.labels,
                 noise[f"{phase} z"],
+                # A comparison on the device, since a step draws nothing itself.
                 noise[f"{phase} from prior"] < 0.5,
             )
         return encoded
