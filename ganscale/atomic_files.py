@@ -38,16 +38,20 @@ def replacing(path: Path, *, fsync: bool = True) -> Iterator[BinaryIO]:
             yield device
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, as only a rename within one file system is atomic.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with naming_file(path):
         try:
             with temporary.open("xb") as file:
                 yield file
                 file.flush()
+                # Before the rename: file systems may write the new name earlier than the content,
+                # and a crash between the two leaves an empty file where a good one was. The folder
+                # is not fsynced; if the rename is lost, the earlier file is there, whole.
                 if fsync:
                     os.fsync(file.fileno())
             temporary.replace(path)
-        except BaseException:
+        except BaseException:  # an interrupt too: only a kill may leave the temporary file behind
             temporary.unlink(missing_ok=True)
             raise
 

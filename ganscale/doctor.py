@@ -1,4 +1,7 @@
-"""What machine this is and what ganscale would use of it."""
+"""What machine this is, and what ganscale would use of it: devices, data, weights, tracking.
+
+It looks up the same functions that training asks, so that it reports what would really happen.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import platform
 import shutil
 from pathlib import Path
 
-from ganscale.data.sources import CIFAR10_ENV
+from ganscale.data.resolve_source import CIFAR10_ENV
 from ganscale.metrics.extractors import inception_weights
 from ganscale.tracking.wandb_sink import resolve_mode
 
@@ -30,6 +33,7 @@ def findings(storage: Path) -> list[tuple[str, str]]:
     precision = "fp16 with gradient scaling" if torch.cuda.is_available() else "fp32"
     rows.append(("gpus", str(torch.cuda.device_count())))
     rows.append(("precision auto", precision))
+    # The folder may not exist yet; the free space is that of the file system it would be made on.
     existing = next(p for p in (storage.absolute(), *storage.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free / 2**30
     rows.append(("storage", f"{storage.absolute()}, {free:.1f} GiB free"))

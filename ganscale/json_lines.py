@@ -1,7 +1,8 @@
 """JSON Lines files: one object a line, appended, and read while they are being written.
 
-A writer that is killed may leave an incomplete last line. Readers leave it out, and the next writer
-removes it.
+A writer that is killed may leave an incomplete last line. Readers skip it, and the next writer
+removes it. So a file needs neither a database nor a rename to grow by a line at a time, and any
+tool can read it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def encode_line(row: Mapping[str, Any]) -> bytes:
 
 def append_line(file: TextIO, row: Mapping[str, Any]) -> None:
     """Append an object to a file that `open_lines` has opened, and flush it to the system."""
+    # Locked, as another process that opens the file would take half a line for a killed writer's.
     with naming_file(Path(file.name)), locked(file):
         file.write(encode_line(row).decode())
         file.flush()
@@ -68,7 +70,9 @@ def open_lines(path: Path) -> TextIO:
 @contextmanager
 def locked(file: IO[str] | IO[bytes]) -> Iterator[None]:
     """Lock a file, so that no other process removes a line that is only being written."""
-    with suppress(OSError):  # a file system without locks
+    # Some network file systems have no locks. Rows are then written without: the lock only guards
+    # against a second writer that starts at the same moment.
+    with suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_EX)
     try:
         yield
@@ -82,6 +86,7 @@ def end_of_lines(path: Path, start: int = 0) -> int:
     if not path.is_file():
         return start
     with path.open("rb") as file:
+        # From the end, in pieces: files of long runs are large, and this is asked at every look.
         end = file.seek(0, 2)
         while end > start:
             first = max(start, end - _PIECE_BYTES)
@@ -94,6 +99,8 @@ def end_of_lines(path: Path, start: int = 0) -> int:
 
 def add_missing_lines(path: Path, lines: bytes) -> None:
     """Append those lines that a file does not have, after removing an incomplete last line."""
+    # By their text: rows name attempt and position, so an equal line is the same row. What another
+    # host wrote is added to what this one has, in whatever order; `history` sorts it.
     there = path.read_bytes() if path.is_file() else b""
     known = set(there.splitlines())
     missing = [line for line in lines.splitlines() if line and line not in known]

@@ -1,6 +1,7 @@
 """Where everything of a run lies: `storage/name/` and the names inside it.
 
-Whatever shows results reads these files; nothing hooks into the training code.
+Whatever shows results reads these files; nothing hooks into the training code. So a run can be
+looked at while it trains, after it has died, and on another machine.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class RunDirectory:
     def snapshot(self, nimg: int, average: str = "") -> Path:
         """A generator after `nimg` real images; `average` names one of several."""
         folder = self.snapshots / average if average else self.snapshots
+        # Padded, so that the order of the names is the order of the positions.
         return folder / f"nimg-{nimg:012d}.safetensors"
 
     def sample_grid(self, nimg: int) -> Path:

@@ -1,8 +1,8 @@
 """The world a process lives in, as a value: its rank, how many ranks there are, its device.
 
-Nothing else asks the environment. A test builds any world it likes; `World.detect` reads what
-torchrun and Ray Train set. Groups are always initialised, with one process too, so that one
-process runs the very code that many run.
+Nothing else asks the environment for these. A test builds any world it likes; `World.detect` reads
+what torchrun and Ray Train set. A process group is always initialised, even for a single process,
+so that one process runs the very code that many run.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class World:
             check_cuda("launch.use_gpu=true or --device cuda")
         if device == "cpu" or not torch.cuda.is_available():
             return cls(rank, local_rank, world_size, "cpu")
+        # Modulo, as a launcher may show each worker only its own device, whatever its local rank.
         index = local_rank % torch.cuda.device_count()
         return cls(rank, local_rank, world_size, f"cuda:{index}")
 
@@ -86,6 +87,7 @@ def check_cuda(setting: str, *, index: int = 0) -> None:
             return
         reason = f"this machine has {count} CUDA device(s), numbered from 0"
     else:
+        # `is_available` swallows the reason; initialising raises it.
         try:
             torch.cuda.init()
             reason = "no CUDA device is visible (see CUDA_VISIBLE_DEVICES)"
@@ -112,8 +114,10 @@ def process_group(world: World, *, timeout_seconds: float = 600.0) -> Iterator[N
         return
     if world.device.startswith("cuda"):
         torch.cuda.set_device(world.torch_device)
+    # Both with CUDA: objects, such as rows and requests, are exchanged by way of the host.
     backend = "cpu:gloo,cuda:nccl" if world.device.startswith("cuda") else "gloo"
-    # Without a store of its own, a group meets at MASTER_ADDR.
+    # A group without a store of its own meets at MASTER_ADDR, which a single process has not, and a
+    # fixed port there would clash with a second run on the machine.
     store = dist.HashStore() if world.world_size == 1 else None  # type: ignore[attr-defined]
     dist.init_process_group(
         backend,

@@ -13,7 +13,8 @@ import torch
 from ganscale.cli import main
 from ganscale.config import Config
 from ganscale.data.building import build_shards
-from ganscale.data.sources import CIFAR10_ENV, SourceSpec, resolve_source
+from ganscale.data.resolve_source import CIFAR10_ENV, resolve_source
+from ganscale.data.sources import SourceSpec
 from ganscale.metrics import extractors
 
 MakeConfig = Callable[..., Config]

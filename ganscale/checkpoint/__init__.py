@@ -1,10 +1,12 @@
 """Checkpoints: everything a run needs to go on, complete and verified or not there at all.
 
-`lineage` says which checkpoints belong to a run, `holder` which process it belongs to, `encoding`
-turns a state into files, `storage_backends` writes them to directories or object stores, `store`
-puts these together, `writer` works in the background.
+`lineage` decides which checkpoints belong to a run, and `holder` which process the run belongs to.
+`encoding` turns a state into bytes, `files` makes a verified checkpoint of them, and
+`storage_backends` writes it to a directory or an object store. `store` puts these together, and
+`writer` uses it from a background thread.
 """
 
+from ganscale.checkpoint.files import SavedFiles
 from ganscale.checkpoint.holder import Heartbeat, Holder, Session
 from ganscale.checkpoint.lineage import Attempt, CheckpointName
 from ganscale.checkpoint.store import (
@@ -12,10 +14,9 @@ from ganscale.checkpoint.store import (
     DamagedCheckpointWarning,
     Retention,
     RunInUse,
-    SavedFiles,
     Superseded,
 )
-from ganscale.checkpoint.writer import BackgroundWriter, Outcome
+from ganscale.checkpoint.writer import BackgroundWriter, SaveResult
 
 __all__ = [
     "Attempt",
@@ -25,9 +26,9 @@ __all__ = [
     "DamagedCheckpointWarning",
     "Heartbeat",
     "Holder",
-    "Outcome",
     "Retention",
     "RunInUse",
+    "SaveResult",
     "SavedFiles",
     "Session",
     "Superseded",

@@ -1,8 +1,9 @@
 """A state as two plain files: a tree in JSON and its tensors in the safetensors format.
 
-Nothing in them can be executed. The same state gives the same bytes, so the sha256 of the tensor
-file tells whether two runs hold the same weights. Tensors are written piece by piece from where
-they lie: no second copy, and the interpreter is free while a piece is hashed or written.
+Unlike a pickle, nothing in them can be executed when they are read. The same state gives the same
+bytes, so equal sha256 of the tensor files mean that two runs hold the same weights. Tensors are
+written piece by piece from the memory they lie in: no second copy is made, and hashing or writing a
+piece releases the interpreter's lock, so that training goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def flatten(state: Any) -> tuple[Any, dict[str, Tensor]]:
             return {"tensor": path}
         if isinstance(value, dict):
             assert all(isinstance(key, str | int) for key in value), f"keys at {path}"
+            # Pairs and not a JSON object, whose keys would all come back as strings: the states of
+            # torch's optimizers are keyed by integers. Pairs keep the order of the keys as well.
             return {"dict": [[key, walk(item, f"{path}/{key}")] for key, item in value.items()]}
         if isinstance(value, list | tuple):
             items = [walk(item, f"{path}/{index}") for index, item in enumerate(value)]
@@ -67,7 +70,13 @@ def tree_file(tree: Any) -> bytes:
 
 
 def tensor_file(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The safetensors file of tensors on the CPU, in pieces."""
+    """The safetensors file of tensors on the CPU, in pieces.
+
+    safetensors' own functions write to a local path or make one object of the whole file. Pieces go
+    to any store, and are hashed on the way.
+    """
+    # Wide types first, so that every tensor begins at a multiple of its element's size, and then by
+    # name, so that the bytes do not depend on the order of the dictionary.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {}
     end = 0
@@ -80,9 +89,10 @@ def tensor_file(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # so that the data are aligned, as in safetensors' files
     yield len(text).to_bytes(8, "little") + text
     for name in order:
+        # As bytes, because numpy has no bfloat16. A view, unless the tensor is not contiguous.
         raw = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         for first in range(0, raw.size, _PIECE_BYTES):
             yield raw[first : first + _PIECE_BYTES].data
@@ -93,7 +103,9 @@ def decode(tree: bytes, tensors: bytes) -> Any:
     try:
         by_path = load(tensors)
         return _build(json.loads(tree), by_path)
-    except Exception as error:  # safetensors documents no exceptions
+    # safetensors documents no exceptions, and what a damaged tree may raise is hard to list. The
+    # bytes were verified, so whatever it is comes from the content and is not worth a retry.
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"cannot be decoded ({type(error).__name__}: {reason})") from error
 

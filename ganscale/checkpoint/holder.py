@@ -2,7 +2,7 @@
 
 Every attempt names the process that started it, its holder. While that process lives it renews a
 file beside the attempts, `attempts/session-TOKEN.json`, and removes it when it ends. A start that
-finds another holder asks:
+finds another holder decides by the first of these that applies:
 
 - The file is gone: the holder has ended.
 - The holder ran on this machine: the operating system knows whether the process still exists.
@@ -10,8 +10,9 @@ finds another holder asks:
   that with its own clock. Clocks of two hosts are compared only to save this wait: a file that was
   renewed more than `SILENT_SECONDS + CLOCK_TOLERANCE_SECONDS` ago is not waited for.
 
-This protects against mistakes. That nothing of an older attempt is written after a newer one has
-begun does not depend on it; `store` guarantees that.
+This protects against mistakes, such as one run started twice. Correctness does not depend on it:
+`store` and `lineage` keep out what an older attempt writes after a newer one has begun, whether or
+not anybody was right about who is alive.
 """
 
 from __future__ import annotations
@@ -21,26 +22,28 @@ import os
 import re
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import psutil
 
 from ganscale.checkpoint.storage_backends import StorageBackend
+from ganscale.periodic import PeriodicThread
 
 __all__ = ["BEAT_SECONDS", "SILENT_SECONDS", "Heartbeat", "Holder", "Session"]
 
 BEAT_SECONDS = 10.0
 """Between two renewals of a holder's file."""
 SILENT_SECONDS = 60.0
-"""A holder on another machine whose file has not changed for so long is dead."""
+"""A holder on another machine whose file has not changed for so long is dead.
+
+Six renewals: one or two that a busy store loses do not make a live run look dead.
+"""
 CLOCK_TOLERANCE_SECONDS = 600.0
 """By how much the clocks of two hosts may differ."""
 _POLL_SECONDS = 1.0
@@ -94,10 +97,15 @@ class Holder:
     def is_alive(
         self, backend: StorageBackend, report: Callable[[str], None] = lambda text: None
     ) -> bool:
-        """Whether the holder still runs; may take `SILENT_SECONDS`, which `report` is told of."""
+        """Whether the holder still runs.
+
+        May take `SILENT_SECONDS`; `report` then gets a message for the user.
+        """
         seen = _contents(backend, self.beat_file)
         if seen is None:
             return False
+        # The id alone is not enough, since the system reuses ids; with the time of the start it
+        # names one process for good, and no waiting is needed.
         if self.machine == _machine():
             return _process_start(self.pid) == self.process_start
         if time.time() - _time_of(seen) > SILENT_SECONDS + CLOCK_TOLERANCE_SECONDS:
@@ -106,6 +114,7 @@ class Holder:
             f"{backend.location} was last held by {self}; waiting up to {SILENT_SECONDS:g} s for a "
             "sign that it is alive"
         )
+        # Any change counts, whatever time the file states: only our own clock measures.
         deadline = time.monotonic() + SILENT_SECONDS
         while time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
@@ -126,35 +135,24 @@ class Session:
     """The folder of the run that this run's folder is a copy of; empty if it is none."""
 
 
-class Heartbeat:
+class Heartbeat(PeriodicThread):
     """Renews the holder's file while the block runs, once the first claim has made the file."""
 
     def __init__(self, backend: StorageBackend, holder: Holder) -> None:
+        super().__init__("holder", BEAT_SECONDS)
         self._backend = backend
         self._holder = holder
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="holder", daemon=True)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
+    def _tick(self) -> None:
+        with suppress(Exception):  # the store cannot be reached; the next beat may reach it
+            # Renewed, never made here. The first claim makes it, so that a start that is refused
+            # leaves nothing behind; and whoever takes the run over removes it for good.
+            if self._backend.exists(self._holder.beat_file):
+                self._holder.beat(self._backend)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._done.set()
-        self._thread.join()
-        with suppress(Exception):  # of a store that is away: then the file falls silent instead
+    def _finish(self) -> None:
+        with suppress(Exception):  # the store cannot be reached: the file falls silent instead
             self._backend.remove(self._holder.beat_file)
-
-    def _beat(self) -> None:
-        while not self._done.wait(BEAT_SECONDS):
-            with suppress(Exception):  # of a store that is away; the next beat may reach it
-                if self._backend.exists(self._holder.beat_file):
-                    self._holder.beat(self._backend)
 
 
 def beat_files(files: list[str]) -> list[str]:
@@ -177,7 +175,10 @@ def _time_of(beat: bytes) -> float:
 
 
 def _machine() -> str:
-    """Differs between boots, hosts and containers with process ids of their own."""
+    """Differs between boots, hosts and containers with process ids of their own.
+
+    A host's name would not do: containers often share names, and after a reboot all ids are new.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -1,8 +1,9 @@
 """Where a run's checkpoints lie: a directory, or a prefix of an object store.
 
-A folder of files appears whole or not at all: in a directory it is written under a temporary name,
-fsynced and renamed; in an object store its last file, the manifest, makes it one. A claim is a
-small file that only one of several writers can create.
+A folder of files appears whole or not at all. In a directory it is written under a temporary name,
+fsynced and renamed. An object store has no atomic rename of several objects; there each object
+appears whole by itself, and the last one, the manifest, makes the folder count. A claim is a small
+file that only one of several writers can create.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ __all__ = ["Folder", "LocalBackend", "ObjectStoreBackend", "StorageBackend", "op
 
 _TEMPORARY = ".tmp-"
 _CHUNK_BYTES = 2**24
+# The client sends a request at most twice and waits 20 s for each answer, and s3fs repeats a read
+# once, so a stalled store is given up after 80 s at most. The caller retries the whole operation
+# until a deadline that it knows; longer retries down here would hide a dead store from it.
 _TIMEOUT_SECONDS = 20
 _NUM_TRIES = 2
 
@@ -56,7 +60,7 @@ class StorageBackend(Protocol):
         ...
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """A file's bytes, in pieces."""
+        """A file's bytes, in pieces; of a file that nobody replaces meanwhile."""
         ...
 
     def read(self, name: str) -> bytes:
@@ -76,11 +80,11 @@ class StorageBackend(Protocol):
         ...
 
     def new_folder(self, name: str) -> Any:
-        """A context that gives a `Folder`; at its end it is there, after an error it is not."""
+        """A context that gives a `Folder`, which exists when the context ends without an error."""
         ...
 
     def remove_folder(self, name: str) -> None:
-        """Delete a folder; one that is half deleted does not count as there."""
+        """Delete a folder; one that is half deleted does not count as existing."""
         ...
 
     def move_folder(self, name: str, new_name: str) -> None:
@@ -89,7 +93,7 @@ class StorageBackend(Protocol):
 
 
 def open_backend(location: str | Path) -> StorageBackend:
-    """The place at a path or URL. Raises `ConfigError` if it cannot be written to in principle."""
+    """The backend of a path or URL. Raises `ConfigError` if it can never be written to."""
     return ObjectStoreBackend(str(location)) if is_url(str(location)) else LocalBackend(location)
 
 
@@ -105,6 +109,7 @@ class LocalBackend:
         for folder, folders, names in os.walk(self.root):
             path = Path(folder).relative_to(self.root)
             paths += [(path / name).as_posix() for name in names]
+            # A writer that was killed before its first file leaves an empty folder to remove.
             if not names and not folders and Path(folder) != self.root:
                 paths.append(f"{path.as_posix()}/")
         return sorted(paths)
@@ -123,16 +128,21 @@ class LocalBackend:
     def create(self, name: str, data: bytes) -> bool:
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Opening with O_EXCL decides which of several writers has the claim, on shared file systems
+        # too. It is not written under a temporary name, as others are: a rename replaces what is
+        # there. A writer killed right here leaves an empty claim, which readers expect.
         try:
             file = path.open("xb")
         except FileExistsError:
             return False
         with file:
             _write(file, [data])
-        _fsync(path.parent)
+        _fsync(path.parent)  # the name lies in the folder, and is lost without this
         return True
 
     def replace(self, name: str, data: bytes) -> None:
+        # Only holders' heartbeats come here: after a crash of the machine nobody is alive in it, so
+        # an fsync every few seconds would protect nothing.
         write_bytes(self.root / name, data, fsync=False)
 
     def remove(self, name: str) -> None:
@@ -140,10 +150,16 @@ class LocalBackend:
 
     @contextmanager
     def new_folder(self, name: str) -> Iterator[Folder]:
+        # In the same folder as the final name, since only a rename within one file system is
+        # atomic. The name holds the attempt, so no other writer uses this one.
         temporary, final = self.root / f"{_TEMPORARY}{name}", self.root / name
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of an earlier try of this attempt
         temporary.mkdir(parents=True)
         try:
+            # The order is what makes it durable. First every file's content (in `add`), then their
+            # names in the folder, and only then the rename: the other way round, a power cut could
+            # leave the final name with files that are empty. Last the renamed entry itself, because
+            # older checkpoints are pruned as soon as this block has ended.
             yield _LocalFolder(temporary)
             _fsync(temporary)
             if final.exists():  # of an earlier try, whose last fsync failed
@@ -151,10 +167,13 @@ class LocalBackend:
             temporary.rename(final)
             _fsync(self.root)
         except BaseException:
+            # Also where the disk is full: what is left would take the space of the next try.
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
     def remove_folder(self, name: str) -> None:
+        # Renamed first, so that it stops being a checkpoint at one moment: a writer killed in the
+        # middle would otherwise leave one with a manifest and without some of its files.
         path, condemned = self.root / name, self.root / f"{_TEMPORARY}removed-{name}"
         with suppress(FileNotFoundError):
             path.rename(condemned)
@@ -207,7 +226,10 @@ class ObjectStoreBackend:
             reason = " ".join(str(error).split())
             raise ConfigError(f"{location} cannot be opened: {reason}") from None
         if hasattr(self._fs, "retries"):
-            self._fs.retries = _NUM_TRIES  # s3fs repeats what it reads, its client what it asks
+            # s3fs repeats reads by itself, besides what its client repeats (see `_options`).
+            self._fs.retries = _NUM_TRIES
+
+    # fsspec keeps listings, and other processes write here: each look begins with an empty cache.
 
     def files(self) -> list[str]:
         self._fs.invalidate_cache()
@@ -225,6 +247,7 @@ class ObjectStoreBackend:
 
     def read(self, name: str) -> bytes:
         self._fs.invalidate_cache()
+        # In one request, unlike `chunks`, so that no replacement can come between two of them.
         data: bytes = self._fs.cat_file(self._path(name))
         return data
 
@@ -234,6 +257,8 @@ class ObjectStoreBackend:
         except FileExistsError:
             return False
         except OSError as error:
+            # Not all implementations turn the store's answer to "If-None-Match: *" into
+            # FileExistsError; some pass it on in an OSError, or as its cause.
             if "PreconditionFailed" in repr(error) or "PreconditionFailed" in repr(error.__cause__):
                 return False
             raise
@@ -248,10 +273,12 @@ class ObjectStoreBackend:
 
     @contextmanager
     def new_folder(self, name: str) -> Iterator[Folder]:
+        # Nothing to undo after an error: without its manifest the folder does not count, and the
+        # next prune of the attempt removes it.
         yield _ObjectFolder(self._fs, self._path(name))
 
     def remove_folder(self, name: str) -> None:
-        """The manifest goes first: without it the folder counts no more."""
+        """Remove the manifest first: from then on the folder does not count."""
         self._fs.invalidate_cache()
         files = self._fs.find(self._path(name))
         for path in sorted(files, key=lambda path: not path.endswith("/manifest.json")):
@@ -277,7 +304,9 @@ class _ObjectFolder:
                 file.write(piece)
             file.close()
         except BaseException:
-            # First, or it would complete what it has when it is collected: over the next try's.
+            # Before anything else. A file object of fsspec that is not closed completes its upload
+            # when it is garbage collected, and that may come after the next try has written the
+            # same name: the older, partial content would replace the newer one.
             file.closed = True
             with suppress(Exception):  # of the store that has just failed
                 file.discard()
@@ -285,7 +314,7 @@ class _ObjectFolder:
 
 
 def _options(location: str) -> dict[str, Any]:
-    """Requests that end soon, as who writes asks again, and listings that are never old."""
+    """fsspec's options: short timeouts, few repetitions, and no listings from a cache."""
     if location.startswith("s3://"):
         seconds = {"connect_timeout": 10, "read_timeout": _TIMEOUT_SECONDS}
         return {

@@ -1,10 +1,11 @@
 """Checkpoints that do not stop training: copied to the host, then written in the background.
 
-Training waits for the copy alone, a memcpy into buffers that are used again each time. At most one
-checkpoint is in flight: the next waits for it, unless the store is failing; then the older one is
-given up in favour of the newer. A store that fails is asked again with backoff; after that training
-goes on without, and only when no checkpoint has become durable for `max_staleness_seconds` does it
-end, since all it does from there on may be lost.
+Training waits for the copy alone, a memcpy into buffers that are reused each time. At most one
+checkpoint is in flight, because a second one would need another copy of the state in host memory.
+The next one waits for it, unless the store is failing; then the older one is given up in favour of
+the newer. A failing store is retried with backoff. After that training goes on without a new
+checkpoint, and ends only when none has become durable for `max_staleness_seconds`, since everything
+it computes from there on may be lost.
 """
 
 from __future__ import annotations
@@ -21,18 +22,21 @@ import torch
 from torch import Tensor
 
 from ganscale.checkpoint.encoding import flatten
+from ganscale.checkpoint.files import SavedState
 from ganscale.checkpoint.lineage import Attempt, CheckpointName
-from ganscale.checkpoint.store import CheckpointStore, Retention, SavedState, Superseded
+from ganscale.checkpoint.store import CheckpointStore, Retention, Superseded
 from ganscale.data.storage import RetryPolicy
 from ganscale.errors import CheckpointError
 
-__all__ = ["BackgroundWriter", "HostCopy", "Outcome"]
+__all__ = ["BackgroundWriter", "HostCopy", "SaveResult"]
 
+# A store may raise anything, and what it raises is retried. These are bugs of this program, which
+# no retry repairs, and a run that hid them would train on without any checkpoint.
 _PROGRAMMING_ERRORS = (AssertionError, AttributeError, NameError, TypeError)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SaveResult:
     """Whether a checkpoint was written, and if not, why."""
 
     nimg: int
@@ -47,7 +51,11 @@ class Outcome:
 
 
 class HostCopy:
-    """Copies of named tensors on the host, in buffers that are used again by the next copy."""
+    """Copies of named tensors on the host, in buffers that the next copy overwrites.
+
+    Page-locked memory, which asynchronous copies from a GPU need, is slow to allocate. So it is
+    allocated once.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -60,7 +68,9 @@ class HostCopy:
             if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
                 buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
             copies[name] = buffer.copy_(tensor.detach(), non_blocking=True)
-        self._buffers = copies
+        self._buffers = copies  # and no more: a tensor that is gone frees its buffer
+        # All copies run at the same time and are waited for together: training must not change a
+        # tensor that is still being copied.
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
         return dict(copies)
@@ -69,9 +79,9 @@ class HostCopy:
 class BackgroundWriter:
     """Writes the checkpoints of one attempt.
 
-    `submit`, `outcomes` and `finish` belong to the training thread. They raise `Superseded` when a
-    newer attempt has begun, and `CheckpointError` when the run has been without a durable
-    checkpoint for too long.
+    `submit`, `results` and `finish` belong to the training thread. The last two raise `Superseded`
+    when a newer attempt has begun, and `CheckpointError` when the run has been without a durable
+    checkpoint for too long; the writing thread itself never ends a run.
     """
 
     def __init__(
@@ -94,7 +104,7 @@ class BackgroundWriter:
         self._host = HostCopy()
         self._thread: threading.Thread | None = None
         self._give_up = threading.Event()
-        self._outcomes: deque[Outcome] = deque()
+        self._results: deque[SaveResult] = deque()
         self._error: BaseException | None = None
         self.last_problem = ""
         """Why the last checkpoint could not be written; empty if it was."""
@@ -103,9 +113,11 @@ class BackgroundWriter:
         """Take a copy of `state` and write it in the background as the checkpoint at `nimg`.
 
         `more` are further fields of `SavedState`. Waits for the checkpoint before, if it is still
-        being written; if that fails, it is not tried again.
+        being written; if that fails, it is not retried.
         """
         began = time.perf_counter()
+        # Ends the waiting between two tries, not a try that is under way. So a store that works
+        # gets its checkpoint done, and one that fails does not hold training up.
         self._give_up.set()
         self._join()
         tree, tensors = flatten(state)
@@ -117,29 +129,29 @@ class BackgroundWriter:
         )
         self._thread.start()
 
-    def outcomes(self) -> list[Outcome]:
-        """What became of checkpoints since the last call."""
+    def results(self) -> list[SaveResult]:
+        """What became of the checkpoints that have ended since the last call."""
         if self._error is not None:
             raise self._error
-        outcomes = [self._outcomes.popleft() for _ in range(len(self._outcomes))]
-        for outcome in outcomes:
-            if outcome.name is not None:
+        results = [self._results.popleft() for _ in range(len(self._results))]
+        for result in results:
+            if result.name is not None:
                 self._durable_at = self._clock()
             elif self._clock() - self._durable_at > self.max_staleness_seconds:
                 raise CheckpointError(
                     f"no checkpoint could be written to {self.store.location} for "
                     f"{(self._clock() - self._durable_at) / 60:.1f} minutes "
-                    f"(checkpoint.max_staleness_minutes); last: {outcome.problem}"
+                    f"(checkpoint.max_staleness_minutes); last: {result.problem}"
                 )
-        return outcomes
+        return results
 
-    def finish(self) -> list[Outcome]:
-        """Wait for the checkpoint in flight, as long as the policy asks the store again."""
+    def finish(self) -> list[SaveResult]:
+        """Wait for the checkpoint in flight, for as long as the policy retries it."""
         self._join()
-        return self.outcomes()
+        return self.results()
 
     def close(self) -> None:
-        """End soon: a write that is under way may finish, one that fails is not tried again."""
+        """End soon: a write that is under way may finish, but a failed one is not retried."""
         self._give_up.set()
         self._join()
 
@@ -153,6 +165,7 @@ class BackgroundWriter:
         name, problem = None, ""
         try:
             name, problem = self._try_until_deadline(state)
+            # In this order: an older checkpoint goes only when the newer one is durable.
             if name is not None:
                 self._prune(state)
         except (Superseded, *_PROGRAMMING_ERRORS) as error:
@@ -160,7 +173,7 @@ class BackgroundWriter:
             problem = str(error)
         seconds = time.perf_counter() - began
         self.last_problem = problem
-        self._outcomes.append(Outcome(state.nimg, name, problem, stall_seconds, seconds))
+        self._results.append(SaveResult(state.nimg, name, problem, stall_seconds, seconds))
 
     def _try_until_deadline(self, state: SavedState) -> tuple[CheckpointName | None, str]:
         problem = ""
@@ -180,5 +193,5 @@ class BackgroundWriter:
             self.store.prune(self.attempt, self.retention, state.healthy_nimg)
         except (Superseded, *_PROGRAMMING_ERRORS):
             raise
-        except Exception:  # what is left over costs space only, and is pruned the next time
+        except Exception:  # what is left costs only space, and the next prune removes it
             pass

@@ -75,7 +75,8 @@ def shards_build(
 ) -> None:
     """Write images as WebDataset shards with an index; the same input gives the same bytes."""
     from ganscale.data.building import build_shards, check_free
-    from ganscale.data.sources import open_source, resolve_source
+    from ganscale.data.resolve_source import resolve_source
+    from ganscale.data.sources import open_source
     from ganscale.tracking.console import counting
 
     downloads = check_free(out).parent / "downloads"

@@ -1,8 +1,9 @@
 """The configuration: what may be set, of which type, within which bounds, and from where.
 
-YAML presets or files, then `section.field=value` overrides, validated by pydantic: frozen, and an
-unknown field is refused with the nearest valid name. Durations are in thousands of real images
-(`kimg`), `batch_size` is global. No torch here: `ganscale --help` and the reports stay quick.
+YAML presets or files, then `section.field=value` overrides, validated by pydantic. A configuration
+is frozen, and an unknown field is refused with the nearest valid name. Durations are in thousands
+of real images (`kimg`) and `batch_size` is global, so a preset means the same training on any
+number of workers. No torch is imported here, so that `ganscale --help` and the reports stay quick.
 """
 
 from ganscale.config.loading import load_config, parse_overrides, preset_names

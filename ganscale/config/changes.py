@@ -1,4 +1,8 @@
-"""Which settings may change between sessions of a run, and which ones within a session."""
+"""Which settings may change between sessions of a run, and which ones within a session.
+
+The rule is a list of what may change and not of what may not: a new field is protected until
+somebody decides that it need not be.
+"""
 
 from __future__ import annotations
 
@@ -84,5 +88,6 @@ def settings_by_name(config: Config) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name, value in config.model_dump().items():
         inner = value if isinstance(value, dict) else {}
+        # One level only: a schedule is one setting, however it is written.
         settings |= {f"{name}.{field}": v for field, v in inner.items()} or {name: value}
     return settings

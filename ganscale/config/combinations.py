@@ -1,4 +1,9 @@
-"""Settings that are fine alone and cannot work together, each refused with the reason."""
+"""Settings that are fine alone and cannot work together, each refused with the reason.
+
+Everything that can be known from the configuration is refused here, before a cluster is started.
+Each message names the settings with their values, says why they do not work together, and names a
+setting that helps.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,7 @@ _LIPSCHITZ_MODELS = ("sngan", "biggan")
 
 
 def impossible(config: Config) -> Iterator[str]:
-    """What cannot work, each in one line with a way out."""
+    """What cannot work, each in one line that says what to set instead."""
     yield from _lengths(config)
     yield from _models(config)
     yield from _methods(config)
@@ -54,13 +59,13 @@ def _models(config: Config) -> Iterator[str]:
             f"model.num_classes={model.num_classes} asks for labels, which dcgan does not take: "
             "set model.num_classes=0, or model.name=sngan"
         )
-    doublings = model.resolution.bit_length() - 3
+    doublings = model.resolution.bit_length() - 3  # of the resolution, from 4x4 on
     if model.name == "biggan" and model.z_dim % (doublings + 1):
         yield (
             f"model.z_dim={model.z_dim} cannot be split evenly into the {doublings + 1} parts "
             f"that biggan takes at resolution {model.resolution}: choose a multiple"
         )
-    halvings = max(0, doublings - 3)
+    halvings = max(0, doublings - 3)  # of the width, above 32x32
     if model.name == "r3gan" and model.base_channels % (8 << halvings):
         yield (
             f"model.base_channels={model.base_channels} must be a multiple of {8 << halvings} for "
@@ -109,7 +114,8 @@ def _semi_supervised(config: Config) -> Iterator[str]:
 
 
 def _judged(config: Config) -> Iterator[str]:
-    """Fields that are set and mean nothing without a discriminator."""
+    """Fields that are set and have no effect without a discriminator."""
+    # Refused rather than ignored: who sets a penalty believes that it is trained with.
     for section in ("objective", "penalty", "augment"):
         if getattr(config, section) != type(getattr(config, section))():
             yield section
@@ -123,6 +129,8 @@ def _judged(config: Config) -> Iterator[str]:
 
 def _objectives(config: Config) -> Iterator[str]:
     penalty, optimizer = config.penalty, config.optimizer
+    # Any of these bounds the slope of the discriminator in its input, which the dual form of the
+    # Wasserstein distance requires (Arjovsky et al. 2017).
     smooth = (
         penalty.wgan_gp
         or penalty.gradient_normalisation
@@ -135,6 +143,8 @@ def _objectives(config: Config) -> Iterator[str]:
             "penalty.wgan_gp=10, penalty.gradient_normalisation=true, optimizer.clip_weights=0.01, "
             "or take model.name=sngan"
         )
+    # The normalised logit contains a gradient already; a penalty differentiates it, and its
+    # training once more.
     if penalty.gradient_normalisation and penalty.gradient_names:
         yield (
             f"penalty.gradient_normalisation together with penalty.{penalty.gradient_names[0]} "
@@ -160,6 +170,7 @@ def _augmentation(config: Config) -> Iterator[str]:
 
 def _evaluation(config: Config) -> Iterator[str]:
     checkpoint, evaluation = config.checkpoint, config.evaluation
+    # Else no checkpoint would ever have a value, and none would be kept as the best.
     measured = evaluation.every_kimg > 0 and "fid" in evaluation.metrics
     if checkpoint.best_metric == "fid" and not measured:
         yield (

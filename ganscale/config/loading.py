@@ -1,4 +1,8 @@
-"""Presets, YAML files and `section.field=value` to a validated configuration."""
+"""Presets, YAML files and `section.field=value` to a validated configuration.
+
+Overrides replace values before anything is validated, so an override may repair what a file has
+wrong, and all mistakes of both are reported together.
+"""
 
 from __future__ import annotations
 

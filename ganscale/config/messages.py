@@ -26,7 +26,7 @@ def explain(items: Sequence[Any], names: Sequence[str]) -> str:
 
 
 def _explain_one(item: Any, names: Sequence[str]) -> tuple[str, str]:
-    """What is wrong, and the reason; the reason is empty where the first says it."""
+    """What is wrong, and the reason; the reason is empty if the first part states it."""
     place = [str(part) for part in item["loc"]]
     if len(place) > 1 and place[0] in ("model", "method"):
         del place[1]  # which architecture or method
@@ -48,7 +48,7 @@ def _explain_one(item: Any, names: Sequence[str]) -> tuple[str, str]:
 
 
 def unknown_field(name: str, names: Sequence[str]) -> str:
-    """That there is no such field, and which is like it."""
+    """A message that there is no such field, with the most similar one."""
     if name in names:  # as a key of a file, where fields stand inside their sections
         section, _, field = name.rpartition(".")
         return f"field {name!r} must stand inside its section: {section}: {{{field}: ...}}"

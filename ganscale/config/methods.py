@@ -1,4 +1,8 @@
-"""The training methods and their options: what learns, and from what."""
+"""The training methods and their options: which networks learn, and from which losses.
+
+A union of sections, chosen by `name`: a field that belongs to another method is refused as unknown,
+instead of being set without effect.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +39,12 @@ class VaeMethod(Section):
 
 
 class VaeGanMethod(Section):
-    """Larsen et al. 2016: likeness is measured in the features of a discriminator."""
+    """Larsen et al. 2016: a VAE that compares images by the features of a discriminator."""
 
     name: Literal["vae-gan"] = "vae-gan"
     beta: float = Field(1.0, ge=0)
     adversarial: float = Field(0.1, ge=0)
-    """Weight of fooling the discriminator, beside a likelihood in nats per dimension."""
+    """Weight of the adversarial loss, beside a likelihood in nats per dimension."""
 
 
 class EncoderMethod(Section):
@@ -53,13 +57,13 @@ class EncoderMethod(Section):
 
 
 class SemiSupervisedMethod(Section):
-    """Salimans et al. 2016: the discriminator learns the classes from a few labels besides."""
+    """Salimans et al. 2016: the discriminator also learns the classes, from a few labels."""
 
     name: Literal["semi-supervised"] = "semi-supervised"
     labels: int = Field(4000, ge=1)
-    """Images whose labels are used, as many of each class; the seed chooses them."""
+    """Number of images whose labels are used, equally many of each class; the seed chooses them."""
     adversarial: float = Field(1.0, ge=0)
-    """Weight of the game beside the cross-entropy; 0 learns from the labels alone."""
+    """Weight of the adversarial loss beside the cross-entropy; 0 learns from the labels alone."""
 
 
 class BiganMethod(Section):
@@ -69,6 +73,7 @@ class BiganMethod(Section):
 
 
 def _name(value: Any) -> Any:
+    # Without a name the default method is meant, whose error messages are then the useful ones.
     return value.get("name", "gan") if isinstance(value, dict) else getattr(value, "name", value)
 
 

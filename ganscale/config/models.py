@@ -24,7 +24,7 @@ class _ModelSection(Section):
     img_channels: Literal[1, 3, 4] = 3
     """Channels of the images: gray, RGB or RGBA."""
     num_classes: int = Field(0, ge=0)
-    """Classes whose labels the players are given; 0 trains without labels."""
+    """Number of classes whose labels both networks are given; 0 trains without labels."""
 
     @model_validator(mode="after")
     def _power_of_two(self) -> Self:

@@ -1,4 +1,8 @@
-"""A run's whole configuration, and what does not go together in it."""
+"""A run's whole configuration: its sections, and what follows from them.
+
+The configuration is the run's identity: it is written into the run's folder and into every
+checkpoint, and a run is resumed only with settings that mean the same weights (`changes`).
+"""
 
 from __future__ import annotations
 
@@ -36,6 +40,8 @@ __all__ = ["Config", "field_names", "merged", "validated"]
 
 
 def _valid_name(name: str) -> str:
+    # It becomes a folder, a prefix in an object store and a name in W&B, so it has to be valid as
+    # all of them, and must not be "..", an option or a hidden file.
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
         raise ValueError(
             "expected at most 128 letters, digits, '.', '_' and '-', of which the first is a "
@@ -70,6 +76,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:
+        # The first one only: one mistake often causes several of them.
         for problem in impossible(self):
             raise ValueError(problem)
         return self
@@ -93,11 +100,14 @@ class Config(Section):
     def generator_spec(self) -> dict[str, Any]:
         """The `model` section as generators and their snapshots know it."""
         spec = self.model.model_dump()
+        # There the labels are the discriminator's alone; the generator is one without classes.
         return spec | {"num_classes": 0} if self.method.name == "semi-supervised" else spec
 
     @property
     def total_nimg(self) -> int:
         """Length of the run in real images, a whole number of batches."""
+        # Rounded up, so that the run has at least the length that was asked for. `round` before it,
+        # as 1000 times a decimal fraction is not always a whole number in floating point.
         steps = -(-round(1000 * self.training.total_kimg) // self.training.batch_size)
         return steps * self.training.batch_size
 
@@ -115,6 +125,8 @@ def field_names(section: Any = Config, prefix: str = "") -> Iterator[str]:
     """Dotted names of all fields that can be set, each once."""
     names: dict[str, None] = {}
     for name, field in section.model_fields.items():
+        # A schedule is set as one value, by a number or a mapping; its fields are not settings. The
+        # architectures and the methods have many fields in common, which are listed once.
         inner = [kind for kind in _sections_in(field.annotation) if kind is not Schedule]
         for kind in inner:
             names |= dict.fromkeys(field_names(kind, f"{prefix}{name}."))
@@ -134,7 +146,7 @@ def merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     merged = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
     for name, value in changes.items():
         section, dot, field = name.partition(".")
-        if not dot:
+        if not dot:  # a field of the run itself, or a whole section as a mapping
             merged[section] = value
             continue
         if section not in Config.model_fields:
@@ -147,7 +159,7 @@ def merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def validated(values: dict[str, Any]) -> Config:
-    """Raise `ConfigError` with one line that tells of every mistake."""
+    """The configuration of some values. Raises `ConfigError` with one line for all mistakes."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:

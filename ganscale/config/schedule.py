@@ -1,7 +1,8 @@
 """Values that change with the position in the run: constant, or moved from one to another.
 
 In a configuration it is a number, or `{start: 2e-4, end: 5e-5, kimg: 20000, shape: cosine}`. It is
-a function of the position alone, so there is nothing to save.
+a function of the position alone, so a checkpoint need not hold anything of it, and a run that
+resumes, with any number of workers, has the same values.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Schedule(Section):
     @model_validator(mode="before")
     @classmethod
     def _from_number(cls, value: Any) -> Any:
+        # A string as well: YAML takes "2e-4", without a dot, for one. Not a boolean, which is an
+        # int.
         if isinstance(value, int | float | str) and not isinstance(value, bool):
             return {"start": value, "end": value, "kimg": 1.0, "shape": "constant"}
         return value
@@ -64,6 +67,8 @@ class Schedule(Section):
             raise ValueError("shape: constant, but start and end differ: say linear or cosine")
         return self
 
+    # A constant is written as the number it was given as: configurations stay readable, and two
+    # spellings of one value are equal when settings are compared.
     @model_serializer(mode="wrap")
     def _to_number(self, handler: SerializerFunctionWrapHandler) -> Any:
         return self.start if self.shape == "constant" else handler(self)

@@ -1,7 +1,8 @@
 """What a field may be in a sweep: how it is drawn, and how it changes when a trial explores.
 
-A draw is a function of (the sweep's seed, the trial's number, the field), so another field or more
-trials change nothing of the others.
+A draw is a function of the sweep's seed, the trial's number and the field. So adding a field or
+more trials leaves the values of the others as they were, and a sweep that is extended keeps its
+results.
 """
 
 from __future__ import annotations
@@ -116,6 +117,8 @@ def drawn(space: dict[str, Domain], seed: int, number: int) -> dict[str, Any]:
 
 def generator_for(*purpose: object) -> random.Random:
     """Random numbers that are a function of the purpose, the same in every process."""
+    # By a string, which Python hashes with sha512: the same in every process and version, unlike
+    # the hash of a tuple.
     return random.Random("/".join(map(str, purpose)))
 
 

@@ -1,4 +1,8 @@
-"""The sections of a configuration but the model: what may be set, and within which bounds."""
+"""All sections of a configuration except `model` and `method`: their fields, bounds and defaults.
+
+The sentence below a field is its documentation. Bounds of single values are here; combinations that
+cannot work are in `combinations`.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +57,9 @@ RENAMED_METRICS = {
 
 
 def refuse_old_metric(value: object) -> object:
-    """Raises `ValueError` that names the new name of a metric that was renamed."""
+    """The value. Raises `ValueError` with the new name if it is the former name of a metric."""
+    # Not translated silently: results of other runs, to which these are compared, have the new
+    # name.
     if isinstance(value, str) and value in RENAMED_METRICS:
         raise ValueError(f"this metric is now called {RENAMED_METRICS[value]}")
     return value
@@ -69,7 +75,7 @@ def valid_wandb_project(name: str) -> str:
 
 
 class DataConfig(Section):
-    """Which images, and the order they come in."""
+    """Which images are trained on, in which order, and how they are read."""
 
     shards: str | None = None
     """Path or URL (s3://, http://) of a shard set; null builds one from `source` first."""
@@ -78,25 +84,25 @@ class DataConfig(Section):
     shuffle_window: int = Field(1024, ge=1)
     """Samples of one stream that are shuffled together."""
     cache: Literal["auto", "none", "ram", "device"] = "auto"
-    """Where decoded images are kept: auto is device or ram for sets that fit with ease."""
+    """Where decoded images are kept: auto is device or ram for sets that fit easily."""
     cache_dir: str | None = None
     """Local folder for a remote set's shards, shared by a node's workers; null reads ranges."""
     cache_limit_gb: float | None = Field(None, gt=0)
     """Gigabytes that may lie in cache_dir; the shards used longest ago are removed first."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What a damaged sample does: end the run, or be left out of its batch and counted."""
+    """At a damaged sample the run ends, or the sample is left out of its batch and counted."""
     reader_threads: int = Field(2, ge=1)
     """Batches that a worker reads at once."""
     prefetch_batches: int = Field(2, ge=0)
     """Batches that wait for the worker."""
     store_deadline_seconds: float = Field(300.0, gt=0)
-    """How long a remote store is asked again before it counts as gone."""
+    """How long requests to a remote store are retried before the run fails."""
     store_timeout_seconds: float = Field(30.0, gt=0)
-    """How long one request (at most a megabyte) may take before it is sent again."""
+    """How long one request (of at most a megabyte) may take before it is retried."""
 
 
 class ObjectiveConfig(Section):
-    """What the players minimise."""
+    """The losses of the generator and the discriminator."""
 
     name: Literal[
         "nonsaturating",
@@ -113,7 +119,7 @@ class ObjectiveConfig(Section):
 
 
 class PenaltyConfig(Section):
-    """Weights of what is added to the losses; 0 is off."""
+    """Weights of the terms that are added to the losses; 0 switches a term off."""
 
     r1: Annotated[Schedule, within(0)] = Schedule.constant(0.0)
     """gamma / 2 times the squared gradient of D at real images."""
@@ -130,7 +136,7 @@ class PenaltyConfig(Section):
     lecam: float = Field(0.0, ge=0)
     """Distance of logits from the running mean of the other side's."""
     orthogonal: float = Field(0.0, ge=0)
-    """Correlation between different filters of a layer, of both players."""
+    """Correlation between different filters of a layer, in both networks."""
     interval: int = Field(1, ge=1)
     """Gradient penalties are taken at every so many steps, so many times as strongly."""
     gradient_normalisation: bool = False
@@ -163,18 +169,18 @@ class AugmentConfig(Section):
     p: Annotated[Schedule, within(0, 1)] = Schedule.constant(0.0)
     """Probability of each transform; with a target, where the adaptive one starts."""
     target: float | None = Field(None, gt=-1, lt=1)
-    """p follows the mean sign of D at real images towards this (ADA: 0.6); null keeps `p`."""
+    """p is adapted until the mean sign of D at real images is this (ADA: 0.6); null keeps `p`."""
     adapt_kimg: float = Field(500.0, gt=0)
     """Thousands of images in which the adaptive p can go from 0 to 1."""
 
 
 class OptimizerConfig(Section):
-    """Adam, for both players."""
+    """Adam, for the generator and the discriminator."""
 
     lr: Annotated[Schedule, within(0, above=True)] = Schedule.constant(2e-4)
     """Learning rate."""
     lr_discriminator: Annotated[Schedule, within(0, above=True)] | None = None
-    """The discriminator's, where it is another."""
+    """Learning rate of the discriminator; null is the same as `lr`."""
     beta1: float = Field(0.5, ge=0, lt=1)
     """Decay of the first moment."""
     beta2: Annotated[Schedule, within(0, 0.999999)] = Schedule.constant(0.999)
@@ -182,7 +188,7 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0)
     """Added to the root of the second moment."""
     clip_norm: float | None = Field(None, gt=0)
-    """Largest L2 norm of a player's gradient."""
+    """Largest L2 norm of a network's gradient."""
     clip_value: float | None = Field(None, gt=0)
     """Largest magnitude of an element of a gradient."""
     clip_weights: float | None = Field(None, gt=0)
@@ -190,7 +196,7 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    """How long, how much at once, how precise."""
+    """Length of the run, batch size, precision and averaged weights."""
 
     batch_size: int = Field(128, ge=1)
     """Global batch: real images a step over all workers."""
@@ -199,7 +205,7 @@ class TrainingConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto is fp16 with gradient scaling on CUDA and fp32 on CPU."""
     compile: bool = False
-    """Compile both players with torch.compile."""
+    """Compile both networks with torch.compile."""
     discriminator_steps: int = Field(1, ge=1)
     """Discriminator updates for each update of the generator; each takes a batch."""
     ema_halflife_kimg: Annotated[Schedule, within(0)] = Schedule.constant(10.0)
@@ -209,7 +215,7 @@ class TrainingConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What is kept so that nothing is lost."""
+    """When checkpoints and snapshots are written, where, and how many are kept."""
 
     location: str | None = None
     """Path or URL (s3://) that holds runs' checkpoints, each in NAME; null is the run's folder."""
@@ -226,7 +232,7 @@ class CheckpointConfig(Section):
     ] = "metrics/diversity"
     """The best have the highest diversity, or the lowest distance of the last evaluation."""
     max_staleness_minutes: float = Field(60.0, gt=0)
-    """How long training goes on while the store takes no checkpoint; then the run ends."""
+    """How long training continues while no checkpoint can be written; then the run ends."""
     snapshot_every_kimg: float = Field(250.0, gt=0)
     """Distance between snapshots (generators for inference); one more at the end."""
 
@@ -251,10 +257,10 @@ class EvaluationConfig(Section):
 
 
 class GuardConfig(Section):
-    """What happens when training goes wrong: collapse, a stuck player, non-finite losses."""
+    """What happens when training goes wrong: collapse, a stuck network, non-finite losses."""
 
     policy: Literal["warn", "rollback", "stop"] = "warn"
-    """Note it; go back to a healthy checkpoint and on from there with other latents; or end."""
+    """Record it; continue from a healthy checkpoint with other latents; or end the run."""
     max_rollbacks: int = Field(3, ge=1)
     """Rollbacks of a run; the fault after them ends it."""
     rollback_lr_factor: float = Field(1.0, gt=0, le=1)
@@ -271,7 +277,7 @@ class SamplesConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Who is told what happens. metrics.jsonl and events.jsonl are always written."""
+    """Where metrics are sent. metrics.jsonl and events.jsonl are always written."""
 
     wandb: Annotated[
         Literal["auto", "online", "offline", "disabled"],
@@ -304,16 +310,16 @@ class LaunchConfig(Section):
     timeout_seconds: float = Field(600.0, gt=0)
     """How long a collective may wait for a silent worker before it counts as a fault."""
     stall_seconds: float = Field(120.0, gt=0)
-    """A step that takes longer is told of: which worker it waits for, and where that is."""
+    """A step that takes longer is reported: which worker it waits for, and at what."""
     grace_seconds: float = Field(60.0, gt=0)
     """Time to checkpoint and end after SIGTERM or Ctrl-C; then, or at a second one, at once."""
 
     @property
     def min_workers(self) -> int:
-        """The fewest workers the run goes on with."""
+        """The fewest workers that the run trains with."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
     def max_workers(self) -> int:
-        """The most workers it takes."""
+        """The most workers that the run trains with."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]

@@ -1,7 +1,8 @@
 """A sweep's file: a configuration, what varies in it, how trials are compared and ended.
 
 Everything is checked before anything starts: each trial's configuration, and in a population also
-the ends of what its members may come to. No torch and no Ray here.
+the extreme values that its members may reach. A sweep that fails at its hundredth trial, days
+later, is the alternative. Neither torch nor Ray is imported here.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Population(Section):
     quantile: float = Field(0.25, gt=0, le=0.5)
     """The worst part, which copies from the best part of the same size."""
     factors: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.8, 1.25)
-    """A copied value is multiplied by one of them; reciprocal ones do not drift."""
+    """A copied value is multiplied by one of them; with reciprocal ones it does not drift."""
     resample: float = Field(0.25, ge=0, le=1)
     """How often a value is drawn anew instead."""
 
@@ -98,6 +99,7 @@ class SweepFile(Section):
     @model_validator(mode="before")
     @classmethod
     def _scheduler_by_name(cls, value: Any) -> Any:
+        # "scheduler: none" for one without options.
         if isinstance(value, dict) and isinstance(value.get("scheduler"), str):
             return {**value, "scheduler": {"name": value["scheduler"]}}
         return value
@@ -172,7 +174,8 @@ class Sweep:
 
     @property
     def every_kimg(self) -> float:
-        """Distance between values of the metric."""
+        """Distance between values of the metric, in thousands of images."""
+        # Values are read from rows, so they come no more often than rows do.
         base = self.base
         if self.file.metric == "metrics/diversity":
             return max(base.samples.every_kimg, base.tracking.log_every_kimg)
@@ -197,6 +200,7 @@ class Sweep:
 
     def config(self, name: str, values: Mapping[str, Any]) -> Config:
         """The configuration of a trial: its folder is in the sweep's."""
+        # Below the sweep's own folder and prefix, so that trials of two sweeps never meet.
         location = self.base.checkpoint.location
         places = {"name": name, "storage": str(self.root)}
         if location is not None:
@@ -224,12 +228,14 @@ class Sweep:
         return value
 
     def _problems(self) -> Iterator[str]:
-        """What is wrong, the first first; configurations are made, which may raise as well."""
+        """What is wrong, the most basic first. Making the configurations may raise as well."""
         yield from self._wrong_fields()
         yield from self._wrong_numbers()
         for trial in self.trials():
             self.config(trial.name, trial.values)
         if isinstance(self.file.scheduler, Population):
+            # One field at a time at each of its bounds: all combinations would be too many, and
+            # what a population reaches is checked again when it gets there.
             first = self.trials()[0]
             for name, domain in self.file.search.items():
                 for value in domain.extremes:

@@ -63,6 +63,8 @@ def normalised_npy(
         )
     if resolution is not None and (height, width) != (resolution, resolution):
         array = _fitted(array, resolution)
+    # Byte for byte, if that is possible: the same input gives the same shards, whatever numpy
+    # writes.
     elif stored.dtype == np.dtype("<f4") and stored.flags.c_contiguous:
         return Normalised(data, array)
     return Normalised(encode_npy(array), array)
@@ -78,6 +80,8 @@ def encode_npy(array: NDArray[np.float32]) -> bytes:
 def _opened(data: bytes) -> NDArray[np.floating[Any]]:
     """The array as it is stored, not copied; (H, W) or (C, H, W), of any floating type."""
     file = io.BytesIO(data)
+    # By numpy's readers of headers, not by np.load: that one allocates what the header claims, and
+    # reads pickles if it is allowed to.
     try:
         version = npy.read_magic(file)
         if version not in _HEADERS:
@@ -119,5 +123,6 @@ def _as_float32(stored: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
 def _fitted(array: NDArray[np.float32], resolution: int) -> NDArray[np.float32]:
     size = (resolution, resolution)
     method = Image.Resampling.LANCZOS
+    # A plane at a time, as Pillow has images of floats with one channel only.
     planes = [ImageOps.fit(Image.fromarray(plane), size, method=method) for plane in array]
     return np.stack([np.asarray(plane, dtype=np.float32) for plane in planes])

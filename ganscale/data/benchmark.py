@@ -1,8 +1,8 @@
-"""How fast a shard set is read, beside plain webdataset and torchvision in the same run.
+"""How fast a shard set is read, compared with plain webdataset and torchvision in the same run.
 
-Absolute figures move with the machine's other work; ratios to the first row are what to compare.
-Everything runs in one process; what is read twice comes from the operating system's page cache the
-second time, for all ways of reading alike, so each is warmed up first.
+Absolute speeds depend on what else the machine is doing; the ratios to the first row are what to
+compare. Everything runs in one process. The operating system's page cache serves what is read
+twice, for all ways of reading alike.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _ways(shard_set: ShardSet, device: torch.device) -> Iterator[tuple[str, Iter
 
 
 def _images_per_second(batches: Iterator[int], seconds: float) -> float:
-    next(batches)
+    next(batches)  # starts threads and opens files, which the speed is not about
     count, began = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - began) < seconds:
         count += next(batches)
@@ -113,6 +113,7 @@ def _ganscale(shard_set: ShardSet, images: ImageReader, num_threads: int = 1) ->
 
 
 def _filled(reader: ImageReader, pixels: HostPixels | DevicePixels) -> DecodedImages:
+    # Before the clock starts: the rate of a cache is that of the epochs after the first one.
     cache = DecodedImages(reader, pixels)
     for first in range(0, len(pixels), 1024):
         cache.read(np.arange(first, min(first + 1024, len(pixels))))
@@ -146,7 +147,7 @@ def _image_folder(folder: Path) -> Iterator[int]:
 
 
 def _unpack(shard_set: ShardSet, folder: Path) -> None:
-    """The set's first images as files in class folders."""
+    """Write the set's first images as files in class folders, as torchvision reads them."""
     samples = np.arange(min(_FOLDER_IMAGES, shard_set.num_samples))
     contents = shard_set.store.read_spans(shard_set.spans(samples))
     labels = shard_set.samples["label"][samples].tolist()

@@ -1,47 +1,43 @@
-"""Writing shard sets, and indexing WebDataset tars that are there already.
+"""Writing shard sets, and indexing WebDataset tars that exist already.
 
 Building is deterministic: the samples are dealt to the shards by a fixed permutation, tar headers
 carry no time or user, and the same input gives the same bytes. Shards are written by all cores into
-a hidden folder beside the target, each renamed when it is durable; an interrupted build goes on
-with those it has, and the folder gets its name when the set is complete.
+a hidden folder beside the target, each renamed when it is durable. An interrupted build goes on
+with the shards it has, and the folder gets its name when the set is complete: a set under its own
+name is always a whole one.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import itertools
 import json
 import operator
 import os
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import numpy as np
-import webdataset as wds
 from filelock import FileLock, Timeout
 from PIL import ImageColor
 
-from ganscale.atomic_files import replacing
 from ganscale.data.channel_stats import ChannelStats
-from ganscale.data.encodings import ENCODINGS, NPY, PNG, Encoding
-from ganscale.data.images import Normalised
+from ganscale.data.encodings import PNG, Encoding
 from ganscale.data.labels import check_labels, named_classes, numbered_classes
 from ganscale.data.order import keyed_permutation
-from ganscale.data.shards import INDEX_NAME, SAMPLE_DTYPE, Progress, Samples, Shard, ShardSet
+from ganscale.data.shard_writer import MAKE_ALIKE, BuiltShard, Recipe, build_shard, read_shard
+from ganscale.data.shards import INDEX_NAME, Progress, ShardSet
 from ganscale.data.sources import Source, SourceSpec, open_source
 from ganscale.data.storage import LocalStore
-from ganscale.data.tally import Tally
-from ganscale.data.tars import BLOCK_BYTES, scan_tar, tars_in
+from ganscale.data.tars import scan_tar, tars_in
 from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import ConfigError, DataError
 
@@ -51,11 +47,12 @@ Notify = Callable[[str], None]
 
 _BUILD_VERSION = 2
 """Counts up when the same source gives other shards than before."""
+# A power of two, as numbers of workers mostly are; then all workers have equally many streams.
 _MAX_DEFAULT_STREAMS = 64
 _MIN_DEFAULT_SHARDS = 8
 _IMAGES_PER_SHARD = 500
+# Multiples of the golden ratio modulo 1 are spread evenly and repeat with no period; see `_spread`.
 _GOLDEN = 0.6180339887498949
-_MAKE_ALIKE = "To make them alike: ganscale shards build --resolution N --img-channels C"
 
 
 def build_shards(
@@ -106,20 +103,24 @@ def build_shards(
         raise ConfigError(f"--num-shards must be in 1..{len(ids)} (the images), got {num_shards}")
     _streams(num_streams, num_shards)
     _check_range(value_range, source.encoding)
+    # Sources are often sorted by class. Dealt like this, every shard has images of all classes, so
+    # that the order's windows, which see few shards at a time, mix them. The key has no seed: the
+    # shards of a set are the same for everybody.
     dealt = [ids[i] for i in keyed_permutation(len(ids), "shards")]
-    recipe = _Recipe(spec, resolution, img_channels, background, source.fingerprint)
+    recipe = Recipe(spec, resolution, img_channels, background, source.fingerprint)
     if source.left_out:
         notify(f"Left out: {source.left_out}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with _partial_folder(out, _fingerprint(recipe, dealt, num_shards)) as folder:
         jobs = [(recipe, folder, n, tuple(dealt[n::num_shards])) for n in range(num_shards)]
-        built = _in_processes(_build_shard, jobs, progress)
+        built = _in_processes(build_shard, jobs, progress)
         origin = _Origin(spec.kind, spec.split, classes, value_range)
         shard_set = _summarise(origin, folder, built, num_streams)
         shard_set.save(folder)
         _notify_of(built, notify)
         for record in folder.glob(".*"):
             record.unlink()
+        # An empty folder may be there, which on some systems a rename does not replace.
         if check_free(out).exists():
             out.rmdir()
         folder.replace(out)
@@ -153,7 +154,7 @@ def index_shards(
     paths = tars_in(folder)
     if not paths:
         raise DataError(f"{folder}: no .tar files to index")
-    built = _in_processes(_read_shard, [(path,) for path in paths], progress)
+    built = _in_processes(read_shard, [(path,) for path in paths], progress)
     labels = np.concatenate([shard.samples["label"] for shard in built])
     check_labels(labels, str(folder), lambda number: _sample_name(paths, built, number))
     classes = named_classes(numbered_classes(labels), class_names)
@@ -167,7 +168,8 @@ def index_shards(
 def source_digest(spec: SourceSpec, source: Source) -> str:
     """sha256 that changes when `build_shards` would make other shards of the source by default.
 
-    It knows a folder's files by names, sizes and times, and an archive's by their checksums.
+    Files of a folder are told apart by names, sizes and times, members of an archive by their
+    checksums: reading all images at each start would take as long as building.
     """
     content = (_BUILD_VERSION, spec.kind, spec.split, spec.layout, source.fingerprint)
     return hashlib.sha256(repr(content).encode()).hexdigest()
@@ -191,26 +193,6 @@ def check_free(out: str | Path) -> Path:
 
 
 @dataclass(frozen=True)
-class _Recipe:
-    """From a source's image to what lies in the shard."""
-
-    spec: SourceSpec
-    resolution: int | None
-    img_channels: int | None
-    background: str
-    fingerprint: str
-    """Of the source's content."""
-
-    def normalised(self, data: bytes, encoding: Encoding) -> Normalised:
-        return encoding.normalised(
-            data,
-            resolution=self.resolution,
-            img_channels=self.img_channels,
-            background=self.background,
-        )
-
-
-@dataclass(frozen=True)
 class _Origin:
     """What a set's index says that its shards do not."""
 
@@ -220,144 +202,13 @@ class _Origin:
     value_range: tuple[float, float] | None
 
 
-@dataclass(frozen=True)
-class _BuiltShard:
-    shard: Shard
-    samples: Samples
-    image_shape: tuple[int, int, int]
-    encoding: Encoding
-    stats: ChannelStats
-    example: str
-    """Names an image of the shard, for errors."""
-    changes: Tally
-    """What was converted or left out."""
-
-    def save(self, path: Path) -> None:
-        text = json.dumps(
-            {
-                "shard": asdict(self.shard),
-                "image_shape": self.image_shape,
-                "dtype": self.encoding.dtype.name,
-                "example": self.example,
-                "changes": dict(self.changes.items()),
-            }
-        )
-        with replacing(path) as file:
-            np.savez(file, samples=self.samples, text=text, **vars(self.stats))
-
-    @classmethod
-    def load(cls, path: Path) -> _BuiltShard:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            stats = {field.name: arrays[field.name] for field in fields(ChannelStats)}
-            text = json.loads(str(arrays["text"]))
-            channels, height, width = text["image_shape"]
-            return cls(
-                shard=Shard(**text["shard"]),
-                samples=arrays["samples"],
-                image_shape=(channels, height, width),
-                encoding=ENCODINGS[text["dtype"]],
-                stats=ChannelStats(**stats),
-                example=text["example"],
-                changes=Tally(text["changes"]),
-            )
-
-
-class _Summary:
-    """Form, shape and stats of the images that were looked at."""
-
-    def __init__(self) -> None:
-        self.shape: tuple[int, int, int] | None = None
-        self.encoding = PNG
-        self.stats: ChannelStats | None = None
-        self.example = ""
-        self.changes = Tally()
-
-    def add(self, normalised: Normalised, encoding: Encoding, image: str) -> None:
-        values = normalised.values
-        for change in normalised.changes:
-            self.changes.add(change, image)
-        channels, height, width = shape = values.shape
-        if self.shape is None:
-            if height != width or height & (height - 1):
-                raise DataError(
-                    f"is {width}x{height}; expected square images, a power of two. "
-                    "To resize and crop: ganscale shards build --resolution 32"
-                )
-            self.shape, self.encoding = (channels, height, width), encoding
-            self.example = image
-        if encoding != self.encoding:
-            raise DataError(f"is an {encoding.noun}, {self.example} an {self.encoding.noun}")
-        if shape != self.shape:
-            raise DataError(
-                f"has (channels, height, width) {shape}, others have {self.shape}, such as "
-                f"{self.example}. {_MAKE_ALIKE}"
-            )
-        stats = ChannelStats.of(values)
-        self.stats = stats if self.stats is None else self.stats + stats
-
-    def shard(self, path: Path, samples: Samples) -> _BuiltShard:
-        if self.shape is None or self.stats is None:
-            raise DataError(f"{path} holds no samples")
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        shard = Shard(path.name, path.stat().st_size, sha256, len(samples))
-        return _BuiltShard(
-            shard, samples, self.shape, self.encoding, self.stats, self.example, self.changes
-        )
-
-
-@functools.lru_cache(maxsize=1)
-def _opened(spec: SourceSpec, fingerprint: str) -> Source:
-    """The source, listed once for all shards that a process builds of one content of it."""
-    source = open_source(spec)
-    if source.fingerprint != fingerprint:
-        raise DataError(f"{spec} was changed while shards were built from it: build again")
-    return source
-
-
-def _build_shard(recipe: _Recipe, folder: Path, number: int, ids: tuple[int, ...]) -> _BuiltShard:
-    path = folder / f"shard-{number:05d}.tar"
-    record = folder / f".{path.name}.npz"
-    if record.exists():
-        with suppress(EOFError, KeyError, ValueError, zipfile.BadZipFile):  # else: build it again
-            return _BuiltShard.load(record)
-    source = _opened(recipe.spec, recipe.fingerprint)
-    summary = _Summary()
-    with replacing(path) as file, _tar_writer(file) as writer:
-        for index in ids:
-            name, label = source.name(index), source.label(index)
-            data = source.read(index)
-            with _named(name):
-                normalised = recipe.normalised(data, source.encoding)
-                summary.add(normalised, source.encoding, name)
-            fields = {} if label < 0 else {"cls": str(label).encode()}
-            fields[source.encoding.suffix] = normalised.data
-            writer.write({"__key__": f"{index:06d}", **fields})
-    rows = np.array([sample.row for sample in scan_tar(path)], dtype=SAMPLE_DTYPE)
-    built = summary.shard(path, rows)
-    built.save(record)
-    return built
-
-
-def _read_shard(path: Path) -> _BuiltShard:
-    summary = _Summary()
-    samples = list(scan_tar(path, summary.changes))
-    with path.open("rb") as file:
-        for sample in samples:
-            file.seek(BLOCK_BYTES * sample.block)
-            name, encoding = f"{path}: sample {sample.key}", NPY if sample.is_array else PNG
-            with _named(name):
-                summary.add(encoding.normalised(file.read(sample.num_bytes)), encoding, name)
-    return summary.shard(path, np.array([s.row for s in samples], dtype=SAMPLE_DTYPE))
-
-
-def _notify_of(built: Sequence[_BuiltShard], notify: Notify) -> None:
+def _notify_of(built: Sequence[BuiltShard], notify: Notify) -> None:
     changes = functools.reduce(operator.add, [shard.changes for shard in built])
     if changes:
         notify(f"Converted or left out: {changes}")
 
 
-def _sample_name(paths: Sequence[Path], built: Sequence[_BuiltShard], number: int) -> str:
+def _sample_name(paths: Sequence[Path], built: Sequence[BuiltShard], number: int) -> str:
     """Tar and key of a sample of the set."""
     for path, shard in zip(paths, built, strict=True):
         if number < len(shard.samples):
@@ -376,21 +227,11 @@ def _check_colour(name: str) -> None:
         ) from None
 
 
-@contextmanager
-def _named(image: str) -> Iterator[None]:
-    """Put the image's name before the message of a `DataError`."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{image} {error}") from None
-
-
-def _tar_writer(file: Any) -> Any:
-    return wds.TarWriter(file, user="ganscale", group="ganscale", mtime=0.0, encoder=False)
-
-
 def _end_with_parent() -> None:
-    """A builder that is killed takes its processes along, before another goes on with its work."""
+    """End this process when the builder's ends, even if that was killed.
+
+    Else it would go on writing into the folder in which the next build continues.
+    """
     parent = parent_process()
     assert parent is not None, "runs in a process of the pool"
 
@@ -402,14 +243,18 @@ def _end_with_parent() -> None:
 
 
 def _in_processes(
-    function: Callable[..., _BuiltShard], jobs: Sequence[tuple[Any, ...]], progress: Progress
-) -> list[_BuiltShard]:
+    function: Callable[..., BuiltShard], jobs: Sequence[tuple[Any, ...]], progress: Progress
+) -> list[BuiltShard]:
     workers = min(len(jobs), os.cpu_count() or 1)
+    # Spawned and not forked: the caller has threads (progress, torch), and a fork copies their
+    # locks in whatever state they are.
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_end_with_parent
     ) as pool:
         futures = [pool.submit(function, *job) for job in jobs]
         try:
+            # Progress in the order of completion, results in the order of the jobs: the index must
+            # not depend on which process was faster.
             for future in as_completed(futures):
                 progress(future.result().shard.num_samples)
         except BrokenProcessPool:
@@ -417,13 +262,14 @@ def _in_processes(
                 "a building process was killed (out of memory?); run again to go on from here"
             ) from None
         except BaseException:
+            # Leaving the block waits for all jobs, those that have not begun included.
             pool.shutdown(cancel_futures=True)
             raise
         return [future.result() for future in futures]
 
 
 def _summarise(
-    origin: _Origin, folder: Path, built: list[_BuiltShard], num_streams: int | None
+    origin: _Origin, folder: Path, built: list[BuiltShard], num_streams: int | None
 ) -> ShardSet:
     first = built[0]
     for other in built:
@@ -435,7 +281,7 @@ def _summarise(
         if other.image_shape != first.image_shape:
             raise DataError(
                 f"{other.example} has (channels, height, width) {other.image_shape}, others have "
-                f"{first.image_shape}, such as {first.example}. {_MAKE_ALIKE}"
+                f"{first.image_shape}, such as {first.example}. {MAKE_ALIKE}"
             )
     stats = functools.reduce(operator.add, [shard.stats for shard in built])
     return ShardSet(
@@ -459,7 +305,8 @@ def _values(
     _check_range(wanted, encoding)
     if encoding == PNG:
         return PIXELS
-    low, high = wanted or (float(stats.low.min()) + 0.0, float(stats.high.max()) + 0.0)  # no -0.0
+    # Adding 0.0 turns -0.0 into 0.0, which would be another text, and another digest, in the index.
+    low, high = wanted or (float(stats.low.min()) + 0.0, float(stats.high.max()) + 0.0)
     try:
         return ValueRange("float32", low, high)
     except ValueError as error:
@@ -487,16 +334,17 @@ def _streams(wanted: int | None, num_shards: int) -> int:
 
 @contextmanager
 def _partial_folder(out: Path, fingerprint: str) -> Iterator[Path]:
-    """The hidden folder that a set grows in, with what an interrupted build of the same left."""
+    """The hidden folder that a set grows in, with what an interrupted build of it has left."""
     folder = out.with_name(f".{out.name}.partial")
     lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise ConfigError(f"{out} is being built by another process; wait for it") from None
+        raise ConfigError(f"{out} is being built by another process: wait for its end") from None
     try:
-        check_free(out)  # one that has just ended is no longer locked
+        check_free(out)  # again: a build that has ended since the first look holds no lock any more
         folder.mkdir(exist_ok=True)
+        # Shards of another source, or with other arguments, are not gone on with but removed.
         note = folder / ".build"
         if not (note.is_file() and note.read_text() == fingerprint):
             for path in folder.iterdir():
@@ -506,11 +354,11 @@ def _partial_folder(out: Path, fingerprint: str) -> Iterator[Path]:
             path.unlink()
         yield folder
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held, so that it is ours
         lock.release()
 
 
-def _fingerprint(recipe: _Recipe, dealt: Sequence[int], num_shards: int) -> str:
+def _fingerprint(recipe: Recipe, dealt: Sequence[int], num_shards: int) -> str:
     content = [_BUILD_VERSION, asdict(recipe), num_shards, [int(i) for i in dealt]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

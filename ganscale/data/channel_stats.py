@@ -1,4 +1,8 @@
-"""Statistics of each channel of a set's images, which can be added up over shards."""
+"""Statistics of each channel of a set's images, which can be added up over shards.
+
+Sums and not running means: they can be added in any grouping, so several processes each take a part
+of the set, and for pixels the result is exact.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +31,7 @@ class ChannelStats:
     @classmethod
     def of(cls, values: NDArray[Any]) -> ChannelStats:
         """The statistics of one image, (C, H, W)."""
+        # A sum of squares of 8-bit pixels overflows int64 only after 10**14 of them.
         wide = np.int64 if values.dtype == np.uint8 else np.float64
         rows = values.reshape(len(values), -1).astype(wide)
         count = np.full(len(rows), rows.shape[1], dtype=np.int64)
@@ -51,5 +56,6 @@ class ChannelStats:
     @property
     def std(self) -> NDArray[np.float64]:
         """The population standard deviation of each channel, (C,)."""
+        # Rounding can make the difference slightly negative for a channel that is constant.
         std: NDArray[np.float64] = np.sqrt(np.maximum(self.squares / self.count - self.mean**2, 0))
         return std

@@ -1,9 +1,10 @@
 """Small sets decoded once: pixels kept in memory and gathered, in the same order as streamed.
 
-An image is decoded when it is first asked for, so a run starts at once and damage is met where
-streaming meets it. In RAM the pixels are shared by the processes of a node: the file behind them is
-unlinked as soon as all have mapped it, so it goes with the last of them, however that ends. Each
-process remembers only what it wrote itself; two that decode the same image write the same bytes.
+An image is decoded when it is first needed, so a run starts at once, and a damaged sample is met
+at the position where streaming meets it. In RAM the pixels are shared by the processes of a node:
+the file behind them is unlinked as soon as all have mapped it, so it goes with the last of them,
+however that ends. Each process remembers only what it wrote itself, which needs no locks; two that
+decode the same image write the same bytes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ CacheKind = Literal["none", "ram", "device"]
 Exchange = Callable[[Any], list[Any]]
 """Gives every rank what each rank gave, in the order of ranks."""
 
+# What "auto" takes at most of the memory that is free. Of a GPU's it is little, as the networks and
+# their activations are not there yet when it is chosen.
 _RAM_SHARE = 0.25
 _DEVICE_SHARE = 0.1
 _ZEROS = bytes(2**24)
@@ -63,6 +66,7 @@ class DecodedImages:
         valid = self._known[samples]
         if valid.all():
             return Images(self.pixels.take(samples), valid)
+        # Damaged samples stay unknown: each time they are due they are read, and reported, again.
         fresh = self.reader.read(samples[~valid])
         decoded = samples[~valid][fresh.valid]
         self.pixels.put(decoded, fresh.pixels)
@@ -150,6 +154,8 @@ def choose_cache(
     on_device = 0
     if device.type == "cuda":
         on_device, _ = torch.cuda.mem_get_info(device)
+    # All ranks decide by the values of all, so that they decide alike: a shared cache needs every
+    # rank of a node, and ranks with different caches would be differently fast.
     rooms = exchange((on_device, _available_memory()))
     if all(num_bytes <= _DEVICE_SHARE * room for room, _ in rooms):
         return "device"
@@ -168,21 +174,23 @@ def _available_memory() -> int:
 
 
 def _shared_memory(num_bytes: int, rank: int, exchange: Exchange) -> mmap.mmap:
+    # One rank of each node makes the file. Its failure is passed to all ranks as None, so that they
+    # all raise: one that raised alone would leave the others waiting in the next exchange.
     nodes = exchange(_node())
     leader = nodes.index(nodes[rank])
     path = _reserve(num_bytes) if leader == rank else None
     paths = exchange(path)
     if any(paths[nodes.index(node)] is None for node in nodes):
         raise ConfigError(
-            f"data.cache=ram needs {num_bytes / 2**30:.2f} GiB on every node, and one has not so "
-            f"much in {', '.join(_places())}: set data.cache=none"
+            f"data.cache=ram needs {num_bytes / 2**30:.2f} GiB on every node, and at least one "
+            f"has less in {', '.join(_places())}: set data.cache=none"
         )
     descriptor = os.open(paths[leader], os.O_RDWR)
     try:
         memory = mmap.mmap(descriptor, num_bytes)
     finally:
         os.close(descriptor)
-    exchange(None)  # all have mapped it
+    exchange(None)  # a barrier: all ranks have mapped it
     if leader == rank:
         os.unlink(paths[leader])
     return memory
@@ -190,6 +198,7 @@ def _shared_memory(num_bytes: int, rank: int, exchange: Exchange) -> mmap.mmap:
 
 def _node() -> tuple[str, str]:
     """Equal for processes that see the same files."""
+    # Containers on one host may have the host's name, but each has its own mounts.
     mounts = Path("/proc/self/ns/mnt")
     return socket.gethostname(), os.readlink(mounts) if mounts.exists() else ""
 
@@ -199,10 +208,12 @@ def _places() -> list[str]:
 
 
 def _reserve(num_bytes: int) -> str | None:
-    """A file with that much room, in memory if it fits there; None if there is none."""
+    """A file of that many bytes, in memory if it fits there; None if it fits nowhere."""
     for place in _places():
         descriptor, path = tempfile.mkstemp(prefix="ganscale-", dir=place)
         try:
+            # Written, not only made that long: a sparse file gets its memory when a page is first
+            # touched, and where there is none left then, the system kills the process (SIGBUS).
             for start in range(0, num_bytes, len(_ZEROS)):
                 os.write(descriptor, _ZEROS[: num_bytes - start])
             return path

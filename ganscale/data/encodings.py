@@ -1,4 +1,8 @@
-"""The two forms an image is stored in: 8-bit pixels as PNG, floats as npy. The index says which."""
+"""The two forms an image is stored in: 8-bit pixels as PNG, floats as npy. The index says which.
+
+Both are lossless. All that depends on the form is in an `Encoding`, so order, stores, caches and
+checks are the same for both.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ class _Normalise(Protocol):
 
 @dataclass(frozen=True)
 class Encoding:
-    """How images become bytes and bytes images, (C, H, W); what cannot is a `DataError`."""
+    """How images (C, H, W) become bytes, and bytes images. Both raise `DataError`."""
 
     suffix: str
     """Of the members in the shards that are written here."""
@@ -36,9 +40,9 @@ class Encoding:
     noun: str
     """What one of them is called in messages."""
     decode: Callable[[bytes, tuple[int, int, int]], NDArray[Any]] = field(repr=False)
-    """Strictly: an image of another shape than the expected one is refused."""
+    """The values of stored bytes, given the shape. An image of another shape is refused."""
     normalised: _Normalise = field(repr=False)
-    """An image of any kind in the form to train on."""
+    """Converts an image of any kind to the form in which it is stored."""
 
 
 PNG = Encoding("png", np.dtype(np.uint8), "image", decode, normalised_png)

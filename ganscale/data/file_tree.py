@@ -71,6 +71,8 @@ class FolderTree:
                 self.folders.append(member)
                 self._list(folder / entry.name, f"{member}/", above | {identity})
             elif entry.is_file():
+                # Size and time, which a listing gives: reading thousands of files to hash them
+                # would take as long as building the set.
                 status = entry.stat()
                 self.members[member] = f"{status.st_size} {status.st_mtime_ns}"
             elif entry.is_symlink():
@@ -105,6 +107,7 @@ class ZipTree:
             raise DataError(f"{path}: not a readable zip archive: {error}") from None
         for entry in entries:
             member = _with_slashes(entry.filename)
+            # Nothing is unpacked, so such a name does no harm here, but it names no file of a set.
             if ".." in member.split("/"):
                 self.left_out.add("names that leave the archive", member)
                 continue
@@ -116,6 +119,7 @@ class ZipTree:
             self.members[member] = f"{entry.file_size} {entry.CRC}"
             self._names[member] = entry.filename
 
+    # Kept open: its directory lies at the end and takes long to read for many members.
     @cached_property
     def _archive(self) -> zipfile.ZipFile:
         return zipfile.ZipFile(self.path)

@@ -27,6 +27,8 @@ CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 """Channels of the image modes that can be trained on, by Pillow's name."""
 _MODES = {channels: mode for mode, channels in CHANNELS.items()}
 _MAX_PIXELS = 2**26
+# By the PNG specification: the colour type for a number of channels, the chunk at the end with its
+# CRC, and the greatest number of a row's filter.
 _PNG_COLOURS = {1: 0, 3: 2, 4: 6}
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _LAST_FILTER = 4
@@ -102,6 +104,7 @@ def normalised_png(
             pixels = np.asarray(changed)
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f"cannot be decoded: {_first_line(error)}") from None
+        # Else the bytes stay: encoding again would make them depend on the version of zlib.
         if changed is not image or image.format != "PNG" or len(changes):
             data = _encoded(changed)
     return Normalised(data, _chw(pixels), tuple(changes))
@@ -115,6 +118,7 @@ def _png_rows(data: bytes, shape: tuple[int, int, int]) -> bytes | None:
     channels, height, width = shape
     if not data.startswith(_png_head(shape)):
         return None
+    # Only the plainest PNGs, which is what building writes: all others are left to Pillow.
     at, compressed = len(_png_head(shape)), []
     while (kind := data[at + 4 : at + 8]) == b"IDAT":
         end = at + 8 + int.from_bytes(data[at : at + 4])
@@ -123,6 +127,8 @@ def _png_rows(data: bytes, shape: tuple[int, int, int]) -> bytes | None:
     row_bytes = 1 + width * channels
     stream = zlib.decompressobj()
     try:
+        # One byte more than there should be: that much shows that the data are too long, and a few
+        # bytes that inflate to gigabytes cost nothing.
         rows = stream.decompress(b"".join(compressed), height * row_bytes + 1)
     except zlib.error:
         return None
@@ -132,8 +138,9 @@ def _png_rows(data: bytes, shape: tuple[int, int, int]) -> bytes | None:
 
 def _from_rows(rows: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     # torchvision's operator undoes the filters much faster than Pillow, and other threads run
-    # meanwhile. But it ends the process on an error in the pixel data, so it is given a PNG that
-    # was made here, of the checked rows. Its Python wrapper warns at every call of torchcodec.
+    # meanwhile. But it ends the process on an error in the pixel data, so it gets a PNG that was
+    # made here, of the checked rows (level 0 is no compression). The operator is called directly
+    # because its Python wrapper warns at every call that torchcodec should be used.
     png = _png_head(shape) + _chunk(b"IDAT", zlib.compress(rows, level=0)) + _PNG_END
     decode_png, unchanged = _torchvision_decoder()
     encoded = torch.frombuffer(bytearray(png), dtype=torch.uint8)
@@ -213,6 +220,7 @@ def _converted(
         image = Image.alpha_composite(below, image.convert("RGBA")).convert("RGB")
     elif image.mode.startswith("I;16"):
         changes.append("16 bits a pixel became 8")
+        # Rounded in 32 bits: Pillow's own conversion to "L" clips at 255 instead of scaling.
         wide = np.asarray(image).astype(np.uint32)
         image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
     elif image.mode == "1":
@@ -223,6 +231,7 @@ def _converted(
         image = image.convert("RGB")
     if img_channels is not None and image.mode != _MODES[img_channels]:
         image = image.convert(_MODES[img_channels])
+        # Pillow keeps a palette's transparent colour in `info`, and would write it into the PNG.
         image.info.pop("transparency", None)
     if image.mode not in CHANNELS:
         raise DataError(
@@ -248,6 +257,7 @@ def _opened(data: bytes) -> Image.Image:
 
 def _encoded(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
+    # Without the colour profile: decoders differ in whether they apply it, and pixels must not.
     image.save(buffer, format="PNG", icc_profile=None)
     return buffer.getvalue()
 

@@ -11,6 +11,7 @@ from ganscale.errors import ConfigError, DataError
 
 __all__ = ["check_labels", "named_classes", "numbered_classes"]
 
+# Below a thousand any label passes, as small subsets of sets such as ImageNet have gaps.
 _SPARSE_CLASSES = 1000
 _CLASSES_PER_SAMPLE = 10
 
@@ -48,7 +49,7 @@ def check_labels(labels: ArrayLike, place: str, name: Callable[[int], str]) -> N
 
 
 def numbered_classes(labels: ArrayLike) -> tuple[str, ...]:
-    """Names for classes that have only numbers: "0", "1", ...; none where there are no labels."""
+    """Names for classes that have only numbers ("0", "1", ...); empty where there are no labels."""
     return tuple(str(label) for label in range(int(np.max(np.asarray(labels), initial=-1)) + 1))
 
 
@@ -65,5 +66,5 @@ def named_classes(classes: Sequence[str], names: Sequence[str] | None) -> tuple[
             f"--class-names has {len(names)} names, the set has {len(classes)} classes"
         )
     if len(set(names)) < len(names) or not all(names):
-        raise ConfigError("--class-names has an empty name or one that stands twice")
+        raise ConfigError("--class-names has an empty name, or the same name twice")
     return tuple(names)

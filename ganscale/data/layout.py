@@ -62,7 +62,10 @@ _SYSTEM_FILES = ("thumbs.db", "desktop.ini", "ehthumbs.db")
 _SPLIT_FOLDERS = ("train", "training", "test", "testing", "val", "valid", "validation")
 _DATASET_JSON = "dataset.json"
 _FEW_IMAGES = 5
-"""So many images may be left out, with a count; more are refused."""
+"""So many images may be left out, with a count; more are refused.
+
+A stray picture beside class folders is common; a sixth one is more likely a set read wrongly.
+"""
 _NUM_SHOWN = 4
 
 
@@ -102,6 +105,8 @@ def arrange(tree: FileTree, split: Split, layout: Layout) -> Arrangement:
     trained = trained_on(visible)
     if not trained:
         raise DataError(f"{tree.path}: {_no_images(visible)}")
+    # After the hidden files are gone and before anything else: what an archiver added must not look
+    # like a class, and all other decisions are about one part of the set.
     prefix = part_of(tree, trained, split, layout)
     used = {*trained, f"{prefix}{_DATASET_JSON}" if layout == "auto" else ""}
     for member in visible:
@@ -109,6 +114,7 @@ def arrange(tree: FileTree, split: Split, layout: Layout) -> Arrangement:
             left_out.add(_why_not_an_image(member), member)
         elif not member.startswith(prefix):
             left_out.add(_OTHER_SPLITS if _is_split(member, prefix) else _OUTSIDE, member)
+    # Sorted, as the order of a source decides its shards, and file systems list in any order.
     inside = sorted(member for member in trained if member.startswith(prefix))
     if layout == "auto":
         _refuse_archives(tree, visible, len(inside))
@@ -120,6 +126,7 @@ def arrange(tree: FileTree, split: Split, layout: Layout) -> Arrangement:
 def is_hidden(member: str) -> bool:
     """Whether a path is of a file that operating systems and archivers put beside others."""
     parts = member.split("/")
+    # "." itself is a folder that archivers write before every name.
     hidden = any(part.startswith((".", "__MACOSX")) and part != "." for part in parts)
     return hidden or parts[-1].lower() in _SYSTEM_FILES
 
@@ -155,6 +162,8 @@ class _Part:
         names = [self._folder(member, layout) for member in members]
         classes = sorted(set(names))
         numbers = {name: label for label, name in enumerate(classes)}
+        # A class folder without images is reported, as it may be a class whose files were
+        # forgotten.
         used = {PurePosixPath(member).parent for member in members}
         used |= {parent for folder in used for parent in folder.parents}
         for folder in self.tree.folders:
@@ -164,7 +173,9 @@ class _Part:
         return self._arranged(members, [numbers[name] for name in names], classes)
 
     def _only_layout(self) -> Layout:
-        """The layout that the images have; `DataError` where there are two."""
+        """The layout that the images have; `DataError` where more than one fits."""
+        # Only CLASS/NAME and NAME can be read in one way. Deeper paths may have classes on top or
+        # at the bottom, and guessing wrong trains for days on the wrong labels.
         depths = Counter(self._inner(member).count("/") for member in self.members)
         loose, in_classes = depths[0], depths[1]
         if loose == len(self.members):
@@ -208,6 +219,8 @@ class _Part:
             return self._arranged(self.members, [-1] * len(self.members), ())
         labels: list[Any] = [listed.get(self._inner(member)) for member in self.members]
         for member, label in zip(self.members, labels, strict=True):
+            # Not isinstance, as JSON's true is an int to Python; and StyleGAN's tools may write a
+            # vector, which this cannot train on.
             if label is not None and (type(label) is not int or label < 0):
                 raise DataError(
                     f"{place}: the label of {member} is {label!r}, not a class number from 0; "
@@ -260,6 +273,8 @@ def part_of(
         has_loose = any("/" not in name for name in inner)
         parts = [top for top in tops if top.lower() in _SPLIT_FOLDERS]
         place = f"{tree.path}/{prefix}".rstrip("/")
+        # All folders are parts (train, test, ...): the one asked for is taken, once only, since a
+        # class may be called "test" as well.
         if not split_taken and tops and parts == tops:
             wanted = [top for top in tops if top.lower().startswith(split)]
             if len(wanted) != 1:
@@ -288,6 +303,7 @@ def part_of(
 
 def trained_on(members: Sequence[str]) -> list[str]:
     """The files that are trained on: the images; the arrays where there are no images."""
+    # Images first, because masks and embeddings often lie beside them as arrays.
     for suffixes in (IMAGE_SUFFIXES, (ARRAY_SUFFIX,)):
         trained = [member for member in members if _suffix(member) in suffixes]
         if trained:
@@ -338,7 +354,7 @@ _LOSSES = (_UNREADABLE, _OUTSIDE, "links to nothing")
 
 
 def _check_losses(tree: FileTree, arrangement: Arrangement) -> None:
-    """Refuse to leave out more than a few images that no option asked to leave out."""
+    """Refuse to leave out more than a few images unless an option asked for it."""
     lost = Tally(
         {reason: entry for reason, entry in arrangement.left_out.items() if reason in _LOSSES}
     )

@@ -7,6 +7,10 @@ rank r of W reads the streams s with s % W == r, so any W sees the same global b
 needs one integer. An epoch ends where its last sample was taken, and a batch may span two epochs:
 no batch is short and no sample is left out.
 
+A stream goes through its shards strictly forward, window by window. So a rank needs few shards at
+any time, and which ones come next is known: they can be fetched ahead, and a shard that has been
+left is not needed again in the epoch. A full shuffle would touch every shard in every batch.
+
 The order is computed a block at a time: one window of every stream, at most S * window samples,
 three blocks kept. Any position is reached without walking there, and a batch is a slice.
 
@@ -32,7 +36,10 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def keyed_permutation(n: int, *key: int | str) -> NDArray[np.int64]:
-    """A permutation of range(n) decided by `key` alone, the same on every platform and version."""
+    """A permutation of range(n) decided by `key` alone, the same on every platform and version.
+
+    The key's integers must be Python's own, as the `repr` of numpy's changed with numpy 2.
+    """
     digest = hashlib.sha256(repr(key).encode()).digest()
     state = np.uint64(int.from_bytes(digest[:8], "little"))
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
@@ -40,6 +47,8 @@ def keyed_permutation(n: int, *key: int | str) -> NDArray[np.int64]:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x ^= x >> np.uint64(31)
+    # Sorting hashed counters needs neither a loop nor a generator's state. The hash is a bijection
+    # of 64-bit integers, so no two are equal and any sorting algorithm gives the same permutation.
     return np.argsort(x, kind="stable")
 
 
@@ -84,6 +93,9 @@ class Order:
         self.seed = seed
         self.epoch_size = int(self.shard_sizes.sum())
         self._shard_starts = _starts(self.shard_sizes)
+        # Caches of this object, not of its class, so that they go with it. Two plans, as a batch
+        # may span two epochs; three blocks, as a batch may span two and reading ahead is in a
+        # third.
         self._plan = lru_cache(maxsize=2)(self._make_plan)
         self._block = lru_cache(maxsize=3)(self._make_block)
 
@@ -91,7 +103,7 @@ class Order:
         """The global batch that starts at `position`, in order."""
         streams, samples = [], []
         at, missing = position, batch_size
-        while missing:
+        while missing:  # once for almost all batches; more often where blocks or epochs end
             epoch, offset = divmod(at, self.epoch_size)
             block_starts = self._plan(epoch).block_starts
             number = int(np.searchsorted(block_starts, offset, side="right")) - 1
@@ -109,9 +121,11 @@ class Order:
     ) -> BatchIndices:
         """The part of the global batch that a rank reads: the streams with s % W == rank.
 
-        May be shorter than batch_size / W, or empty at the end of an epoch of unequal shards; the
-        caller weights by the count.
+        May be shorter than batch_size / W, or empty at the end of an epoch of unequal shards. The
+        caller weights its loss by the count.
         """
+        # Every rank computes the whole batch, which takes microseconds, and keeps its part. So
+        # there is one definition of the order, and no rank depends on what another has computed.
         slots = self.batch(position, batch_size)
         return slots[slots.streams % world_size == rank]
 
@@ -130,9 +144,12 @@ class Order:
         return min(1.0, 3 * self.num_streams * turns / (self.epoch_size + 1))
 
     def _make_plan(self, epoch: int) -> _EpochPlan:
+        # Dealt anew in each epoch, so that other shards meet in a stream. Whole shards, so that
+        # within an epoch no two ranks read the same one.
         shards = keyed_permutation(len(self.shard_sizes), self.seed, epoch, "shards")
         streams = [shards[s :: self.num_streams] for s in range(self.num_streams)]
         lengths = np.array([self.shard_sizes[ids].sum() for ids in streams])
+        # A window larger than the longest stream makes one block, however large it is.
         height = min(self.window, int(lengths.max()))
         ends = np.arange(0, lengths.max() + height, height)
         block_starts = np.minimum(lengths, ends[:, None]).sum(axis=1)
@@ -143,11 +160,13 @@ class Order:
         first = number * self.window
         lengths = np.clip(plan.lengths - first, 0, self.window)
         samples = np.full((lengths.max(), self.num_streams), -1)
-        for stream in np.flatnonzero(lengths).tolist():
+        for stream in np.flatnonzero(lengths).tolist():  # Python's integers, for the key
             length = int(lengths[stream])
             shuffled = keyed_permutation(length, self.seed, epoch, stream, number)
             samples[:length, stream] = self._samples_of(plan.streams[stream], first + shuffled)
-        taken = samples >= 0  # a row is one turn of all streams; used up ones drop out
+        # A row is one turn of all streams, and indexing by a mask goes row by row. Streams that are
+        # used up have -1 there and drop out, so the turns only become shorter.
+        taken = samples >= 0
         return _Block(np.nonzero(taken)[1], samples[taken])
 
     def _samples_of(

@@ -42,6 +42,8 @@ CLASSES = tuple(_SHAPES)
 
 def procedural_image(split: str, index: int) -> tuple[npt.NDArray[np.uint8], int]:
     """Draw picture `index` of a split: uint8 of shape (32, 32, 3), and its label in 0..9."""
+    # A counter-based generator for each picture: any of them is drawn without those before it, by
+    # any process.
     rng = np.random.Generator(np.random.Philox(key=[_SPLIT_SEEDS[split], index]))
     label = index % len(CLASSES)
     grid = (np.arange(RESOLUTION) + 0.5) / RESOLUTION * 2 - 1
@@ -52,6 +54,7 @@ def procedural_image(split: str, index: int) -> tuple[npt.NDArray[np.uint8], int
     u = ((x - centre_x) * np.cos(angle) + (y - centre_y) * np.sin(angle)) / size
     v = ((y - centre_y) * np.cos(angle) - (x - centre_x) * np.sin(angle)) / size
     distance = _SHAPES[CLASSES[label]](u, v)
+    # Anti-aliased: the share of a pixel inside the shape goes linearly with the distance.
     cover = np.clip(0.5 - distance * size * RESOLUTION / 2, 0, 1)[..., None]
     colour, ground = _distinct_colours(rng)
     direction = rng.uniform(0, 2 * np.pi)
@@ -63,6 +66,7 @@ def procedural_image(split: str, index: int) -> tuple[npt.NDArray[np.uint8], int
 def _distinct_colours(rng: np.random.Generator) -> tuple[Array, Array]:
     colour = rng.uniform(0, 1, 3)
     ground = rng.uniform(0, 1, 3)
+    # Else the shape could not be seen. The opposite colour needs no loop of further draws.
     if np.abs(colour - ground).max() < 0.4:
         ground = (colour + 0.5) % 1
     return colour, ground

@@ -1,10 +1,13 @@
 """Samples of the global order as batches of tensors, for one rank.
 
-The order says which samples; the index says where their bytes lie, so a batch is one round of
-ranged reads and skipping to a position reads nothing on the way. Every sample's CRC is compared and
-its header looked at before it is decoded: what is damaged is an error that names shard and sample,
-or, with `on_error="skip"`, missing from the batch on whichever rank it falls; never a wrong image
-and never a silently shorter batch.
+The order says which samples; the index says where their bytes lie. So a batch is one round of
+ranged reads, and skipping to a position reads nothing on the way. Every sample's CRC is compared
+and its header checked before it is decoded. A damaged sample is an error that names shard and
+sample, or, with `on_error="skip"`, it is missing from the batch of whichever rank it falls to, and
+reported. There is never a wrong image and never a batch that is shorter without a report.
+
+Reading ahead uses threads and not processes: file reads, zlib and the PNG decoder all release the
+interpreter's lock, and pixels need not be sent from one process to another.
 """
 
 from __future__ import annotations
@@ -62,7 +65,7 @@ class ImageReader(Protocol):
         ...
 
     def prefetch(self, samples: NDArray[np.int64]) -> None:
-        """Bring near what `read` of these samples will need, where that takes a while."""
+        """Fetch what `read` of these samples will need, where that takes a while."""
         ...
 
     def is_cached(self, samples: NDArray[np.int64]) -> bool:
@@ -105,12 +108,15 @@ class ShardImages:
                 valid[place] = False
                 where = self.shard_set.describe(int(samples[place]))
                 damaged.append(DamagedSample(f"{where}: {error}. Run: ganscale shards verify"))
-        if damaged:
+        if damaged:  # else without a copy, which is the case that must be fast
             pixels = pixels[valid]
         return Images(torch.from_numpy(pixels), valid, tuple(damaged))
 
     def _read_spans(self, spans: list[Span], crc32s: list[int]) -> list[bytes | MissingData]:
-        """The bytes of spans; those that differ from the index are read again, as networks err."""
+        """The bytes of spans; those that differ from the index are read a second time.
+
+        Bytes that were damaged on their way are right then. What differs twice is damaged at rest.
+        """
         contents = self.store.read_spans(spans)
         doubtful = [place for place, data in enumerate(contents) if not _is(data, crc32s[place])]
         if doubtful:
@@ -148,7 +154,7 @@ class ReadAhead:
     num_batches: int = 2
     """Batches that may wait."""
     num_samples: int = 0
-    """How far ahead of a batch its images are prepared, in samples of the order; 0 for not."""
+    """How far ahead of a batch its shards are fetched, in samples of the order; 0 is not at all."""
 
 
 _READ_AHEAD = ReadAhead()
@@ -163,7 +169,7 @@ class BatchReader:
         images: where pixels come from.
         rank, world_size: whose part.
         on_error: "fail" raises the first `DamagedSample`; "skip" leaves it out of the batch.
-        ahead: what is done before a batch is asked for.
+        ahead: what is read before a batch is asked for.
         pin_memory: put images into page-locked memory, for asynchronous copies to a CUDA device.
     """
 
@@ -201,17 +207,25 @@ class BatchReader:
         threads are. Closing the generator ends them.
         """
         pool = ThreadPoolExecutor(self.ahead.num_threads, thread_name_prefix="reader")
-        preparer = ThreadPoolExecutor(1, thread_name_prefix="preparer")
-        preparing: Future[None] | None = None
+        # A thread of its own: fetching whole shards takes long, and must not hold up the batches
+        # whose shards are there already.
+        prefetcher = ThreadPoolExecutor(1, thread_name_prefix="prefetcher")
+        prefetching: Future[None] | None = None
+        # What gives each batch, or raises what went wrong with it, in the order of their positions.
         waiting: deque[Callable[[], Batch]] = deque()
         try:
             while True:
+                # One more than may wait, since the first of them is handed out below.
                 while len(waiting) <= self.ahead.num_batches:
                     start = position + len(waiting) * batch_size
                     slots = self._slots(start, batch_size)
-                    if self.ahead.num_samples and (preparing is None or preparing.done()):
+                    # While one is running, others are left out and not queued: it may be slower
+                    # than training, and then only what comes next is worth fetching. Its errors are
+                    # not looked at; a batch that needs what could not be fetched raises them by
+                    # itself.
+                    if self.ahead.num_samples and (prefetching is None or prefetching.done()):
                         coming = self._slots(start + self.ahead.num_samples, batch_size)
-                        preparing = preparer.submit(self.images.prefetch, coming.samples)
+                        prefetching = prefetcher.submit(self.images.prefetch, coming.samples)
                     if self.images.is_cached(slots.samples):
                         waiting.append(partial(self._batch, start, slots))
                     else:
@@ -219,7 +233,7 @@ class BatchReader:
                 position += batch_size
                 yield waiting.popleft()()
         finally:
-            preparer.shutdown(cancel_futures=True)
+            prefetcher.shutdown(cancel_futures=True)
             pool.shutdown(cancel_futures=True)
 
     def read(self, position: int, batch_size: int) -> Batch:
@@ -238,6 +252,8 @@ class BatchReader:
                 raise images.damaged[0]
             slots = slots[images.valid]
         labels = self._labels[slots.samples]
+        # Page-locked here, ahead of time, so that the step has only to start the copy to the
+        # device.
         pixels = images.pixels.pin_memory() if self.pin_memory else images.pixels
         return Batch(
             pixels,

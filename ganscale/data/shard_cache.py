@@ -1,10 +1,10 @@
 """Whole shards of a remote store kept in a directory, fetched once per node.
 
-Entries are named by the sha256 of their content, so sets and runs share them and a name is a proof.
-A file lock per entry lets one of a node's processes fetch while the others wait; each process
-compares the hash when it opens an entry, and one that is damaged is fetched again. When a limit is
-set, the entries that were opened longest ago go first; a process that still reads one keeps it
-until it lets go.
+Entries are named by the sha256 of their content, so sets and runs share them, and an entry can be
+checked without asking anybody. A file lock for each entry lets one of a node's processes fetch it
+while the others wait. Each process compares the hash when it opens an entry, and fetches a damaged
+one again. Where there is a limit, the entries that were opened longest ago are removed first; the
+system keeps a removed file for a process that still has it open.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class CachedStore:
             raise ConfigError(
                 f"data.cache_limit_gb is less than the largest shard ({largest / 1e9:.3f} GB)"
             )
-        # What a process holds open stays on disk after its eviction: no more than the limit either.
+        # A file that is open keeps its space after its eviction. So a process holds no more open
+        # than the limit allows, or the disk could fill although the folder is within it.
         max_open = _MAX_OPEN_FILES if limit_bytes is None else limit_bytes // largest
         self._opened = lru_cache(maxsize=min(max_open, _MAX_OPEN_FILES))(self._open)
         try:
@@ -71,6 +72,8 @@ class CachedStore:
 
     def read_spans(self, spans: Sequence[Span]) -> list[bytes | MissingData]:
         files = self._files(list(dict.fromkeys(span.name for span in spans)))
+        # A shard whose copy in the store is damaged is not kept. Its spans are read from the store:
+        # the samples that are intact are used, and the reader's CRCs name the others.
         direct = [span for span in spans if files[span.name] is None]
         answers = iter(self.store.read_spans(direct) if direct else [])
         return [
@@ -93,10 +96,13 @@ class CachedStore:
         return data
 
     def _open(self, name: str) -> OpenFile | None:
-        """The shard's entry, fetched if need be; None if the store's own copy is damaged."""
+        """The shard's entry, fetched if it is not there; None if the store's copy is damaged."""
         shard = self._shards[name]
         path = self._entry(shard)
         with self._lock(shard.sha256):
+            # Hashed whenever a process opens it: disks fail, and fetched files are renamed without
+            # an fsync, so that after a crash of the machine one may be cut off. An entry that is
+            # wrong three times running is not damaged on its way.
             num_fetches = 0
             while not (path.exists() and _sha256(path) == shard.sha256):
                 path.unlink(missing_ok=True)
@@ -107,6 +113,7 @@ class CachedStore:
                 except MissingData:
                     return None
                 num_fetches += 1
+            # The time of the last use, for evictions; many file systems do not record it by itself.
             os.utime(path)
             return OpenFile(path)
 
@@ -121,7 +128,11 @@ class CachedStore:
             temporary.unlink(missing_ok=True)
 
     def _make_room(self, num_bytes: int, temporary: Path) -> None:
-        """Evict until `num_bytes` fit, and claim them by a file of that size."""
+        """Evict until `num_bytes` fit, and claim them by a file of that size.
+
+        Several processes fetch at the same time. Each sees what the others have claimed, so
+        together they stay within the limit; the claim becomes the file that is fetched into.
+        """
         with self._lock("evict"):
             entries = self._entries()
             total = sum(state.st_size for state in entries.values())
@@ -136,13 +147,15 @@ class CachedStore:
     def _entries(self) -> dict[Path, os.stat_result]:
         """What lies in the cache now; others may rename and remove meanwhile."""
         entries = {}
+        # .tar and .tmp: what is being fetched takes space too.
         for path in self.folder.glob("*.t*"):
             with suppress(FileNotFoundError):
                 entries[path] = path.stat()
         return entries
 
     def _evict(self, path: Path) -> bool:
-        """Remove an entry, or what a killed fetch left, unless a process is about it now."""
+        """Remove an entry, or what a killed fetch left, unless a process is fetching it now."""
+        # Without waiting, since whoever waits here holds the lock of evictions.
         try:
             with self._lock(path.stem, timeout=0):
                 path.unlink(missing_ok=True)

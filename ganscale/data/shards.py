@@ -1,10 +1,11 @@
 """Shard sets: plain WebDataset tars and the index that makes them seekable and checkable.
 
-`index.json` says what the set is and is written last: a set without it is not finished.
-`samples.npy` beside it has 16 bytes for each sample: where in its tar the image's bytes lie, their
-CRC-32 (image decoders do not notice every flipped bit) and the label. Both can be read anywhere a
-store can be opened; the tars themselves are `key.cls` (label in ASCII) and `key.png`. In sets of
-arrays of floats it is `key.npy`, and the index says which values are -1 and 1 to the networks.
+`index.json` describes the set and is written last: a set without it is not finished. `samples.npy`
+beside it has 16 bytes for each sample: where in its tar the image's bytes lie, their CRC-32 (image
+decoders do not notice every flipped bit) and the label. So a million samples are opened by reading
+16 MB, and any of them is one ranged read away. The tars themselves hold `key.cls` (the label in
+ASCII) and `key.png`. In sets of arrays of floats it is `key.npy`, and the index says which values
+are -1 and 1 to the networks.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ SAMPLES_NAME = "samples.npy"
 SAMPLE_DTYPE = np.dtype(
     [("block", "<u4"), ("num_bytes", "<u4"), ("crc32", "<u4"), ("label", "<i4")]
 )
-"""An image's bytes start at 512 * block in its tar; label is -1 where there is none."""
+"""An image's bytes start at 512 * block in its tar; label is -1 where there is none.
+
+Blocks and not bytes: tars align their members, so 32 bits reach 2 TiB into a tar.
+"""
 _PIXELS_FORMAT, _ARRAYS_FORMAT = 2, 3
 
 Progress = Callable[[int], None]
@@ -107,6 +111,9 @@ class ShardSet:
     @cached_property
     def digest(self) -> str:
         """sha256 over the index: sets with equal digests hold equal images."""
+        # The index has the hashes of samples.npy and of every shard, so it stands for all bytes of
+        # the set without reading them. It is made anew from the values, and says nothing of the
+        # place: a copy elsewhere, or an index that was formatted again, is the same set.
         return hashlib.sha256(_to_json(self).encode()).hexdigest()
 
     def shards_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -179,7 +186,11 @@ class ShardSet:
         return shard_set
 
     def _check(self) -> None:
-        """Raise `ValueError` if the index contradicts itself."""
+        """Raise `ValueError` if the index contradicts itself.
+
+        All that the order and the reader rely upon, so that a wrong index is an error here and not
+        an index error, or a wrong image, in the middle of training.
+        """
         if self.samples.dtype != SAMPLE_DTYPE or self.samples.ndim != 1:
             raise ValueError(f"{SAMPLES_NAME} has dtype {self.samples.dtype}")
         if not self.shards or min(shard.num_samples for shard in self.shards) < 1:
@@ -199,13 +210,13 @@ class ShardSet:
                 raise ValueError(f"a sample of {shard.name} ends after byte {shard.num_bytes}")
 
     def save(self, folder: Path) -> None:
-        """Write samples.npy, then index.json, each under a temporary name and renamed."""
+        """Write samples.npy, then index.json, which makes the set a finished one."""
         write_bytes(folder / SAMPLES_NAME, _to_npy(self.samples))
         write_bytes(folder / INDEX_NAME, _to_json(self).encode())
 
 
 def verify_shards(shard_set: ShardSet, progress: Progress = lambda num_samples: None) -> list[str]:
-    """Compare sizes, hashes and members with the index; one line for each thing that is wrong."""
+    """Compare sizes, hashes and members with the index; one line for each problem."""
     problems = []
     for number, shard in enumerate(shard_set.shards):
         try:
@@ -224,6 +235,8 @@ def _problems_of(shard_set: ShardSet, number: int) -> list[str]:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
                 return [f"{where}: sha256 differs from the index: the content is damaged"]
+        # The hash says that the bytes are those that were indexed; scanning them again says that
+        # the index is right about where the images lie.
         indexed = [sample.row for sample in scan_tar(path)]
     if not np.array_equal(np.array(indexed, dtype=SAMPLE_DTYPE), rows):
         return [f"{where}: the samples are not those of the index"]
@@ -260,7 +273,10 @@ def _to_json(shard_set: ShardSet) -> str:
 
 
 def _format(values: ValueRange) -> int:
-    """Sets of pixels are what they were before there were others."""
+    """Sets of pixels keep the number they had before there were arrays, and their digests with it.
+
+    Sets of arrays have another one, so that versions that know only pixels refuse them.
+    """
     return _PIXELS_FORMAT if values == PIXELS else _ARRAYS_FORMAT
 
 

@@ -45,6 +45,7 @@ def spectrogram(split: str, index: int) -> tuple[npt.NDArray[np.float32], int]:
     rng = np.random.Generator(np.random.Philox(key=[_SPLIT_SEEDS[split], index]))
     label = index % len(CLASSES)
     signal = _SOUNDS[CLASSES[label]](rng, np.arange(_NUM_SAMPLES) / SAMPLE_RATE)
+    # Equally loud, over a faint noise, so that no array is constant where the sound is silent.
     signal = signal / np.abs(signal).max() + _FLOOR * rng.standard_normal(_NUM_SAMPLES)
     decibels = 20 * np.log10(magnitudes(signal) + _FLOOR)
     # Rounded far below what matters, so that machines whose last bits differ agree.
@@ -59,6 +60,7 @@ def magnitudes(signal: Array) -> Array:
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_WINDOW) / _WINDOW)
     frames = np.lib.stride_tricks.sliding_window_view(signal, _WINDOW)[::_HOP]
     spectra = np.abs(np.fft.rfft(frames * window)) / (window.sum() / 2)
+    # Without the constant component: 65 frequencies become 64.
     magnitudes: Array = spectra[:, :0:-1].T
     return magnitudes
 
@@ -77,6 +79,7 @@ def _harmonics(rng: np.random.Generator, t: Array) -> Array:
     frequency = rng.uniform(300, 700) * (1 + swing)
     slope = rng.uniform(0.6, 1.6)
     wave = np.zeros_like(t)
+    # Up to 3800 Hz, since a harmonic above half the sampling rate would come back as a wrong one.
     for number in range(1, 1 + int(3800 / frequency.max())):
         wave += number**-slope * np.sin(number * _phase(frequency))
     return _fade(rng, t) * wave
@@ -90,6 +93,7 @@ def _vowel(rng: np.random.Generator, t: Array) -> Array:
     starts = np.flatnonzero(np.diff(np.floor(_phase(pitch) / (2 * np.pi))) > 0)
     wave = np.zeros_like(t)
     for start in starts:
+        # From the first vowel to the second in an S-shaped transition around the middle.
         share = 1 / (1 + np.exp(-10 * (t[start] / t[-1] - 0.5)))
         stop = start + _RINGING
         since = t[start:stop] - t[start]

@@ -1,10 +1,12 @@
 """Where files of a shard set come from: a directory, S3, HTTP, anything that fsspec opens.
 
-A store answers batches of byte ranges. What is wrong with one file (missing, shorter than the
-range) is that range's error; what is wrong with the way there (refused, reset, cut off, stalled,
-5xx) is retried with exponential backoff and jitter until the deadline, each range for itself, so a
-cut costs the range that it hit and nothing else. Credentials and endpoints are found by the stores'
-own environment variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...).
+A store answers batches of byte ranges. What is wrong with one file (it is missing, or shorter than
+the range) is that range's error. What is wrong on the way there (refused connections, resets, cuts,
+stalls, 5xx) is retried with exponential backoff and jitter until the deadline, each range for
+itself, so a cut costs the range that it hit and nothing else. The libraries' own retries are
+switched off: they know nothing of the deadline, and would multiply with these. Credentials and
+endpoints come from the stores' usual environment variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
+...).
 """
 
 from __future__ import annotations
@@ -51,12 +53,13 @@ _MAX_REQUESTS = 32
 _MAX_OPEN_FILES = 128
 _PATIENCE_SECONDS = 10.0
 _READ_AHEAD_BYTES = 2**26
+# Bugs of this program or of a library: to retry them would hide them until the deadline.
 _PROGRAMMING_ERRORS = (AssertionError, AttributeError, NameError, TypeError)
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")  # botocore's, not imported
 
 
 class StoreError(DataError):
-    """A store that could not be reached within the deadline, or refuses."""
+    """A store that could not be reached within the deadline, or that refuses access."""
 
 
 class MissingData(DataError):
@@ -64,7 +67,7 @@ class MissingData(DataError):
 
 
 class SlowStoreWarning(UserWarning):
-    """A store that works at a multiple of the traffic, or has not answered for a while."""
+    """A store that sends far more than was asked for, or has not answered for a while."""
 
 
 class Span(NamedTuple):
@@ -77,17 +80,21 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long a store is asked again."""
+    """For how long failing requests to a store are retried."""
 
     deadline_seconds: float = 60.0
     """From the first attempt until the error."""
     attempt_seconds: float = 30.0
-    """For one request of at most a megabyte; a stalled server is asked again after it."""
+    """For one request of at most a megabyte; then the server is taken for stalled."""
     first_delay_seconds: float = 0.2
     max_delay_seconds: float = 10.0
 
     def delay(self, attempt: int) -> float:
-        """Seconds to wait after attempt 1, 2, ...: doubled each time, with full jitter."""
+        """Seconds to wait after attempt 1, 2, ...: doubled each time, with jitter.
+
+        Many workers lose a store at the same moment. The jitter keeps them from coming back at the
+        same moment; the lower half stays fixed, so that no worker retries at once.
+        """
         longest = min(self.max_delay_seconds, self.first_delay_seconds * 2.0 ** (attempt - 1))
         return random.uniform(longest / 2, longest)
 
@@ -135,13 +142,14 @@ def open_store(location: str | Path, policy: RetryPolicy | None = None) -> Store
 
 
 class LocalStore:
-    """A directory, read with pread."""
+    """A directory, read with pread, which threads can share a descriptor for."""
 
     def __init__(self, location: str | Path) -> None:
         self.root = Path(location).expanduser().absolute()
         self.location = str(self.root)
-        # Evicted files close when the last thread that reads them lets go.
-        self._opened = lru_cache(maxsize=_MAX_OPEN_FILES)(self._open)
+        # A limit on open files, as a set may have more shards than a process may open. A file that
+        # is evicted while another thread reads from it closes when that thread lets go of it.
+        self._opened = lru_cache(maxsize=_MAX_OPEN_FILES)(lambda name: OpenFile(self.root / name))
 
     def read(self, name: str) -> bytes:
         try:
@@ -169,15 +177,13 @@ class LocalStore:
             return MissingData(f"shard {path} cannot be opened: {error.strerror}")
         return data if len(data) == span.length else cut_short(self.root / span.name, span, data)
 
-    def _open(self, name: str) -> OpenFile:
-        return OpenFile(self.root / name)
-
 
 class OpenFile:
     """A descriptor that closes when the last user lets go of it.
 
-    A shard's images are asked for in a shuffled order, which the system's own reading ahead does
-    not help: the first part of the file, all of it if it is small, is asked for when it is opened.
+    A shard's images are read in a shuffled order, which the system's own read-ahead does not help.
+    So the system is told on opening that the first part of the file will be needed (all of it, if
+    it is small): that made streaming from a cold disk twice as fast.
     """
 
     def __init__(self, path: Path) -> None:
@@ -186,7 +192,7 @@ class OpenFile:
             os.posix_fadvise(self.descriptor, 0, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, OSError):
+        with contextlib.suppress(AttributeError, OSError):  # where opening it has failed
             os.close(self.descriptor)
 
 
@@ -200,7 +206,7 @@ class RemoteStore:
             fs, self._root = fsspec.core.url_to_fs(self.location, **_options(location))
         except (ImportError, ValueError) as error:
             raise ConfigError(f"{location} cannot be opened: {_one_line(error)}") from None
-        if hasattr(fs, "retries"):  # s3fs's own, which know no deadline
+        if hasattr(fs, "retries"):  # those of s3fs itself, besides its client's in `_options`
             fs.retries = 1
         self._fs: AsyncFileSystem = (
             fs if isinstance(fs, AsyncFileSystem) else AsyncFileSystemWrapper(fs)
@@ -225,6 +231,8 @@ class RemoteStore:
 
     def fetch(self, name: str, num_bytes: int, file: IO[bytes]) -> None:
         """Copy a file of known size, a megabyte a request. Raises `MissingData`, `StoreError`."""
+        # In pieces, so that a transfer that is cut off is resumed at the piece that was lost, and
+        # the time limit of a request means the same for small and for large files.
         starts = range(0, num_bytes, _PIECE_BYTES)
         spans = [Span(name, start, min(_PIECE_BYTES, num_bytes - start)) for start in starts]
         for first in range(0, len(spans), _PIECES_AT_ONCE):
@@ -234,6 +242,7 @@ class RemoteStore:
                 file.write(piece)
 
     def _run(self, requests: Sequence[_Request]) -> list[bytes | MissingData]:
+        # On fsspec's own event loop, which has a thread: callers are threads without one.
         results: list[bytes | MissingData] = sync(self._fs.loop, self._all, requests)
         return results
 
@@ -248,6 +257,7 @@ class RemoteStore:
         while True:
             attempt += 1
             try:
+                # The time spent waiting for a free slot is not the server's, and does not count.
                 async with free:
                     return await asyncio.wait_for(
                         self._attempt(request), self.policy.attempt_seconds
@@ -264,6 +274,7 @@ class RemoteStore:
                         f"{self._url(request.name)} could not be read within "
                         f"{self.policy.deadline_seconds:.0f} s, {attempt} attempts; last: {cause}"
                     ) from None
+                # Once for each request: a run that seems to hang should say what it waits for.
                 if not warned and time.monotonic() - began > _PATIENCE_SECONDS:
                     warned = True
                     warnings.warn(
@@ -296,6 +307,8 @@ class RemoteStore:
             data = data[request.start : request.end]
         if len(data) == request.end - request.start:
             return data
+        # Too few bytes: either the file ends there, which no retry changes, or the connection broke
+        # without an error. Only the file's size tells these apart.
         size = (await self._fs._info(path)).get("size")
         if size is not None and size >= request.end:
             raise ConnectionError(f"{len(data)} of {request.end - request.start} bytes came")
@@ -314,7 +327,7 @@ class _Request:
 
 
 def _options(location: str) -> dict[str, Any]:
-    """fsspec's options: the library's retries and caches off, since ours have a deadline."""
+    """fsspec's options: no retries by the library, and no listings from a cache."""
     if location.startswith("s3://"):
         return {
             "config_kwargs": {"retries": {"total_max_attempts": 1}},
@@ -324,14 +337,17 @@ def _options(location: str) -> dict[str, Any]:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether asking again may help; not for a refusal such as 401, 403 or 405."""
+    """Whether a retry may help; not after a refusal such as 401, 403 or 405."""
     if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
         return False
+    # Of 4xx, only timeouts and "too many requests" pass by themselves. Errors without a status are
+    # those of connections, or of libraries that nobody can list; the deadline bounds them.
     status = getattr(error, "status", None)
     return not (isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429))
 
 
 def _is_past_the_end(error: Exception) -> bool:
+    # A range that begins at or after the end of the file, in HTTP's words and in S3's.
     return getattr(error, "status", None) == 416 or "InvalidRange" in str(error)
 
 

@@ -1,8 +1,9 @@
-"""What lies where in a WebDataset tar, with every irregularity an error.
+"""Where each sample lies in a WebDataset tar, with every irregularity an error.
 
-tarfile, and webdataset on top of it, take a damaged header for the end of the archive: half a shard
-goes missing without a word. Here an archive must end as archives end, in zeros to the last byte,
-and hold plain files with relative names only.
+tarfile, and webdataset on top of it, take a damaged header for the end of the archive, and half a
+shard goes missing without a word. Here an archive must end as archives end, in zeros to the last
+byte, and hold plain files with relative names only. The price is one pass over the whole file,
+which the CRC of each image needs anyway.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ def scan_tar(path: Path, left_out: Tally | None = None) -> Iterator[TarSample]:
             run: list[tarfile.TarInfo] = []
             num_bytes = os.fstat(file.fileno()).st_size
             for member in tar:
+                # tarfile believes the size. A negative one takes it back to where it has been, and
+                # one beyond the end of the file is an error that does not name the member.
                 if not 0 <= member.size <= num_bytes - member.offset_data:
                     raise DataError(f"{path} is truncated or damaged in {member.name}")
                 if member.isdir():
@@ -95,8 +98,9 @@ def scan_tar(path: Path, left_out: Tally | None = None) -> Iterator[TarSample]:
             if run:
                 yield _sample(path, file, run, left_out, seen)
             check_end(path, file, tar.offset)
+    # Besides its own errors, tarfile lets those of number fields and of encodings through.
     except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
-        raise DataError(f"{path} is not a sound tar: {error}") from None
+        raise DataError(f"{path} is not a valid tar: {error}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 
@@ -110,6 +114,7 @@ def _sample(
 ) -> TarSample:
     """The sample of the members `run`; its key joins `seen`, those of earlier samples."""
     by_suffix = {_suffix(member): member for member in run}
+    # An image goes before an array: other tools put masks or embeddings beside images as npy.
     images = [member for member in run if _suffix(member) in IMAGE_SUFFIXES]
     images = images or [member for member in run if _suffix(member) == ARRAY_SUFFIX]
     if len(images) != 1 or len(by_suffix) != len(run):
@@ -145,12 +150,14 @@ def _not_one_image(run: list[tarfile.TarInfo], num_images: int, seen: set[str]) 
 
 def _label(path: Path, member: tarfile.TarInfo, file: IO[bytes]) -> int:
     text = _content(path, member, file).strip()
+    # Length first: int() of thousands of digits takes long, or raises another error.
     if not text.isdigit() or len(text) > 10 or int(text) > _MAX_LABEL:
         raise DataError(f"{path}: {member.name} is {text[:20]!r}, not a class number from 0")
     return int(text)
 
 
 def _content(path: Path, member: tarfile.TarInfo, file: IO[bytes]) -> bytes:
+    # pread leaves the position of the file alone, which tarfile is iterating with.
     data = os.pread(file.fileno(), member.size, member.offset_data)
     if len(data) != member.size:
         raise DataError(f"{path} is truncated in {member.name}")

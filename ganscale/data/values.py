@@ -24,6 +24,8 @@ class ValueRange:
     high: float
 
     def __post_init__(self) -> None:
+        # Checked by half the width, which is what values are divided by: it must be a normal
+        # float32, and twice of it, the whole width, must not overflow.
         half = np.float64(self._half)
         limits = np.finfo(np.float32)
         if not (self.low < self.high and limits.tiny <= half <= limits.max / 2):
@@ -66,6 +68,7 @@ class ValueRange:
 
     @property
     def _half(self) -> float:
+        # Halved before subtracting: the difference of two large floats may overflow.
         return self.high / 2 - self.low / 2
 
 

@@ -24,8 +24,9 @@ from ganscale.data.encodings import PNG
 from ganscale.data.images import normalised_png
 from ganscale.data.layout import Split
 from ganscale.data.reader import ShardImages
+from ganscale.data.resolve_source import resolve_source
 from ganscale.data.shards import INDEX_NAME, ShardSet
-from ganscale.data.sources import Source, open_source, resolve_source
+from ganscale.data.sources import Source, open_source
 from ganscale.data.storage import is_url
 from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import ConfigError, DataError

@@ -13,13 +13,11 @@ run goes on from has those.
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
 import yaml
 
@@ -27,6 +25,7 @@ from ganscale.config import Config
 from ganscale.data.storage import is_url
 from ganscale.errors import CheckpointError
 from ganscale.json_lines import add_missing_lines, end_of_lines
+from ganscale.periodic import PeriodicThread
 from ganscale.run_directory import RunDirectory
 
 if TYPE_CHECKING:  # they load torch, which the driver's side of a copy does without
@@ -59,7 +58,7 @@ class Target(Protocol):
         ...
 
 
-class Copy(AbstractContextManager["Copy"]):
+class Copy(PeriodicThread):
     """Keeps the copy of a run's folder up to date while the block runs.
 
     Args:
@@ -80,19 +79,20 @@ class Copy(AbstractContextManager["Copy"]):
         only: tuple[str, ...] = (),
         is_allowed: Callable[[], bool] = lambda: True,
     ) -> None:
+        super().__init__("documents", lines_seconds)
         self.problem = ""
         """Why the last try to copy failed; empty if it did not."""
         self._root = root
         self._target = target
-        self._lines_seconds, self._files_seconds = lines_seconds, files_seconds
+        self._files_seconds = files_seconds
         self._only = only
         self._is_allowed = is_allowed
         self._sizes: dict[str, int] = {}
         self._stamps: dict[str, tuple[int, int]] = {}
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="documents", daemon=True)
+        self._looked = -math.inf
+        """When other files than those that grow were last looked at."""
 
-    def __enter__(self) -> Self:
+    def _begin(self) -> None:
         known: set[str] = set()
         with suppress(Exception):  # of a store; then everything is copied
             known.update(self._target.known())
@@ -101,28 +101,18 @@ class Copy(AbstractContextManager["Copy"]):
                 self._stamps[name] = _stamp(path)
                 # A part of a line that a killed writer left is cut off before the next one.
                 self._sizes[name] = end_of_lines(path)
-        self._thread.start()
-        return self
+        self._looked = time.monotonic()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._done.set()
-        self._thread.join()
+    def _finish(self) -> None:
         self._try(self._copy_lines)
         if not self.problem:
             self._try(lambda: self._copy_files(settled_seconds=-math.inf))
 
-    def _keep(self) -> None:
-        looked = time.monotonic()
-        while not self._done.wait(self._lines_seconds):
-            self._try(self._copy_lines)
-            if time.monotonic() - looked > self._files_seconds:
-                self._try(lambda: self._copy_files(settled_seconds=_SETTLED_SECONDS))
-                looked = time.monotonic()
+    def _tick(self) -> None:
+        self._try(self._copy_lines)
+        if time.monotonic() - self._looked > self._files_seconds:
+            self._try(lambda: self._copy_files(settled_seconds=_SETTLED_SECONDS))
+            self._looked = time.monotonic()
 
     def _try(self, action: Callable[[], None]) -> None:
         """What fails is tried again at the next look; training never waits for it."""

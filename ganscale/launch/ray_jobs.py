@@ -27,7 +27,7 @@ from ray.job_submission import JobSubmissionClient
 
 import ganscale
 from ganscale.config import Config
-from ganscale.data.sources import NAMED_SOURCES
+from ganscale.data.resolve_source import NAMED_SOURCES
 from ganscale.data.storage import is_url
 from ganscale.errors import ConfigError, GanscaleError
 from ganscale.launch.secrets import PLACE_VARIABLE, new_place, own, pack

@@ -18,13 +18,8 @@ from ganscale.config import Config, load_config
 from ganscale.config.changes import changed_settings, settings_by_name
 from ganscale.config.run import merged, validated
 from ganscale.data.building import build_shards, source_digest
-from ganscale.data.sources import (
-    NAMED_SOURCES,
-    SourceSpec,
-    open_source,
-    resolve_source,
-    source_variable,
-)
+from ganscale.data.resolve_source import NAMED_SOURCES, resolve_source, source_variable
+from ganscale.data.sources import SourceSpec, open_source
 from ganscale.data.storage import RetryPolicy, is_url
 from ganscale.errors import CheckpointError, ConfigError, GanscaleError
 from ganscale.launch.documents import Copy, recall, store_copy

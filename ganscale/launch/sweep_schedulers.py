@@ -20,7 +20,7 @@ from ray.tune.schedulers import (
 
 from ganscale.atomic_files import write_text
 from ganscale.checkpoint import CheckpointName, CheckpointStore
-from ganscale.checkpoint.store import saved_state
+from ganscale.checkpoint.files import saved_state
 from ganscale.config.search_space import generator_for
 from ganscale.config.sweep import Asha, Population, Sweep
 from ganscale.errors import CheckpointError

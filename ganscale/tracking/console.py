@@ -1,7 +1,8 @@
 """Progress on the terminal, read from the run's own files.
 
-The process that starts a run follows metrics.jsonl and events.jsonl; so the same lines appear
-whether the workers are this process, Ray's on this machine, or on another one that shares storage.
+The process that starts a run follows metrics.jsonl and events.jsonl. So the same lines appear
+whether the workers are this process, processes of Ray on this machine, or on another machine that
+shares storage, and nothing in training knows of a terminal.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
 from ganscale.json_lines import end_of_lines, parse_lines
+from ganscale.periodic import PeriodicThread
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.sinks import WRONG
 
@@ -28,18 +29,21 @@ __all__ = ["RunFollower", "counting", "progress_bars", "stderr_console"]
 
 _POLL_SECONDS = 0.3
 _LINE_SECONDS = 25.0
-"""Between two lines about a task where there is no terminal: at least one every half minute."""
+"""Between two lines about a task where there is no terminal: at least one every half minute.
+
+Longer silence would look like a hang in the log of a scheduler or of a CI system.
+"""
 
 
-class RunFollower(AbstractContextManager["RunFollower"]):
+class RunFollower(PeriodicThread):
     """Shows a run's progress while the block runs: a bar on a terminal, else plain lines."""
 
     def __init__(self, run_dir: RunDirectory, total_nimg: int, console: Console) -> None:
+        super().__init__("console", _POLL_SECONDS)
         self._total = total_nimg
         self._console = console
+        # Made here and not in the thread: what the files hold now is an earlier session's.
         self._tails = [_Tail(run_dir.events), _Tail(run_dir.metrics)]
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="console", daemon=True)
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -51,28 +55,19 @@ class RunFollower(AbstractContextManager["RunFollower"]):
         )
         self._task = self._progress.add_task("starting", total=total_nimg, status="")
 
-    def __enter__(self) -> Self:
+    def _begin(self) -> None:
         self._progress.start()
-        self._thread.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
+    def _finish(self) -> None:
         self._progress.stop()
 
-    def _follow(self) -> None:
-        while not self._stop.wait(_POLL_SECONDS):
-            self._show_news()
-        self._show_news()
+    def _run(self) -> None:
+        super()._run()
+        self._tick()  # the last rows, written since the last look
 
-    def _show_news(self) -> None:
+    def _tick(self) -> None:
         events, metrics = self._tails
+        # Events first: a start comes before the rows that follow from it.
         for event in events.new_rows():
             self._show_event(event)
         for row in metrics.new_rows():
@@ -96,7 +91,7 @@ class RunFollower(AbstractContextManager["RunFollower"]):
 
 
 def describe_event(event: dict[str, Any]) -> str | None:
-    """An event in a few words; None for one that nobody waits for, such as a checkpoint."""
+    """An event in a few words; None for one that is not shown, such as a checkpoint."""
     kind, kimg, message = event["event"], event.get("nimg", 0) / 1000, event.get("message", "")
     if kind in ("start", "resume", "rollback"):
         return (
@@ -136,46 +131,36 @@ def describe_row(row: dict[str, Any], total_nimg: int) -> str:
 
 
 def _each(row: dict[str, Any], prefix: str) -> str:
-    """The values of all players."""
+    """The values of all networks."""
     return "/".join(f"{row[name]:g}" for name in sorted(row) if name.startswith(prefix))
 
 
-class _LineReporter:
+class _LineReporter(PeriodicThread):
     """Shows tasks without a terminal: a line at the start of each, and one at least every 30 s.
 
-    The lines come from a thread, so that a task which reports nothing for minutes, such as one
-    slow file, is not taken for a hang.
+    The lines come from a thread, so that they also come during a task that reports no progress for
+    minutes, such as one slow file.
     """
 
     def __init__(self, console: Console) -> None:
+        super().__init__("progress", _LINE_SECONDS)
         self._console = console
         self._lock = threading.Lock()
-        self._stop = threading.Event()
         self._task: _Task | None = None
-        self._thread = threading.Thread(target=self._repeat, name="progress", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
 
     def start_task(self, description: str, total: int | None) -> Callable[[int], None]:
-        """Report another task from now on; returns what takes how many more are done."""
+        """Report another task from now on; returns a function that takes how many more are done."""
         task = _Task(description, total)
         with self._lock:
             self._task = task
         self._print(description if total is None else f"{description} ({total})")
         return task.advance
 
-    def _repeat(self) -> None:
-        while not self._stop.wait(_LINE_SECONDS):
-            with self._lock:
-                task = self._task
-            if task is not None:
-                self._print(task.describe())
+    def _tick(self) -> None:
+        with self._lock:
+            task = self._task
+        if task is not None:
+            self._print(task.describe())
 
     def _print(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -231,6 +216,8 @@ def progress_bars(
     progress = Progress(console=console)
 
     def start_task(description: str, total: int | None) -> Callable[[int], None]:
+        # Parts follow each other, so earlier ones are done; one without a total would go on
+        # spinning.
         for earlier in progress.tasks:
             progress.update(earlier.id, total=earlier.total or 1, completed=earlier.total or 1)
         task = progress.add_task(description, total=total)
@@ -258,6 +245,7 @@ class _Tail:
         with self._path.open("rb") as file:
             file.seek(self._offset)
             data = file.read()
+        # A line that is just being written is left for the next look.
         complete = data[: data.rfind(b"\n") + 1]
         self._offset += len(complete)
         return parse_lines(complete)

@@ -1,9 +1,9 @@
-"""What a run's files say of the run as it is now: rows and events of superseded attempts left out.
+"""A run's rows and events as the run is now, without those that later attempts have replaced.
 
 Every attempt appends to the same files. Where one starts from an earlier position than was reached
-(after a fault, a rollback), what older attempts wrote after that position is no part of the run any
-more; a host that was cut off may even write it after its successor has begun. So what counts is
-decided by the numbers of the attempts, not by the order of the lines.
+(after a fault, a rollback), what older attempts wrote after that position is no longer part of the
+run; a host that was cut off may even write it after its successor has begun. So the numbers of the
+attempts decide what counts, not the order of the lines.
 """
 
 from __future__ import annotations

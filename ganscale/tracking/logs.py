@@ -2,8 +2,8 @@
 
     2026-11-25 17:40:02,123 WARNING run=r3gan rank=3 step=1250 stall: {"ranks": [2], ...}
 
-Where workers have a log of their own, as under Ray, `to_stderr` is called once in each; elsewhere
-nothing is shown, since the console reads the run's files.
+Where workers have logs of their own, as under Ray, `to_stderr` is called once in each. Elsewhere
+nothing is shown, since the console shows the same from the run's files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def to_stderr(run: str, rank: int) -> None:
     handler.setFormatter(logging.Formatter(_FORMAT, defaults=defaults))
     _logger.handlers = [handler]
     _logger.setLevel(logging.INFO)
-    _logger.propagate = False
+    _logger.propagate = False  # handlers of the root logger would show it a second time
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         _logger.warning("%s: %s", category.__name__, message)
@@ -50,7 +50,7 @@ def log_event(event: Mapping[str, Any], run: str, rank: int) -> None:
 
 
 def log_row(row: Mapping[str, float], run: str, rank: int) -> None:
-    """Log the most watched figures of a row."""
+    """Log the most important columns of a row."""
     figures = " ".join(f"{name}={row[name]:.5g}" for name in _BRIEF if name in row)
     place = {"run": run, "rank": rank, "step": int(row["step"])}
     _logger.info("nimg=%d %s", row["nimg"], figures, extra=place)

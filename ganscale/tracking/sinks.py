@@ -1,8 +1,10 @@
 """Sinks for rows of metrics and for events: always JSON Lines files, others if configured.
 
-Rank 0 passes the same rows and events to all sinks, so W&B, Ray's metrics and others are one code
-path in the loop. A row is flushed to the operating system before `log` returns, so a killed process
-loses none.
+Rank 0 passes the same rows and events to all sinks, so that the loop has one code path for W&B,
+Ray's metrics and others; the other ranks have a sink that does nothing, so that it need not ask for
+its rank. A row is flushed to the operating system before `log` returns: a process that is killed
+loses none. It is not fsynced, as after a crash of the machine training resumes at a checkpoint,
+which holds the rows up to there.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class Sink(Protocol):
     """Takes metrics, pictures, snapshots and events of a run; no method waits for a network."""
 
     def begin(self, rows: Sequence[Row], events: Sequence[Row]) -> None:
-        """What the run's files hold already; comes first, once."""
+        """The rows and events that the run's files hold already. Called once, before all others."""
         ...
 
     def log(self, row: Row) -> None:
@@ -74,7 +76,7 @@ class Sink(Protocol):
 
 
 class NullSink:
-    """Takes everything and does nothing: what the other ranks have, and what others build upon."""
+    """Takes everything and does nothing: for ranks other than 0, and as a base for other sinks."""
 
     def begin(self, rows: Sequence[Row], events: Sequence[Row]) -> None:
         return
@@ -133,6 +135,7 @@ class JsonlSink(NullSink):
         self._file = open_lines(path)
 
     def log(self, row: Row) -> None:
+        # JSON has no infinity and no NaN; Python would write names that other readers refuse.
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
         append_line(self._file, finite)
 

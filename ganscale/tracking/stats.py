@@ -1,8 +1,8 @@
 """Means of training statistics between two log rows, accumulated on the device.
 
-Adding costs no host sync, and a phase need not have every statistic; `averages` makes one
-all-reduce and one transfer. Unfinished sums are part of a checkpoint, so a resumed run logs the
-rows of one that was not interrupted.
+Adding needs no host synchronisation, and a phase need not have every statistic. `averages` makes
+one all-reduce and one transfer, however many statistics there are. Unfinished sums are part of a
+checkpoint, so a resumed run logs the same rows as one that was not interrupted.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class RunningMeans:
         self, sum_over_ranks: Callable[[Tensor], Tensor], world_size: int
     ) -> dict[str, float]:
         """Means over steps and ranks since the last call, of what was added; starts anew."""
+        # Counts are the same on all ranks, since all run the same phases; only sums are exchanged.
         totals = (sum_over_ranks(self._sums) / world_size).tolist()
         sums = zip(self.names, totals, strict=True)
         means = {name: total / self._counts[name] for name, total in sums if self._counts[name]}
@@ -60,7 +61,9 @@ class RunningMeans:
     def load_state_dict(
         self, states: Sequence[Mapping[str, Any]], rank: int, world_size: int
     ) -> None:
-        """Go on from what all ranks had; another number of them shares the sums evenly."""
+        """Continue from the sums of all ranks. Another number of ranks shares them evenly."""
+        # With the same number each takes its own back: then even the rounding of the row is that of
+        # a run that was not interrupted.
         if len(states) == world_size:
             sums = states[rank]["sums"]
         else:

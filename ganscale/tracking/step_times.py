@@ -1,8 +1,8 @@
 """Where the time of a step goes: how long each of its parts took, at the price of a time stamp.
 
-On a GPU the stamps are events of its stream, read when a row is logged, so nothing waits for it
-meanwhile. They tell of the GPU's time: `data_wait` is how long it stood still for want of data, not
-how long the host, which runs ahead, waited.
+On a GPU the stamps are events of its stream, read when a row is logged, so nothing waits for the
+GPU meanwhile. They measure the GPU's time: `data_wait` is how long the GPU was idle for want of
+data, not how long the host, which runs ahead of it, waited.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class StepTimes:
     def enter(self, part: str) -> None:
         """A part begins here, and ends where the next one does."""
         self._marks.append((part, self._stamp()))
+        # Between rows far apart thousands of events would pile up. Those that have passed can be
+        # read without waiting for the device.
         if len(self._marks) >= _MAX_MARKS:
             self._add_up(wait=False)
 

@@ -2,10 +2,13 @@
 
     python -m ganscale.tracking.wandb_process < messages
 
-Reads a JSON object a line from standard input: first what to begin the run with, then what to
-log, last {"do": "close"}. Answers on standard output, a JSON object a line: which mode the run is
-in, and what could not be done. It ends when the other side is gone. Where W&B cannot be reached in
-time it goes on offline. Where W&B cannot be used at all it says why and ends.
+Reads a JSON object a line from standard input: first the settings of the run, then what to log,
+last {"do": "close"}. Answers on standard output, a JSON object a line: which mode the run is in,
+and what could not be done. It ends when the training process is gone. If W&B cannot be reached in
+time, it continues offline. If W&B cannot be used at all, it reports why and ends.
+
+A process and not a thread: after a failed `wandb.init` wandb's service holds the run's id, its exit
+hooks wait for the network once more, and neither can be ended from within.
 """
 
 from __future__ import annotations
@@ -33,12 +36,14 @@ _UPLOAD_FAILED = "Fatal error while uploading"
 """What wandb says, and says only on the terminal, where it has given up an upload."""
 _AGAIN_VARIABLE = "GANSCALE_WANDB_AGAIN"
 _SLOW = ("table", "artifact", "alert")
-"""What asks the server something, and may wait for it: rows and pictures must not."""
+"""What asks the server something and may wait for it, so that rows and pictures do not queue behind
+it: these run on a thread of their own."""
 
 
 def main() -> None:
     """Serve one run, to its close or the other side's end."""
-    # They go to the whole group of the training process; this one ends when that has ended.
+    # Schedulers such as Slurm send these to all processes of a job. This one still has rows to log
+    # then, and ends when the training process does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # Answers have standard output to themselves, whatever wandb prints.
@@ -97,39 +102,39 @@ class _Holder:
         self._slow: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._slow_thread = threading.Thread(target=self._do_slow, daemon=True)
         self._slow_thread.start()
-        self._tell(mode=self.mode)
+        self._report(mode=self.mode)
 
     def do(self, message: dict[str, Any]) -> None:
-        """Log something; what cannot be logged is told of."""
+        """Log something; what cannot be logged is reported."""
         if message["do"] in _SLOW:
             self._slow.put(message)
         else:
             self._do(message)
 
     def finish(self) -> None:
-        """Wait for what is on its way, for as long as was said, and end."""
+        """Wait for what is being uploaded, as long as the settings allow, and end."""
         self._slow.put(None)
         self._slow_thread.join(self._settings["seconds"]["finish"])
         try:
             self._run.finish()
         except TimeoutError:
-            self._tell(problem=self._not_uploaded("in time"))
+            self._report(problem=self._not_uploaded("in time"))
         except Exception as error:
-            self._tell(problem=self._not_uploaded(f"({_brief(error)})"))
+            self._report(problem=self._not_uploaded(f"({_brief(error)})"))
         else:
             if self.mode == "online" and self._gave_up():
-                self._tell(problem=self._not_uploaded("(it failed)"))
+                self._report(problem=self._not_uploaded("(it failed)"))
         if self.mode == "offline":  # nothing to ask the network; the file's end is still written
             with suppress(Exception):
                 self._wandb.teardown()
-        self._tell(closed=True)
+        self._report(closed=True)
         _kill_service()
         os._exit(0)  # wandb's own hooks would wait once more
 
     def abandon(self) -> None:
-        """The training process is gone without a word: it was killed, and may come back.
+        """End after the training process has ended without closing: killed, perhaps to come back.
 
-        An offline file is made whole. W&B finds out by itself that an online run has crashed, and
+        An offline file is completed. W&B finds out by itself that an online run has crashed, and
         must not hear it from here when its successor has begun.
         """
         if self.mode == "offline":
@@ -155,6 +160,8 @@ class _Holder:
                 console="off",
             ),
         )
+        # Rows have our own step as the horizontal axis: wandb's counter cannot go back, as a run
+        # does that resumes at an earlier position.
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         return run
@@ -162,11 +169,13 @@ class _Holder:
     def _go_offline(self, error: Exception) -> None:
         """Become a new process that logs offline: wandb, once it has failed, holds the run's id."""
         seconds = self._settings["seconds"]["init"]
-        self._tell(
+        self._report(
             message=f"W&B could not be reached within {seconds:g} s ({_brief(error)}); the run is "
             f"logged offline and can be uploaded later: {self._sync_command('offline-run')}",
         )
         _kill_service()
+        # By the environment and not by a pipe: standard input goes on to the new process, and the
+        # messages that were not read yet are still in it.
         os.environ[_AGAIN_VARIABLE] = json.dumps({**self._settings, "mode": "offline"})
         os.environ.pop("WANDB_SERVICE", None)
         os.dup2(self._answers.fileno(), 1)
@@ -180,10 +189,10 @@ class _Holder:
         try:
             getattr(self, f"_do_{message['do']}")(message)
         except ConnectionError as error:  # to wandb's own process, not to the server
-            self._tell(failure=f"wandb-core is gone: {_brief(error)}")
+            self._report(failure=f"wandb-core is gone: {_brief(error)}")
             os._exit(1)
         except Exception as error:
-            self._tell(problem=f"W&B: {message['do']} was not logged ({_brief(error)})")
+            self._report(problem=f"W&B: {message['do']} was not logged ({_brief(error)})")
 
     def _do_log(self, message: dict[str, Any]) -> None:
         self._run.log(message["row"], commit=True)
@@ -223,7 +232,7 @@ class _Holder:
             return _UPLOAD_FAILED.encode() in file.read()
         return False
 
-    def _tell(self, **what: Any) -> None:
+    def _report(self, **what: Any) -> None:
         _answer(self._answers, **what)
 
 

@@ -1,8 +1,9 @@
-"""W&B's settings: what the environment says, and what wandb (0.31) would refuse of it.
+"""W&B's settings: what the environment says, and which of it wandb (0.31) would refuse.
 
-wandb validates its variables when a run begins, in a process that training does not wait for. So
-they are checked here, before anything starts, by the rules of `wandb.Settings`; wandb itself is
-not imported, which would take seconds. A variable that is empty counts as unset.
+wandb validates its variables when a run begins, in a process that training does not wait for: a
+wrong one would be noticed hours later, as rows that are missing. So they are checked here, before
+anything starts, by the rules of `wandb.Settings`. wandb itself is not imported, which would take
+seconds. A variable that is empty counts as unset.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def check_environment(setting: str) -> None:
     """
     if resolve_mode(setting) == "disabled":
         return
+    # All of them at once, so that nobody has to start as often as there are mistakes.
     problems = list(_problems())
     if problems:
         advice = "Change or unset what is named, or set tracking.wandb=disabled."
@@ -94,7 +96,7 @@ def check_run_id(run_id: str, source: str) -> None:
     """Raise `ConfigError` if wandb would refuse the id; `source` is where it comes from."""
     if not run_id or run_id != run_id.strip() or set(run_id) & set(_NOT_IN_ID):
         raise ConfigError(
-            f"{source}: {run_id!r} is no id of a W&B run, which is not empty, has no spaces at "
+            f"{source}: {run_id!r} is not a valid W&B run id, which is not empty, has no spaces at "
             f"its ends and none of {' '.join(_NOT_IN_ID)}"
         )
 
@@ -133,7 +135,7 @@ def helper_environment() -> Mapping[str, str]:
 
 
 def _problems() -> Iterator[str]:
-    """What wandb, or we, would refuse of the variables, each with its name and the rule."""
+    """What wandb or ganscale would refuse, each with the variable's name and the rule."""
     for check in (_check_modes, _check_names, _check_tags, _check_server, _check_own):
         try:
             check()
@@ -184,7 +186,7 @@ def _check_server() -> None:
         parts = urlparse(url)
         is_valid = parts.scheme in ("http", "https") and bool(parts.hostname)
         host, _ = parts.hostname or "", parts.port
-    except ValueError:
+    except ValueError:  # a port that is no number, brackets that do not match
         is_valid, host = False, ""
     if not is_valid or re.search(r"\s", url):
         raise ConfigError(f"WANDB_BASE_URL={url!r}: expected http:// or https:// and a server")

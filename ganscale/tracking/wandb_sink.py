@@ -1,9 +1,10 @@
 """W&B: one run across restarts, in a process of its own, and never in the way of training.
 
-What is logged goes through a pipe to `wandb_process`, and is never waited for: where that process
-does not keep up, messages wait in memory, and beyond a limit they are left out and counted. A
-server that hangs, refuses or fails costs training nothing; closing waits a stated time at most. The
-run's id lies in the run's folder, so a restart goes on with the same W&B run.
+What is logged goes through a pipe to `wandb_process`, and training never waits for it: if that
+process does not keep up, messages wait in memory, and beyond a limit they are dropped and counted.
+A server that hangs, refuses or fails costs training nothing; closing waits for a stated time at
+most. The run's id lies in the run's folder, so a restart continues the same W&B run. metrics.jsonl
+has every row in any case.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ _MARGIN_SECONDS = 30.0
 _MAX_STARTS = 3
 """Processes of one run, the first included: a limit where each of them ends at once."""
 _PUSH_SECONDS = 0.05
+# The most that Linux gives an unprivileged process: in it, rows wait without our help.
 _PIPE_BYTES = 2**20
 _MAX_WAITING_BYTES = 2**26
 _ALERTS = ("alarm", "checkpoint_failed", "evaluation_failed", "rollback", "stall")
@@ -60,7 +62,7 @@ class WandbSink(NullSink):
         project: W&B's.
         mode: online or offline.
         config: shown beside the run.
-        tell: takes what people should know of W&B, from any thread.
+        report: takes messages about W&B for the user, from any thread.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class WandbSink(NullSink):
         project: str,
         mode: str,
         config: Mapping[str, Any],
-        tell: Callable[[str], None] = lambda message: None,
+        report: Callable[[str], None] = lambda message: None,
     ) -> None:
         run_dir.root.mkdir(parents=True, exist_ok=True)
         self.run_id = _run_id(run_dir.wandb_run_id)
@@ -101,11 +103,11 @@ class WandbSink(NullSink):
                 },
             },
             closing_seconds=seconds["init"] + 2 * seconds["finish"] + _MARGIN_SECONDS,
-            tell=tell,
+            report=report,
         )
 
     def begin(self, rows: Sequence[Row], events: Sequence[Row]) -> None:
-        """Take up the counts and the tables."""
+        """Continue the counts and the tables of earlier attempts."""
         self._evaluations = [row for row in rows if _is_evaluation(row)]
         for event in events:
             if self._faults.add(event):
@@ -128,7 +130,7 @@ class WandbSink(NullSink):
         self._helper.send(do="picture", name=name, path=str(path), row=row)
 
     def log_snapshot(self, path: Path, *, average: str, nimg: int) -> None:
-        """Send the snapshot as a version of the run's model, if that is wished."""
+        """Send the snapshot as a version of the run's model, if the user asked for that."""
         is_best = average == "best"
         if self._artifacts == "none" or (self._artifacts == "best" and not is_best):
             return
@@ -142,7 +144,7 @@ class WandbSink(NullSink):
         )
 
     def event(self, event: Row) -> None:
-        """Draw a fault over the curves: its count steps up. What is wrong is an alert too."""
+        """Draw a fault over the curves, where its count steps up; send alerts of severe ones."""
         if not self._faults.add(event):
             return
         self._events.append(event)
@@ -172,14 +174,14 @@ class WandbSink(NullSink):
 class _Helper:
     """The process that holds the W&B run: started, fed without waiting, ended in bounded time.
 
-    Where it ends before it is told to, another one begins an offline run, for what comes from then
-    on; what the first one had not read is lost. This happens `_MAX_STARTS` times at most.
+    If it ends before it is closed, another process begins an offline run for what comes from then
+    on; what the first one had not read is lost. At most `_MAX_STARTS` processes are started.
 
     Args:
         log: takes what the process and wandb write on standard error.
         settings: for `wandb_process`, as it describes them.
         closing_seconds: how long `close` waits.
-        tell: takes what people should know, from any thread.
+        report: takes messages for the user, from any thread.
     """
 
     def __init__(
@@ -188,12 +190,12 @@ class _Helper:
         *,
         settings: Mapping[str, Any],
         closing_seconds: float,
-        tell: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
         self._log = log
         self._settings = settings
         self._closing_seconds = closing_seconds
-        self._tell = tell
+        self._notify = report
         self._waiting = bytearray()
         self._is_mid_message = False
         self._num_left_out = 0
@@ -241,13 +243,14 @@ class _Helper:
             self._report(f"W&B was too slow: {self._num_left_out} messages were left out")
 
     def _report(self, message: str) -> None:
-        # What takes it writes a file; a full disk must not end the thread that reports.
+        # The message is written to a file; a full disk must not end the thread that reports.
         with suppress(OSError):
-            self._tell(message)
+            self._notify(message)
 
     def _start(self, mode: str) -> None:
         """Begin a process, and a run in it; holds the lock."""
         self._num_starts += 1
+        # Before what is waiting, which a new process must not read without its settings.
         self._waiting[:0] = encode_line({**self._settings, "mode": mode})
         with self._log.open("ab") as errors:
             self._process = subprocess.Popen(
@@ -255,6 +258,8 @@ class _Helper:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
+                # Not in the group of the training process, which a terminal's Ctrl-C or a scheduler
+                # kills as a whole: it has the last rows to log.
                 start_new_session=True,
                 env={
                     **helper_environment(),
@@ -263,6 +268,7 @@ class _Helper:
             )
         assert self._process.stdin is not None
         pipe = self._process.stdin.fileno()
+        # A write to a full pipe returns at once instead of waiting for a process that hangs.
         os.set_blocking(pipe, False)
         with suppress(OSError):  # where the limit is lower, it is as it was
             fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
@@ -286,7 +292,7 @@ class _Helper:
     def _listen(self, process: subprocess.Popen[bytes]) -> None:
         """Pass on what a process answers, and see to its end."""
         assert process.stdout is not None
-        told = set[str]()
+        reported = set[str]()
         is_closed, is_hopeless, failure = False, False, ""
         for line in process.stdout:
             answer = json.loads(line)
@@ -294,8 +300,8 @@ class _Helper:
             failure = answer.get("failure", failure)
             is_hopeless = is_hopeless or answer.get("hopeless", False)
             message = answer.get("message") or answer.get("problem")
-            if message and message not in told:  # a server that is away is reported once
-                told.add(message)
+            if message and message not in reported:  # a server that is away is reported once
+                reported.add(message)
                 self._report(message)
         if not is_closed:
             self._replace(process, failure, is_hopeless=is_hopeless)

@@ -17,7 +17,7 @@ from torch import distributed as dist
 from ganscale.config import Config
 from ganscale.errors import TrainingFault
 from ganscale.tracking.step_times import StepTimes
-from ganscale.tracking.workers import WorkerFigures, merged
+from ganscale.tracking.workers import WorkerStats, merged
 from ganscale.training.callbacks import Callback, Rollback
 from ganscale.training.checkpoints import CheckpointManager
 from ganscale.training.distribute import gather_objects, sum_over_ranks
@@ -120,7 +120,7 @@ class LogMetrics(Callback):
         self.outputs = outputs
         self.times = times
         self.num_rollbacks = num_rollbacks
-        self._worker = WorkerFigures(outputs.world.torch_device)
+        self._worker = WorkerStats(outputs.world.torch_device)
         self._last_time = time.perf_counter()
 
     def run(self, state: TrainingState) -> None:

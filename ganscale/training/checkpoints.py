@@ -25,9 +25,9 @@ from ganscale.checkpoint import (
     BackgroundWriter,
     CheckpointName,
     CheckpointStore,
-    Outcome,
     Retention,
     SavedFiles,
+    SaveResult,
     Session,
 )
 from ganscale.config import Config
@@ -162,13 +162,13 @@ class CheckpointManager:
     @property
     def num_rollbacks(self) -> int:
         """Rollbacks of the run so far."""
-        return self.attempt.salt
+        return self.attempt.num_rollbacks
 
-    def outcomes(self) -> list[Outcome]:
+    def results(self) -> list[SaveResult]:
         """What became of checkpoints since the last call."""
-        return [] if self._writer is None else self._writer.outcomes()
+        return [] if self._writer is None else self._writer.results()
 
-    def finish(self) -> list[Outcome]:
+    def finish(self) -> list[SaveResult]:
         """Wait for the checkpoint in flight."""
         return [] if self._writer is None else self._writer.finish()
 

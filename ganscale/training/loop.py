@@ -308,7 +308,7 @@ class Trainer:
 
     def _report_checkpoints(self, *, wait: bool = False) -> None:
         """Report which checkpoints were written or failed; `wait` for the one in flight."""
-        results = self.checkpoints.finish() if wait else self.checkpoints.outcomes()
+        results = self.checkpoints.finish() if wait else self.checkpoints.results()
         for result in results:
             seconds = {
                 "stall_seconds": round(result.stall_seconds, 3),

@@ -171,7 +171,7 @@ class Outputs:
                     project=tracking.project,
                     mode=wandb_mode,
                     config=self.config.model_dump(),
-                    tell=lambda message: self.event("wandb", message=message),
+                    report=lambda message: self.event("wandb", message=message),
                 )
             )
         self._sink = Sinks(*sinks)

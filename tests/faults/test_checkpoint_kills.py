@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from ganscale.checkpoint import CheckpointStore, Retention
-from ganscale.checkpoint.store import saved_state
+from ganscale.checkpoint.files import saved_state
 from tests.support.syscalls import run_until_call
 
 OLDER, BEFORE, AFTER, NEXT = 1000, 2000, 3000, 4000

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from ganscale.checkpoint import CheckpointStore, storage_backends
-from ganscale.checkpoint.store import SavedState, saved_state
+from ganscale.checkpoint.files import SavedState, saved_state
 from tests.support.attempts import (
     FILES,
     HISTORY,

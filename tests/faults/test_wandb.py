@@ -82,7 +82,7 @@ def online(tmp_path: Path, patience: None, monkeypatch: pytest.MonkeyPatch) -> I
                 monkeypatch.setenv(variable, value)
             told: list[str] = []
             run_dir = RunDirectory(tmp_path / name)
-            sink = WandbSink(run_dir, project="tests", mode="online", config={}, tell=told.append)
+            sink = WandbSink(run_dir, project="tests", mode="online", config={}, report=told.append)
             runs.append(Logged(sink, server, run_dir, told))
             return runs[-1]
 
@@ -186,7 +186,7 @@ def test_a_process_that_can_never_begin_is_reported_once_with_the_reason(
     monkeypatch.setenv("WANDB_RESUME", "sometimes")  # refused by wandb; not one that we check
     told: list[str] = []
     run_dir = RunDirectory(tmp_path / "run")
-    sink = WandbSink(run_dir, project="tests", mode="offline", config={}, tell=told.append)
+    sink = WandbSink(run_dir, project="tests", mode="offline", config={}, report=told.append)
     sink.log({"step": 1, "nimg": 16})
     sink.close()
     (message,) = told
@@ -201,7 +201,7 @@ def test_pictures_tables_and_artifacts_are_in_an_offline_run(
     monkeypatch.setenv(ARTIFACTS_VARIABLE, "all")
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
     run_dir, told = RunDirectory(tmp_path / "run"), list[str]()
-    sink = WandbSink(run_dir, project="tests", mode="offline", config={}, tell=told.append)
+    sink = WandbSink(run_dir, project="tests", mode="offline", config={}, report=told.append)
     sink.begin([{"nimg": 0, "step": 0, "metrics/fid": 300.0}], [])
     picture, snapshot = tmp_path / "samples.png", tmp_path / "snapshot.safetensors"
     Image.new("RGB", (4, 4)).save(picture)

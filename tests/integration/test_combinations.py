@@ -16,7 +16,7 @@ from _pytest.mark import ParameterSet
 import ganscale
 from ganscale.config import Config
 from ganscale.data.building import build_shards
-from ganscale.data.sources import resolve_source
+from ganscale.data.resolve_source import resolve_source
 from ganscale.errors import ConfigError
 from ganscale.objectives.adversarial import OBJECTIVES
 from ganscale.run_directory import RunDirectory

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ganscale.checkpoint import BackgroundWriter, CheckpointName, CheckpointStore, Retention
-from ganscale.checkpoint.store import SavedState, saved_state
+from ganscale.checkpoint.files import SavedState, saved_state
 from ganscale.data.storage import RetryPolicy
 from tests.support.checkpoints import begin, bits
 

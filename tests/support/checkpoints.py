@@ -16,7 +16,7 @@ from moto.server import ThreadedMotoServer
 from torch import Tensor
 
 from ganscale.checkpoint import Attempt, CheckpointName, CheckpointStore
-from ganscale.checkpoint.store import saved_state
+from ganscale.checkpoint.files import saved_state
 
 __all__ = ["Raw", "begin", "bits", "newest", "s3_bucket", "state_at", "write"]
 

@@ -22,8 +22,9 @@ from PIL import Image
 from ganscale.data.building import build_shards, index_shards
 from ganscale.data.order import Order
 from ganscale.data.reader import BatchReader, DamagedSample, ShardImages
+from ganscale.data.resolve_source import resolve_source
 from ganscale.data.shards import INDEX_NAME, ShardSet, verify_shards
-from ganscale.data.sources import SourceSpec, resolve_source
+from ganscale.data.sources import SourceSpec
 from ganscale.data.spectrograms import CLASSES, RESOLUTION, SAMPLE_RATE, magnitudes, spectrogram
 from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import ConfigError, DataError

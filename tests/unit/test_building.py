@@ -252,7 +252,7 @@ def test_a_killed_process_of_a_build_says_that_it_can_go_on(
     def killed_worker(*_: object) -> None:
         raise BrokenProcessPool("a process in the pool was terminated abruptly")
 
-    monkeypatch.setattr("ganscale.data.building._build_shard", killed_worker)
+    monkeypatch.setattr("ganscale.data.building.build_shard", killed_worker)
     with pytest.raises(DataError, match="run again to go on") as error:
         build_shards(PROCEDURAL, tmp_path / "set", num_shards=2, limit=4)
     one_line(error)

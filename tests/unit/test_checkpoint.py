@@ -21,7 +21,7 @@ from ganscale.checkpoint import (
     DamagedCheckpointWarning,
 )
 from ganscale.checkpoint.encoding import flatten
-from ganscale.checkpoint.store import saved_state
+from ganscale.checkpoint.files import saved_state
 from ganscale.errors import CheckpointError, ConfigError
 from tests.support.checkpoints import Raw, begin, bits, newest, state_at, write
 
@@ -215,7 +215,7 @@ def test_every_damaged_checkpoint_is_named(store: CheckpointStore) -> None:
         files = store.newest()
     assert files is not None
     assert files.name == names[0]
-    words = ["that of another checkpoint", "is missing", "wrong sha256", "bytes, expected"]
+    words = ["belongs to another checkpoint", "is missing", "wrong sha256", "bytes, expected"]
     for warning, name, word in zip(caught, names[:0:-1], words, strict=True):
         assert store.where(name) in str(warning.message)
         assert word in str(warning.message)

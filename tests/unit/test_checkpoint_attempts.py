@@ -35,7 +35,7 @@ def test_attempts_are_numbered_and_say_where_they_start(local: CheckpointStore) 
     fourth = begin(local)
     fifth, _ = local.claim(lambda: None)
     attempts = [first, second, third, fourth, fifth]
-    assert [(a.number, a.start, a.salt, a.reason) for a in attempts] == [
+    assert [(a.number, a.start, a.num_rollbacks, a.reason) for a in attempts] == [
         (1, None, 0, "start"),
         (2, two, 0, "resume"),
         (3, one, 1, "rollback"),
@@ -118,7 +118,7 @@ def test_an_unreadable_claim_is_recovered_from_a_checkpoint(
     assert local.attempts() == [first, second]
     assert local.lineage() == [names[2], names[0]]
     third = begin(local)
-    assert (third.number, third.start, third.salt) == (3, names[2], 1)
+    assert (third.number, third.start, third.num_rollbacks) == (3, names[2], 1)
 
 
 def test_the_number_of_an_unreadable_claim_is_not_used_again(local: CheckpointStore) -> None:
@@ -264,7 +264,7 @@ def test_what_killed_writers_left_behind_is_removed_later(store: CheckpointStore
     assert store.repair() == []
     assert files_below(store, left)  # its writer may be alive
     begin(store)
-    assert store.repair() == [f"{left} removed: its writer never finished it"]
+    assert store.repair() == [f"{left} was removed: its writer never finished it"]
     assert not files_below(store, left)
     assert newest(store) == name
 
@@ -283,8 +283,8 @@ def test_a_claim_whose_answer_was_lost_counts_as_one_rollback(store: CheckpointS
     write(store, begin(store), 1)
     for _ in range(2):  # asked again, with the token of before
         attempt, _ = store.claim(store.newest, reason="rollback", token="mine")
-    assert (attempt.number, attempt.salt) == (3, 1)
-    assert store.claim(store.newest, reason="rollback", token="next")[0].salt == 2
+    assert (attempt.number, attempt.num_rollbacks) == (3, 1)
+    assert store.claim(store.newest, reason="rollback", token="next")[0].num_rollbacks == 2
 
 
 @pytest.mark.parametrize("prefix", [".tmp-", ".tmp-removed-"])
@@ -310,7 +310,7 @@ def test_damaged_checkpoints_are_put_aside(store: CheckpointStore) -> None:
         Raw(store).put(f"{name}/meta.json", b"{}")
     with pytest.warns(DamagedCheckpointWarning):
         store.newest()
-    problems = [f"{name} put aside in damaged/: {store.verify(name)}" for name in names[1:]]
+    problems = [f"{name} was moved to damaged/: {store.verify(name)}" for name in names[1:]]
     assert store.repair() == problems
     assert store.repair() == []
     assert newest(store) == names[0]

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from ganscale.checkpoint import BackgroundWriter, CheckpointName, CheckpointStore, Retention
+from ganscale.checkpoint.files import SavedState
 from ganscale.checkpoint.lineage import Attempt
-from ganscale.checkpoint.store import SavedState, Superseded
+from ganscale.checkpoint.store import Superseded
 from ganscale.checkpoint.writer import HostCopy
 from ganscale.data.storage import RetryPolicy
 from ganscale.errors import CheckpointError
@@ -102,10 +103,10 @@ def test_what_is_written_is_the_state_when_it_was_submitted(store: TestedStore) 
     state["list"].append(99)
     state["nimg"] = 99
     assert store.began.wait(WAIT)
-    assert writer.outcomes() == []
+    assert writer.results() == []
     store.gate.set()
-    (outcome,) = writer.finish()
-    assert (outcome.nimg, outcome.name, outcome.problem) == (1, CheckpointName(1, 1), "")
+    (result,) = writer.finish()
+    assert (result.nimg, result.name, result.problem) == (1, CheckpointName(1, 1), "")
     files = store.read(CheckpointName(1, 1))
     assert bits(files.state()) == bits(state_at(1))
     assert (files.meta["run"], files.history) == ("test", b"row\n")
@@ -117,7 +118,7 @@ def test_old_checkpoints_are_pruned_in_the_background(store: TestedStore) -> Non
     writer.retention = Retention(keep_last=1)
     for nimg in (1, 2, 3, 4):
         writer.submit(nimg, state_at(nimg), {}, healthy_nimg=2)
-    assert [outcome.nimg for outcome in writer.finish()] == [1, 2, 3, 4]
+    assert [result.nimg for result in writer.finish()] == [1, 2, 3, 4]
     assert [name.nimg for name in store.names()] == [2, 4]
 
 
@@ -134,10 +135,10 @@ def test_the_next_waits_for_the_one_in_flight(store: TestedStore) -> None:
     assert store.tried() == [1]
     store.gate.set()
     second.join(WAIT)
-    outcomes = writer.finish()
-    assert [outcome.name for outcome in outcomes] == [CheckpointName(1, 1), CheckpointName(2, 1)]
-    assert outcomes[0].stall_seconds < WAIT / 2
-    assert min(outcomes[1].stall_seconds, outcomes[0].write_seconds) >= 0.05
+    results = writer.finish()
+    assert [result.name for result in results] == [CheckpointName(1, 1), CheckpointName(2, 1)]
+    assert results[0].stall_seconds < WAIT / 2
+    assert min(results[1].stall_seconds, results[0].write_seconds) >= 0.05
     assert store.most_at_once == 1
     for nimg in (1, 2):
         assert bits(store.read(CheckpointName(nimg, 1)).state()) == bits(state_at(nimg))
@@ -148,8 +149,8 @@ def test_a_failing_store_is_asked_again_with_growing_delays(store: TestedStore) 
     writer = background(store, policy)
     store.fail = lambda nimg, number: OSError("busy") if number <= 3 else None
     writer.submit(1, state_at(1), {})
-    (outcome,) = writer.finish()
-    assert (outcome.name, outcome.problem, writer.last_problem) == (CheckpointName(1, 1), "", "")
+    (result,) = writer.finish()
+    assert (result.name, result.problem, writer.last_problem) == (CheckpointName(1, 1), "", "")
     times = [at for _, at in store.tries]
     delays = [after - before for before, after in zip(times, times[1:], strict=False)]
     # With jitter, each is at least half of 40, 80 and 160 ms.
@@ -162,14 +163,14 @@ def test_a_store_that_stays_away_is_a_problem_and_the_next_is_tried(store: Teste
     writer = background(store)
     store.fail = lambda nimg, number: refuse(nimg, number) if nimg == 1 else None
     writer.submit(1, state_at(1), {})
-    (outcome,) = writer.finish()
-    assert outcome.name is None
-    assert outcome.problem == writer.last_problem == "ConnectionError: the store is away"
+    (result,) = writer.finish()
+    assert result.name is None
+    assert result.problem == writer.last_problem == "ConnectionError: the store is away"
     assert len(store.tries) >= 3
-    assert outcome.write_seconds < WAIT / 2
+    assert result.write_seconds < WAIT / 2
     writer.submit(2, state_at(2), {})
-    (outcome,) = writer.finish()
-    assert (outcome.name, outcome.problem, writer.last_problem) == (CheckpointName(2, 1), "", "")
+    (result,) = writer.finish()
+    assert (result.name, result.problem, writer.last_problem) == (CheckpointName(2, 1), "", "")
     assert store.names() == [CheckpointName(2, 1)]
 
 
@@ -197,7 +198,7 @@ def test_one_that_fails_while_a_newer_one_waits_is_not_tried_again(store: Tested
     time.sleep(0.05)
     store.gate.set()
     second.join(WAIT)
-    assert [outcome.name for outcome in writer.finish()] == [None, CheckpointName(2, 1)]
+    assert [result.name for result in writer.finish()] == [None, CheckpointName(2, 1)]
     assert store.tried() == [1, 2]
 
 
@@ -206,11 +207,11 @@ def test_a_run_without_a_durable_checkpoint_for_too_long_ends(store: TestedStore
     writer = background(store, clock=clock, max_staleness_seconds=600.0)
     clock.seconds += 599
     writer.submit(1, state_at(1), {})
-    assert [outcome.name for outcome in writer.finish()] == [CheckpointName(1, 1)]
+    assert [result.name for result in writer.finish()] == [CheckpointName(1, 1)]
     store.fail = refuse
     clock.seconds += 599  # since the first became durable
     writer.submit(2, state_at(2), {})
-    assert [outcome.name for outcome in writer.finish()] == [None]
+    assert [result.name for result in writer.finish()] == [None]
     clock.seconds += 31
     writer.submit(3, state_at(3), {})
     words = r"to .*run for 10\.5 minutes .*max_staleness_minutes.*; last: .* the store is away"
@@ -226,9 +227,9 @@ def test_it_is_time_without_success_that_counts_and_not_time_without_tries(
     clock = Clock()
     writer = background(store, clock=clock)
     clock.seconds += 10_000
-    assert writer.outcomes() == []
+    assert writer.results() == []
     writer.submit(1, state_at(1), {})
-    assert [outcome.name for outcome in writer.finish()] == [CheckpointName(1, 1)]
+    assert [result.name for result in writer.finish()] == [CheckpointName(1, 1)]
 
 
 @pytest.mark.parametrize("late_seconds", [0, 10_000])
@@ -274,8 +275,8 @@ def test_what_cannot_be_pruned_is_no_problem(
     monkeypatch.setattr(store, "prune", prune)
     writer = background(store)
     writer.submit(1, state_at(1), {})
-    (outcome,) = writer.finish()
-    assert (outcome.name, outcome.problem) == (CheckpointName(1, 1), "")
+    (result,) = writer.finish()
+    assert (result.name, result.problem) == (CheckpointName(1, 1), "")
 
 
 @pytest.mark.parametrize("error", [Superseded("over"), TypeError("a bug")])
@@ -302,7 +303,7 @@ def test_close_does_not_wait_for_a_store_that_fails(store: TestedStore) -> None:
     writer.close()
     assert time.monotonic() - began < WAIT
     writer.close()
-    assert [outcome.problem for outcome in writer.outcomes()] == [writer.last_problem]
+    assert [result.problem for result in writer.results()] == [writer.last_problem]
     assert "is away" in writer.last_problem
 
 
@@ -311,14 +312,14 @@ def test_close_lets_a_write_that_is_under_way_finish(store: TestedStore) -> None
         writer = background(store)
         writer.submit(nimg, state_at(nimg), {})
         writer.close()
-        assert [outcome.name for outcome in writer.outcomes()] == [CheckpointName(nimg, nimg)]
+        assert [result.name for result in writer.results()] == [CheckpointName(nimg, nimg)]
 
 
 def test_closing_and_finishing_without_a_write_do_nothing(store: TestedStore) -> None:
     writer = background(store)
     assert writer.finish() == []
     writer.close()
-    assert writer.outcomes() == []
+    assert writer.results() == []
 
 
 def test_the_buffers_on_the_host_are_used_again() -> None:

@@ -182,7 +182,7 @@ MISTAKES = [
     ("WANDB_TAGS=a,,b train", 2, "WANDB_TAGS has a tag of 0 characters"),
     ("WANDB_ENTITY=a/b train --dry-run", 2, "WANDB_ENTITY='a/b': expected the name of a user"),
     ("WANDB_BASE_URL=localhost train", 2, "WANDB_BASE_URL='localhost': expected http://"),
-    ("WANDB_RUN_ID=a/b train", 2, "WANDB_RUN_ID: 'a/b' is no id of a W&B run"),
+    ("WANDB_RUN_ID=a/b train", 2, "WANDB_RUN_ID: 'a/b' is not a valid W&B run id"),
     ("WANDB_INIT_TIMEOUT=soon train", 2, "WANDB_INIT_TIMEOUT='soon': expected a number"),
     ("dashboard --project a/b", 2, "--project a/b: a W&B project has 1 to 128"),
     # Data.

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from ganscale.checkpoint import CheckpointStore
-from ganscale.checkpoint.store import saved_state
+from ganscale.checkpoint.files import saved_state
 from ganscale.config import Config, load_config
 from ganscale.errors import CheckpointError, ConfigError
 from ganscale.json_lines import add_missing_lines

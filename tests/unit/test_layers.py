@@ -14,7 +14,7 @@ import ganscale
 PACKAGE = Path(ganscale.__file__).parent
 
 LAYERS = (
-    ("errors", "config", "world", "run_directory", "atomic_files", "json_lines"),
+    ("errors", "config", "world", "run_directory", "atomic_files", "json_lines", "periodic"),
     ("data", "models", "objectives", "augment", "ema", "tracking", "metrics"),
     ("generation", "checkpoint"),
     ("evaluation",),

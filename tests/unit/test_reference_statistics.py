@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from ganscale.data.resolve_source import CIFAR10_ENV
 from ganscale.data.shards import ShardSet
-from ganscale.data.sources import CIFAR10_ENV
 from ganscale.evaluation.distributions import features, precomputed
 from ganscale.evaluation.distributions.evaluate import Workload, evaluate
 from ganscale.evaluation.distributions.features import FeatureCache, extract

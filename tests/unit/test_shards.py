@@ -21,8 +21,9 @@ import webdataset as wds
 from PIL import Image
 
 from ganscale.data.building import build_shards
+from ganscale.data.resolve_source import resolve_source
 from ganscale.data.shards import INDEX_NAME, SAMPLES_NAME, ShardSet, verify_shards
-from ganscale.data.sources import SourceSpec, open_source, resolve_source
+from ganscale.data.sources import SourceSpec, open_source
 from ganscale.errors import ConfigError, DataError
 
 LabelledImage = tuple[np.ndarray[Any, np.dtype[np.uint8]], int]

@@ -22,7 +22,8 @@ import webdataset as wds
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from ganscale.data.sources import CIFAR10_ENV, CIFAR100_ENV, Source, open_source, resolve_source
+from ganscale.data.resolve_source import CIFAR10_ENV, CIFAR100_ENV, resolve_source
+from ganscale.data.sources import Source, open_source
 from ganscale.errors import ConfigError, DataError
 
 Sample = tuple[bytes, int]

@@ -9,7 +9,7 @@ import torch
 
 from ganscale.tracking import step_times
 from ganscale.tracking.step_times import StepTimes
-from ganscale.tracking.workers import WorkerFigures, merged
+from ganscale.tracking.workers import WorkerStats, merged
 
 CPU = torch.device("cpu")
 
@@ -122,7 +122,7 @@ def test_rows_stay_short_with_many_workers() -> None:
 
 
 def test_a_worker_measures_itself() -> None:
-    figures = WorkerFigures(CPU)
+    figures = WorkerStats(CPU)
     block = bytearray(64 * 2**20)
     found = figures.measure({"data_wait": 0.5})
     assert found["data_wait_seconds"] == 0.5

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ganscale.checkpoint import CheckpointStore
-from ganscale.checkpoint.store import saved_state
+from ganscale.checkpoint.files import saved_state
 from ganscale.config import Config
 from ganscale.errors import CheckpointError, ConfigError
 from ganscale.evaluation.gan_metrics.gan_pairs import GanPair, Judge, judge_all, load_gan_pairs
