@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ganscale.config import Config
-    from ganscale.evaluation.reconstruction.comparison import Cost, Entry, Restored
+    from ganscale.evaluation.reconstruction.comparison import ComparedRun, TaskResult, TrainingCost
     from ganscale.metrics.intervals import Estimate
 
 __all__: list[str] = []
@@ -41,15 +41,15 @@ def tournament(
     """Rank runs: every discriminator judges every generator (generative adversarial metric)."""
     from ganscale.data.shards import ShardSet
     from ganscale.evaluation.gan_metrics.gan_pairs import load_gan_pairs
-    from ganscale.evaluation.gan_metrics.tournament import hold_tournament, num_judged
+    from ganscale.evaluation.gan_metrics.tournament import num_scored, run_tournament
     from ganscale.evaluation.image_sets import ImagesOfShards
     from ganscale.tracking.console import counting
 
     images = ImagesOfShards(ShardSet.load(reference))
     pairs = load_gan_pairs(runs, device=device)
-    total = num_judged(len(pairs), num, images)
+    total = num_scored(len(pairs), num, images)
     with counting("judging images", total, stderr_console()) as progress:
-        result = hold_tournament(pairs, images, num_images=num, seed=seed, progress=progress)
+        result = run_tournament(pairs, images, num_images=num, seed=seed, progress=progress)
     write_json(json_file, result.to_json())
     typer.echo("\n".join(result.scores.lines()))
 
@@ -193,7 +193,7 @@ def compare(
     from ganscale.evaluation.reconstruction import comparison as of
     from ganscale.evaluation.run_references import default_reference
     from ganscale.generation.degradations import degradation_named
-    from ganscale.generation.inversion import Search
+    from ganscale.generation.inversion import InversionSettings
     from ganscale.metrics.extractors import EfficientNetLite0, open_extractor
     from ganscale.tracking.console import progress_bars
     from ganscale.world import World, process_group
@@ -201,46 +201,50 @@ def compare(
     world = World.detect(device)
     if world.world_size > 1:
         raise ConfigError("compare measures time: one process does it, without torchrun")
-    search = Search(steps=steps, restarts=restarts, seed=seed)
-    entries = [of.enter(str(run), search, device=world.device) for run in runs]
+    search = InversionSettings(steps=steps, restarts=restarts, seed=seed)
+    entries = [of.load_run(str(run), search, device=world.device) for run in runs]
     scratch = FeatureCache().folder.parent
     real = open_images(reference or default_reference(str(runs[0])), scratch=scratch)
     if num_reference is not None:
         real = Subset.random(real, num_reference, seed=0)
     subject = Subset.random(open_images(images, split="test", scratch=scratch), num, seed=seed)
     wanted = [degradation_named(task, subject.shape, seed=seed) for task in _tasks(tasks)]
-    judges = of.Judges(open_extractor("auto"), EfficientNetLite0(), world)
-    judges.extractor.to(world.device)
-    judges.network.to(world.device)
+    networks = of.EvaluationNetworks(open_extractor("auto"), EfficientNetLite0(), world)
+    networks.extractor.to(world.device)
+    networks.network.to(world.device)
     with process_group(world), progress_bars(stderr_console()) as start_task:
         results = {}
         for degradation in wanted:  # pictures first: features of samples take far longer
             task = degradation.name
-            results[task] = of.restored(
-                entries, subject, degradation, judges, seed=seed, start_task=start_task
+            results[task] = of.reconstruct_with_all(
+                entries, subject, degradation, networks, seed=seed, start_task=start_task
             )
             _print_task(task, results[task][1])
             _draw(*results[task], out / f"{task.replace(' ', '-')}.png")
-        costs = [of.cost_of(entry) for entry in entries]
+        costs = [of.training_cost(entry) for entry in entries]
         qualities = [
-            of.quality(
+            of.sample_metrics(
                 entry,
                 real,
-                judges,
+                networks,
                 metric=metric,
                 num_images=num_samples,
-                planned=partial(announce, network=judges.extractor, shape=real.shape, world=world),
+                planned=partial(
+                    announce, network=networks.extractor, shape=real.shape, world=world
+                ),
                 start_task=start_task,
             )
             for entry in entries
         ]
     _print_costs(entries, costs, qualities)
     figures = {
-        "runs": [of.Entry.to_json(*each) for each in zip(entries, costs, qualities, strict=True)],
+        "runs": [
+            of.ComparedRun.to_json(*each) for each in zip(entries, costs, qualities, strict=True)
+        ],
         "samples": num_samples,
         "reference": real.description,
         "images": subject.description,
-        "extractor_digest": judges.extractor.digest,
+        "extractor_digest": networks.extractor.digest,
         "search": vars(search),
         "tasks": {task: [way.to_json() for way in ways] for task, (_, ways) in results.items()},
     }
@@ -256,22 +260,22 @@ def _tasks(text: str) -> list[str]:
 
 
 def _print_costs(
-    entries: list[Entry], costs: list[Cost], qualities: list[Mapping[str, Estimate]]
+    entries: list[ComparedRun], costs: list[TrainingCost], qualities: list[Mapping[str, Estimate]]
 ) -> None:
     head = (
         f"{'run':24} {'method':10} {'kimg':>7} {'hours':>6} {'img/s':>6} {'GiB':>5} {'M par.':>6}"
     )
     typer.echo(f"\n{head}   {', '.join(qualities[0])}")
-    for entry, cost, quality in zip(entries, costs, qualities, strict=True):
+    for entry, cost, sample_metrics in zip(entries, costs, qualities, strict=True):
         peak = "-" if cost.peak_memory_gib is None else f"{cost.peak_memory_gib:.1f}"
         typer.echo(
             f"{entry.name:24} {entry.method:10} {entry.nimg / 1000:7g} {cost.seconds / 3600:6.2f} "
             f"{cost.images_per_second:6.0f} {peak:>5} {entry.num_parameters / 1e6:6.2f}   "
-            + ", ".join(map(str, quality.values()))
+            + ", ".join(map(str, sample_metrics.values()))
         )
 
 
-def _print_task(task: str, ways: list[Restored]) -> None:
+def _print_task(task: str, ways: list[TaskResult]) -> None:
     names = list(ways[0].figures)
     typer.echo(
         f"{task:34}" + "".join(f"{name.split('_')[0]:>12}" for name in names) + "     s/image"
@@ -282,7 +286,7 @@ def _print_task(task: str, ways: list[Restored]) -> None:
         typer.echo(f"{way.name:34}{values}{seconds:>12}")
 
 
-def _draw(truth: Tensor, ways: list[Restored], path: Path) -> None:
+def _draw(truth: Tensor, ways: list[TaskResult], path: Path) -> None:
     """A row for each way, in their order, and the truth below."""
     import torch
 

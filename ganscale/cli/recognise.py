@@ -54,7 +54,7 @@ def probe(
     (pair,) = load_gan_pairs([run], device=device)
     spec = pair.spec
     of_train, of_test = _opened(train or default_reference(run), "train"), _opened(test, "test")
-    trained = pooled_activations(pair.judge.model, num_classes=spec["num_classes"])
+    trained = pooled_activations(pair.discriminator.model, num_classes=spec["num_classes"])
 
     def untrained(seed: int) -> Any:
         with torch.random.fork_rng(devices=[]):
@@ -71,7 +71,7 @@ def probe(
         results = [
             measure(
                 name,
-                describe_of,
+                features_for_seed,
                 of_train,
                 of_test,
                 num_train=num,
@@ -79,7 +79,7 @@ def probe(
                 device=device,
                 start_task=start_task,
             )
-            for name, describe_of in kinds.items()
+            for name, features_for_seed in kinds.items()
         ]
     typer.echo(f"train  {min(num, len(of_train))} of {of_train.description}, {seeds} seeds")
     typer.echo(f"test   {of_test.description}\n")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ganscale.evaluation.image_sets import ImageSet
-    from ganscale.evaluation.reconstruction.reconstruct import Reconstructed, Reconstructor
+    from ganscale.evaluation.reconstruction.reconstruct import Reconstructions, Reconstructor
     from ganscale.generation.degradations import Degradation
     from ganscale.metrics.extractors import FeatureExtractor
     from ganscale.world import World
@@ -91,14 +91,14 @@ def reconstruct(
     from ganscale.evaluation.image_views import Subset
     from ganscale.evaluation.reconstruction.reconstruct import Reconstructor
     from ganscale.generation.degradations import degradation_named
-    from ganscale.generation.inversion import Search
+    from ganscale.generation.inversion import InversionSettings
     from ganscale.world import World
 
     path = run or run_option
     if path is None or (run and run_option):
         raise ConfigError("which run? ganscale reconstruct RUN --images ... --out ...")
     world = World.detect(device)
-    search = Search(
+    search = InversionSettings(
         optimizer=optimizer,
         steps=steps,
         restarts=restarts,
@@ -139,7 +139,7 @@ def reconstruct(
 
 
 class _Compared(NamedTuple):
-    reconstructed: Reconstructed
+    reconstructed: Reconstructions
     figures: dict[str, dict[str, Tensor]]
     """By kind of reconstruction and measure, (n,)."""
     features: FeatureExtractor
@@ -183,7 +183,7 @@ def _restore_and_compare(
     return _Compared(reconstructed, figures, features)
 
 
-def _write_pictures(reconstructed: Reconstructed, out: Path) -> None:
+def _write_pictures(reconstructed: Reconstructions, out: Path) -> None:
     import torch
 
     from ganscale.generation.pictures import lay_out, write_picture

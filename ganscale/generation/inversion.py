@@ -27,7 +27,7 @@ from ganscale.generation.degradations import Degradation
 from ganscale.generation.latents import seed_for
 from ganscale.generation.sampler import SampleableGenerator
 
-__all__ = ["GROUP", "Inverted", "Search", "encoded", "invert"]
+__all__ = ["GROUP", "InversionResult", "InversionSettings", "encoded", "invert"]
 
 GROUP = 16
 """Images that are worked on at once."""
@@ -36,7 +36,7 @@ _ROWS = 64
 
 
 @dataclass(frozen=True)
-class Search:
+class InversionSettings:
     """How hard is looked for the latent of an image."""
 
     optimizer: Literal["adam", "lbfgs"] = "lbfgs"
@@ -66,7 +66,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Inverted:
+class InversionResult:
     """The latents that reproduce images best, and the images that the generator makes of them."""
 
     latents: Tensor
@@ -83,12 +83,12 @@ def invert(
     generator: SampleableGenerator,
     degradation: Degradation,
     observed: Tensor,
-    search: Search,
+    search: InversionSettings,
     *,
     encoder: nn.Module | None = None,
     labels: Tensor | None = None,
     progress: Callable[[int], None] = lambda steps: None,
-) -> Inverted:
+) -> InversionResult:
     """Latents and images of what was observed of n images, on the generator's device.
 
     Args:
@@ -119,7 +119,7 @@ def invert(
         if search.tuning_steps:
             inverted = _tuned(generator.model, degradation, part, inverted, search, progress)
         parts.append([field[:count] for field in vars(inverted).values()])
-    return Inverted(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+    return InversionResult(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ def encoded(
     observed: Tensor,
     *,
     labels: Tensor | None = None,
-) -> Inverted:
+) -> InversionResult:
     """What the encoder makes of n images as they are seen (`fill`), as `invert` returns it."""
     parts = []
     for start in range(0, len(observed), GROUP):
@@ -143,7 +143,7 @@ def encoded(
         images = generator.model(z, known).float()
         fields = (z, known, images, degradation.misfit(images, filled))
         parts.append([field[: len(part)] for field in fields])
-    return Inverted(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+    return InversionResult(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,9 @@ class _Pool:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, generator: SampleableGenerator, degradation: Degradation, search: Search) -> _Pool:
+    def of(
+        cls, generator: SampleableGenerator, degradation: Degradation, search: InversionSettings
+    ) -> _Pool:
         device = next(generator.model.parameters()).device
         random = torch.Generator().manual_seed(seed_for(search.seed, "pool"))
         size = -(-search.pool // _ROWS) * _ROWS
@@ -182,13 +184,13 @@ def _invert_group(
     generator: SampleableGenerator,
     degradation: Degradation,
     observed: Tensor,
-    search: Search,
+    search: InversionSettings,
     *,
     starts: _Pool,
     encoder: nn.Module | None,
     labels: Tensor | None,
     progress: Callable[[int], None],
-) -> Inverted:
+) -> InversionResult:
     """For a whole group: the best of each image's starts."""
     n, restarts = len(observed), search.restarts
     rows = starts.nearest(observed, labels, restarts)
@@ -213,17 +215,17 @@ def _invert_group(
     latents, classes = minimum.points[best], chosen[best]
     with torch.no_grad():
         images = generator.model(latents, classes).float()
-        return Inverted(latents, classes, images, degradation.misfit(images, observed))
+        return InversionResult(latents, classes, images, degradation.misfit(images, observed))
 
 
 def _tuned(
     model: nn.Module,
     degradation: Degradation,
     observed: Tensor,
-    inverted: Inverted,
-    search: Search,
+    inverted: InversionResult,
+    search: InversionSettings,
     progress: Callable[[int], None],
-) -> Inverted:
+) -> InversionResult:
     """Images of a copy of the generator for each, tuned to what was observed; latents stay."""
     images, misfits = inverted.images.clone(), inverted.misfits.clone()
     for row in range(len(observed)):
@@ -240,7 +242,7 @@ def _tuned(
         with torch.no_grad():
             images[place] = own(z, label).float()
             misfits[place] = degradation.misfit(images[place], wanted)
-    return Inverted(inverted.latents, inverted.labels, images, misfits)
+    return InversionResult(inverted.latents, inverted.labels, images, misfits)
 
 
 def _filled(rows: Tensor) -> Tensor:

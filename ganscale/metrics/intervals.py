@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Estimate", "bootstrap", "jackknife", "of_repeats", "of_successes"]
+__all__ = ["NORMAL_QUANTILE", "Estimate", "bootstrap", "jackknife", "of_repeats", "of_successes"]
 
-_Z = 1.959963984540054
+NORMAL_QUANTILE = 1.959963984540054
 """The normal quantile of 0.975: all intervals here have 95 %."""
 
 Floats = NDArray[np.float64]
@@ -42,9 +42,12 @@ def of_successes(num_successes: int, num_trials: int) -> Estimate:
     """
     if num_trials < 1 or not 0 <= num_successes <= num_trials:
         raise ValueError(f"{num_successes} successes in {num_trials} trials")
-    p, n, z2 = num_successes / num_trials, num_trials, _Z**2
+    # The usual interval p +- z sqrt(p (1 - p) / n) has no width at 0 or 1, where precision and
+    # recall of poor generators are.
+    p, n, z2 = num_successes / num_trials, num_trials, NORMAL_QUANTILE**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    half = NORMAL_QUANTILE / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    # At p = 0 and 1 a bound is exactly 0 or 1, and rounding could put it outside.
     return Estimate(p, max(0.0, centre - half), min(1.0, centre + half))
 
 
@@ -71,9 +74,9 @@ def bootstrap(
 
     Args:
         num_items: how many there are.
-        statistic: of the items with some numbers (num_items,), some of them more than once. For
-            statistics that take equal items for what they are, such as means; distances between
-            distributions of features are biased by repeated items, see `jackknife`.
+        statistic: a function of the indices of the items (num_items,), in which some are repeated.
+            Means and shares are fine; distances between distributions of features are biased by
+            repeated items, and take `jackknife` instead.
         num_resamples: how often items are drawn.
         seed: of the draws.
     """
@@ -94,5 +97,7 @@ def jackknife(value: float, left_out: Sequence[float]) -> Estimate:
     groups = len(values)
     if groups < 2:
         raise ValueError(f"expected at least 2 groups, got {groups}")
-    half = _Z * math.sqrt((groups - 1) / groups * float(np.square(values - values.mean()).sum()))
+    half = NORMAL_QUANTILE * math.sqrt(
+        (groups - 1) / groups * float(np.square(values - values.mean()).sum())
+    )
     return Estimate(value, value - half, value + half)

@@ -19,6 +19,8 @@ from ganscale.metrics.intervals import Estimate, bootstrap, of_successes
 __all__ = ["Prdc", "authenticity", "nearest", "prdc"]
 
 _ROWS = 1024
+# The published k: 3 for precision and recall (Kynkaanniemi et al.), 5 for density and coverage
+# (Naeem et al.).
 _K_PRECISION = 3
 _K_DENSITY = 5
 
@@ -49,12 +51,16 @@ def prdc(samples: Tensor, reference: Tensor, *, seed: int = 0) -> Prdc:
     counts = samples.new_zeros(len(samples), dtype=torch.int64)
     recalled = samples.new_zeros(len(reference), dtype=torch.bool)
     covered = samples.new_zeros(len(reference), dtype=torch.bool)
+    # A sample at exactly a radius is inside, as in torch-fidelity. One pass over the distances
+    # gives all four, since the (n, m) matrix is too large to keep.
     for rows, distances in _distances(samples, reference):
         precise[rows] = (distances <= real_radii[0]).any(1)
         inside = distances <= real_radii[1]
         counts[rows] = inside.sum(1)
         covered |= inside.any(0)
         recalled |= (distances <= fake_radii[rows, None]).any(0)
+    # Shares are of images that were drawn independently, so they have Wilson's interval; density
+    # may exceed 1 and is resampled over the samples. Either takes the radii as given.
     density = counts.double().cpu().numpy() / _K_DENSITY
     return Prdc(
         precision=of_successes(int(precise.sum()), len(precise)),
@@ -92,6 +98,8 @@ def _radii(features: Tensor, ks: tuple[int, ...]) -> Tensor:
         raise DataError(f"{len(features)} images are too few for {max(ks)} neighbours of each")
     radii = features.new_empty(len(ks), len(features))
     for rows, distances in _distances(features, features):
+        # The row itself is excluded by its place. Taking neighbour k + 1 instead would be wrong
+        # where rounding gives a row a distance to itself above that of a copy.
         distances[:, rows].fill_diagonal_(torch.inf)
         smallest = distances.topk(max(ks), largest=False).values
         radii[:, rows] = smallest[:, [k - 1 for k in ks]].T
@@ -106,6 +114,8 @@ def _distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _centred(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Both around the reference's mean, where differences of squares lose fewer digits."""
+    """Both sets, shifted so that the reference's mean is 0."""
+    # `cdist` computes |x|^2 + |y|^2 - 2 xy, which cancels when features lie far from 0. Distances
+    # do not depend on the origin, so the shift, made in float64, costs nothing and keeps digits.
     mean = reference.double().mean(0)
     return (samples - mean).float(), (reference - mean).float()

@@ -1,4 +1,9 @@
-"""Mean and covariance of features as they stream by, in float64, mergeable across ranks."""
+"""Mean and covariance of features as they stream by, in float64, mergeable across ranks.
+
+A Frechet distance is a small difference of large traces, and a covariance as E[xx^T] - mm^T would
+itself be one. So scatter is summed from deviations, and parts are merged by a formula that has no
+such difference. Parts must be merged in a fixed order for equal bits.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +17,15 @@ from ganscale.errors import DataError
 
 __all__ = ["Moments", "check_features"]
 
+# At 2048 features a block is 64 MiB in float64; the whole of a large set would be gigabytes.
 _ROWS = 4096
 
 
 def check_features(features: Tensor, whose: str) -> None:
-    """Raise `DataError` unless there are features (n, d) and all are finite."""
+    """Raise `DataError` unless there are features (n, d) and all are finite.
+
+    One non-finite feature would turn every metric into NaN, and its image could not be named then.
+    """
     if features.ndim != 2 or not features.numel():
         raise DataError(f"{whose}: no features, of shape {tuple(features.shape)}")
     finite = features.isfinite().all(1)

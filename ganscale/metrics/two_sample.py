@@ -97,6 +97,7 @@ class TwoSampleReport:
         """Sum up the tests of all seeds."""
         bounds = [(one.accuracy.value, one.accuracy.low, one.accuracy.high) for one in repeats]
         mean = Estimate(*np.array(bounds, np.float64).mean(0).tolist())
+        # See the class: neither a product nor a mean of dependent p-values is a p-value.
         median = float(np.median([repeat.p_value for repeat in repeats]))
         p_value = median if len(repeats) == 1 else min(1.0, 2 * median)
         return cls(classifier, num_images, tuple(repeats), mean, p_value)
@@ -126,8 +127,8 @@ def nearest_neighbour_test(
     """Call each image what its nearest other image is; count how often that is right.
 
     The hits are not independent: neighbours are often mutual, and some images are nearest to many.
-    So they are compared with what they would be if the same neighbours' labels were dealt out
-    anew, of which mean and variance are known exactly (Schilling 1986, JASA 81, p. 799, for k
+    So they are compared with what they would be if the labels were randomly permuted among the same
+    neighbours, of which mean and variance are known exactly (Schilling 1986, JASA 81, p. 799, for k
     neighbours); the p-value takes that distribution as normal, one-sided, with half a hit of
     continuity. The mean accuracy is then (n - 1) / (2n - 1), a little below 1/2, because an image
     is not its own neighbour. Intervals are Wilson's for as many independent trials as would have
@@ -150,9 +151,9 @@ def nearest_neighbour_test(
     is_real = torch.arange(2 * n) < n
     own = is_real == is_real[nearest]
     hits = int(own.sum())
-    deal = _Deal.of(nearest)
-    mean, variance = deal.moments(_chances_of_same(n))
-    _, variance_of_one = deal.moments(_chances_of_real(n))
+    graph = _NeighbourGraph.of(nearest)
+    mean, variance = graph.moments(_chances_of_same(n))
+    _, variance_of_one = graph.moments(_chances_of_real(n))
     return NearestNeighbourTest(
         accuracy=_estimate(hits, 2 * n, variance),
         real=_estimate(int(own[:n].sum()), n, variance_of_one),
@@ -162,8 +163,8 @@ def nearest_neighbour_test(
 
 
 @dataclass(frozen=True)
-class _Deal:
-    """What the variance of hits under dealt-out labels needs to know of a neighbour graph.
+class _NeighbourGraph:
+    """The counts that decide the variance of hits when labels are randomly permuted.
 
     The graph has an edge from each of its N nodes. Of the N * N ordered pairs of edges, some join
     the same two nodes, some share one node, the rest share none.
@@ -174,7 +175,7 @@ class _Deal:
     one_shared: int
 
     @classmethod
-    def of(cls, nearest: Tensor) -> _Deal:
+    def of(cls, nearest: Tensor) -> _NeighbourGraph:
         """Count; `nearest` (N,) says where each node's edge leads."""
         number = len(nearest)
         mutual = int((nearest[nearest] == torch.arange(number)).sum())
@@ -192,6 +193,7 @@ class _Deal:
         one, three, four = chances
         apart = self.num_nodes**2 - self.same_nodes - self.one_shared
         mean = self.num_nodes * one
+        # E[hits^2] sums, over ordered pairs of edges, the chance that both count.
         square = self.same_nodes * one + self.one_shared * three + apart * four
         return mean, square - mean**2
 
@@ -209,7 +211,8 @@ def _chances_of_same(n: int) -> tuple[float, float, float]:
 
 
 def _checked(real: Tensor, fake: Tensor) -> int:
-    """How many there are of each."""
+    """The number of images of each set. Raises `ValueError` if the test is not defined for them."""
+    # Equal numbers are needed for accuracy 1/2 to be chance.
     if real.ndim != 2 or real.shape != fake.shape or len(real) < 2:
         shapes = f"{tuple(real.shape)} and {tuple(fake.shape)}"
         raise ValueError(f"expected two sets of features (n, d) with one n > 1, got {shapes}")
@@ -226,9 +229,11 @@ def _nearest_others(pool: Tensor, seed: int) -> Tensor:
     neighbours = []
     for rows in everyone.split(max(1, _CHUNK_DISTANCES // len(pool))):
         distances = squares[rows, None] + squares - 2 * pool[rows] @ pool.T
+        # An image is not its own neighbour: without this every image would be right.
         distances[rows - rows[0], rows] = math.inf
         least, nearest = distances.min(1)
         tied = distances <= (least + _TIE * (squares[rows] + least.abs()))[:, None]
+        # Real images come first, so the first of several minima would favour them among copies.
         several = tied.sum(1) > 1
         if several.any():
             drawn = torch.multinomial(tied[several].double(), 1, generator=draws)
@@ -239,6 +244,8 @@ def _nearest_others(pool: Tensor, seed: int) -> Tensor:
 
 def _estimate(hits: int, trials: int, variance: float) -> Estimate:
     """Wilson's interval for the number of independent trials whose hits vary as much by chance."""
+    # The variance of as many independent guesses. Dependent hits vary more, so they count as fewer
+    # trials; a smaller variance does not make them more.
     independent = trials / 4
     effective = max(1, round(trials * independent / max(variance, independent)))
     interval = of_successes(round(effective * hits / trials), effective)

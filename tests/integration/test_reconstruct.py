@@ -21,7 +21,7 @@ from ganscale.evaluation.reconstruction.reconstruct import (
     similarity,
 )
 from ganscale.generation.degradations import degradation_named
-from ganscale.generation.inversion import Search
+from ganscale.generation.inversion import InversionSettings
 from ganscale.launch.local import train_in_process
 from ganscale.metrics.extractors import EfficientNetLite0
 from ganscale.world import World
@@ -173,7 +173,7 @@ def test_what_makes_no_sense_is_refused_in_a_line(
 
 def _reconstructed(world: World, run: Path, images: str) -> Any:
     torch.set_num_threads(1)
-    search = Search(steps=2, restarts=2, pool=64)
+    search = InversionSettings(steps=2, restarts=2, pool=64)
     way = Reconstructor.load(run, search=search)
     subject = open_images(images, scratch=run)
     degradation = degradation_named("denoise", subject.shape)
@@ -244,7 +244,7 @@ def test_the_labels_of_a_set_are_given_to_a_generator_with_its_classes(
     model = {"name": "biggan", "base_channels": 4, "z_dim": 12, "num_classes": 10}
     config = make_config(model=model, training__total_kimg=0.016)
     train_in_process(config)
-    way = Reconstructor.load(config.run_dir, search=Search(steps=2, restarts=2, pool=64))
+    way = Reconstructor.load(config.run_dir, search=InversionSettings(steps=2, restarts=2, pool=64))
     images = ImagesOfShards(ShardSet.load(procedural_shards))
     assert images.labels is not None
     truth = images.read(np.arange(3)).float() / 127.5 - 1

@@ -132,7 +132,7 @@ def test_activations_are_the_largest_of_each_part_of_the_maps() -> None:
     network = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False), nn.ReLU(), nn.Conv2d(2, 1, 8))
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
 
-    class Judge(nn.Module):
+    class ScoringDiscriminator(nn.Module):
         def forward(self, images: Tensor, labels: Tensor | None) -> Tensor:
             logits: Tensor = network(images)
             return logits
@@ -141,7 +141,7 @@ def test_activations_are_the_largest_of_each_part_of_the_maps() -> None:
             super().__init__()
             self.network = network
 
-    found = pooled_activations(Judge())(images)
+    found = pooled_activations(ScoringDiscriminator())(images)
     assert found.shape == (5, 2 * 16)  # the last map is 1x1
     first = network[0](images.float() / 127.5 - 1)
     expected = first.reshape(5, 2, 4, 2, 4, 2).amax((3, 5)).flatten(1)

@@ -1,4 +1,8 @@
-"""Metrics for which classifiers are trained on generated images, as part of an evaluation."""
+"""Metrics for which classifiers are trained on generated images, as part of an evaluation.
+
+They take minutes to hours, so `ganscale evaluate` computes them only when they are named. One
+process computes them, whatever the number of ranks.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How reliably a recipe trains: the same run with other seeds, summed up from the runs' files.
+"""How reliably a recipe trains: the same run with other seeds, summarised from the runs' files.
 
 A run counts as collapsed when an alarm of the guard is part of its history (one that a rollback
 undid is not), or when the last sample grid has less than a quarter of the best one's diversity. So
-the share tells of runs that went wrong for a while as well as of those that ended badly.
+the share includes runs that went wrong for a while as well as those that ended badly.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 _LOST_DIVERSITY = 0.25
-"""Part of a run's best diversity; a run that ends below it has collapsed."""
+"""Fraction of a run's best diversity; a run that ends below it has collapsed."""
 
 _DIVERSITY = "metrics/diversity"
 _SPEED = "time/images_per_second"
@@ -114,8 +114,10 @@ def summarise_run(root: Path, metric: str) -> RunSummary:
         name=run_dir.name,
         seed=config.seed,
         nimg=max((row["nimg"] for row in history.rows), default=0),
+        # An end before the configured length is that of a run that was made longer since.
         finished=max(ends, default=0) >= config.total_nimg,
         collapses=_collapses(history),
+        # The event that begins an attempt carries the number of rollbacks so far.
         rollbacks=max((event.get("num_rollbacks", 0) for event in history.events), default=0),
         value=values[-1][1] if values else None,
         images_per_second=float(np.median([v for _, v in speeds])) if speeds else None,
@@ -140,6 +142,7 @@ def _spread(values: Sequence[float]) -> Spread:
 
 
 def _collapses(history: History) -> tuple[str, ...]:
+    # A dictionary keeps each kind once, in the order of the first alarms.
     reasons = dict.fromkeys(e["kind"] for e in history.events if e["event"] == "alarm")
     diversities = [value for _, value in history.series(_DIVERSITY)]
     if diversities and diversities[-1] < _LOST_DIVERSITY * max(diversities):

@@ -26,7 +26,7 @@ from ganscale.metrics.intervals import Estimate, of_repeats
 from ganscale.models.activations import recorded_convolutions
 
 __all__ = [
-    "Describe",
+    "FeatureFn",
     "LogisticRegression",
     "ProbeResult",
     "fit_logistic",
@@ -35,7 +35,7 @@ __all__ = [
     "scaled_pixels",
 ]
 
-Describe = Callable[[Tensor], Tensor]
+FeatureFn = Callable[[Tensor], Tensor]
 """uint8 images (n, C, H, W) to features (n, F)."""
 StartTask = Callable[[str, int], Callable[[int], object]]
 Labels = NDArray[np.int64]
@@ -49,7 +49,7 @@ _MAX_BYTES = 8 * 2**30
 _DEVIATION_FLOOR = 1e-6
 
 
-def pooled_activations(network: nn.Module, *, num_classes: int = 0) -> Describe:
+def pooled_activations(network: nn.Module, *, num_classes: int = 0) -> FeatureFn:
     """Features of a discriminator in evaluation mode; where it takes labels, they do not matter.
 
     Labels come in after the convolutions, so those of images with any labels are the same. Maps
@@ -57,14 +57,14 @@ def pooled_activations(network: nn.Module, *, num_classes: int = 0) -> Describe:
     """
 
     @torch.no_grad()
-    def describe(images: Tensor) -> Tensor:
+    def features_of(images: Tensor) -> Tensor:
         labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         with recorded_convolutions(network) as outputs:
             network(images.float() / 127.5 - 1, labels if num_classes else None)
         maps = [output for output in outputs if min(output.shape[2:]) >= _GRID]
         return torch.cat([adaptive_max_pool2d(m.float(), _GRID).flatten(1) for m in maps], dim=1)
 
-    return describe
+    return features_of
 
 
 def scaled_pixels(images: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class ProbeResult:
 
 def probe(
     name: str,
-    describe_of: Callable[[int], Describe],
+    features_for_seed: Callable[[int], FeatureFn],
     train: ImageSet,
     test: ImageSet,
     *,
@@ -195,26 +195,28 @@ def probe(
         raise DataError(f"a probe needs at least 10 images, {train.description} are too few")
     num_classes = len(train.classes)
     accuracies, strengths = [], []
-    described: tuple[Describe, Tensor] | None = None
+    test_features: tuple[FeatureFn, Tensor] | None = None
     for seed in seeds:
-        describe, text = describe_of(seed), f"{name}, seed {seed}"
-        if described is None or described[0] is not describe:
+        features_of, text = features_for_seed(seed), f"{name}, seed {seed}"
+        if test_features is None or test_features[0] is not features_of:
             progress = start_task(f"{text}: test images", len(test))
-            described = (describe, _described(test, describe, device, progress))
+            test_features = (features_of, _extract(test, features_of, device, progress))
         chosen = np.random.default_rng(seed).permutation(len(train))[:num_train]
         progress = start_task(f"{text}: training images", len(chosen))
-        features = _described(Subset(train, chosen), describe, device, progress)
+        features = _extract(Subset(train, chosen), features_of, device, progress)
         labels = torch.from_numpy(train_labels[chosen]).to(device)
         progress = start_task(f"{text}: linear models", len(_STRENGTHS) + 1)
         strength, start = _best_strength(features, labels, num_classes, progress)
         model = fit_logistic(features, labels, num_classes, strength=strength, start=start)
         progress(1)
         del features
-        accuracies.append(model.accuracy(described[1], torch.from_numpy(test_labels).to(device)))
+        accuracies.append(
+            model.accuracy(test_features[1], torch.from_numpy(test_labels).to(device))
+        )
         strengths.append(strength)
-    assert described is not None
+    assert test_features is not None
     return ProbeResult(
-        name, described[1].shape[1], of_repeats(accuracies), tuple(accuracies), tuple(strengths)
+        name, test_features[1].shape[1], of_repeats(accuracies), tuple(accuracies), tuple(strengths)
     )
 
 
@@ -238,14 +240,14 @@ def _best_strength(
     return strength, model
 
 
-def _described(
-    images: ImageSet, describe: Describe, device: str, progress: Callable[[int], object]
+def _extract(
+    images: ImageSet, features_of: FeatureFn, device: str, progress: Callable[[int], object]
 ) -> Tensor:
     """Features of all images, float32 (N, F)."""
     rows: Tensor | None = None
     for start in range(0, len(images), _ROWS):
         numbers = np.arange(start, min(start + _ROWS, len(images)))
-        features = describe(images.read(numbers).to(device))
+        features = features_of(images.read(numbers).to(device))
         if rows is None:
             if len(images) * features.shape[1] * 4 > _MAX_BYTES:
                 raise ConfigError(

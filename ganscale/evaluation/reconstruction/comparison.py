@@ -21,14 +21,14 @@ from ganscale.evaluation.distributions.evaluate import Workload, evaluate
 from ganscale.evaluation.distributions.features import FeatureCache
 from ganscale.evaluation.image_sets import GeneratedImages, ImageSet
 from ganscale.evaluation.reconstruction.reconstruct import (
-    By,
+    ReconstructionMethod,
     Reconstructor,
     reconstruct,
     similarity,
 )
 from ganscale.evaluation.run_references import containing_run
 from ganscale.generation.degradations import Degradation
-from ganscale.generation.inversion import Search
+from ganscale.generation.inversion import InversionSettings
 from ganscale.generation.snapshot import snapshot_file
 from ganscale.metrics.extractors import EfficientNetLite0, FeatureExtractor
 from ganscale.metrics.intervals import Estimate, of_repeats
@@ -36,7 +36,16 @@ from ganscale.run_directory import RunDirectory
 from ganscale.tracking.history import History
 from ganscale.world import World
 
-__all__ = ["Cost", "Entry", "Judges", "Restored", "cost_of", "enter", "quality", "restored"]
+__all__ = [
+    "TrainingCost",
+    "ComparedRun",
+    "EvaluationNetworks",
+    "TaskResult",
+    "training_cost",
+    "load_run",
+    "sample_metrics",
+    "reconstruct_with_all",
+]
 
 StartTask = Callable[[str, int | None], Callable[[int], None]]
 
@@ -45,7 +54,7 @@ _MEMORY = ("gpu/peak_memory_gib", "workers/0/memory_gib")
 
 
 @dataclass(frozen=True)
-class Judges:
+class EvaluationNetworks:
     """The networks that images are compared by, and the process group."""
 
     extractor: FeatureExtractor
@@ -55,14 +64,14 @@ class Judges:
 
 
 @dataclass(frozen=True)
-class Entry:
+class ComparedRun:
     """One run at the position of a snapshot."""
 
     name: str
     snapshot: Path
     run_dir: RunDirectory
     method: str
-    ways: Mapping[By, Reconstructor]
+    ways: Mapping[ReconstructionMethod, Reconstructor]
     """The ways of reconstruction that the run has: by its encoder, by inversion."""
 
     @property
@@ -76,7 +85,7 @@ class Entry:
         networks = [self._any.generator.model, self._any.encoder]
         return sum(p.numel() for n in networks if n is not None for p in n.parameters())
 
-    def to_json(self, cost: Cost, metrics: Mapping[str, Estimate]) -> dict[str, Any]:
+    def to_json(self, cost: TrainingCost, metrics: Mapping[str, Estimate]) -> dict[str, Any]:
         """Plain values, with the costs and the metrics of its samples."""
         return {
             "name": self.name,
@@ -94,7 +103,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Cost:
+class TrainingCost:
     """Time, speed and memory of the training, from the run's rows of metrics."""
 
     seconds: float
@@ -106,7 +115,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Restored:
+class TaskResult:
     """The reconstructions of one method of one run, or the trivial ones, and their quality."""
 
     name: str
@@ -124,7 +133,7 @@ class Restored:
         }
 
 
-def enter(text: str, search: Search, *, device: str = "cpu") -> Entry:
+def load_run(text: str, search: InversionSettings, *, device: str = "cpu") -> ComparedRun:
     """Load a run's newest snapshot, or a snapshot in a run, which is then named RUN@KIMG.
 
     Raises `ConfigError` if it is no part of a run, `CheckpointError` if it has no snapshot.
@@ -134,15 +143,17 @@ def enter(text: str, search: Search, *, device: str = "cpu") -> Entry:
     if run_dir is None:
         raise ConfigError(f"{text} is not part of a run: expected its folder, or a snapshot in it")
     by_default = Reconstructor.load(snapshot, search=search, device=device)
-    names: tuple[By, ...] = ("encoder", "inversion") if by_default.encoder else ("inversion",)
+    names: tuple[ReconstructionMethod, ...] = (
+        ("encoder", "inversion") if by_default.encoder else ("inversion",)
+    )
     ways = {by: Reconstructor(by_default.generator, by_default.encoder, by, search) for by in names}
     method = load_config(run_dir.config).method.name
     kimg = by_default.generator.info["nimg"] / 1000
     name = run_dir.name if Path(text).expanduser().is_dir() else f"{run_dir.name}@{kimg:g}"
-    return Entry(name, snapshot, run_dir, method, ways)
+    return ComparedRun(name, snapshot, run_dir, method, ways)
 
 
-def cost_of(entry: Entry) -> Cost:
+def training_cost(entry: ComparedRun) -> TrainingCost:
     """The cost of training the run as far as its snapshot."""
     history = History.read(entry.run_dir)
     rows = [row for row in history.rows if row["nimg"] <= entry.nimg]
@@ -154,13 +165,13 @@ def cost_of(entry: Entry) -> Cost:
             before = nimg
     peaks = [max((row[name] for row in rows if name in row), default=None) for name in _MEMORY]
     peak = next((peak for peak in peaks if peak is not None), None)
-    return Cost(seconds, before / seconds if seconds else 0.0, peak)
+    return TrainingCost(seconds, before / seconds if seconds else 0.0, peak)
 
 
-def quality(
-    entry: Entry,
+def sample_metrics(
+    entry: ComparedRun,
     reference: ImageSet,
-    judges: Judges,
+    networks: EvaluationNetworks,
     *,
     metric: MetricName,
     num_images: int,
@@ -168,58 +179,60 @@ def quality(
     start_task: StartTask,
 ) -> Mapping[str, Estimate]:
     """A metric of `num_images` samples, with seeds from 0, against the reference."""
-    samples = GeneratedImages.of_snapshot(entry.snapshot, num_images, device=judges.world.device)
+    samples = GeneratedImages.of_snapshot(entry.snapshot, num_images, device=networks.world.device)
     evaluation = evaluate(
         samples,
         reference,
-        judges.extractor,
-        judges.world,
+        networks.extractor,
+        networks.world,
         metrics=[metric],
         required=True,
         cache=FeatureCache(),
         resume_samples=True,
         planned=planned,
         start_task=start_task,
-        device=judges.world.device,
+        device=networks.world.device,
     )
     assert evaluation is not None
     return evaluation.metrics
 
 
-def restored(
-    entries: Sequence[Entry],
+def reconstruct_with_all(
+    entries: Sequence[ComparedRun],
     images: ImageSet,
     degradation: Degradation,
-    judges: Judges,
+    networks: EvaluationNetworks,
     *,
     seed: int,
     start_task: StartTask,
-) -> tuple[Tensor, list[Restored]]:
+) -> tuple[Tensor, list[TaskResult]]:
     """The original images, uint8 (n, C, H, W), and the reconstructions: first the trivial one,
     then that of each method of each run.
 
     All runs share one process, so that times are comparable.
     """
-    results: list[Restored] = []
+    results: list[TaskResult] = []
     truth = torch.empty(0)
     for entry in entries:
         for by, way in entry.ways.items():
             name = f"{entry.name}, {by}"
             progress = start_task(f"{degradation.name}: {name}", way.num_steps(len(images)))
             began = time.perf_counter()
-            made = reconstruct(way, images, degradation, judges.world, seed=seed, progress=progress)
+            made = reconstruct(
+                way, images, degradation, networks.world, seed=seed, progress=progress
+            )
             seconds = (time.perf_counter() - began) / len(images)
             assert made is not None
             truth = made.truth
             if not results:
-                results.append(_measured("trivial", made.trivial, truth, judges, None))
-            results.append(_measured(name, made.images, truth, judges, seconds))
+                results.append(_measured("trivial", made.trivial, truth, networks, None))
+            results.append(_measured(name, made.images, truth, networks, seconds))
     return truth, results
 
 
 def _measured(
-    name: str, images: Tensor, truth: Tensor, judges: Judges, seconds: float | None
-) -> Restored:
-    each = similarity(images, truth, judges.extractor, judges.network)
+    name: str, images: Tensor, truth: Tensor, networks: EvaluationNetworks, seconds: float | None
+) -> TaskResult:
+    each = similarity(images, truth, networks.extractor, networks.network)
     figures = {metric: of_repeats(values.tolist()) for metric, values in each.items()}
-    return Restored(name, figures, seconds, images)
+    return TaskResult(name, figures, seconds, images)

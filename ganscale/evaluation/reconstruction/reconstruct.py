@@ -21,16 +21,23 @@ from ganscale.evaluation.distributions.nearest import features_of
 from ganscale.evaluation.image_sets import ImageSet, Indices
 from ganscale.evaluation.image_views import with_classes_of
 from ganscale.generation.degradations import Degradation
-from ganscale.generation.inversion import GROUP, Inverted, Search, encoded, invert
+from ganscale.generation.inversion import GROUP, InversionResult, InversionSettings, encoded, invert
 from ganscale.generation.sampler import SampleableGenerator, to_uint8
 from ganscale.generation.snapshot import load_encoder, load_generator
 from ganscale.metrics.extractors import EfficientNetLite0, FeatureExtractor
 from ganscale.metrics.similarity import feature_distance, perceptual_distance, psnr, ssim
 from ganscale.world import World
 
-__all__ = ["By", "Reconstructed", "Reconstructor", "labels_for", "similarity", "reconstruct"]
+__all__ = [
+    "ReconstructionMethod",
+    "Reconstructions",
+    "Reconstructor",
+    "labels_for",
+    "similarity",
+    "reconstruct",
+]
 
-By = Literal["inversion", "encoder"]
+ReconstructionMethod = Literal["inversion", "encoder"]
 
 
 @dataclass(frozen=True)
@@ -40,12 +47,17 @@ class Reconstructor:
     generator: SampleableGenerator
     encoder: nn.Module | None
     """The start of an inversion, or the whole of the reconstruction."""
-    by: By = "inversion"
-    search: Search = Search()
+    by: ReconstructionMethod = "inversion"
+    search: InversionSettings = InversionSettings()
 
     @classmethod
     def load(
-        cls, path: Path, *, by: By | None = None, search: Search, device: str = "cpu"
+        cls,
+        path: Path,
+        *,
+        by: ReconstructionMethod | None = None,
+        search: InversionSettings,
+        device: str = "cpu",
     ) -> Reconstructor:
         """Of a snapshot or a run; by its encoder if it has one and `by` does not say otherwise.
 
@@ -74,7 +86,7 @@ class Reconstructor:
         observed: Tensor,
         labels: Tensor | None,
         progress: Callable[[int], None],
-    ) -> Inverted:
+    ) -> InversionResult:
         """Latents and images of what was observed, (n, ...)."""
         if self.by == "encoder":
             assert self.encoder is not None
@@ -92,7 +104,7 @@ class Reconstructor:
 
 
 @dataclass(frozen=True)
-class Reconstructed:
+class Reconstructions:
     """What came of images, uint8 (n, C, H, W) each, on the CPU."""
 
     truth: Tensor
@@ -113,7 +125,7 @@ def reconstruct(
     *,
     seed: int = 0,
     progress: Callable[[int], None] = lambda steps: None,
-) -> Reconstructed | None:
+) -> Reconstructions | None:
     """Degrade and reconstruct all images; the result on rank 0, None on others.
 
     Every rank calls this inside a process group. Raises `DataError` if the images are not of the
@@ -138,7 +150,7 @@ def reconstruct(
     if not world.is_main:
         return None
     parts = [tensors for _, tensors in sorted(sum(gathered, []), key=lambda part: part[0])]
-    return Reconstructed(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    return Reconstructions(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 def labels_for(generator: SampleableGenerator, images: ImageSet, rows: Indices) -> Tensor | None:
@@ -162,7 +174,7 @@ def _reconstruct_rows(
     seed: int,
     progress: Callable[[int], None],
 ) -> tuple[Tensor, ...]:
-    """The fields of `Reconstructed` for some of the images."""
+    """The fields of `Reconstructions` for some of the images."""
     generator = reconstructor.generator
     device = next(generator.model.parameters()).device
     truth = images.read(rows)
