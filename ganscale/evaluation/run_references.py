@@ -29,6 +29,7 @@ class RunReference:
         Raises `ConfigError` if what follows the @ is not a number.
         """
         path = Path(text).expanduser().absolute()
+        # The last @, since folders of runs may have others in their names.
         run, at, kimg = str(path).rpartition("@")
         if not at or path.exists():
             return cls(path, None)

@@ -104,7 +104,7 @@ def test_damaged_features_are_made_anew(tmp_path: Path) -> None:
         first = cache.extract(images, extractor, WORLD)
         (file,) = cache.folder.iterdir()
         file.write_bytes(file.read_bytes()[:500])
-        with pytest.warns(UserWarning, match="made anew"):
+        with pytest.warns(UserWarning, match="computed again"):
             second = cache.extract(images, extractor, WORLD)
         third = cache.extract(images, extractor, WORLD)
     assert first is not None

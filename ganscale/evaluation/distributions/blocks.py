@@ -1,7 +1,8 @@
-"""Work on all images of a set, shared by all ranks, whose results come together in order.
+"""Work on all images of a set, shared by all ranks, with the results in order on rank 0.
 
-Images are worked through in fixed blocks, whichever rank has them, and rank 0 gets the blocks in
-the order of the images. So results are the same for any number of ranks.
+Images are processed in fixed blocks, whichever rank has them, and rank 0 gets the blocks in the
+order of the images. So results are bit-identical for any number of ranks. The price is a gather
+after each block, in which fast ranks wait for slow ones.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from ganscale.world import World
 __all__ = ["BLOCK", "map_blocks", "numbers_of_block"]
 
 BLOCK = 100
-"""Images that a rank works through before the results are gathered: ten seconds of a CPU's core."""
+"""Images that a rank processes before the results are gathered: ten seconds of a CPU's core with
+Inception. That much is lost when an evaluation is interrupted."""
 
 Action = Callable[[NDArray[np.int64]], Tensor]
 
@@ -40,6 +42,8 @@ def map_blocks(
     num_blocks = -(-len(images) // BLOCK)
     for first in range(first_block, num_blocks, world.world_size):
         mine = numbers_of_block(first + world.rank, len(images))
+        # After the last block some ranks have nothing to do, but still take part in the
+        # collectives.
         block = _agreed(partial(action, mine), images.description)
         for number, part in enumerate(_gathered(block, world)):
             where = numbers_of_block(first + number, len(images))
@@ -61,6 +65,8 @@ def _agreed(action: Callable[[], Tensor], description: str) -> Tensor:
         problem = str(error)
     except (OSError, RuntimeError) as error:
         problem = f"{description}: {type(error).__name__}: {error}"
+    # A rank that raised alone would leave the others waiting in the gather for ever. The flag is
+    # one number, so that messages are exchanged only when something failed.
     failed = torch.tensor(int(bool(problem)))
     dist.all_reduce(failed, dist.ReduceOp.MAX)
     if failed:

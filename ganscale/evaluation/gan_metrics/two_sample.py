@@ -166,8 +166,8 @@ def _checked_number(num_real: int, num_fake: int, wanted: int, seeds: Sequence[i
     number = min(num_real, num_fake, wanted)
     if number < _MIN_IMAGES:
         raise DataError(
-            f"a two-sample test needs at least {_MIN_IMAGES} images of each set, got {num_real} and "
-            f"{num_fake}, of which {wanted} were asked for"
+            f"a two-sample test needs at least {_MIN_IMAGES} images of each set, got {num_real} "
+            f"and {num_fake}, of which {wanted} were asked for"
         )
     return number
 
