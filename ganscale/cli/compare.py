@@ -276,12 +276,12 @@ def _print_costs(
 
 
 def _print_task(task: str, ways: list[TaskResult]) -> None:
-    names = list(ways[0].figures)
+    names = list(ways[0].similarities)
     typer.echo(
         f"{task:34}" + "".join(f"{name.split('_')[0]:>12}" for name in names) + "     s/image"
     )
     for way in ways:
-        values = "".join(f"{way.figures[name].value:12.4g}" for name in names)
+        values = "".join(f"{way.similarities[name].value:12.4g}" for name in names)
         seconds = "-" if way.seconds_per_image is None else f"{way.seconds_per_image:.3g}"
         typer.echo(f"{way.name:34}{values}{seconds:>12}")
 

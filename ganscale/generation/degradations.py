@@ -2,9 +2,9 @@
 
     y = A x + s n,  n ~ N(0, 1)
 
-`TASKS` names the operators. Each also says what a method must beat: a trivial reconstruction, by
-which what is seen is filled up to an image without having learnt anything. What inversion
-differentiates through is the operator itself, so autograd applies its adjoint.
+`TASKS` names the operators. Each also defines what a method must beat: a trivial reconstruction,
+which fills the observation up to an image without having learnt anything. An inversion
+differentiates through the operator itself, so autograd applies its adjoint.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ __all__ = [
 TASKS = ("identity", "inpaint", "superres", "denoise", "deblur", "colourise")
 
 _LUMA = (0.299, 0.587, 0.114)
-"""Of red, green and blue in brightness (ITU-R BT.601)."""
+"""Weights of red, green and blue in brightness (ITU-R BT.601)."""
 _HALF_RANGE = 127.5
 """Steps of a pixel to 1 on the scale of [-1, 1]."""
 _PRIOR = 0.01
-"""Where what is seen leaves open which image it was: else improbable latents, which fit it a little
-better, bring nonsense into the rest. Chosen on training images (benchmarks/RECONSTRUCTION.md)."""
+"""For tasks whose observation leaves the image open: without it improbable latents win, which fit
+the observation a little better and are wrong elsewhere. Chosen on training images; deblur and
+colourise have it unmeasured (benchmarks/RECONSTRUCTION.md)."""
 _NOISE = 25.0
-"""To be taken away, unless another is wished: of 0 to 255."""
+"""The default standard deviation of denoise, on the scale of 0 to 255."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ class Degradation:
     operator: Callable[[Tensor], Tensor]
     """A: images to what is observed of them, (n, ...)."""
     fill: Callable[[Tensor], Tensor]
-    """What is observed to images: what people, and encoders, are shown."""
+    """Fills observations up to images, which encoders take and pictures show."""
     noise: float = 0.0
     """s, on the scale of [-1, 1]."""
     known: Tensor | None = None
@@ -63,7 +64,7 @@ class Degradation:
     trivial: Callable[[Tensor], Tensor] | None = None
     """The trivial reconstruction, where it is not `fill`."""
     prior: float = 0.0
-    """How much an inversion should weigh that a latent is improbable, unless told otherwise."""
+    """The default weight of mean(z^2) in an inversion's loss."""
 
     def baseline(self, observed: Tensor) -> Tensor:
         """The trivial reconstruction, (n, C, H, W)."""
@@ -76,6 +77,8 @@ class Degradation:
             return observed
         shape = observed.shape[1:]
         rows = []
+        # A generator for each image, so that its noise depends neither on the batch nor on the
+        # ranks.
         for number in numbers:
             generator = torch.Generator().manual_seed(seed_for(seed, "observe", number))
             rows.append(torch.randn(shape, generator=generator))
@@ -108,7 +111,7 @@ def inpaint(missing: Tensor, *, noise: float = 0.0) -> Degradation:
     """
     seen = ~missing
     if not missing.any() or not seen.any():
-        raise ConfigError("a mask must leave something, and something to be painted")
+        raise ConfigError("a mask must leave some pixels and remove some")
 
     def operator(images: Tensor) -> Tensor:
         return images[:, :, seen.to(images.device)]
@@ -119,6 +122,7 @@ def inpaint(missing: Tensor, *, noise: float = 0.0) -> Degradation:
         images[:, :, where] = observed
         return images
 
+    # Noisy pixels are not known, so they are reconstructed like the missing ones.
     known = None if noise else seen
     return Degradation("inpaint", operator, fill, noise=noise, known=known, prior=_PRIOR)
 
@@ -130,6 +134,7 @@ def superres(scale: int, *, noise: float = 0.0) -> Degradation:
         return F.avg_pool2d(images, scale)
 
     def fill(observed: Tensor) -> Tensor:
+        # Bicubic weights are partly negative and overshoot at edges.
         return F.interpolate(observed, scale_factor=scale, mode="bicubic").clamp(-1, 1)
 
     return Degradation(f"superres x{scale}", operator, fill, noise=noise, prior=_PRIOR)
@@ -149,6 +154,8 @@ def deblur(sigma: float, *, noise: float = 0.0) -> Degradation:
     """
     if sigma <= 0:
         raise ConfigError("deblurring needs a blur: a standard deviation above 0 pixels")
+    # Beyond 3 sigma lie 0.3 % of a Gaussian's weight; the rest is scaled to 1, so that flat images
+    # stay.
     radius = math.ceil(3 * sigma)
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
     weights = torch.exp(-offsets.square() / (2 * sigma**2))

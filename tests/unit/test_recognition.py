@@ -220,7 +220,7 @@ def test_images_are_chosen_evenly_over_the_classes() -> None:
     assert chosen.labels is not None
     assert np.bincount(chosen.labels).tolist() == [11, 10]
     assert len(set(chosen.indices.tolist())) == 21
-    with pytest.raises(DataError, match="of class 0, not 500"):
+    with pytest.raises(DataError, match="of class 0, 500 are needed"):
         same_of_each_class(images, 1000, seed=3)
 
 

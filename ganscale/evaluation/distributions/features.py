@@ -360,8 +360,8 @@ def _statistics(
 
 def _drawn(num_images: int, num_drawn: int) -> NDArray[np.int64]:
     """Ascending indices drawn without replacement; a smaller draw is part of a larger one."""
-    # A prefix of one permutation: features that are cached for a larger draw serve a smaller one,
-    # and metrics at different numbers of reference images share their images.
+    # A prefix of one permutation, so that the rows that are kept of a whole set contain every
+    # smaller draw from it.
     if num_images <= num_drawn:
         return np.arange(num_images)
     return np.sort(np.random.default_rng(0).permutation(num_images)[:num_drawn])

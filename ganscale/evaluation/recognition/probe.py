@@ -3,8 +3,8 @@
 Radford et al. (2016, arXiv 1511.06434, section 5.1): the activations of all convolutions, each
 max-pooled to a 4x4 grid, are one vector, on which a linear model is trained with labels. Here it is
 multinomial logistic regression on standardised features; the strength of its L2 term is chosen on a
-part of the training images that is held out, then it is trained on all of them. Beside it stand the
-same network with fresh weights, and the pixels: what the training has added to either.
+part of the training images that is held out, then it is trained on all of them. The same network
+without training and the pixels are probed as well, which shows what the training has added.
 """
 
 from __future__ import annotations
@@ -43,16 +43,19 @@ Labels = NDArray[np.int64]
 _GRID = 4
 _ROWS = 64
 _HELD_OUT = 0.2
+# A wide range: with a narrower one the strongest was chosen, so the best lay outside.
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
 _MAX_ITERATIONS = 200
+# L-BFGS passes over all features again and again, so they are kept in memory.
 _MAX_BYTES = 8 * 2**30
+# Of features that are the same for all images, such as those of dead channels, which stay 0.
 _DEVIATION_FLOOR = 1e-6
 
 
 def pooled_activations(network: nn.Module, *, num_classes: int = 0) -> FeatureFn:
-    """Features of a discriminator in evaluation mode; where it takes labels, they do not matter.
+    """Features of a discriminator in evaluation mode, whatever labels it takes.
 
-    Labels come in after the convolutions, so those of images with any labels are the same. Maps
+    Labels enter after the convolutions, so their activations are the same for all labels. Maps
     smaller than 4x4 are left out.
     """
 
@@ -106,7 +109,8 @@ def fit_logistic(
         labels: int64 (N,).
         num_classes: K.
         strength: of the L2 term on standardised features; the bias has none.
-        start: weights to begin with, zero by default. The minimum is one, wherever it begins.
+        start: weights to begin with, zero by default. The problem is strictly convex in the
+            weights, so they decide only how long it takes.
     """
     mean = features.mean(0)
     deviation = features.std(0, correction=0).clamp(min=_DEVIATION_FLOOR)
@@ -118,6 +122,8 @@ def fit_logistic(
         bias.copy_(start.bias)
     weight.requires_grad_()
     bias.requires_grad_()
+    # The problem is convex and has no noise, so L-BFGS with a line search reaches the one minimum;
+    # an accuracy must not depend on a learning rate.
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=_MAX_ITERATIONS,
@@ -184,20 +190,15 @@ def probe(
         DataError: for sets of different shapes, test images of classes that `train` has not, or
             fewer than 10 training images.
     """
-    required_labels(test, "a probe")
-    test = with_classes_of(test, train.classes, train.description)
+    test = _checked_test(train, test, num_train)
     train_labels, test_labels = required_labels(train, "a probe"), required_labels(test, "a probe")
-    if train.shape != test.shape:
-        raise DataError(
-            f"{train.description} have shape {train.shape}, {test.description} {test.shape}"
-        )
-    if min(num_train, len(train)) < 10:
-        raise DataError(f"a probe needs at least 10 images, {train.description} are too few")
     num_classes = len(train.classes)
     accuracies, strengths = [], []
     test_features: tuple[FeatureFn, Tensor] | None = None
     for seed in seeds:
         features_of, text = features_for_seed(seed), f"{name}, seed {seed}"
+        # A trained network has the same features for all seeds, which takes minutes for a test set;
+        # an untrained one has its own for each.
         if test_features is None or test_features[0] is not features_of:
             progress = start_task(f"{text}: test images", len(test))
             test_features = (features_of, _extract(test, features_of, device, progress))
@@ -209,7 +210,7 @@ def probe(
         strength, start = _best_strength(features, labels, num_classes, progress)
         model = fit_logistic(features, labels, num_classes, strength=strength, start=start)
         progress(1)
-        del features
+        del features  # up to 8 GiB, before the next seed's are computed
         accuracies.append(
             model.accuracy(test_features[1], torch.from_numpy(test_labels).to(device))
         )
@@ -218,6 +219,19 @@ def probe(
     return ProbeResult(
         name, test_features[1].shape[1], of_repeats(accuracies), tuple(accuracies), tuple(strengths)
     )
+
+
+def _checked_test(train: ImageSet, test: ImageSet, num_train: int) -> ImageSet:
+    """The test images with the numbering of `train`'s classes. Raises the errors of `probe`."""
+    required_labels(test, "a probe")
+    test = with_classes_of(test, train.classes, train.description)
+    if train.shape != test.shape:
+        raise DataError(
+            f"{train.description} have shape {train.shape}, {test.description} {test.shape}"
+        )
+    if min(num_train, len(train)) < 10:
+        raise DataError(f"a probe needs at least 10 images, {train.description} are too few")
+    return test
 
 
 def _best_strength(
@@ -236,6 +250,7 @@ def _best_strength(
         )
         candidates.append((start.accuracy(features[num_fit:], labels[num_fit:]), strength, start))
         progress(1)
+    # Of equally accurate strengths the largest, which is the simplest model.
     _, strength, model = max(candidates, key=lambda tried: tried[:2])
     return strength, model
 

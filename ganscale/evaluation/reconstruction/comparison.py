@@ -50,12 +50,12 @@ __all__ = [
 StartTask = Callable[[str, int | None], Callable[[int], None]]
 
 _MEMORY = ("gpu/peak_memory_gib", "workers/0/memory_gib")
-"""On a GPU, and of the process where there is none: in order of preference."""
+"""Columns of peak memory in order of preference: of the GPU, else of the process."""
 
 
 @dataclass(frozen=True)
 class EvaluationNetworks:
-    """The networks that images are compared by, and the process group."""
+    """The networks that measure images, and the process group."""
 
     extractor: FeatureExtractor
     network: EfficientNetLite0
@@ -71,8 +71,8 @@ class ComparedRun:
     snapshot: Path
     run_dir: RunDirectory
     method: str
-    ways: Mapping[ReconstructionMethod, Reconstructor]
-    """The ways of reconstruction that the run has: by its encoder, by inversion."""
+    reconstructors: Mapping[ReconstructionMethod, Reconstructor]
+    """By inversion, and by its encoder if the run has one."""
 
     @property
     def nimg(self) -> int:
@@ -99,7 +99,8 @@ class ComparedRun:
 
     @property
     def _any(self) -> Reconstructor:
-        return next(iter(self.ways.values()))
+        # All reconstructors share generator and encoder.
+        return next(iter(self.reconstructors.values()))
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,11 @@ class TrainingCost:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """The reconstructions of one method of one run, or the trivial ones, and their quality."""
+    """The reconstructions of one method of one run, or the trivial ones, and their similarity."""
 
     name: str
-    figures: Mapping[str, Estimate]
+    similarities: Mapping[str, Estimate]
+    """Means over the images, by measure."""
     seconds_per_image: float | None
     images: Tensor
     """uint8 (n, C, H, W)."""
@@ -128,7 +130,7 @@ class TaskResult:
         """Plain values, without the images."""
         return {
             "name": self.name,
-            "figures": {name: asdict(value) for name, value in self.figures.items()},
+            "figures": {name: asdict(value) for name, value in self.similarities.items()},
             "seconds_per_image": self.seconds_per_image,
         }
 
@@ -143,21 +145,26 @@ def load_run(text: str, search: InversionSettings, *, device: str = "cpu") -> Co
     if run_dir is None:
         raise ConfigError(f"{text} is not part of a run: expected its folder, or a snapshot in it")
     by_default = Reconstructor.load(snapshot, search=search, device=device)
+    # Both methods share one generator, which is loaded once.
     names: tuple[ReconstructionMethod, ...] = (
         ("encoder", "inversion") if by_default.encoder else ("inversion",)
     )
-    ways = {by: Reconstructor(by_default.generator, by_default.encoder, by, search) for by in names}
+    reconstructors = {
+        by: Reconstructor(by_default.generator, by_default.encoder, by, search) for by in names
+    }
     method = load_config(run_dir.config).method.name
     kimg = by_default.generator.info["nimg"] / 1000
     name = run_dir.name if Path(text).expanduser().is_dir() else f"{run_dir.name}@{kimg:g}"
-    return ComparedRun(name, snapshot, run_dir, method, ways)
+    return ComparedRun(name, snapshot, run_dir, method, reconstructors)
 
 
-def training_cost(entry: ComparedRun) -> TrainingCost:
+def training_cost(run: ComparedRun) -> TrainingCost:
     """The cost of training the run as far as its snapshot."""
-    history = History.read(entry.run_dir)
-    rows = [row for row in history.rows if row["nimg"] <= entry.nimg]
+    history = History.read(run.run_dir)
+    rows = [row for row in history.rows if row["nimg"] <= run.nimg]
     speeds = [(row["nimg"], row.get("time/images_per_second")) for row in rows]
+    # Images over speed, row by row, and not the difference of clocks: a run that waited for a
+    # machine was not trained meanwhile.
     seconds, before = 0.0, 0
     for nimg, speed in speeds:
         if speed:
@@ -169,7 +176,7 @@ def training_cost(entry: ComparedRun) -> TrainingCost:
 
 
 def sample_metrics(
-    entry: ComparedRun,
+    run: ComparedRun,
     reference: ImageSet,
     networks: EvaluationNetworks,
     *,
@@ -179,7 +186,7 @@ def sample_metrics(
     start_task: StartTask,
 ) -> Mapping[str, Estimate]:
     """A metric of `num_images` samples, with seeds from 0, against the reference."""
-    samples = GeneratedImages.of_snapshot(entry.snapshot, num_images, device=networks.world.device)
+    samples = GeneratedImages.of_snapshot(run.snapshot, num_images, device=networks.world.device)
     evaluation = evaluate(
         samples,
         reference,
@@ -198,7 +205,7 @@ def sample_metrics(
 
 
 def reconstruct_with_all(
-    entries: Sequence[ComparedRun],
+    runs: Sequence[ComparedRun],
     images: ImageSet,
     degradation: Degradation,
     networks: EvaluationNetworks,
@@ -206,24 +213,27 @@ def reconstruct_with_all(
     seed: int,
     start_task: StartTask,
 ) -> tuple[Tensor, list[TaskResult]]:
-    """The original images, uint8 (n, C, H, W), and the reconstructions: first the trivial one,
-    then that of each method of each run.
+    """The original images, uint8 (n, C, H, W), and the results: first of the trivial
+    reconstruction, then of each method of each run.
 
-    All runs share one process, so that times are comparable.
+    One process computes all of them one after another, so that times are comparable.
     """
     results: list[TaskResult] = []
     truth = torch.empty(0)
-    for entry in entries:
-        for by, way in entry.ways.items():
-            name = f"{entry.name}, {by}"
-            progress = start_task(f"{degradation.name}: {name}", way.num_steps(len(images)))
+    for run in runs:
+        for by, reconstructor in run.reconstructors.items():
+            name = f"{run.name}, {by}"
+            progress = start_task(
+                f"{degradation.name}: {name}", reconstructor.num_steps(len(images))
+            )
             began = time.perf_counter()
             made = reconstruct(
-                way, images, degradation, networks.world, seed=seed, progress=progress
+                reconstructor, images, degradation, networks.world, seed=seed, progress=progress
             )
             seconds = (time.perf_counter() - began) / len(images)
             assert made is not None
             truth = made.truth
+            # The trivial reconstruction does not depend on the run.
             if not results:
                 results.append(_measured("trivial", made.trivial, truth, networks, None))
             results.append(_measured(name, made.images, truth, networks, seconds))
@@ -234,5 +244,5 @@ def _measured(
     name: str, images: Tensor, truth: Tensor, networks: EvaluationNetworks, seconds: float | None
 ) -> TaskResult:
     each = similarity(images, truth, networks.extractor, networks.network)
-    figures = {metric: of_repeats(values.tolist()) for metric, values in each.items()}
-    return TaskResult(name, figures, seconds, images)
+    similarities = {metric: of_repeats(values.tolist()) for metric, values in each.items()}
+    return TaskResult(name, similarities, seconds, images)
