@@ -127,8 +127,8 @@ def _of_biggan(model: nn.Module, z_dim: int) -> Tensor:
 
 def _of_stylegan2(model: nn.Module, z_dim: int) -> Tensor:
     """The matrices of all style maps, one below the other, since w enters each of them."""
-    # Their weights are divided by the root of z_dim at run time, which scales the eigenvalues
-    # alone.
+    # Equalised layers divide their weights by the root of their inputs when they run, so the same
+    # is done here to get eigenvalues of the maps as they act.
     maps = [module for name, module in model.named_modules() if name.endswith(".affine")]
     return torch.cat([_weight(m) for m in maps]).div(z_dim**0.5)
 

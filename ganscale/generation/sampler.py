@@ -14,14 +14,14 @@ from ganscale.generation.latents import seeded_labels, seeded_latents
 __all__ = ["FORWARD_ROWS", "SampleableGenerator", "diversity", "to_uint8"]
 
 FORWARD_ROWS = 16
-"""Every forward has this many rows, so that an image does not depend on what is drawn beside it:
-kernels choose their arithmetic by the batch size."""
+"""Every forward has this many rows. Kernels choose their arithmetic by the batch size, so otherwise
+an image would depend on how many are drawn with it."""
 
 
 class SampleableGenerator:
     """A generator in evaluation mode, with its description.
 
-    Its images are of the type of the training set: uint8 pixels, or float32 in the set's units.
+    Its images have the type of the training set: uint8 pixels, or float32 in the set's units.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class SampleableGenerator:
     @torch.no_grad()
     def _rows(self, z: Tensor, labels: Tensor) -> Tensor:
         device = next(self.model.parameters()).device
+        # Padding rows change no other: in evaluation mode nothing looks across the batch.
         padding = FORWARD_ROWS - len(z)
         z = torch.cat([z, torch.zeros(padding, self.z_dim)])
         labels = torch.cat([labels, torch.zeros(padding, dtype=torch.int64)])

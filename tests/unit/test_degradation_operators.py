@@ -163,7 +163,7 @@ def test_a_mask_may_be_a_picture(tmp_path: Path) -> None:
 def test_what_makes_no_sense_is_refused(images: Tensor) -> None:
     with pytest.raises(ConfigError, match="expected half, centre, random or a picture"):
         mask_named("quarter", 8, 8)
-    with pytest.raises(ConfigError, match="something to be painted"):
+    with pytest.raises(ConfigError, match="leave some pixels and remove some"):
         inpaint(torch.zeros(8, 8, dtype=torch.bool))
     with pytest.raises(ConfigError, match="needs noise"):
         denoise(0.0)
