@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,12 +10,12 @@ import typer
 from typer.core import TyperGroup
 
 from ganscale import __version__
-from ganscale.errors import ConfigError, naming_file
+from ganscale.errors import naming_file
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Device", "JsonFile", "Overrides", "app", "stderr_console", "write_json"]
+__all__ = ["app", "stderr_console", "write_json"]
 
 
 class _Commands(TyperGroup):
@@ -41,25 +40,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="section.field=value ...", show_default=False)
-]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")]
-
-
-def _check_device(device: str) -> str:
-    if device != "cpu":
-        from ganscale.world import check_cuda
-
-        if not re.fullmatch(r"cuda(:\d+)?", device):
-            raise ConfigError(f"--device {device}: expected cpu, cuda or cuda:N")
-        check_cuda(f"--device {device}", index=int(device.partition(":")[2] or 0))
-    return device
-
-
-Device = Annotated[str, typer.Option(callback=_check_device, help="cpu, cuda or cuda:N.")]
 
 
 def _show_version(wanted: bool) -> None:

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ganscale.cli.app import Device, JsonFile, Overrides, app, stderr_console, write_json
+from ganscale.cli.app import app, stderr_console, write_json
+from ganscale.cli.options import Device, JsonFile, Overrides
 
 __all__: list[str] = []
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ganscale.cli.app import Device, JsonFile, app, stderr_console, write_json
+from ganscale.cli.app import app, stderr_console, write_json
+from ganscale.cli.options import Device, JsonFile
 from ganscale.config import ExtractorName
 from ganscale.errors import ConfigError, TrainingFault
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ganscale.cli.app import Overrides, app
+from ganscale.cli.app import app
+from ganscale.cli.options import Overrides
 from ganscale.cli.training import PRESETS
 from ganscale.errors import ConfigError
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ganscale.cli.app import Device, app, stderr_console
+from ganscale.cli.app import app, stderr_console
+from ganscale.cli.options import Device
 from ganscale.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

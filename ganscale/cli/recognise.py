@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ganscale.cli.app import Device, JsonFile, app, stderr_console, write_json
+from ganscale.cli.app import app, stderr_console, write_json
+from ganscale.cli.options import Device, JsonFile
 from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ganscale.cli.app import Overrides, app, stderr_console
+from ganscale.cli.app import app, stderr_console
+from ganscale.cli.options import Overrides
 
 if TYPE_CHECKING:
     from ganscale.config import Config
