@@ -1,4 +1,4 @@
-"""The command itself, to which the other modules of this package add their verbs."""
+"""The command itself, to which the other modules of this package add their subcommands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ganscale.errors import naming_file
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["app", "stderr_console", "write_json"]
+__all__ = ["app", "scratch_folder", "stderr_console", "write_json"]
 
 
 class _Commands(TyperGroup):
@@ -56,11 +56,13 @@ def _options(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show it, and exit."),
     ] = False,
 ) -> None:
-    """Options before the verb; `main` reads --debug itself."""
+    """Options before the subcommand."""
+    # `main` reads --debug itself, since it is accepted after the subcommand, too; here it is for
+    # --help.
 
 
 def write_json(path: Path | None, values: Any) -> None:
-    """Write values to the file of a `JsonFile` option, if it was given."""
+    """Write values to the file of a `JsonFile` option, if there is one."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not atomically: people also name /dev/stdout, a link that must not be replaced.
@@ -73,3 +75,10 @@ def stderr_console() -> Console:
     from ganscale.tracking.console import stderr_console as console
 
     return console()
+
+
+def scratch_folder() -> Path:
+    """Where archives are unpacked and data sets are downloaded to: beside the cached features."""
+    from ganscale.evaluation.distributions.features import FeatureCache
+
+    return FeatureCache().folder.parent

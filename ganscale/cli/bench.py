@@ -1,4 +1,4 @@
-"""Verbs that measure speed."""
+"""Commands that measure speed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ganscale.cli.app import app, stderr_console, write_json
-from ganscale.cli.options import Device, JsonFile, Overrides
+from ganscale.cli.options import ConfigSource, Device, JsonFile, Overrides
 
 __all__: list[str] = []
 
@@ -24,7 +24,7 @@ def bench_data(
     device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
-    """Images per second of each way to read a set, beside webdataset and torchvision."""
+    """Measure images per second of each way to read a set, and of webdataset and torchvision."""
     from dataclasses import asdict
 
     import torch
@@ -56,13 +56,13 @@ def bench_data(
 )
 def bench_train(
     overrides: Overrides = None,
-    config: Annotated[str, typer.Option(help="A preset or a .yaml file.")] = "quickstart",
+    config: ConfigSource = "quickstart",
     seconds: Annotated[
         float, typer.Option(min=1, help="How long to train; thirty steps at least.")
     ] = 30.0,
     json_file: JsonFile = None,
 ) -> None:
-    """Images per second of a configuration's training on one device, and where its time goes."""
+    """Measure a configuration's training on one device: images per second, and time by part."""
     from dataclasses import asdict
 
     from ganscale.config import load_config

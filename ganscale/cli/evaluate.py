@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from ganscale.cli.app import app, stderr_console, write_json
+from ganscale.cli.app import app, scratch_folder, stderr_console, write_json
 from ganscale.cli.options import AutoDevice, JsonFile, Split, parse_names
 from ganscale.config import RENAMED_METRICS, ExtractorName
 from ganscale.errors import ConfigError
@@ -126,7 +126,9 @@ def evaluate(
         # Ranks other than 0 have done their share.
         if evaluation is None:
             return
-        real_test = None if test is None else open_images(test, split="test", scratch=_scratch())
+        real_test = (
+            None if test is None else open_images(test, split="test", scratch=scratch_folder())
+        )
         evaluation = with_classifier_metrics(
             evaluation,
             classifier_metrics,
@@ -143,18 +145,11 @@ def evaluate(
     write_json(json_file, evaluation.to_json())
 
 
-def _scratch() -> Path:
-    """Where archives are unpacked and data sets are downloaded to."""
-    from ganscale.evaluation.distributions.features import FeatureCache
-
-    return FeatureCache().folder.parent
-
-
 def _opened_reference(place: str, split: Split, num_images: int | None) -> ImageSet:
     from ganscale.evaluation.image_sets import open_images
     from ganscale.evaluation.image_views import Subset
 
-    whole = open_images(place, split=split, scratch=_scratch())
+    whole = open_images(place, split=split, scratch=scratch_folder())
     # Not drawn by --seed: evaluations of other seeds are to have the same reference.
     return whole if num_images is None else Subset.random(whole, num_images, seed=0)
 
@@ -166,7 +161,7 @@ def _opened_samples(
     from ganscale.evaluation.image_sets import GeneratedImages, open_images
 
     if images is not None:
-        return open_images(images, split=split, scratch=_scratch())
+        return open_images(images, split=split, scratch=scratch_folder())
     return GeneratedImages.of_snapshot(Path(subject), num, seed=seed, device=device)
 
 

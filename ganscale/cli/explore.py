@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ganscale.cli.app import app, stderr_console
+from ganscale.cli.app import app, scratch_folder, stderr_console
 from ganscale.cli.options import (
     Device,
     Label,
@@ -222,11 +222,10 @@ def _neighbours(
 
 def _reference(place: str, num_reference: int) -> ImageSet:
     """At most `num_reference` images of a place; a notice says if there are more."""
-    from ganscale.evaluation.distributions.features import FeatureCache
     from ganscale.evaluation.image_sets import open_images
     from ganscale.evaluation.image_views import Subset
 
-    whole = open_images(place, scratch=FeatureCache().folder.parent)
+    whole = open_images(place, scratch=scratch_folder())
     reference = Subset.random(whole, num_reference, seed=0)
     if len(reference) < len(whole):
         typer.echo(

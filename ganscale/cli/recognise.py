@@ -1,26 +1,25 @@
-"""Verbs that ask what a GAN is worth to recognition."""
+"""Commands that measure how much a GAN improves a classifier."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ganscale.cli.app import app, stderr_console, write_json
-from ganscale.cli.options import Device, JsonFile
+from ganscale.cli.app import app, scratch_folder, stderr_console, write_json
+from ganscale.cli.options import Device, JsonFile, Split, parse_integers
 from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from ganscale.evaluation.image_sets import ImageSet
+    from ganscale.evaluation.recognition.probe import FeatureFn
     from ganscale.metrics.intervals import Estimate
 
 __all__: list[str] = []
 
-recognise = typer.Typer(
-    help="What a GAN is worth to a classifier: features, labels, images.", no_args_is_help=True
-)
+recognise = typer.Typer(help="Measure how much a GAN improves a classifier.", no_args_is_help=True)
 app.add_typer(recognise, name="recognise")
 
 _Train = Annotated[
@@ -42,7 +41,7 @@ def probe(
     device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
-    """Linear classifier on the discriminator's features, on an untrained one's, and on pixels."""
+    """Train linear classifiers on a discriminator's features, an untrained one's, and pixels."""
     import torch
 
     from ganscale.evaluation.gan_metrics.gan_pairs import load_gan_pairs
@@ -57,7 +56,9 @@ def probe(
     of_train, of_test = _opened(train or default_reference(run), "train"), _opened(test, "test")
     trained = pooled_activations(pair.discriminator.model, num_classes=spec["num_classes"])
 
-    def untrained(seed: int) -> Any:
+    # Another initialisation for each seed, so that its interval covers them; the caller's generator
+    # stays as it is.
+    def untrained(seed: int) -> FeatureFn:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = build_discriminator(spec).to(device).eval()
@@ -100,12 +101,14 @@ def augment(
     train: _Train = None,
     real: Annotated[str, typer.Option(help="Numbers of real images to train on.")] = "500,5000",
     generated: Annotated[int, typer.Option(min=1, help="Images to add.")] = 10_000,
-    passes: Annotated[int, typer.Option(min=1, help="Images passed in each training.")] = 250_000,
+    passes: Annotated[
+        int, typer.Option(min=1, help="Images passed through the network in each training.")
+    ] = 250_000,
     seeds: _Seeds = 3,
     device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
-    """Train a classifier on few real images, and on those and generated ones."""
+    """Train a classifier on few real images, with and without generated ones."""
     from dataclasses import replace
 
     import torch
@@ -116,10 +119,7 @@ def augment(
     from ganscale.evaluation.run_references import default_reference
     from ganscale.tracking.console import counting
 
-    try:
-        numbers = [int(part) for part in real.split(",")]
-    except ValueError:
-        raise ConfigError(f"--real {real}: expected numbers such as 500,5000") from None
+    numbers = parse_integers("--real", real)
     samples = GeneratedImages.of_snapshot(run, generated, device=device)
     if samples.labels is None:
         raise ConfigError(
@@ -167,7 +167,7 @@ def semi_supervised(
     device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
-    """Test the classifiers of semi-supervised runs, with the game and from labels alone.
+    """Test the classifiers of semi-supervised runs, with and without adversarial training.
 
     Runs that differ by their seed only are repeats of each other.
     """
@@ -199,6 +199,7 @@ def _kind_of(run: Path) -> str:
 
     config = load_config(RunDirectory(run).config)
     assert isinstance(config.method, SemiSupervisedMethod)
+    # What describes a kind is what differs between runs that are compared, their seed apart.
     length = f"{config.training.total_kimg:g} kimg"
     if not config.method.adversarial:
         return f"{config.method.labels} labels alone, {length}"
@@ -207,11 +208,10 @@ def _kind_of(run: Path) -> str:
     return f"{config.method.labels} labels and {beside}, {length}"
 
 
-def _opened(place: str, split: Any) -> ImageSet:
-    from ganscale.evaluation.distributions.features import FeatureCache
+def _opened(place: str, split: Split) -> ImageSet:
     from ganscale.evaluation.image_sets import open_images
 
-    return open_images(place, split=split, scratch=FeatureCache().folder.parent)
+    return open_images(place, split=split, scratch=scratch_folder())
 
 
 def _per_cent(estimate: Estimate) -> str:

@@ -1,4 +1,4 @@
-"""Verbs for shard sets."""
+"""Commands for shard sets."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ganscale.cli.app import app, stderr_console
+from ganscale.cli.options import Layout, Split
 from ganscale.errors import DataError
 
 if TYPE_CHECKING:
@@ -19,15 +20,19 @@ __all__: list[str] = []
 
 _ValueRange = Annotated[
     tuple[float, float] | None,
-    typer.Option(help="Arrays of floats: what is -1 and 1 to the networks; default: the extremes."),
+    typer.Option(
+        help="Arrays of floats: the values that networks see as -1 and 1; default: the extremes."
+    ),
 ]
 
+_NumStreams = Annotated[
+    int | None,
+    typer.Option(min=1, help="The most workers that can read it; default: shards, at most 64."),
+]
 _ClassNames = Annotated[
     str | None,
     typer.Option(help="Names of the classes in the order of labels, with commas between them."),
 ]
-# A list here, since reading the module would load numpy for `ganscale --help`.
-_Layout = Literal["auto", "top-folders", "leaf-folders", "flat", "tars"]
 
 shards_app = typer.Typer(help="Build and check shard sets.", no_args_is_help=True)
 app.add_typer(shards_app, name="shards")
@@ -46,23 +51,21 @@ def shards_build(
             "or tars."
         ),
     ] = "auto",
-    split: Annotated[Literal["train", "test"], typer.Option(help="Which part.")] = "train",
+    split: Annotated[Split, typer.Option(help="Which part.")] = "train",
     layout: Annotated[
-        _Layout,
+        Layout,
         typer.Option(
             help="Where classes come from: the first folder of a path, the folder an image lies "
             "in, nowhere (flat), or WebDataset tars; auto: the one that fits, if only one does."
         ),
     ] = "auto",
     num_shards: Annotated[
-        int | None, typer.Option(min=1, help="Tars; default: 8 to 64, by the number of images.")
+        int | None, typer.Option(min=1, help="Number of tars; default: 8 to 64, by the images.")
     ] = None,
-    num_streams: Annotated[
-        int | None, typer.Option(min=1, help="Bound on workers; default: shards, at most 64.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many images.")] = None,
+    num_streams: _NumStreams = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only so many images.")] = None,
     resolution: Annotated[
-        int | None, typer.Option(min=1, help="Resize the shorter side, cut out the centre.")
+        int | None, typer.Option(min=1, help="Resize the shorter side and crop the centre.")
     ] = None,
     img_channels: Annotated[
         Literal["1", "3", "4"] | None, typer.Option(help="Convert to gray, RGB or RGBA.")
@@ -78,6 +81,7 @@ def shards_build(
     from ganscale.data.sources import open_source, resolve_source
     from ganscale.tracking.console import counting
 
+    # Before anything is downloaded: an --out that is taken is refused at once.
     downloads = check_free(out).parent / "downloads"
     spec, notice = resolve_source(source, split, download_dir=downloads, layout=layout)
     console = stderr_console()
@@ -106,14 +110,12 @@ def shards_build(
 @shards_app.command("index", epilog="Example: ganscale shards index data/my-webdataset")
 def shards_index(
     root: Annotated[Path, typer.Argument(help="Folder of WebDataset tars.")],
-    split: Annotated[Literal["train", "test"], typer.Option(help="Which part it is.")] = "train",
-    num_streams: Annotated[
-        int | None, typer.Option(min=1, help="Bound on workers; default: shards, at most 64.")
-    ] = None,
+    split: Annotated[Split, typer.Option(help="Which part it is.")] = "train",
+    num_streams: _NumStreams = None,
     value_range: _ValueRange = None,
     class_names: _ClassNames = None,
 ) -> None:
-    """Index WebDataset tars where they are, so that they can be trained on as they are."""
+    """Index existing WebDataset tars in place, so that they can be trained on unchanged."""
     from ganscale.data.building import index_shards
     from ganscale.tracking.console import counting
 
@@ -144,7 +146,9 @@ def shards_verify(root: Annotated[str, typer.Argument(help="Folder or URL of the
         typer.echo(problem)
     if problems:
         raise DataError(f"{root}: {len(problems)} of {len(shard_set.shards)} shards are damaged")
-    typer.echo(f"{root}: {len(shard_set.shards)} shards, {shard_set.num_samples} samples, all well")
+    typer.echo(
+        f"{root}: {len(shard_set.shards)} shards, {shard_set.num_samples} samples, all verified"
+    )
 
 
 @shards_app.command("info", epilog="Example: ganscale shards info data/cifar10-train")

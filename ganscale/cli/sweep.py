@@ -1,4 +1,4 @@
-"""The verb that compares configurations."""
+"""The command that compares configurations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def sweep(
 ) -> None:
     """Train many configurations on Ray Tune: halving (ASHA), populations, or each to its end.
 
-    The same command goes on with a sweep that was interrupted. docs/sweeps.md describes the file.
+    The same command resumes a sweep that was interrupted. docs/sweeps.md describes the file.
     """
     from ganscale.config.sweep import Sweep
     from ganscale.tracking.wandb_settings import check_environment

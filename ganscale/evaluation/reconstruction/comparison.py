@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ganscale.config import MetricName, load_config
 from ganscale.errors import ConfigError
-from ganscale.evaluation.distributions.evaluate import Workload, evaluate
+from ganscale.evaluation.distributions.evaluate import StartTask, Workload, evaluate
 from ganscale.evaluation.distributions.features import FeatureCache
 from ganscale.evaluation.image_sets import GeneratedImages, ImageSet
 from ganscale.evaluation.reconstruction.reconstruct import (
@@ -46,8 +46,6 @@ __all__ = [
     "sample_metrics",
     "reconstruct_with_all",
 ]
-
-StartTask = Callable[[str, int | None], Callable[[int], None]]
 
 _MEMORY = ("gpu/peak_memory_gib", "workers/0/memory_gib")
 """Columns of peak memory in order of preference: of the GPU, else of the process."""
