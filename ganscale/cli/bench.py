@@ -32,6 +32,7 @@ def bench_data(
     from ganscale.data.benchmark import bench_data
     from ganscale.data.shards import ShardSet
 
+    # Figures are for one core, whatever the machine has.
     torch.set_num_threads(1)
     console = stderr_console()
     rows = bench_data(
@@ -72,6 +73,7 @@ def bench_train(
 
     console = stderr_console()
     settings = prepare_shards(load_config(config, overrides or []), console)
+    # The benchmark trains in this process; how runs scale is not its subject.
     settings = settings.with_changes({"launch.num_workers": 1})
     world = World.detect("cuda" if settings.launch.use_gpu else "cpu")
     with console.status(f"training for {seconds:g} s or thirty steps"):

@@ -131,6 +131,7 @@ def _train(config: Config) -> None:
     console = stderr_console()
     try:
         result = start(config, console)
+    # `summarise_run` counts it as a collapse, and the other seeds are still to be trained.
     except TrainingFault as fault:
         console.print(f"{config.name}: {fault}", highlight=False, soft_wrap=True)
         return
@@ -153,9 +154,11 @@ def _is_finished(config: Config) -> bool:
     file = RunDirectory(config.run_dir).config
     if not file.is_file():
         return False
+    # By its checkpoints and not by its events: what was deleted must be trained again.
     if all(n.nimg < config.total_nimg for n in CheckpointStore(config.checkpoints).lineage()):
         return False
     now = absolutize_paths(config, stderr_console())
+    # A finished run of other settings would silently become one of the seeds.
     if changed := changed_settings(load_config(file), now):
         raise ConfigError(
             f"{config.run_dir} holds a finished run with other settings ({'; '.join(changed)}): "
@@ -320,5 +323,6 @@ def _draw(truth: Tensor, results: list[TaskResult], path: Path) -> None:
 
     from ganscale.generation.pictures import lay_out, write_picture
 
+    # The trivial reconstruction first, the originals last: each row should be between them.
     rows = [*(result.images for result in results), truth]
     write_picture(lay_out(torch.stack(rows)[:, :_COLUMNS], scale=2), path)

@@ -27,6 +27,7 @@ def announce(
     """
     from ganscale.evaluation.distributions.features import images_per_second
 
+    # All ranks measure at once, since processes of one machine slow each other down.
     speed = images_per_second(network, shape) * world.world_size
     if world.is_main:
         typer.echo(_line(workload, speed, world.device), err=True)

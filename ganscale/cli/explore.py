@@ -136,6 +136,7 @@ def mix(
     left, top = parse_integers("--rows", rows), parse_integers("--columns", columns)
     mixed = mixed_images(sampler, left, top, layer)
     edge = sampler.sample_seeds(left)[:, None]
+    # The sheet is a table with the images of the rows' and columns' seeds at its edges.
     corner = torch.full_like(edge[:1], 255)
     head = torch.cat([corner, sampler.sample_seeds(top)[None]], 1)
     sheet = torch.cat([head, torch.cat([edge, mixed], 1)])

@@ -65,6 +65,7 @@ def sample(
         write_array(images, out)
     else:
         for offset, image in enumerate(images):
+            # The name says how to draw the image again.
             name = f"seed-{seed + offset:08d}"
             if generator.values.dtype == "uint8":
                 write_picture(image, out / f"{name}.png")

@@ -142,6 +142,7 @@ def job_stop(
         typer.echo(_line(job))
         for line in jobs.logs(job.id).splitlines():
             if line.startswith("stopped at "):
+                # What follows names a folder on the cluster.
                 typer.echo(line.partition(";")[0])
 
 

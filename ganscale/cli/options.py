@@ -40,6 +40,7 @@ RatingTask = Literal["realness", "preference"]
 
 def _check_device(device: str) -> str:
     if device != "cpu":
+        # Checked here, so that a device that cannot be used is reported before anything is read.
         from ganscale.world import check_cuda
 
         if not re.fullmatch(r"cuda(:\d+)?", device):

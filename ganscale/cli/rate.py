@@ -87,6 +87,8 @@ def _contestants(
     from ganscale.rating.questions import REAL
 
     real = []
+    # Several runs can be compared with one another alone; a single one needs something to be
+    # compared to.
     if reference is not None or task == "realness" or len(runs) == 1:
         images = open_images(reference or default_reference(runs), scratch=scratch)
         real = [open_contestant(REAL, images, num_images=pool, seed=seed)]

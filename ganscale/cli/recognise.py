@@ -121,6 +121,7 @@ def augment(
 
     numbers = parse_integers("--real", real)
     samples = GeneratedImages.of_snapshot(run, generated, device=device)
+    # Before classifiers are trained, with the presets that have classes.
     if samples.labels is None:
         raise ConfigError(
             f"{run} makes images without labels: train with model.num_classes > 0 "
@@ -131,6 +132,7 @@ def augment(
         _opened(test, "test"),
     )
     recipe = replace(SHORT_SCORE, num_passes=passes)
+    # With generated images and without, for each number of real images.
     total = 2 * passes * seeds * len(numbers)
     with counting("training classifiers", total, stderr_console()) as progress:
         results = [

@@ -94,6 +94,7 @@ def reconstruct(
     from ganscale.generation.inversion import InversionSettings
     from ganscale.world import World
 
+    # `evaluate` takes --run and other commands an argument, so both are accepted.
     path = run or run_option
     if path is None or (run and run_option):
         raise ConfigError("which run? ganscale reconstruct RUN --images ... --out ...")
@@ -203,6 +204,7 @@ def _write_pictures(reconstructed: Reconstructions, out: Path) -> None:
 
     for number, image in enumerate(reconstructed.images):
         write_picture(image, out / "images" / f"{number:06d}.png")
+    # What was observed, what was made of it, and the original, one below the other.
     shown = torch.stack([reconstructed.inputs, reconstructed.images, reconstructed.truth])[
         :, :_COLUMNS
     ]

@@ -88,6 +88,7 @@ def shards_build(
     notify = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     if notice:
         notify(notice)
+    # For the progress bar alone: a listing is quick, and `build_shards` opens the source itself.
     total = min(len(open_source(spec)), limit or sys.maxsize)
     with counting(f"building {out}", total, console) as progress:
         shard_set = build_shards(
@@ -97,6 +98,7 @@ def shards_build(
             num_streams=num_streams,
             limit=limit,
             resolution=resolution,
+            # Choices of an option are texts.
             img_channels=None if img_channels is None else int(img_channels),
             background=background,
             value_range=value_range,

@@ -117,6 +117,7 @@ def _print_results(config: Config, result: TrainResult) -> None:
         ("samples", run_dir.sample_grid(0).parent),
         ("snapshots", run_dir.snapshots),
     ):
+        # Names that begin with a dot are files that are still being written.
         newest = max((p for p in folder.glob("[!.]*-*")), default=None)
         typer.echo(f"{name:10} {newest}")
     typer.echo(f"checkpoint {next((store.where(name) for name in store.lineage()), None)}")

@@ -1,10 +1,10 @@
-"""Error rates and preferences from answers, after HYPE-infinity (Zhou et al. 2019, arXiv
-1904.01121).
+"""Error rates and preferences from raters' answers.
 
-An error is a fake called real or a real image called fake; the score is the mean of both error
-rates, and 50 % means that nobody can tell the images apart. Intervals are of 95 %, by bootstrap
-over raters, as published; with one rater over answers, which then says nothing of other people.
-Preferences have Wilson's intervals and a binomial test against 1/2.
+The error rates are those of HYPE-infinity (Zhou et al. 2019, arXiv 1904.01121). An error is a fake
+called real or a real image called fake; the score is the mean of both error rates, and 50 % means
+that nobody can tell the images apart. Intervals are of 95 %, by bootstrap over raters, as
+published; with one rater over answers, which then says nothing of other people. Preferences have
+Wilson's intervals and a binomial test against 1/2.
 """
 
 from __future__ import annotations

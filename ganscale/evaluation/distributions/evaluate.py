@@ -109,6 +109,7 @@ def column_of(metric: str, extractor: FeatureExtractor) -> str:
     if not extractor.suffix:
         return metric
     first, _, rest = metric.partition("_")
+    # FID and KID are names of the distances of Inception's features; others are on other scales.
     stem = {"fid": "fd", "kid": "kd"}.get(first, first)
     return f"{stem}_{rest}{extractor.suffix}" if rest else f"{stem}{extractor.suffix}"
 
@@ -297,6 +298,8 @@ class _Comparison:
 
 
 def _fid(comparison: _Comparison) -> dict[str, Estimate]:
+    # Of rows and not of the samples' moments, since the jackknife regroups them. No more than
+    # 50,000 rows are kept, so with more samples the distance is that of a random 50,000.
     return comparison.named(
         ("fid", frechet_estimate(comparison.samples.rows, comparison.reference.moments))
     )
@@ -308,6 +311,7 @@ def _fid_infinity(comparison: _Comparison) -> dict[str, Estimate]:
 
 
 def _kid(comparison: _Comparison) -> dict[str, Estimate]:
+    # Subsets have a fixed size, so the sets may have different numbers of images.
     return comparison.named(("kid", kernel_distance(*comparison.all_rows())))
 
 
@@ -318,6 +322,8 @@ def _inception_score(comparison: _Comparison) -> dict[str, Estimate]:
 
 
 def _prdc(comparison: _Comparison) -> dict[str, Estimate]:
+    # Precision and recall fall and rise with the ratio of the numbers, so both sets have equally
+    # many.
     shares = prdc(*comparison.rows())
     return comparison.named(
         ("precision", shares.precision),
@@ -328,6 +334,7 @@ def _prdc(comparison: _Comparison) -> dict[str, Estimate]:
 
 
 def _authenticity(comparison: _Comparison) -> dict[str, Estimate]:
+    # All rows of the reference, since a sample may be a copy of any of them.
     return comparison.named(("authenticity", authenticity(*comparison.all_rows())))
 
 

@@ -66,6 +66,8 @@ class PrecomputedStatistics:
         features differ between kinds of machines, and halves the file.
         """
         d = len(moments.mean)
+        # 2048 features have a covariance of 32 MiB in float64; its upper triangle takes 8 MiB in
+        # float32.
         upper = moments.covariance[tuple(torch.triu_indices(d, d))].float()
         header = {
             "name": self.name,

@@ -51,6 +51,7 @@ def with_classifier_metrics(
         ConfigError: no `test`, or images without labels, for `cas`; an unknown name.
         DataError: images are too few or of different shapes.
     """
+    # Before anything is trained, which may take hours.
     unknown = [name for name in names if name not in CLASSIFIER_METRICS]
     if unknown:
         raise ConfigError(
@@ -105,6 +106,8 @@ def _accuracy_score(
     score = classification_accuracy_score(
         samples, reference, test, recipe=recipe, device=device, progress=progress
     )
+    # The accuracy with real images is reported beside both, since by itself neither says what is
+    # lost.
     columns = {
         "cas": score.gan_train.accuracy,
         "gan_test": score.gan_test.accuracy,

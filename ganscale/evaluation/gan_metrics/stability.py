@@ -21,7 +21,6 @@ from ganscale.run_directory import RunDirectory
 from ganscale.tracking.history import History
 
 __all__ = [
-    "_LOST_DIVERSITY",
     "RunSummary",
     "Spread",
     "StabilityReport",
@@ -29,6 +28,7 @@ __all__ = [
     "summarise_run",
 ]
 
+# The guard's fraction, which is repeated here because evaluation does not import training.
 _LOST_DIVERSITY = 0.25
 """Fraction of a run's best diversity; a run that ends below it has collapsed."""
 
@@ -120,6 +120,7 @@ def summarise_run(root: Path, metric: str) -> RunSummary:
         # The event that begins an attempt carries the number of rollbacks so far.
         rollbacks=max((event.get("num_rollbacks", 0) for event in history.events), default=0),
         value=values[-1][1] if values else None,
+        # The median, since the rows after a start or a pause of the machine are slow.
         images_per_second=float(np.median([v for _, v in speeds])) if speeds else None,
     )
 
@@ -131,6 +132,8 @@ def summarise(runs: Sequence[RunSummary], metric: str) -> StabilityReport:
     """
     if not runs:
         raise ConfigError("a stability report needs at least one run")
+    # Wilson's interval says how little five seeds without a collapse prove: up to 43 % may
+    # collapse.
     collapsed = of_successes(sum(bool(run.collapses) for run in runs), len(runs))
     values = [run.value for run in runs if run.value is not None]
     return StabilityReport(metric, tuple(runs), collapsed, _spread(values) if values else None)

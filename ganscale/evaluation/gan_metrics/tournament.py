@@ -69,6 +69,8 @@ def run_tournament(
     """
     _check(pairs, reference)
     num_images = min(num_images, len(reference) // 2)
+    # Whether labels are used holds for all discriminators alike: the logits of some with labels and
+    # of others without would not measure the same.
     use_labels, reference = _with_known_labels(pairs, reference)
     # Equally many of each origin: with other numbers the thresholds and the errors would depend on
     # how many images a run happens to have.
@@ -123,6 +125,7 @@ def _check(pairs: Sequence[GanPair], reference: ImageSet) -> None:
     names = [pair.name for pair in pairs]
     if len(names) < 2:
         raise ConfigError(f"a tournament needs two runs or more, got {len(names)}")
+    # Tables and positions are by name.
     if len(set(names)) < len(names):
         raise ConfigError(f"the same GAN twice: {', '.join(names)}")
     if len(reference) < 2:

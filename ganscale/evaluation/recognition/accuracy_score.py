@@ -194,6 +194,7 @@ def _with_classes_of_train(images: ImageSet, train: ImageSet) -> ImageSet:
 
 
 def _accuracy(hits: NDArray[np.bool_], labels: Labels, num_classes: int) -> ClassAccuracy:
+    # A class that is missed may be hidden in the mean of ten.
     parts = [hits[labels == number] for number in range(num_classes)]
     return ClassAccuracy(
         of_successes(int(hits.sum()), len(hits)),

@@ -103,6 +103,8 @@ def augment_with_samples(
         # Balanced: with 500 images of ten classes a random draw may leave some class with half as
         # many as another, which would add noise to the gain.
         real = same_of_each_class(train, num_real, seed=seed)
+        # Both trainings have equally many passes: generated images take the place of repetitions of
+        # the few real ones, and a gain does not come from longer training.
         for name, images in (("real", real), ("both", Concatenated(real, samples))):
             network = train_classifier(
                 images,

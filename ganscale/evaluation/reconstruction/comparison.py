@@ -159,6 +159,7 @@ def load_run(text: str, search: InversionSettings, *, device: str = "cpu") -> Co
 def training_cost(run: ComparedRun) -> TrainingCost:
     """The cost of training the run as far as its snapshot."""
     history = History.read(run.run_dir)
+    # The run may have been trained on since the snapshot.
     rows = [row for row in history.rows if row["nimg"] <= run.nimg]
     speeds = [(row["nimg"], row.get("time/images_per_second")) for row in rows]
     # Images over speed, row by row, and not the difference of clocks: a run that waited for a
@@ -224,6 +225,7 @@ def reconstruct_with_all(
             progress = start_task(
                 f"{degradation.name}: {name}", reconstructor.num_steps(len(images))
             )
+            # An inversion's time includes the forwards of its pool, which are shared by all images.
             began = time.perf_counter()
             made = reconstruct(
                 reconstructor, images, degradation, networks.world, seed=seed, progress=progress
@@ -241,6 +243,7 @@ def reconstruct_with_all(
 def _measured(
     name: str, images: Tensor, truth: Tensor, networks: EvaluationNetworks, seconds: float | None
 ) -> TaskResult:
+    # Intervals are over images: the degradation and the seed are given.
     each = similarity(images, truth, networks.extractor, networks.network)
     similarities = {metric: of_repeats(values.tolist()) for metric, values in each.items()}
     return TaskResult(name, similarities, seconds, images)

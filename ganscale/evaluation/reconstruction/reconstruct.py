@@ -73,6 +73,7 @@ class Reconstructor:
                 f"{path} has no encoder: reconstruct by inversion, or train one for it "
                 f"(ganscale train --config encoder-cifar10 method.generator={path})"
             )
+        # An encoder takes one forward for an image, an inversion hundreds.
         return cls(generator, encoder, by or ("encoder" if encoder else "inversion"), search)
 
     def num_steps(self, num_images: int) -> int:
@@ -139,6 +140,8 @@ def reconstruct(
         for group in range(world.rank, -(-len(images) // GROUP), world.world_size):
             rows = np.arange(group * GROUP, min((group + 1) * GROUP, len(images)))
             tensors = _reconstruct_rows(reconstructor, images, rows, degradation, seed, progress)
+            # Results leave the GPU group by group, so its memory does not limit the number of
+            # images.
             mine.append((group, [tensor.cpu() for tensor in tensors]))
     except DataError as error:
         problem = str(error)
@@ -182,6 +185,7 @@ def _reconstruct_rows(
     device = next(generator.model.parameters()).device
     truth = images.read(rows)
     scaled = truth.to(device).float() / 127.5 - 1
+    # The noise of an image depends on its number in the set and not on its group or rank.
     observed = degradation.observe(scaled, rows.tolist(), seed=seed)
     labels = labels_for(generator, images, rows)
     labels = None if labels is None else labels.to(device)
