@@ -203,7 +203,7 @@ def compare(
     from ganscale.evaluation.image_views import Subset
     from ganscale.evaluation.reconstruction import comparison
     from ganscale.evaluation.run_references import default_reference
-    from ganscale.generation.degradations import degradation_named
+    from ganscale.generation.degradations import build_degradation
     from ganscale.generation.inversion import InversionSettings
     from ganscale.tracking.console import progress_bars
     from ganscale.world import World, process_group
@@ -221,7 +221,7 @@ def compare(
     originals = Subset.random(originals, num, seed=seed)
     if not (names := parse_names(tasks)):
         raise ConfigError(f"--tasks {tasks}: expected at least one")
-    degradations = [degradation_named(task, originals.shape, seed=seed) for task in names]
+    degradations = [build_degradation(task, originals.shape, seed=seed) for task in names]
     networks = _networks(extractor, world)
     with process_group(world), progress_bars(stderr_console()) as start_task:
         # Reconstructions before features of samples, which take far longer.

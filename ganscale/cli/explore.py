@@ -94,14 +94,14 @@ def directions(
     """Move images along the directions that change them most, found from the weights (SeFa)."""
     import torch
 
-    from ganscale.generation.directions import directions_of, edited
+    from ganscale.generation.directions import edit_images, find_directions
     from ganscale.generation.pictures import lay_out, write_picture
 
     sampler = _latent_sampler(path, truncation_psi, device)
-    directions = directions_of(sampler, num)
+    directions = find_directions(sampler, num)
     offsets = torch.linspace(-extent, extent, steps)
     strips = [
-        edited(sampler, seed, directions.vectors, offsets, label=label)
+        edit_images(sampler, seed, directions.vectors, offsets, label=label)
         for seed in parse_integers("--seeds", seeds)
     ]
     # The seeds of one direction lie one below the other, so that its effect can be compared.

@@ -149,7 +149,7 @@ def job_stop(
 def _follow(jobs: Jobs, job: Job) -> None:
     """Print the job's output until its end, and exit with its code."""
     try:
-        ended = jobs.follow(job.id, _written)
+        ended = jobs.follow(job.id, _write_and_flush)
     except KeyboardInterrupt:
         # Ctrl-C ends only this process: the job runs on the cluster.
         name = job.run or job.id
@@ -164,7 +164,7 @@ def _follow(jobs: Jobs, job: Job) -> None:
     raise typer.Exit(ended.exit_code)
 
 
-def _written(text: str) -> None:
+def _write_and_flush(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
 

@@ -175,7 +175,7 @@ def semi_supervised(
     """
     from ganscale.evaluation.recognition.semi_supervised import classifier_of_run, snapshot_accuracy
     from ganscale.generation.snapshot import snapshot_classes
-    from ganscale.metrics.intervals import of_repeats
+    from ganscale.metrics.intervals import t_interval
     from ganscale.tracking.console import counting
 
     of_test = _opened(test, "test")
@@ -189,7 +189,7 @@ def semi_supervised(
             progress(1)
     typer.echo(f"test   {of_test.description}\n")
     typer.echo(f"{'runs':52} {'seeds':>5}  accuracy")
-    rows = {kind: of_repeats(list(accuracies.values())) for kind, accuracies in by_kind.items()}
+    rows = {kind: t_interval(list(accuracies.values())) for kind, accuracies in by_kind.items()}
     for kind, estimate in rows.items():
         typer.echo(f"{kind:52} {len(by_kind[kind]):5d}  {_per_cent(estimate)}")
     write_json(json_file, {"runs": by_kind, "accuracy": {k: vars(e) for k, e in rows.items()}})

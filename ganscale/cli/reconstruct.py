@@ -90,7 +90,7 @@ def reconstruct(
     from ganscale.evaluation.image_sets import open_images
     from ganscale.evaluation.image_views import Subset
     from ganscale.evaluation.reconstruction.reconstruct import Reconstructor
-    from ganscale.generation.degradations import degradation_named
+    from ganscale.generation.degradations import build_degradation
     from ganscale.generation.inversion import InversionSettings
     from ganscale.world import World
 
@@ -111,7 +111,7 @@ def reconstruct(
     subject: ImageSet = open_images(images, split=split, scratch=scratch_folder())
     if num is not None:
         subject = Subset.random(subject, num, seed=seed)
-    degradation = degradation_named(
+    degradation = build_degradation(
         task, subject.shape, mask=mask, scale=scale, blur=blur, noise=noise, seed=seed
     )
     compared = _restore_and_compare(
@@ -214,11 +214,11 @@ def _write_pictures(reconstructed: Reconstructions, out: Path) -> None:
 def _write_metrics(compared: _Compared, protocol: dict[str, Any], out: Path) -> None:
     from dataclasses import asdict
 
-    from ganscale.metrics.intervals import of_repeats
+    from ganscale.metrics.intervals import t_interval
 
     values = {
         kind: {
-            name: {**asdict(of_repeats(each.tolist())), "of_each": each.tolist()}
+            name: {**asdict(t_interval(each.tolist())), "of_each": each.tolist()}
             for name, each in of.items()
         }
         for kind, of in compared.metrics.items()
@@ -227,11 +227,11 @@ def _write_metrics(compared: _Compared, protocol: dict[str, Any], out: Path) -> 
 
 
 def _print(metrics: dict[str, dict[str, Tensor]], protocol: dict[str, Any]) -> None:
-    from ganscale.metrics.intervals import of_repeats
+    from ganscale.metrics.intervals import t_interval
 
     for name in ("task", "images", "from", "by"):
         typer.echo(f"{name:8} {protocol[name]}")
     typer.echo(f"\n{'':32} {'trivial':>24}   reconstruction")
     for name, value in metrics["reconstruction"].items():
-        before, after = of_repeats(metrics["trivial"][name].tolist()), of_repeats(value.tolist())
+        before, after = t_interval(metrics["trivial"][name].tolist()), t_interval(value.tolist())
         typer.echo(f"{name:32} {before!s:>24}   {after}")

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["LossOf", "Minimum", "adam", "lbfgs"]
+__all__ = ["LossFn", "Minimum", "adam", "lbfgs"]
 
-LossOf = Callable[[Tensor], Tensor]
+LossFn = Callable[[Tensor], Tensor]
 """Points (N, d) to losses (N,), each row of its own."""
 
 _HISTORY = 10
@@ -50,7 +50,7 @@ class _Pair(NamedTuple):
 
 
 def adam(
-    loss_of: LossOf,
+    loss_fn: LossFn,
     start: Tensor,
     *,
     steps: int,
@@ -65,16 +65,16 @@ def adam(
     best = Minimum(start.clone(), torch.full_like(start[:, 0], torch.inf))
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
-        losses, points.grad = _valued(loss_of, points)
-        best = _better(best, points, losses)
+        losses, points.grad = _losses_and_gradients(loss_fn, points)
+        best = _update_best(best, points, losses)
         optimizer.step()
         progress(1)
     with torch.no_grad():
-        return _better(best, points, loss_of(points))
+        return _update_best(best, points, loss_fn(points))
 
 
 def lbfgs(
-    loss_of: LossOf,
+    loss_fn: LossFn,
     start: Tensor,
     *,
     steps: int,
@@ -86,21 +86,23 @@ def lbfgs(
     when that does not help either.
     """
     points = start.clone()
-    losses, slopes = _valued(loss_of, points)
+    losses, gradients = _losses_and_gradients(loss_fn, points)
     pairs: deque[_Pair] = deque(maxlen=_HISTORY)
     fresh = torch.ones_like(losses, dtype=torch.bool)  # rows without a usable history
     done = torch.zeros_like(fresh)
     for step in range(steps):
-        direction = -_inverse_hessian_times(slopes, pairs)
-        falls = (direction * slopes).sum(1, keepdim=True) < 0
+        direction = -_inverse_hessian_times(gradients, pairs)
+        falls = (direction * gradients).sum(1, keepdim=True) < 0
         # Rounding or a stale history can make the direction point uphill; the steepest descent does
         # not.
-        direction = torch.where(falls, direction, -slopes)
+        direction = torch.where(falls, direction, -gradients)
         # Without a history nothing is known of the loss's scale, so the first step has length 1 at
         # most: latents are of size 1.
-        scale = 1 / slopes.norm(dim=1).clamp(min=1)
+        scale = 1 / gradients.norm(dim=1).clamp(min=1)
         direction = direction * torch.where(fresh, scale, torch.ones_like(scale))[:, None]
-        points, losses, slopes, pair = _searched(loss_of, points, losses, slopes, direction, ~done)
+        points, losses, gradients, pair = _line_search(
+            loss_fn, points, losses, gradients, direction, ~done
+        )
         # A stuck row drops its history and tries the steepest descent in the next step; if it was
         # already fresh, it is at a minimum as far as fp32 can tell.
         stuck = ~pair.step.any(1)
@@ -116,11 +118,11 @@ def lbfgs(
     return Minimum(points, losses)
 
 
-def _searched(
-    loss_of: LossOf,
+def _line_search(
+    loss_fn: LossFn,
     points: Tensor,
     losses: Tensor,
-    slopes: Tensor,
+    gradients: Tensor,
     direction: Tensor,
     open_rows: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, _Pair]:
@@ -128,41 +130,41 @@ def _searched(
 
     A row for which no length decreases the loss enough, or that is not open, stays where it is.
     """
-    promised = (direction * slopes).sum(1)
+    promised = (direction * gradients).sum(1)
     length = torch.ones_like(losses)
-    new_points, new_losses, new_slopes = points, losses, slopes
+    new_points, new_losses, new_gradients = points, losses, gradients
     open_rows = open_rows.clone()
     for _ in range(_MAX_HALVINGS):
         tried = points + length[:, None] * direction
-        tried_losses, tried_slopes = _valued(loss_of, tried)
+        tried_losses, tried_gradients = _losses_and_gradients(loss_fn, tried)
         enough = tried_losses <= losses + _SUFFICIENT * length * promised
         # Strictly less, since at rounding's limit the promised decrease is nothing and the loss the
         # same.
         taken = open_rows & enough & (tried_losses < losses)
         new_points = torch.where(taken[:, None], tried, new_points)
         new_losses = torch.where(taken, tried_losses, new_losses)
-        new_slopes = torch.where(taken[:, None], tried_slopes, new_slopes)
+        new_gradients = torch.where(taken[:, None], tried_gradients, new_gradients)
         open_rows &= ~taken
         if not open_rows.any():
             break
         length = torch.where(open_rows, length / 2, length)
-    step, change = new_points - points, new_slopes - slopes
+    step, change = new_points - points, new_gradients - gradients
     curvature = (step * change).sum(1, keepdim=True)
     upward = curvature > 1e-10 * change.square().sum(1, keepdim=True)
     # Where nothing moved, curvature is 0 and rho, too; `where` discards the infinite quotient.
     rho = torch.where(upward, 1 / curvature, torch.zeros_like(curvature))
-    return new_points, new_losses, new_slopes, _Pair(step, change, rho)
+    return new_points, new_losses, new_gradients, _Pair(step, change, rho)
 
 
-def _inverse_hessian_times(slopes: Tensor, pairs: deque[_Pair]) -> Tensor:
+def _inverse_hessian_times(gradients: Tensor, pairs: deque[_Pair]) -> Tensor:
     """The two-loop recursion (Nocedal and Wright 2006, algorithm 7.4), row by row."""
-    q = slopes
+    q = gradients
     alphas = []
     for pair in reversed(pairs):
         alpha = pair.rho * (pair.step * q).sum(1, keepdim=True)
         q = q - alpha * pair.change
         alphas.append(alpha)
-    scale = torch.ones_like(slopes[:, :1])
+    scale = torch.ones_like(gradients[:, :1])
     # The initial matrix is scaled by the row's newest usable pair (Nocedal and Wright, equation
     # 7.20).
     for pair in pairs:
@@ -175,17 +177,17 @@ def _inverse_hessian_times(slopes: Tensor, pairs: deque[_Pair]) -> Tensor:
     return r
 
 
-def _valued(loss_of: LossOf, points: Tensor) -> tuple[Tensor, Tensor]:
+def _losses_and_gradients(loss_fn: LossFn, points: Tensor) -> tuple[Tensor, Tensor]:
     """Losses (N,) and gradients (N, d), both detached."""
     with torch.enable_grad():
         inputs = points.detach().requires_grad_(True)
-        losses = loss_of(inputs)
+        losses = loss_fn(inputs)
         # The gradient of a sum has each row's own, since no loss depends on another row.
-        (slopes,) = torch.autograd.grad(losses.sum(), inputs)
-    return losses.detach(), slopes
+        (gradients,) = torch.autograd.grad(losses.sum(), inputs)
+    return losses.detach(), gradients
 
 
-def _better(best: Minimum, points: Tensor, losses: Tensor) -> Minimum:
+def _update_best(best: Minimum, points: Tensor, losses: Tensor) -> Minimum:
     improved = losses < best.losses
     return Minimum(
         torch.where(improved[:, None], points.detach(), best.points),

@@ -25,11 +25,11 @@ __all__ = [
     "Degradation",
     "colourise",
     "deblur",
-    "degradation_named",
+    "build_degradation",
     "denoise",
     "identity",
     "inpaint",
-    "mask_named",
+    "build_mask",
     "superres",
 ]
 
@@ -194,7 +194,7 @@ def colourise(*, noise: float = 0.0) -> Degradation:
     return Degradation("colourise", operator, fill, noise=noise, prior=_PRIOR)
 
 
-def degradation_named(
+def build_degradation(
     task: str,
     shape: tuple[int, int, int],
     *,
@@ -209,7 +209,7 @@ def degradation_named(
     Args:
         task: one of `TASKS`.
         shape: of the images.
-        mask: for inpaint, see `mask_named`.
+        mask: for inpaint, see `build_mask`.
         scale: for superres: pixels a side of a block.
         blur: for deblur: the standard deviation in pixels.
         noise: standard deviation on the scale of 0 to 255; None is 25 for denoise, else 0.
@@ -224,7 +224,7 @@ def degradation_named(
             raise ConfigError("identity takes no noise: the task with noise alone is denoise")
         return identity()
     if task == "inpaint":
-        return inpaint(mask_named(mask, height, width, seed=seed), noise=size)
+        return inpaint(build_mask(mask, height, width, seed=seed), noise=size)
     if task == "superres":
         if height % scale or width % scale:
             raise ConfigError(f"blocks of {scale} pixels do not divide images of {width}x{height}")
@@ -238,7 +238,7 @@ def degradation_named(
     raise ConfigError(f"task {task!r}: expected one of {', '.join(TASKS)}")
 
 
-def mask_named(name: str, height: int, width: int, *, seed: int = 0) -> Tensor:
+def build_mask(name: str, height: int, width: int, *, seed: int = 0) -> Tensor:
     """What is missing, bool (height, width).
 
     Args:
@@ -256,10 +256,10 @@ def mask_named(name: str, height: int, width: int, *, seed: int = 0) -> Tensor:
     if name == "random":
         generator = torch.Generator().manual_seed(seed_for(seed, "mask"))
         return torch.rand(height, width, generator=generator) < 0.75
-    return _mask_in(name, height, width)
+    return _read_mask(name, height, width)
 
 
-def _mask_in(path: str, height: int, width: int) -> Tensor:
+def _read_mask(path: str, height: int, width: int) -> Tensor:
     from torchvision.io import ImageReadMode, decode_image
 
     try:

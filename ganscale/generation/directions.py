@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ganscale.errors import ConfigError
 from ganscale.generation.latent_sampler import LatentSampler
 
-__all__ = ["Directions", "closed_form_directions", "directions_of", "edited", "first_weight"]
+__all__ = ["Directions", "closed_form_directions", "find_directions", "edit_images", "first_weight"]
 
 # Latents by which the spread of w along a direction is measured.
 _SPREAD_SEEDS = 256
@@ -61,14 +61,14 @@ def first_weight(model: nn.Module, name: str, z_dim: int) -> Tensor:
     return _WEIGHTS[name](model, z_dim).detach().cpu()
 
 
-def directions_of(sampler: LatentSampler, num: int) -> Directions:
+def find_directions(sampler: LatentSampler, num: int) -> Directions:
     """The first `num` directions of a generator."""
     generator = sampler.generator
     name = generator.info["model"]["name"]
     return closed_form_directions(first_weight(generator.model, name, generator.z_dim), num)
 
 
-def edited(
+def edit_images(
     sampler: LatentSampler,
     seed: int,
     vectors: Tensor,

@@ -36,7 +36,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     # acos of the dot product loses half the digits near 0 and pi; this form does not.
     difference, total = (from_ - to).norm(dim=-1), (from_ + to).norm(dim=-1)
     angle = 2 * torch.atan2(difference, total)[..., None]
-    direction = torch.cos(t * angle) * from_ + torch.sin(t * angle) * _across(from_, to)
+    direction = torch.cos(t * angle) * from_ + torch.sin(t * angle) * _perpendicular(from_, to)
     along = ((1 - t) * length_a + t * length_b) * direction
     # A vector of length 0 has no direction to turn from.
     straight = (length_a == 0) | (length_b == 0)
@@ -102,11 +102,11 @@ def class_frames(
     return grid
 
 
-def _across(a: Tensor, b: Tensor) -> Tensor:
+def _perpendicular(a: Tensor, b: Tensor) -> Tensor:
     """Unit vectors perpendicular to unit vectors a, in the plane of a and b if these span one."""
-    across = b - (a * b).sum(-1, keepdim=True) * a
+    perpendicular = b - (a * b).sum(-1, keepdim=True) * a
     axis = F.one_hot(a.abs().argmin(-1), a.shape[-1]).to(a)
     other = axis - (a * axis).sum(-1, keepdim=True) * a
     # Up to rounding a and b span no plane: any perpendicular vector will do, but always the same.
-    is_none = across.norm(dim=-1, keepdim=True) < 8 * torch.finfo(a.dtype).eps
-    return F.normalize(torch.where(is_none, other, across), dim=-1)
+    is_none = perpendicular.norm(dim=-1, keepdim=True) < 8 * torch.finfo(a.dtype).eps
+    return F.normalize(torch.where(is_none, other, perpendicular), dim=-1)

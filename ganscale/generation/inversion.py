@@ -29,7 +29,7 @@ from ganscale.generation.degradations import Degradation
 from ganscale.generation.latents import seed_for
 from ganscale.generation.sampler import SampleableGenerator
 
-__all__ = ["GROUP", "InversionResult", "InversionSettings", "encoded", "invert"]
+__all__ = ["GROUP", "InversionResult", "InversionSettings", "encode", "invert"]
 
 GROUP = 16
 """Images that are inverted at once; a smaller group is filled up by its last image."""
@@ -99,7 +99,7 @@ def invert(
         degradation: what was done to the images.
         observed: (n, ...), what `degradation.observe` gave.
         search: the settings.
-        encoder: takes images in [-1, 1] to (mean, log-variance); the first start is its mean.
+        encoder: takes images in [-1, 1] to (mean, log-variance); one start is its mean.
         labels: int64 (n,) where they are known. Otherwise each start keeps its own from the pool,
             and the best start decides.
         progress: called with the number of steps done, in all `search.num_steps(n)`.
@@ -113,22 +113,24 @@ def invert(
         inverted = _invert_group(
             generator,
             degradation,
-            _filled(part),
+            _padded(part),
             search,
             starts=pool,
             encoder=encoder,
-            labels=None if known is None else _filled(known),
+            labels=None if known is None else _padded(known),
             progress=progress,
         )
         count = len(part)
         if search.tuning_steps:
-            inverted = _tuned(generator.model, degradation, part, inverted, search, progress)
+            inverted = _tune_generator(
+                generator.model, degradation, part, inverted, search, progress
+            )
         parts.append([field[:count] for field in vars(inverted).values()])
     return InversionResult(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 
 @torch.no_grad()
-def encoded(
+def encode(
     generator: SampleableGenerator,
     encoder: nn.Module,
     degradation: Degradation,
@@ -140,15 +142,15 @@ def encoded(
     parts = []
     for start in range(0, len(observed), GROUP):
         part = observed[start : start + GROUP]
-        filled = _filled(part)
+        padded = _padded(part)
         # A generator without classes ignores these; one with classes needs some label, and class 0
         # is as wrong as any.
         known = torch.zeros(GROUP, dtype=torch.int64, device=part.device)
         if labels is not None:
-            known = _filled(labels[start : start + GROUP])
-        z, _ = encoder(degradation.fill(filled))
+            known = _padded(labels[start : start + GROUP])
+        z, _ = encoder(degradation.fill(padded))
         images = generator.model(z, known).float()
-        fields = (z, known, images, degradation.misfit(images, filled))
+        fields = (z, known, images, degradation.misfit(images, padded))
         parts.append([field[: len(part)] for field in fields])
     return InversionResult(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
@@ -213,15 +215,15 @@ def _invert_group(
     wanted = observed.repeat_interleave(restarts, 0)
     chosen = chosen.reshape(-1)
 
-    def loss_of(points: Tensor) -> Tensor:
+    def loss_fn(points: Tensor) -> Tensor:
         misfits = degradation.misfit(generator.model(points, chosen).float(), wanted)
         return misfits + search.prior_for(degradation) * points.square().mean(1)
 
     start = z.reshape(n * restarts, -1)
     if search.optimizer == "adam":
-        minimum = adam(loss_of, start, steps=search.steps, lr=search.lr, progress=progress)
+        minimum = adam(loss_fn, start, steps=search.steps, lr=search.lr, progress=progress)
     else:
-        minimum = lbfgs(loss_of, start, steps=search.steps, progress=progress)
+        minimum = lbfgs(loss_fn, start, steps=search.steps, progress=progress)
     best = minimum.losses.view(n, restarts).argmin(1) + restarts * torch.arange(n, device=z.device)
     latents, classes = minimum.points[best], chosen[best]
     with torch.no_grad():
@@ -229,7 +231,7 @@ def _invert_group(
         return InversionResult(latents, classes, images, degradation.misfit(images, observed))
 
 
-def _tuned(
+def _tune_generator(
     model: nn.Module,
     degradation: Degradation,
     observed: Tensor,
@@ -258,6 +260,6 @@ def _tuned(
     return InversionResult(inverted.latents, inverted.labels, images, misfits)
 
 
-def _filled(rows: Tensor) -> Tensor:
+def _padded(rows: Tensor) -> Tensor:
     """A whole group: the last row repeated."""
     return torch.cat([rows, rows[-1:].expand(GROUP - len(rows), *rows.shape[1:])])

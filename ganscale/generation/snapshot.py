@@ -68,8 +68,8 @@ def save_snapshot(
     """
     info: dict[str, Any] = {"model": spec, "nimg": nimg, "version": ganscale.__version__}
     info["classes"] = list(classes)
-    if (described := values.to_json()) is not None:
-        info["values"] = described
+    if (stored_values := values.to_json()) is not None:
+        info["values"] = stored_values
     state = dict(model.state_dict())
     for kind, network in (others or {}).items():
         assert kind in OTHERS

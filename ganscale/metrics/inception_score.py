@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ganscale.errors import DataError
-from ganscale.metrics.intervals import Estimate, of_repeats
+from ganscale.metrics.intervals import Estimate, t_interval
 
 __all__ = ["inception_score"]
 
@@ -33,7 +33,7 @@ def inception_score(logits: Tensor) -> Estimate:
     order = np.random.RandomState(_SEED).permutation(num)  # noqa: NPY002
     log_p = logits[torch.from_numpy(order)].double().log_softmax(1)
     bounds = [split * num // _SPLITS for split in range(_SPLITS + 1)]
-    return of_repeats(
+    return t_interval(
         [_score(log_p[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
     )
 

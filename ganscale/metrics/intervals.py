@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NORMAL_QUANTILE", "Estimate", "bootstrap", "jackknife", "of_repeats", "of_successes"]
+__all__ = ["NORMAL_QUANTILE", "Estimate", "bootstrap", "jackknife", "t_interval", "wilson_interval"]
 
 NORMAL_QUANTILE = 1.959963984540054
 """The normal quantile of 0.975: all intervals here have 95 %."""
@@ -35,7 +35,7 @@ class Estimate:
         return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})"
 
 
-def of_successes(num_successes: int, num_trials: int) -> Estimate:
+def wilson_interval(num_successes: int, num_trials: int) -> Estimate:
     """A proportion with Wilson's score interval (Wilson 1927, JASA 22, p. 209).
 
     Raises `ValueError` unless there was a trial.
@@ -51,7 +51,7 @@ def of_successes(num_successes: int, num_trials: int) -> Estimate:
     return Estimate(p, max(0.0, centre - half), min(1.0, centre + half))
 
 
-def of_repeats(values: Sequence[float]) -> Estimate:
+def t_interval(values: Sequence[float]) -> Estimate:
     """The mean of independent repeats with Student's t interval; without one for a single value."""
     from scipy.stats import t
 

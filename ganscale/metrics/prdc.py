@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ganscale.errors import DataError
-from ganscale.metrics.intervals import Estimate, bootstrap, of_successes
+from ganscale.metrics.intervals import Estimate, bootstrap, wilson_interval
 
 __all__ = ["Prdc", "authenticity", "nearest", "prdc"]
 
@@ -63,10 +63,10 @@ def prdc(samples: Tensor, reference: Tensor, *, seed: int = 0) -> Prdc:
     # may exceed 1 and is resampled over the samples. Either takes the radii as given.
     density = counts.double().cpu().numpy() / _K_DENSITY
     return Prdc(
-        precision=of_successes(int(precise.sum()), len(precise)),
-        recall=of_successes(int(recalled.sum()), len(recalled)),
+        precision=wilson_interval(int(precise.sum()), len(precise)),
+        recall=wilson_interval(int(recalled.sum()), len(recalled)),
         density=bootstrap(len(density), lambda rows: float(density[rows].mean()), seed=seed),
-        coverage=of_successes(int(covered.sum()), len(covered)),
+        coverage=wilson_interval(int(covered.sum()), len(covered)),
     )
 
 
@@ -79,7 +79,7 @@ def authenticity(samples: Tensor, reference: Tensor) -> Estimate:
     samples, reference = _centred(samples, reference)
     distances, places = _nearest(samples, reference)
     own = _radii(reference, (1,))[0]
-    return of_successes(int((distances > own[places]).sum()), len(samples))
+    return wilson_interval(int((distances > own[places]).sum()), len(samples))
 
 
 def nearest(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,11 +39,11 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
     if min(images.shape[2:]) < _WINDOW:
         raise DataError(f"structural similarity needs {_WINDOW} pixels a side")
     x, y = images.double(), truth.double()
-    mean_x, mean_y = _windowed(x), _windowed(y)
+    mean_x, mean_y = _gaussian_filter(x), _gaussian_filter(y)
     # E[x^2] - E[x]^2 cancels, hence float64.
-    var_x = _windowed(x * x) - mean_x.square()
-    var_y = _windowed(y * y) - mean_y.square()
-    covariance = _windowed(x * y) - mean_x * mean_y
+    var_x = _gaussian_filter(x * x) - mean_x.square()
+    var_y = _gaussian_filter(y * y) - mean_y.square()
+    covariance = _gaussian_filter(x * y) - mean_x * mean_y
     c1, c2 = (_K1 * _PEAK) ** 2, (_K2 * _PEAK) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
     structure = (2 * covariance + c2) / (var_x + var_y + c2)
@@ -73,7 +73,7 @@ def feature_distance(images: Tensor, truth: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(images.double(), truth.double(), dim=1)
 
 
-def _windowed(values: Tensor) -> Tensor:
+def _gaussian_filter(values: Tensor) -> Tensor:
     """Gaussian means of (n, C, H, W) at all places where the window fits."""
     # No padding: a window that overlaps the edge would compare made-up pixels. The window is the
     # product of two one-dimensional ones, so rows and columns are filtered in turn.

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ganscale.metrics.intervals import Estimate, of_successes
+from ganscale.metrics.intervals import Estimate, wilson_interval
 
 __all__ = [
     "AccuracyTest",
@@ -116,7 +116,7 @@ def accuracy_test(num_correct: int, num_trials: int) -> AccuracyTest:
     """
     from scipy.stats import binomtest
 
-    accuracy = of_successes(num_correct, num_trials)
+    accuracy = wilson_interval(num_correct, num_trials)
     p_value = binomtest(num_correct, num_trials, 0.5, alternative="greater").pvalue
     return AccuracyTest(accuracy, float(p_value))
 
@@ -145,19 +145,19 @@ def nearest_neighbour_test(
     Raises:
         ValueError: for other shapes, unequal numbers or numbers that are not finite.
     """
-    n = _checked(real_features, fake_features)
+    n = _check(real_features, fake_features)
     pool = torch.cat([real_features, fake_features.to(real_features.device)]).double()
     nearest = _nearest_others(pool - pool.mean(0), seed).cpu()
     is_real = torch.arange(2 * n) < n
     own = is_real == is_real[nearest]
     hits = int(own.sum())
     graph = _NeighbourGraph.of(nearest)
-    mean, variance = graph.moments(_chances_of_same(n))
-    _, variance_of_one = graph.moments(_chances_of_real(n))
+    mean, variance = graph.moments(_probabilities_of_same(n))
+    _, variance_of_one = graph.moments(_probabilities_of_real(n))
     return NearestNeighbourTest(
-        accuracy=_estimate(hits, 2 * n, variance),
-        real=_estimate(int(own[:n].sum()), n, variance_of_one),
-        fake=_estimate(int(own[n:].sum()), n, variance_of_one),
+        accuracy=_interval(hits, 2 * n, variance),
+        real=_interval(int(own[:n].sum()), n, variance_of_one),
+        fake=_interval(int(own[n:].sum()), n, variance_of_one),
         p_value=_upper_tail(hits - 0.5, mean, variance),
     )
 
@@ -184,13 +184,13 @@ class _NeighbourGraph:
         # Pairs that meet at a node, summed over nodes: those with the same two nodes count twice.
         return cls(number, same_nodes, int(degrees.square().sum()) - 2 * same_nodes)
 
-    def moments(self, chances: tuple[float, float, float]) -> tuple[float, float]:
+    def moments(self, probabilities: tuple[float, float, float]) -> tuple[float, float]:
         """Mean and variance of the number of edges that count.
 
-        `chances` are those that an edge counts, and that two edges both count which share a node
-        (three nodes in all) or none (four).
+        `probabilities` are those that an edge counts, and that two edges both count which share a
+        node (three nodes in all) or none (four).
         """
-        one, three, four = chances
+        one, three, four = probabilities
         apart = self.num_nodes**2 - self.same_nodes - self.one_shared
         mean = self.num_nodes * one
         # E[hits^2] sums, over ordered pairs of edges, the chance that both count.
@@ -198,19 +198,19 @@ class _NeighbourGraph:
         return mean, square - mean**2
 
 
-def _chances_of_real(n: int) -> tuple[float, float, float]:
+def _probabilities_of_real(n: int) -> tuple[float, float, float]:
     """An edge counts if both ends are real; n of 2n nodes are."""
     one, three, four = (math.perm(n, k) / math.perm(2 * n, k) for k in (2, 3, 4))
     return one, three, four
 
 
-def _chances_of_same(n: int) -> tuple[float, float, float]:
+def _probabilities_of_same(n: int) -> tuple[float, float, float]:
     """An edge counts if its ends are of one kind; two edges apart may be of either kind each."""
-    one, three, four = (2 * chance for chance in _chances_of_real(n))
+    one, three, four = (2 * chance for chance in _probabilities_of_real(n))
     return one, three, four + 2 * math.perm(n, 2) ** 2 / math.perm(2 * n, 4)
 
 
-def _checked(real: Tensor, fake: Tensor) -> int:
+def _check(real: Tensor, fake: Tensor) -> int:
     """The number of images of each set. Raises `ValueError` if the test is not defined for them."""
     # Equal numbers are needed for accuracy 1/2 to be chance.
     if real.ndim != 2 or real.shape != fake.shape or len(real) < 2:
@@ -242,13 +242,13 @@ def _nearest_others(pool: Tensor, seed: int) -> Tensor:
     return torch.cat(neighbours)
 
 
-def _estimate(hits: int, trials: int, variance: float) -> Estimate:
+def _interval(hits: int, trials: int, variance: float) -> Estimate:
     """Wilson's interval for the number of independent trials whose hits vary as much by chance."""
     # The variance of as many independent guesses. Dependent hits vary more, so they count as fewer
     # trials; a smaller variance does not make them more.
     independent = trials / 4
     effective = max(1, round(trials * independent / max(variance, independent)))
-    interval = of_successes(round(effective * hits / trials), effective)
+    interval = wilson_interval(round(effective * hits / trials), effective)
     return Estimate(hits / trials, interval.low, interval.high)
 
 

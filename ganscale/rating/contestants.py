@@ -25,7 +25,7 @@ from ganscale.generation.snapshot import snapshot_file
 from ganscale.rating.questions import REAL
 from ganscale.run_directory import RunDirectory
 
-__all__ = ["Contestant", "default_reference", "encoded", "open_contestant", "open_runs"]
+__all__ = ["Contestant", "default_reference", "encode_png", "open_contestant", "open_runs"]
 
 _SNAPSHOT = ".safetensors"
 
@@ -72,7 +72,7 @@ def open_contestant(name: str, images: ImageSet, *, num_images: int, seed: int) 
     """`num_images` of a set chosen by the seed, or all if there are no more."""
     chosen = Subset.random(images, num_images, seed=seed)
     pixels = chosen.read(np.arange(len(chosen)))
-    pngs = tuple(encoded(image) for image in pixels)
+    pngs = tuple(encode_png(image) for image in pixels)
     channels, height, width = pixels[0].shape
     return Contestant(name, chosen.description, chosen.digest, (channels, height, width), pngs)
 
@@ -92,7 +92,7 @@ def default_reference(places: Sequence[str]) -> str:
     return reference
 
 
-def encoded(image: Tensor) -> bytes:
+def encode_png(image: Tensor) -> bytes:
     """A uint8 image (C, H, W) as a PNG whose size depends on its shape alone."""
     pixels = image.permute(1, 2, 0).numpy()
     buffer = io.BytesIO()

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ganscale.metrics.intervals import Estimate, bootstrap, of_successes
+from ganscale.metrics.intervals import Estimate, bootstrap, wilson_interval
 from ganscale.rating.answers import Answer
 from ganscale.rating.questions import REAL
 
@@ -161,7 +161,7 @@ def _preference(contestants: tuple[str, ...], chosen: Sequence[str]) -> Rate:
 
     wins = sum(name == contestants[0] for name in chosen)
     p_value = float(binomtest(wins, len(chosen)).pvalue)
-    return Rate("preferred", contestants, len(chosen), of_successes(wins, len(chosen)), p_value)
+    return Rate("preferred", contestants, len(chosen), wilson_interval(wins, len(chosen)), p_value)
 
 
 def _method(rate: Rate, raters: int) -> str:

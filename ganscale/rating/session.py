@@ -200,7 +200,7 @@ def _key_of(path: Path, definition: dict[str, Any]) -> bytes:
         changes = [
             f"{name}: {before} there, {now} now"
             for name in definition
-            if (before := _brief(stored[name])) != (now := _brief(definition[name]))
+            if (before := _summary(stored[name])) != (now := _summary(definition[name]))
         ]
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{path} is damaged; choose another --out") from None
@@ -212,7 +212,7 @@ def _key_of(path: Path, definition: dict[str, Any]) -> bytes:
     return key
 
 
-def _brief(value: Any) -> str:
+def _summary(value: Any) -> str:
     """A setting as it is compared and reported; where images lie does not matter."""
     if not isinstance(value, list):
         return str(value)

@@ -20,7 +20,7 @@ from ganscale.evaluation.reconstruction.reconstruct import (
     reconstruct,
     similarity,
 )
-from ganscale.generation.degradations import degradation_named
+from ganscale.generation.degradations import build_degradation
 from ganscale.generation.inversion import InversionSettings
 from ganscale.launch.local import train_in_process
 from ganscale.metrics.extractors import EfficientNetLite0
@@ -176,7 +176,7 @@ def _reconstructed(world: World, run: Path, images: str) -> Any:
     search = InversionSettings(steps=2, restarts=2, pool=64)
     way = Reconstructor.load(run, search=search)
     subject = open_images(images, scratch=run)
-    degradation = degradation_named("denoise", subject.shape)
+    degradation = build_degradation("denoise", subject.shape)
     try:
         found = reconstruct(way, subject, degradation, world)
     except DataError as error:
@@ -251,7 +251,7 @@ def test_the_labels_of_a_set_are_given_to_a_generator_with_its_classes(
     labels = labels_for(way.generator, images, np.arange(3))
     assert labels is not None
     assert labels.tolist() == images.labels[:3].tolist()
-    degradation = degradation_named("identity", images.shape)
+    degradation = build_degradation("identity", images.shape)
     assert torch.equal(way(degradation, truth, labels, lambda _: None).labels, labels)
     for name in ("a", "b"):
         (tmp_path / "two" / name).mkdir(parents=True)

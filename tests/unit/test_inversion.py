@@ -13,13 +13,13 @@ from torch.testing import assert_close
 
 from ganscale.generation.degradations import (
     Degradation,
+    build_mask,
     denoise,
     identity,
     inpaint,
-    mask_named,
     superres,
 )
-from ganscale.generation.inversion import GROUP, InversionSettings, encoded, invert
+from ganscale.generation.inversion import GROUP, InversionSettings, encode, invert
 from ganscale.generation.sampler import SampleableGenerator
 
 SHAPE = (1, 8, 8)
@@ -67,7 +67,7 @@ def any_images(num: int, seed: int = 1) -> Tensor:
 
 @pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
 @pytest.mark.parametrize(
-    "degradation", [identity(), superres(2), inpaint(mask_named("half", 8, 8))]
+    "degradation", [identity(), superres(2), inpaint(build_mask("half", 8, 8))]
 )
 def test_the_latents_are_those_of_least_squares(
     optimizer: Literal["adam", "lbfgs"], degradation: Degradation
@@ -97,7 +97,7 @@ def test_the_prior_gives_ridge_regression() -> None:
 
 def test_a_latent_is_kept_probable_where_the_image_is_open() -> None:
     generator, images = linear(), any_images(2)
-    half = inpaint(mask_named("half", 8, 8))
+    half = inpaint(build_mask("half", 8, 8))
     seen = half.observe(images, [0, 1])
 
     def latents(prior: float | None) -> Tensor:
@@ -150,7 +150,7 @@ def test_an_encoder_alone_decodes_the_trivial_reconstruction() -> None:
     images = any_images(GROUP + 2)
     degradation = superres(2)
     observed = degradation.operator(images)
-    found = encoded(generator, encoder, degradation, observed)
+    found = encode(generator, encoder, degradation, observed)
     z, _ = encoder(degradation.fill(observed))
     assert_close(found.latents, z)
     assert_close(found.images, generator.model(z, torch.zeros(len(z), dtype=torch.int64)))

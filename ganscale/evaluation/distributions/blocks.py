@@ -44,8 +44,8 @@ def map_blocks(
         mine = numbers_of_block(first + world.rank, len(images))
         # After the last block some ranks have nothing to do, but still take part in the
         # collectives.
-        block = _agreed(partial(action, mine), images.description)
-        for number, part in enumerate(_gathered(block, world)):
+        block = _call_or_raise_on_all_ranks(partial(action, mine), images.description)
+        for number, part in enumerate(_gather(block, world)):
             where = numbers_of_block(first + number, len(images))
             if len(where):
                 yield where, part[: len(where)]
@@ -56,7 +56,7 @@ def numbers_of_block(block: int, num_images: int) -> NDArray[np.int64]:
     return np.arange(min(block * BLOCK, num_images), min((block + 1) * BLOCK, num_images))
 
 
-def _agreed(action: Callable[[], Tensor], description: str) -> Tensor:
+def _call_or_raise_on_all_ranks(action: Callable[[], Tensor], description: str) -> Tensor:
     """What `action` returns, or the same `DataError` on all ranks if it fails on any."""
     result, problem = torch.empty(0), ""
     try:
@@ -76,7 +76,7 @@ def _agreed(action: Callable[[], Tensor], description: str) -> Tensor:
     return result
 
 
-def _gathered(block: Tensor, world: World) -> list[Tensor]:
+def _gather(block: Tensor, world: World) -> list[Tensor]:
     """All ranks' blocks on rank 0, in order; nothing on others."""
     if not world.is_main:
         dist.gather(block, dst=0)

@@ -36,7 +36,7 @@ from ganscale.evaluation.image_views import with_classes_of
 from ganscale.metrics.extractors import FeatureExtractor
 from ganscale.metrics.fid import frechet_distance, frechet_estimate, frechet_infinity
 from ganscale.metrics.inception_score import inception_score
-from ganscale.metrics.intervals import Estimate, of_repeats
+from ganscale.metrics.intervals import Estimate, t_interval
 from ganscale.metrics.kid import kernel_distance
 from ganscale.metrics.prdc import authenticity, prdc
 from ganscale.metrics.statistics import Moments
@@ -356,7 +356,7 @@ def _fid_per_class(comparison: _Comparison) -> dict[str, Estimate]:
             distances.append(frechet_distance(*parts))
         except DataError as error:
             raise DataError(f"class {label}: {error}") from None
-    return comparison.named(("fid_per_class", of_repeats(distances)))
+    return comparison.named(("fid_per_class", t_interval(distances)))
 
 
 def _nearest_neighbour_test(comparison: _Comparison) -> dict[str, Estimate]:

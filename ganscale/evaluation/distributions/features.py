@@ -134,12 +134,12 @@ def extract(
     `DataError`, on every rank alike, if an image cannot be read on any of them, has other than one
     or three channels, or gets a feature that is not finite.
     """
-    kept = _drawn(len(images), _MAX_KEPT)
+    kept = _draw_indices(len(images), _MAX_KEPT)
     rows = torch.empty(len(kept) if world.is_main else 0, extractor.num_features)
     moments = Moments.none(extractor.num_features)
 
     def features(indices: NDArray[np.int64]) -> Tensor:
-        return _features(images, extractor, indices)
+        return _block_features(images, extractor, indices)
 
     def all_blocks() -> Iterator[tuple[NDArray[np.int64], Tensor]]:
         # Rank 0 alone has files; the others must skip the same blocks, or they would meet in
@@ -147,7 +147,7 @@ def extract(
         done = partial.read() if partial is not None and world.is_main else []
         for block, part in enumerate(done):
             yield numbers_of_block(block, len(images)), part
-        first = _from_rank_0(len(done))
+        first = _broadcast_from_rank_0(len(done))
         for where, part in map_blocks(features, images, world, first_block=first):
             if partial is not None:
                 partial.add(int(where[0]) // BLOCK, part)
@@ -207,7 +207,7 @@ class FeatureCache:
         path = self._path(images, extractor)
         # Ranks may not share a disk, so rank 0 decides for all whether there is work.
         cached = self._load(path) if world.is_main else None
-        if _from_rank_0(cached is not None):
+        if _broadcast_from_rank_0(cached is not None):
             progress(len(images))
             return cached
         partial = PartialFeatures(path.with_suffix(".partial"))
@@ -220,7 +220,7 @@ class FeatureCache:
 
     def has(self, images: ImageSet, extractor: FeatureExtractor) -> bool:
         """Whether the features of these images are cached on rank 0; equal on all ranks."""
-        return _from_rank_0(self._path(images, extractor).is_file())
+        return _broadcast_from_rank_0(self._path(images, extractor).is_file())
 
     def content_digest(self, images: ImageSet, world: World, start_task: StartTask) -> str:
         """As the function of the same name, computed once for each set."""
@@ -328,7 +328,7 @@ def plan_reference(
 
     All ranks call this inside a process group. Raises `DataError` if an image cannot be read.
     """
-    row_indices = _drawn(len(images), min(num_rows, _MAX_KEPT))
+    row_indices = _draw_indices(len(images), min(num_rows, _MAX_KEPT))
     statistics = _statistics(images, extractor, world, cache, start_task)
     extracted: ImageSet | None = images
     if statistics is not None and not len(row_indices):
@@ -358,7 +358,7 @@ def _statistics(
     return None
 
 
-def _drawn(num_images: int, num_drawn: int) -> NDArray[np.int64]:
+def _draw_indices(num_images: int, num_drawn: int) -> NDArray[np.int64]:
     """Ascending indices drawn without replacement; a smaller draw is part of a larger one."""
     # A prefix of one permutation, so that the rows that are kept of a whole set contain every
     # smaller draw from it.
@@ -367,13 +367,15 @@ def _drawn(num_images: int, num_drawn: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(0).permutation(num_images)[:num_drawn])
 
 
-def _from_rank_0(value: T) -> T:
+def _broadcast_from_rank_0(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
-def _features(images: ImageSet, extractor: FeatureExtractor, indices: NDArray[np.int64]) -> Tensor:
+def _block_features(
+    images: ImageSet, extractor: FeatureExtractor, indices: NDArray[np.int64]
+) -> Tensor:
     """Features of some images, (BLOCK, d), followed by rows of zeros."""
     features = torch.zeros(BLOCK, extractor.num_features)
     for start in range(0, len(indices), _ROWS):

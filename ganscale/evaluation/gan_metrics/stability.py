@@ -16,7 +16,7 @@ import numpy as np
 
 from ganscale.config import load_config
 from ganscale.errors import CheckpointError, ConfigError
-from ganscale.metrics.intervals import Estimate, of_repeats, of_successes
+from ganscale.metrics.intervals import Estimate, t_interval, wilson_interval
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.history import History
 
@@ -134,14 +134,14 @@ def summarise(runs: Sequence[RunSummary], metric: str) -> StabilityReport:
         raise ConfigError("a stability report needs at least one run")
     # Wilson's interval says how little five seeds without a collapse prove: up to 43 % may
     # collapse.
-    collapsed = of_successes(sum(bool(run.collapses) for run in runs), len(runs))
+    collapsed = wilson_interval(sum(bool(run.collapses) for run in runs), len(runs))
     values = [run.value for run in runs if run.value is not None]
     return StabilityReport(metric, tuple(runs), collapsed, _spread(values) if values else None)
 
 
 def _spread(values: Sequence[float]) -> Spread:
     low, lower, median, upper, high = np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist()
-    return Spread(median, lower, upper, low, high, of_repeats(values))
+    return Spread(median, lower, upper, low, high, t_interval(values))
 
 
 def _collapses(history: History) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from ganscale.evaluation.recognition.classifier import (
     predict,
     train_classifier,
 )
-from ganscale.metrics.intervals import of_successes
+from ganscale.metrics.intervals import wilson_interval
 from ganscale.metrics.two_sample import (
     Repeat,
     TwoSampleReport,
@@ -117,7 +117,7 @@ def neighbour_two_sample(
     repeats = []
     for seed in seeds:
         one, other = (
-            features[torch.from_numpy(_drawn(len(features), num_images, seed, kind))]
+            features[torch.from_numpy(_draw(len(features), num_images, seed, kind))]
             for kind, features in enumerate((real_features, fake_features))
         )
         test = nearest_neighbour_test(one, other, seed=seed)
@@ -131,7 +131,7 @@ def _split(
     """Images to train on and images to test on: equally many of each set, all different."""
     parts = []
     for kind, images in enumerate((real, fake)):
-        order, half = _drawn(len(images), num_images, seed, kind), num_images // 2
+        order, half = _draw(len(images), num_images, seed, kind), num_images // 2
         parts.append((Subset(images, order[:half]), Subset(images, order[half : 2 * half])))
     (real_train, real_rest), (fake_train, fake_rest) = parts
     return _real_and_fake(real_train, fake_train), _real_and_fake(real_rest, fake_rest)
@@ -143,7 +143,7 @@ def _real_and_fake(real: ImageSet, fake: ImageSet) -> Relabelled:
     return Relabelled(Concatenated(real, fake), labels, ("real", "generated"))
 
 
-def _drawn(num_images: int, wanted: int, seed: int, kind: int) -> NDArray[np.int64]:
+def _draw(num_images: int, wanted: int, seed: int, kind: int) -> NDArray[np.int64]:
     # The kind is part of the seed: with equal draws, two sets in the same order, such as an image
     # and its reconstruction, would be compared pair by pair.
     order = np.random.default_rng((seed, kind)).permutation(num_images)
@@ -153,7 +153,7 @@ def _drawn(num_images: int, wanted: int, seed: int, kind: int) -> NDArray[np.int
 def _repeat(seed: int, correct: NDArray[np.bool_], labels: NDArray[np.int64]) -> Repeat:
     test = accuracy_test(int(correct.sum()), len(correct))
     real, fake = (
-        of_successes(int(correct[labels == kind].sum()), int((labels == kind).sum()))
+        wilson_interval(int(correct[labels == kind].sum()), int((labels == kind).sum()))
         for kind in (_REAL, _FAKE)
     )
     return Repeat(seed, test.accuracy, test.p_value, real, fake)

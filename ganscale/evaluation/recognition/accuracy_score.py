@@ -31,7 +31,7 @@ from ganscale.evaluation.recognition.classifier import (
     predict,
     train_classifier,
 )
-from ganscale.metrics.intervals import NORMAL_QUANTILE, Estimate, of_successes
+from ganscale.metrics.intervals import NORMAL_QUANTILE, Estimate, wilson_interval
 
 __all__ = [
     "LONG_SCORE",
@@ -39,8 +39,8 @@ __all__ = [
     "AccuracyScore",
     "ClassAccuracy",
     "classification_accuracy_score",
-    "gap_of_independent",
-    "gap_of_paired",
+    "unpaired_difference",
+    "paired_difference",
 ]
 
 SHORT_SCORE = ClassifierRecipe(num_passes=250_000, crop_and_flip=True)
@@ -142,14 +142,14 @@ def classification_accuracy_score(
         real=_accuracy(real, test_labels, num_classes),
         # Both networks saw the same test images, so their difference varies less than two separate
         # accuracies do; GAN-test is on other images, the samples.
-        train_gap=gap_of_paired(real, gan_train),
-        test_gap=gap_of_independent(real, gan_test),
+        train_gap=paired_difference(real, gan_train),
+        test_gap=unpaired_difference(real, gan_test),
         recipe=recipe,
         seed=seed,
     )
 
 
-def gap_of_paired(hits: NDArray[np.bool_], other_hits: NDArray[np.bool_]) -> Estimate:
+def paired_difference(hits: NDArray[np.bool_], other_hits: NDArray[np.bool_]) -> Estimate:
     """Difference of two accuracies on the same images, (N,) each, with the normal interval."""
     # Boolean arrays have no difference.
     differences = hits.astype(np.float64) - other_hits
@@ -158,13 +158,15 @@ def gap_of_paired(hits: NDArray[np.bool_], other_hits: NDArray[np.bool_]) -> Est
     return Estimate(mean, max(-1.0, mean - half), min(1.0, mean + half))
 
 
-def gap_of_independent(hits: NDArray[np.bool_], other_hits: NDArray[np.bool_]) -> Estimate:
+def unpaired_difference(hits: NDArray[np.bool_], other_hits: NDArray[np.bool_]) -> Estimate:
     """Difference of two accuracies on different images, (N,) and (M,).
 
     The interval squares up the distances to Wilson's bounds (Newcombe 1998, Statistics in Medicine
     17, p. 873, method 10).
     """
-    one, other = (of_successes(int(correct.sum()), len(correct)) for correct in (hits, other_hits))
+    one, other = (
+        wilson_interval(int(correct.sum()), len(correct)) for correct in (hits, other_hits)
+    )
     assert one.low is not None
     assert one.high is not None
     assert other.low is not None
@@ -197,6 +199,6 @@ def _accuracy(hits: NDArray[np.bool_], labels: Labels, num_classes: int) -> Clas
     # A class that is missed may be hidden in the mean of ten.
     parts = [hits[labels == number] for number in range(num_classes)]
     return ClassAccuracy(
-        of_successes(int(hits.sum()), len(hits)),
-        tuple(of_successes(int(part.sum()), len(part)) if len(part) else None for part in parts),
+        wilson_interval(int(hits.sum()), len(hits)),
+        tuple(wilson_interval(int(part.sum()), len(part)) if len(part) else None for part in parts),
     )

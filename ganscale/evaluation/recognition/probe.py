@@ -22,7 +22,7 @@ from torch.nn.functional import adaptive_max_pool2d, cross_entropy
 from ganscale.errors import ConfigError, DataError
 from ganscale.evaluation.image_sets import ImageSet, required_labels
 from ganscale.evaluation.image_views import Subset, with_classes_of
-from ganscale.metrics.intervals import Estimate, of_repeats
+from ganscale.metrics.intervals import Estimate, t_interval
 from ganscale.models.activations import recorded_convolutions
 
 __all__ = [
@@ -217,7 +217,7 @@ def probe(
         strengths.append(strength)
     assert test_features is not None
     return ProbeResult(
-        name, test_features[1].shape[1], of_repeats(accuracies), tuple(accuracies), tuple(strengths)
+        name, test_features[1].shape[1], t_interval(accuracies), tuple(accuracies), tuple(strengths)
     )
 
 

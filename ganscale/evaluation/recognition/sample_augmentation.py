@@ -18,7 +18,7 @@ from ganscale.errors import DataError
 from ganscale.evaluation.image_sets import ImageSet, required_labels
 from ganscale.evaluation.image_views import Concatenated, Subset, with_classes_of
 from ganscale.evaluation.recognition.classifier import ClassifierRecipe, predict, train_classifier
-from ganscale.metrics.intervals import Estimate, of_repeats
+from ganscale.metrics.intervals import Estimate, t_interval
 
 __all__ = [
     "AugmentResult",
@@ -120,7 +120,7 @@ def augment_with_samples(
     return AugmentResult(
         num_real,
         len(samples),
-        of_repeats(accuracies["real"]),
-        of_repeats(accuracies["both"]),
-        of_repeats(gains),
+        t_interval(accuracies["real"]),
+        t_interval(accuracies["both"]),
+        t_interval(gains),
     )

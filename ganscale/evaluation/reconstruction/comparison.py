@@ -31,7 +31,7 @@ from ganscale.generation.degradations import Degradation
 from ganscale.generation.inversion import InversionSettings
 from ganscale.generation.snapshot import snapshot_file
 from ganscale.metrics.extractors import EfficientNetLite0, FeatureExtractor
-from ganscale.metrics.intervals import Estimate, of_repeats
+from ganscale.metrics.intervals import Estimate, t_interval
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.history import History
 from ganscale.world import World
@@ -245,5 +245,5 @@ def _measured(
 ) -> TaskResult:
     # Intervals are over images: the degradation and the seed are given.
     each = similarity(images, truth, networks.extractor, networks.network)
-    similarities = {metric: of_repeats(values.tolist()) for metric, values in each.items()}
+    similarities = {metric: t_interval(values.tolist()) for metric, values in each.items()}
     return TaskResult(name, similarities, seconds, images)

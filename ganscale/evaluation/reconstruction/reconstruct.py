@@ -22,7 +22,7 @@ from ganscale.evaluation.distributions.nearest import features_of
 from ganscale.evaluation.image_sets import ImageSet, Indices
 from ganscale.evaluation.image_views import with_classes_of
 from ganscale.generation.degradations import Degradation
-from ganscale.generation.inversion import GROUP, InversionResult, InversionSettings, encoded, invert
+from ganscale.generation.inversion import GROUP, InversionResult, InversionSettings, encode, invert
 from ganscale.generation.sampler import SampleableGenerator, to_uint8
 from ganscale.generation.snapshot import load_encoder, load_generator
 from ganscale.metrics.extractors import EfficientNetLite0, FeatureExtractor
@@ -93,7 +93,7 @@ class Reconstructor:
         if self.by == "encoder":
             assert self.encoder is not None
             progress(len(observed))
-            return encoded(self.generator, self.encoder, degradation, observed, labels=labels)
+            return encode(self.generator, self.encoder, degradation, observed, labels=labels)
         return invert(
             self.generator,
             degradation,
