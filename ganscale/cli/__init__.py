@@ -103,7 +103,7 @@ def _brief(error: BaseException) -> str:
 
 
 def _thread_excepthook(*, debug: bool) -> Callable[[threading.ExceptHookArgs], None]:
-    """What reports an exception that ended a thread: one line instead of a traceback."""
+    """A hook that reports an exception that ended a thread in one line instead of a traceback."""
 
     def report(args: threading.ExceptHookArgs) -> None:
         if args.exc_type is SystemExit:

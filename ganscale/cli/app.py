@@ -78,7 +78,7 @@ def stderr_console() -> Console:
 
 
 def scratch_folder() -> Path:
-    """Where archives are unpacked and data sets are downloaded to: beside the cached features."""
+    """The folder for downloads and unpacked archives, beside the cached features."""
     from ganscale.evaluation.distributions.features import FeatureCache
 
     return FeatureCache().folder.parent

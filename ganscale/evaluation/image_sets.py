@@ -57,7 +57,7 @@ class ImageSet(Protocol):
 
     @property
     def description(self) -> str:
-        """What they are, for people: "10000 samples of runs/a/snapshots/nimg-...safetensors"."""
+        """A readable name, such as "10000 samples of runs/a/snapshots/nimg-...safetensors"."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""What is done to images that are to be reconstructed: a linear operator, and noise.
+"""Degradations of images that are to be reconstructed: a linear operator, and noise.
 
     y = A x + s n,  n ~ N(0, 1)
 
@@ -49,7 +49,7 @@ _NOISE = 25.0
 
 @dataclass(frozen=True, eq=False)
 class Degradation:
-    """One way to lose something of images (n, C, H, W) in [-1, 1]."""
+    """A degradation of images (n, C, H, W) in [-1, 1]."""
 
     name: str
     """The task, with its settings: "superres x4"."""
@@ -71,7 +71,7 @@ class Degradation:
         return (self.trivial or self.fill)(observed)
 
     def observe(self, images: Tensor, numbers: list[int], *, seed: int = 0) -> Tensor:
-        """y, with noise that depends on an image's number and the seed alone."""
+        """The observation y; its noise depends on an image's number and the seed alone."""
         observed = self.operator(images)
         if not self.noise:
             return observed
@@ -96,7 +96,7 @@ class Degradation:
 
 
 def identity() -> Degradation:
-    """Nothing is lost. Trivially: each image's mean colour."""
+    """No degradation. The trivial reconstruction is each image's mean colour."""
 
     def mean_colour(observed: Tensor) -> Tensor:
         return observed.mean((2, 3), keepdim=True).expand_as(observed)
@@ -105,7 +105,8 @@ def identity() -> Degradation:
 
 
 def inpaint(missing: Tensor, *, noise: float = 0.0) -> Degradation:
-    """Pixels where `missing` (H, W) is true are not seen. Trivially: the mean of those that are.
+    """Pixels where `missing` (H, W) is true are removed. The trivial reconstruction fills them with
+    the mean of the others.
 
     Raises `ConfigError` unless some are missing and some are not.
     """
@@ -128,7 +129,9 @@ def inpaint(missing: Tensor, *, noise: float = 0.0) -> Degradation:
 
 
 def superres(scale: int, *, noise: float = 0.0) -> Degradation:
-    """Blocks of scale x scale pixels are seen as their mean. Trivially: bicubic."""
+    """Only the means of blocks of scale x scale pixels are observed. The trivial reconstruction is
+    bicubic interpolation.
+    """
 
     def operator(images: Tensor) -> Tensor:
         return F.avg_pool2d(images, scale)
@@ -141,7 +144,10 @@ def superres(scale: int, *, noise: float = 0.0) -> Degradation:
 
 
 def denoise(noise: float) -> Degradation:
-    """Gaussian noise is added. Trivially: the noisy image. Raises `ConfigError` without noise."""
+    """Gaussian noise is added. The trivial reconstruction is the noisy image.
+
+    Raises `ConfigError` without noise.
+    """
     if noise <= 0:
         raise ConfigError("denoising needs noise: a standard deviation above 0")
     return Degradation("denoise", lambda images: images, lambda seen: seen.clamp(-1, 1), noise)
@@ -150,7 +156,7 @@ def denoise(noise: float) -> Degradation:
 def deblur(sigma: float, *, noise: float = 0.0) -> Degradation:
     """Gaussian blur of standard deviation `sigma` in pixels, mirrored at the edges, cut at 3 sigma.
 
-    Trivially: the blurred image. Raises `ConfigError` for a sigma not above 0.
+    The trivial reconstruction is the blurred image. Raises `ConfigError` for a sigma not above 0.
     """
     if sigma <= 0:
         raise ConfigError("deblurring needs a blur: a standard deviation above 0 pixels")
@@ -178,7 +184,7 @@ def deblur(sigma: float, *, noise: float = 0.0) -> Degradation:
 
 
 def colourise(*, noise: float = 0.0) -> Degradation:
-    """Of RGB images only the brightness is seen. Trivially: gray."""
+    """Only the brightness of RGB images is observed. The trivial reconstruction is gray."""
 
     def operator(images: Tensor) -> Tensor:
         if images.shape[1] != 3:
@@ -215,7 +221,7 @@ def build_degradation(
         noise: standard deviation on the scale of 0 to 255; None is 25 for denoise, else 0.
         seed: of a random mask.
 
-    Raises `ConfigError` for what is not known or makes no sense.
+    Raises `ConfigError` for an unknown task or settings that it cannot have.
     """
     _, height, width = shape
     size = (noise or 0.0) / _HALF_RANGE
@@ -239,10 +245,10 @@ def build_degradation(
 
 
 def build_mask(name: str, height: int, width: int, *, seed: int = 0) -> Tensor:
-    """What is missing, bool (height, width).
+    """A mask of the missing pixels, bool (height, width).
 
     Args:
-        name: `half`, the right one; `centre`, a square of half the side; `random`, three quarters
+        name: `half`, the right half; `centre`, a square of half the side; `random`, three quarters
             of all pixels; or a picture of this size, white where pixels are missing.
 
     Raises `ConfigError` for a picture that cannot be read or has another size.

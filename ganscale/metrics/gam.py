@@ -91,13 +91,12 @@ class Scores:
     """The ranking, the matches of all pairs, and the votes of every discriminator."""
 
     num_images: int
-    """Of each run's generator, and of the test set."""
+    """The number of samples of each run's generator, and of test images."""
     standings: tuple[RankedRun, ...]
     """The best run first."""
     matches: tuple[Match, ...]
     names: tuple[str, ...]
-    """Of the rows of the tables, which are discriminators, and of the columns, which are
-    generators."""
+    """Labels of the tables: rows are discriminators, columns are generators."""
     chosen: tuple[tuple[float, ...], ...]
     """How often a sample is chosen over a test image; 1/2 would be a perfect generator."""
     taken_for_real: tuple[tuple[float, ...], ...]
@@ -179,7 +178,7 @@ def _wins_of_runs(chosen: Floats) -> Floats:
 
 
 def _wins_of_players(chosen: Floats) -> Floats:
-    """The same with R discriminators and then R generators as separate players, (2R, 2R)."""
+    """The same for R discriminators, then R generators, as separate players, (2R, 2R)."""
     # Discriminators never meet each other, nor do generators: each beats the other kind only.
     others, none = 1 - np.eye(len(chosen)), np.zeros(chosen.shape)
     return np.block([[none, others * (1 - chosen)], [(others * chosen).T, none]])

@@ -62,7 +62,7 @@ class InceptionWeights:
 
     state: dict[str, Tensor]
     sha256: str
-    """Of the file."""
+    """The hash of the file that they were read from."""
     has_classes: bool
     """Whether the classification layer is known; else `fc` is filled with NaN."""
 
@@ -196,5 +196,5 @@ class _Unpickler(pickle.Unpickler):
 def _tensor(
     storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
 ) -> Tensor:
-    """What `torch._utils._rebuild_tensor_v2` makes; torch refuses what exceeds the storage."""
+    """As `torch._utils._rebuild_tensor_v2` does; torch refuses a view beyond the storage."""
     return storage.as_strided(size, stride, offset)

@@ -1,4 +1,4 @@
-"""What nearest neighbours among features tell: precision, recall, density, coverage, copies.
+"""Metrics by nearest neighbours of features: precision, recall, density, coverage, authenticity.
 
 A set's manifold is the union of balls around its features, each as large as the distance to the
 feature's k-th nearest neighbour of the same set (Kynkaanniemi et al. 2019, arXiv 1904.06991). All

@@ -53,7 +53,7 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> Self:
-        """Of the rows of (n, d), a few thousand at a time."""
+        """The moments of the rows of (n, d), which are converted to float64 block by block."""
         moments = cls.none(features.shape[1])
         for rows in features.split(_ROWS):
             part = rows.double()
@@ -63,7 +63,8 @@ class Moments:
         return moments
 
     def merged(self, other: Self) -> Self:
-        """Of both sets of rows together (Chan, Golub, LeVeque 1983, Am. Statistician 37, 242)."""
+        """The moments of both sets (Chan, Golub, LeVeque 1983, Am. Statistician 37, 242)."""
+        # The formula would divide 0 by 0 for two empty sets.
         count = self.count + other.count
         if not self.count or not other.count:
             return self if self.count else other

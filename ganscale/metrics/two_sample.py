@@ -1,8 +1,8 @@
-"""Two-sample tests by classification: can anything tell one set of images from another?
+"""Two-sample tests by classification: whether a classifier can distinguish two sets of images.
 
 Where real and fake images follow one distribution no classifier is right more often than by chance
 on images it has not seen, so an accuracy is a test and a measure at once (Lopez-Paz and Oquab 2017,
-arXiv 1610.06545). `accuracy_test` judges the hits of any classifier on held-out images;
+arXiv 1610.06545). `accuracy_test` is for the hits of any classifier on held-out images;
 `nearest_neighbour_test` is the one that needs no training. Features are compared in float64:
 squared distances by products cancel, and in float32 rounding would choose among close neighbours.
 """
@@ -85,7 +85,7 @@ class TwoSampleReport:
     classifier: str
     """ "network" or "1-nn"."""
     num_images: int
-    """Of each set in each repeat; a network is trained on half of them."""
+    """The number of each set in each repeat; a network is trained on half of them."""
     repeats: tuple[Repeat, ...]
     accuracy: Estimate
     """Mean over the repeats, with the mean of their intervals."""
@@ -103,7 +103,7 @@ class TwoSampleReport:
         return cls(classifier, num_images, tuple(repeats), mean, p_value)
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written in files."""
+        """Plain values, as they are written to files."""
         return asdict(self)
 
 

@@ -1,4 +1,4 @@
-"""What discriminators say of images, counted, and counted again for images drawn with replacement.
+"""Votes of discriminators on images, counted for the images and for resamples of them.
 
 Every sample is compared with every test image: 36 million pairs for three runs and 2,000 images.
 The logits are sorted once, so that each of hundreds of resamples is counted by its weights alone.

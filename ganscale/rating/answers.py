@@ -28,7 +28,7 @@ class Answer:
     """Seconds since 1970."""
     rater: str
     question: int
-    """From 1."""
+    """The number of the question, from 1."""
     task: str
     token: str
     truth: tuple[str, ...]
@@ -79,7 +79,7 @@ class AnswerLog:
             return {number: a for (name, number), a in self._answers.items() if name == rater}
 
     def all(self) -> list[Answer]:
-        """In the order in which they were given."""
+        """All answers in the order in which they were given."""
         with self._lock:
             return list(self._answers.values())
 

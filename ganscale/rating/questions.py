@@ -33,7 +33,7 @@ Names = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Picture:
-    """Image `index` of a contestant's."""
+    """Image number `index` of a contestant."""
 
     contestant: str
     index: int
@@ -44,7 +44,7 @@ class Question:
     """One image to be called real or fake, or two of which the left or right is better."""
 
     number: int
-    """From 1."""
+    """The place in the rater's order, from 1."""
     pictures: tuple[Picture, ...]
 
 

@@ -52,7 +52,7 @@ class RatingServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where to point a browser."""
+        """The address of the page for a browser."""
         host, port = str(self.server_address[0]), self.server_address[1]
         if ipaddress.ip_address(host).is_unspecified:
             host = socket.gethostname()

@@ -80,7 +80,7 @@ class RatingSession:
         self._lock_file.release()
 
     def state(self, rater: str) -> dict[str, Any]:
-        """What the page shows a rater: progress and the next question, None after the last."""
+        """A rater's progress and next question, which is None after the last."""
         answered = self.answers.of(rater)
         open_ones = (a for a in self._of(rater).values() if a.question.number not in answered)
         asked = next(open_ones, None)

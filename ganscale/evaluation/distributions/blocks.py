@@ -57,7 +57,7 @@ def numbers_of_block(block: int, num_images: int) -> NDArray[np.int64]:
 
 
 def _call_or_raise_on_all_ranks(action: Callable[[], Tensor], description: str) -> Tensor:
-    """What `action` returns, or the same `DataError` on all ranks if it fails on any."""
+    """Call `action`, or raise the same `DataError` on all ranks if it fails on any."""
     result, problem = torch.empty(0), ""
     try:
         result = action()

@@ -60,7 +60,8 @@ class Protocol:
     reference_digest: str
     num_reference: int
     reference_statistics: str
-    """Where the moments of all reference images are from: "extracted", or the included file's."""
+    """The origin of the moments of all reference images: "extracted", or the included file's
+    name."""
     num_reference_rows: int
     """Reference images that metrics of single images use; 0 where no such metric is asked for."""
 
@@ -73,7 +74,7 @@ class Workload:
     num_reference: int
     """Those whose features are neither included nor cached."""
     statistics: str
-    """What the included statistics are of; empty where none are used."""
+    """The name of the included statistics; empty where none are used."""
 
 
 @dataclass(frozen=True)

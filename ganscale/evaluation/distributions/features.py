@@ -75,7 +75,7 @@ class Features:
     """The features of an image set; only rank 0 has them."""
 
     moments: Moments
-    """Of all images."""
+    """The moments of all images."""
     rows: Tensor
     """float32, (n, d): features of all images, or of some of them drawn at random."""
     indices: NDArray[np.int64]
@@ -199,9 +199,9 @@ class FeatureCache:
         keep: bool = True,
         progress: Progress = lambda num_images: None,
     ) -> Features | None:
-        """As `extract`, from the folder if they are there; rank 0 alone reads and writes it.
+        """Read features from the folder, or extract them; rank 0 alone reads and writes it.
 
-        An interrupted pass goes on where it was. Without `keep`, features that are complete are
+        An interrupted pass continues where it was. Without `keep`, features that are complete are
         removed again: those of a generator's images are rarely needed twice.
         """
         path = self._path(images, extractor)
@@ -223,7 +223,7 @@ class FeatureCache:
         return _broadcast_from_rank_0(self._path(images, extractor).is_file())
 
     def content_digest(self, images: ImageSet, world: World, start_task: StartTask) -> str:
-        """As the function of the same name, computed once for each set."""
+        """The digest by `precomputed.content_digest`, computed once for each set."""
         # The digest of the images is that of their files or shards, so other encodings of the same
         # pixels are only seen to be the same by decoding them.
         if images.digest not in self._content:
@@ -268,12 +268,12 @@ class FeatureCache:
 
 @dataclass(frozen=True)
 class ReferencePlan:
-    """Where a reference's moments come from, and of which images features are needed."""
+    """The source of a reference's moments, and the images whose features are needed."""
 
     images: ImageSet
     """The reference."""
     statistics: PrecomputedStatistics | None
-    """Of all images, where the package includes them."""
+    """Statistics of all images, where the package includes them."""
     row_indices: NDArray[np.int64]
     """(n,) the images whose own features are needed, ascending."""
     extracted: ImageSet | None

@@ -50,7 +50,7 @@ def features_of(images: Tensor, extractor: FeatureExtractor) -> Tensor:
 
 
 def nearest_in_features(samples: Tensor, reference: Tensor, k: int) -> Nearest:
-    """By features (n, d) and (m, d). Raises `DataError` if m is not above k."""
+    """The k nearest by features (n, d) and (m, d). Raises `DataError` if m is not above k."""
     return _nearest(samples, len(reference), k, lambda rows: reference[torch.from_numpy(rows)])
 
 
@@ -61,7 +61,7 @@ def nearest_in_pixels(
     *,
     progress: Callable[[int], None] = lambda num_images: None,
 ) -> Nearest:
-    """By pixels of uint8 (n, C, H, W): root mean square differences, 0 to 255.
+    """The k nearest by root mean square differences of pixels, 0 to 255, of uint8 (n, C, H, W).
 
     Raises `DataError` if the reference has images of another shape, or not more than k.
     """

@@ -38,7 +38,7 @@ class PrecomputedStatistics:
 
     path: Path
     name: str
-    """What the images are, for people: "CIFAR-10's training images"."""
+    """A readable name of the images, such as "CIFAR-10's training images"."""
     extractor_digest: str
     content_digest: str
     count: int

@@ -64,7 +64,7 @@ class Spread:
     low: float
     high: float
     mean: Estimate
-    """With Student's t interval over the runs."""
+    """The mean with Student's t interval over the runs."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class StabilityReport:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """For people: a line for each run, then the share and the spread."""
+        """Lines for a terminal: one for each run, then the share and the spread."""
         width = max(len(run.name) for run in self.runs)
         heading = f"{'run':{width}}  seed      kimg     img/s  {self.metric}"
         lines = [heading, *(_line(run, width) for run in self.runs)]

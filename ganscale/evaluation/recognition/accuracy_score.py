@@ -61,7 +61,7 @@ class ClassAccuracy:
 
     accuracy: Estimate
     by_class: tuple[Estimate | None, ...]
-    """Of each class's images; None for a class without."""
+    """The accuracy on each class's images; None for a class without images."""
 
 
 @dataclass(frozen=True)
