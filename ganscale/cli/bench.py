@@ -20,7 +20,7 @@ app.add_typer(bench_app, name="bench")
 )
 def bench_data(
     root: Annotated[str, typer.Argument(help="Folder or URL of a shard set.")],
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long each is measured.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure each way.")] = 5.0,
     device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
@@ -59,7 +59,7 @@ def bench_train(
     overrides: Overrides = None,
     config: ConfigSource = "quickstart",
     seconds: Annotated[
-        float, typer.Option(min=1, help="How long to train; thirty steps at least.")
+        float, typer.Option(min=1, help="How long to train; at least thirty steps.")
     ] = 30.0,
     json_file: JsonFile = None,
 ) -> None:

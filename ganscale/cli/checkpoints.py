@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
-checkpoint_app = typer.Typer(help="Look at a run's checkpoints.", no_args_is_help=True)
+checkpoint_app = typer.Typer(help="Inspect a run's checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 
 

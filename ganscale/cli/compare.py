@@ -41,8 +41,12 @@ _COLUMNS = 16
 )
 def tournament(
     runs: Annotated[list[str], typer.Argument(help="Folders of runs, or RUN@KIMG.")],
-    reference: Annotated[str, typer.Option(help="Shard set of real images not trained on.")],
-    num: Annotated[int, typer.Option(min=1, help="Images of each run, and real ones.")] = 2000,
+    reference: Annotated[
+        str, typer.Option(help="Shard set of real images that no run was trained on.")
+    ],
+    num: Annotated[
+        int, typer.Option(min=1, help="Number of images of each run, and of real ones.")
+    ] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Decides samples and real images.")] = 0,
     json_file: JsonFile = None,
     device: Device = "cpu",
@@ -76,13 +80,15 @@ def stability(
         ),
     ] = None,
     config: ConfigSource = "quickstart",
-    seeds: Annotated[int, typer.Option(min=1, help="How many, from the config's seed on.")] = 5,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of seeds, counted from the configuration's seed.")
+    ] = 5,
     storage: Annotated[
         str | None, typer.Option(help="Folder for the runs.", show_default=False)
     ] = None,
-    metric: Annotated[str, typer.Option(help="Whose spread: a name in metrics.jsonl.")] = (
-        "metrics/diversity"
-    ),
+    metric: Annotated[
+        str, typer.Option(help="The metric of the report: a name in metrics.jsonl.")
+    ] = ("metrics/diversity"),
     report_only: Annotated[bool, typer.Option("--report-only", help="Train nothing.")] = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -174,28 +180,31 @@ def _is_finished(config: Config) -> bool:
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or snapshots in them.")],
     images: Annotated[str, typer.Option(help="Images that no run was trained on.")],
-    out: Annotated[Path, typer.Option(help="Folder for a picture of each task, figures.json.")],
+    out: Annotated[Path, typer.Option(help="Folder for a picture of each task and figures.json.")],
     reference: Annotated[
-        str | None, typer.Option(help="What samples are compared with; default: training data.")
+        str | None,
+        typer.Option(
+            help="Images that samples are compared with; default: the first run's training data."
+        ),
     ] = None,
-    tasks: Annotated[str, typer.Option(help="As in reconstruct.")] = (
-        "identity,inpaint,superres,denoise"
-    ),
+    tasks: Annotated[
+        str, typer.Option(help="Tasks of `ganscale reconstruct`, separated by commas.")
+    ] = ("identity,inpaint,superres,denoise"),
     num: Annotated[int, typer.Option(min=2, help="Images to reconstruct.")] = 100,
     num_samples: Annotated[int, typer.Option(min=2, help="Images to generate.")] = 10_000,
     num_reference: Annotated[
-        int | None, typer.Option(min=2, help="Only so many of the reference, at random.")
+        int | None, typer.Option(min=2, help="Use only so many reference images, drawn at random.")
     ] = None,
     metric: Annotated[
-        Literal["fid", "kid", "prdc"], typer.Option(help="Of generated images.")
+        Literal["fid", "kid", "prdc"], typer.Option(help="Metric of generated images.")
     ] = "fid",
     extractor: Annotated[
         ExtractorName,
-        typer.Option(help="Of the metric; auto: Inception if its weights are installed."),
+        typer.Option(help="Network of the metric; auto: Inception if its weights are installed."),
     ] = "auto",
-    steps: Annotated[int, typer.Option(min=1, help="Of an inversion.")] = 100,
-    restarts: Annotated[int, typer.Option(min=1, max=512, help="Starts of an inversion.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Of images, noise and starts.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each inversion.")] = 100,
+    restarts: Annotated[int, typer.Option(min=1, max=512, help="Starts of each inversion.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of images, noise and starts.")] = 0,
     device: AutoDevice = "auto",
 ) -> None:
     """Compare runs by their cost, their samples and their reconstructions (VAE against GAN)."""

@@ -29,9 +29,12 @@ def dashboard(
         str, typer.Option(callback=_check_project, help="W&B project.")
     ] = "ganscale",
     entity: Annotated[
-        str | None, typer.Option(help="User or team; WANDB_ENTITY, else the key's.")
+        str | None,
+        typer.Option(help="User or team; default: WANDB_ENTITY, else the owner of the key."),
     ] = None,
-    group: Annotated[str | None, typer.Option(help="Only runs of this group, as one.")] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Show only the runs of this group, as one.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the definition to this file and contact no server.")
     ] = None,

@@ -68,7 +68,7 @@ def evaluate(
         str | None, typer.Option(help="For cas: real images that nothing was trained on.")
     ] = None,
     num_reference: Annotated[
-        int | None, typer.Option(min=1, help="Only so many of the reference, at random.")
+        int | None, typer.Option(min=1, help="Use only so many reference images, drawn at random.")
     ] = None,
     reference_rows: Annotated[
         int | None,
@@ -79,10 +79,12 @@ def evaluate(
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the first generated image; then +1.")
+        int,
+        typer.Option(min=0, help="Seed of the first generated image; each next one is 1 higher."),
     ] = 0,
     extractor: Annotated[
-        ExtractorName, typer.Option(help="auto: Inception if its weights are installed.")
+        ExtractorName,
+        typer.Option(help="Network of the features; auto: Inception if its weights are installed."),
     ] = "auto",
     weights: Annotated[
         Path | None, typer.Option(help="The extractor's weights; also GANSCALE_INCEPTION.")

@@ -38,18 +38,22 @@ __all__: list[str] = []
 def interpolate(
     path: Snapshot,
     seeds: Annotated[str, typer.Option(help="Seeds to pass through.")] = "0,1,2",
-    frames: Annotated[int, typer.Option(min=1, help="Steps from one to the next.")] = 16,
+    frames: Annotated[int, typer.Option(min=1, help="Frames from one point to the next.")] = 16,
     mode: Annotated[
         Literal["slerp", "lerp", "class"],
         typer.Option(help="class: interpolate between --labels for each seed instead."),
     ] = "slerp",
-    labels: Annotated[str, typer.Option(help="Classes to pass through, for class.")] = "0,1,2",
+    labels: Annotated[
+        str, typer.Option(help="Classes to pass through, for --mode class.")
+    ] = "0,1,2",
     label: Label = None,
-    loop: Annotated[bool, typer.Option("--loop", help="Return to the first.")] = False,
-    animate: Annotated[bool, typer.Option("--animate", help="An animated .png.")] = False,
+    loop: Annotated[bool, typer.Option("--loop", help="Return to the first point.")] = False,
+    animate: Annotated[
+        bool, typer.Option("--animate", help="Write an animation, also to a .png.")
+    ] = False,
     truncation_psi: TruncationPsi = None,
     out: Annotated[
-        Path, typer.Option(help=".png: a strip; .gif, .webp or .apng: animated.")
+        Path, typer.Option(help="A strip as .png, or an animation as .gif, .webp or .apng.")
     ] = Path("strip.png"),
     scale: Scale = 2,
     device: Device = "cpu",
@@ -79,15 +83,19 @@ def interpolate(
 @app.command(epilog="Example: ganscale directions runs/quickstart --num 5 --out directions.png")
 def directions(
     path: Snapshot,
-    num: Annotated[int, typer.Option(min=1, help="How many, largest effect first.")] = 5,
+    num: Annotated[
+        int, typer.Option(min=1, help="Number of directions, largest effect first.")
+    ] = 5,
     seeds: Annotated[str, typer.Option(help="Images to move.")] = "0,1,2",
-    extent: Annotated[float, typer.Option(min=0, help="Standard deviations to each side.")] = 3.0,
+    extent: Annotated[
+        float, typer.Option(min=0, help="How far to move to each side, in standard deviations.")
+    ] = 3.0,
     steps: Annotated[int, typer.Option(min=2, help="Images of each strip.")] = 7,
     label: Label = None,
     truncation_psi: TruncationPsi = None,
-    out: Annotated[Path, typer.Option(help="A .png: a row for each direction and seed.")] = Path(
-        "directions.png"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="A .png with a row for each direction and seed.")
+    ] = Path("directions.png"),
     scale: Scale = 2,
     device: Device = "cpu",
 ) -> None:
@@ -118,11 +126,13 @@ def mix(
     path: Snapshot,
     rows: Annotated[str, typer.Option(help="Seeds of the coarse layers.")] = "0,1,2",
     columns: Annotated[str, typer.Option(help="Seeds of the fine layers.")] = "3,4,5,6",
-    layer: Annotated[int, typer.Option(min=0, help="First layer of the column's.")] = 2,
+    layer: Annotated[
+        int, typer.Option(min=0, help="First layer that takes the column's style.")
+    ] = 2,
     truncation_psi: TruncationPsi = None,
-    out: Annotated[Path, typer.Option(help="A .png; seeds' own images at its edges.")] = Path(
-        "mix.png"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="A .png with the seeds' own images at its edges.")
+    ] = Path("mix.png"),
     scale: Scale = 2,
     device: Device = "cpu",
 ) -> None:
@@ -149,15 +159,22 @@ def nearest(
     path: Snapshot,
     reference: Annotated[str, typer.Option(help="Shard set, folder, archive or cifar10.")],
     num: Annotated[int, typer.Option(min=1, help="How many generated images.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first; then +1.")] = 0,
-    neighbours: Annotated[int, typer.Option(min=1, help="Of each, by either distance.")] = 4,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the first image; each next one is 1 higher.")
+    ] = 0,
+    neighbours: Annotated[
+        int, typer.Option(min=1, help="Number of neighbours by either distance.")
+    ] = 4,
     num_reference: Annotated[
-        int, typer.Option(min=2, help="Look at so many of the reference at most, at random.")
+        int, typer.Option(min=2, help="The most reference images to search, drawn at random.")
     ] = 10_000,
     truncation_psi: TruncationPsi = None,
-    out: Annotated[Path, typer.Option(help="A .png; a row: image, by features, by pixels.")] = Path(
-        "nearest.png"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="A .png; each row has an image, then its nearest by features and by pixels."
+        ),
+    ] = Path("nearest.png"),
     scale: Scale = 2,
     device: Device = "cpu",
 ) -> None:

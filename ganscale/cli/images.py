@@ -18,7 +18,9 @@ __all__: list[str] = []
 def sample(
     path: Snapshot,
     num: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first; then +1.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the first image; each next one is 1 higher.")
+    ] = 0,
     out: Annotated[
         Path,
         typer.Option(

@@ -53,11 +53,11 @@ def submit(
     address: Address = LOCAL,
     env: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=VALUE, or NAME with its value here; shown to all on the cluster."),
+        typer.Option(help="NAME=VALUE, or NAME for its value here; visible to all on the cluster."),
     ] = None,
     secret: Annotated[
         list[str] | None,
-        typer.Option(help="NAME of a variable set here that is shown and stored nowhere."),
+        typer.Option(help="NAME of a variable that is set here, and is neither shown nor stored."),
     ] = None,
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="Do not follow the job's output.")
@@ -108,7 +108,9 @@ def job_status(name: Name, address: Address = LOCAL) -> None:
 def job_logs(
     name: Name,
     address: Address = LOCAL,
-    follow: Annotated[bool, typer.Option("--follow", help="Until the job ends.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Follow the output until the job ends.")
+    ] = False,
 ) -> None:
     """Print the output of a run's newest job; --follow exits with the job's exit code."""
     from ganscale.launch.ray_jobs import connect

@@ -32,25 +32,29 @@ def rate(
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="Real images: shards or a folder; default: what the runs learned from."),
+        typer.Option(
+            help="Real images: shards or a folder; default: what the runs were trained on."
+        ),
     ] = None,
     task: Annotated[
-        RatingTask, typer.Option(help="Real or fake; or which of two is better.")
+        RatingTask, typer.Option(help="Tell real from fake, or choose the better of two.")
     ] = "realness",
     num: Annotated[int, typer.Option(min=1, help="Questions for each rater.")] = 100,
     pool: Annotated[
         int, typer.Option(min=1, help="Images of each run, of which raters see some.")
     ] = 500,
     out: Annotated[Path, typer.Option(help="Folder of the answers.")] = Path("ratings"),
-    seed: Annotated[int, typer.Option(min=0, help="Of images and order.")] = 0,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8765,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of images and order.")] = 0,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to serve at; 0 takes a free one.")
+    ] = 8765,
     host: Annotated[str, typer.Option(help="Address to serve at.")] = "127.0.0.1",
     device: Device = "cpu",
     reveal: Annotated[
         bool, typer.Option("--reveal", help="Show raters at the end how often they were wrong.")
     ] = False,
     results: Annotated[
-        bool, typer.Option("--results", help="Print the results so far, and exit.")
+        bool, typer.Option("--results", help="Print the results so far and exit.")
     ] = False,
 ) -> None:
     """Serve a page on which people say which images are real, or better; print their error rates.

@@ -26,7 +26,7 @@ _Train = Annotated[
     str | None, typer.Option(help="Labelled images; default: what the run trains on.")
 ]
 _Test = Annotated[str, typer.Option(help="Labelled images that nothing was trained on.")]
-_Seeds = Annotated[int, typer.Option(min=1, help="Repeats, for the intervals.")]
+_Seeds = Annotated[int, typer.Option(min=1, help="Number of repeats, over which intervals are.")]
 
 
 @recognise.command(

@@ -40,49 +40,60 @@ def reconstruct(
         typer.Argument(help="Snapshot (.safetensors) or folder of a run.", show_default=False),
     ] = None,
     run_option: Annotated[
-        Path | None, typer.Option("--run", help="The same, as an option.", show_default=False)
+        Path | None, typer.Option("--run", help="The run, as an option.", show_default=False)
     ] = None,
     split: Annotated[Split, typer.Option(help="Which part of a set that has both.")] = "test",
     task: Annotated[
         DegradationTask, typer.Option(help="How the images are degraded.")
     ] = "identity",
     mask: Annotated[
-        str, typer.Option(help="inpaint: half, centre, random, or a picture, white is missing.")
+        str,
+        typer.Option(help="inpaint: half, centre, random, or a picture, where white is missing."),
     ] = "half",
-    scale: Annotated[int, typer.Option(min=2, help="superres: pixels a side of a block.")] = 4,
+    scale: Annotated[int, typer.Option(min=2, help="superres: side of a block in pixels.")] = 4,
     blur: Annotated[float, typer.Option(help="deblur: standard deviation in pixels.")] = 1.5,
     noise: Annotated[
         float | None,
-        typer.Option(min=0, help="Standard deviation, 0 to 255; denoise: 25, others: 0."),
+        typer.Option(
+            min=0, help="Standard deviation of noise, 0 to 255; default: 25 for denoise, else 0."
+        ),
     ] = None,
     num: Annotated[
-        int | None, typer.Option(min=1, help="Only so many of the images, at random.")
+        int | None, typer.Option(min=1, help="Use only so many of the images, drawn at random.")
     ] = None,
     by: Annotated[
-        Literal["encoder", "inversion"] | None, typer.Option(help="Default: encoder if any.")
+        Literal["encoder", "inversion"] | None,
+        typer.Option(help="Default: the encoder if there is one."),
     ] = None,
     optimizer: Annotated[
-        Literal["adam", "lbfgs"], typer.Option(help="Of the latents, for inversion.")
+        Literal["adam", "lbfgs"], typer.Option(help="Optimizer of an inversion.")
     ] = "lbfgs",
-    steps: Annotated[int, typer.Option(min=1, help="Of every start.")] = 100,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Steps of the optimizer from every start.")
+    ] = 100,
     restarts: Annotated[
-        int, typer.Option(min=1, max=512, help="Starts of an image; the best wins.")
+        int, typer.Option(min=1, max=512, help="Starts for each image, of which the best is taken.")
     ] = 4,
     prior: Annotated[
         float | None,
         typer.Option(
             min=0,
-            help="Weight of latents' improbability; identity, denoise: 0, others: 0.01.",
+            help="Weight of mean(z^2) in the loss; identity, denoise: 0, others: 0.01.",
             show_default=False,
         ),
     ] = None,
     tuning_steps: Annotated[
-        int, typer.Option(min=0, help="Then tune a copy of the generator to each image.")
+        int,
+        typer.Option(
+            min=0, help="Steps of tuning a copy of the generator to each image afterwards."
+        ),
     ] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Of images, noise and starts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of images, noise and starts.")] = 0,
     extractor: Annotated[
         ExtractorName,
-        typer.Option(help="Of the feature distance; auto: Inception if its weights are there."),
+        typer.Option(
+            help="Network of the feature distance; auto: Inception if its weights are installed."
+        ),
     ] = "auto",
     device: AutoDevice = "auto",
 ) -> None:

@@ -31,7 +31,7 @@ _NumStreams = Annotated[
 ]
 _ClassNames = Annotated[
     str | None,
-    typer.Option(help="Names of the classes in the order of labels, with commas between them."),
+    typer.Option(help="Names of the classes in the order of labels, separated by commas."),
 ]
 
 shards_app = typer.Typer(help="Build and check shard sets.", no_args_is_help=True)
@@ -51,7 +51,7 @@ def shards_build(
             "or tars."
         ),
     ] = "auto",
-    split: Annotated[Split, typer.Option(help="Which part.")] = "train",
+    split: Annotated[Split, typer.Option(help="Which part of the source.")] = "train",
     layout: Annotated[
         Layout,
         typer.Option(
@@ -71,7 +71,7 @@ def shards_build(
         Literal["1", "3", "4"] | None, typer.Option(help="Convert to gray, RGB or RGBA.")
     ] = None,
     background: Annotated[
-        str, typer.Option(help="Colour below transparency that --img-channels 1 or 3 removes.")
+        str, typer.Option(help="Background colour when --img-channels 1 or 3 removes transparency.")
     ] = "white",
     value_range: _ValueRange = None,
     class_names: _ClassNames = None,
@@ -112,7 +112,7 @@ def shards_build(
 @shards_app.command("index", epilog="Example: ganscale shards index data/my-webdataset")
 def shards_index(
     root: Annotated[Path, typer.Argument(help="Folder of WebDataset tars.")],
-    split: Annotated[Split, typer.Option(help="Which part it is.")] = "train",
+    split: Annotated[Split, typer.Option(help="Which part the tars are.")] = "train",
     num_streams: _NumStreams = None,
     value_range: _ValueRange = None,
     class_names: _ClassNames = None,

@@ -17,8 +17,10 @@ __all__: list[str] = []
 
 @app.command(epilog="Example: ganscale sweep docs/sweeps/learning-rates.yaml --dry-run")
 def sweep(
-    file: Annotated[Path, typer.Argument(help="YAML: what varies, and how trials are compared.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials.")] = False,
+    file: Annotated[
+        Path, typer.Argument(help="YAML file of what varies and how trials are compared.")
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and exit.")] = False,
 ) -> None:
     """Train many configurations on Ray Tune: halving (ASHA), populations, or each to its end.
 

@@ -38,7 +38,9 @@ TakeOver = Annotated[
 def train(
     overrides: Overrides = None,
     config: Annotated[str, typer.Option(help=f"A .yaml file, or one of {PRESETS}.")] = "quickstart",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print config and plan.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the configuration and the plan, and exit.")
+    ] = False,
     take_over: TakeOver = False,
 ) -> None:
     """Train, or resume the run of that name from its newest checkpoint that verifies."""
@@ -69,7 +71,9 @@ def resume(
 
 @app.command(epilog="Example: ganscale doctor --storage runs")
 def doctor(
-    storage: Annotated[Path, typer.Option(help="Where runs would be written.")] = Path("runs"),
+    storage: Annotated[Path, typer.Option(help="Folder in which runs would be written.")] = Path(
+        "runs"
+    ),
 ) -> None:
     """Print machine, devices, versions, free space and the defaults that follow from them."""
     from ganscale.doctor import findings
