@@ -108,7 +108,7 @@ def reconstruct(
     # `evaluate` takes --run and other commands an argument, so both are accepted.
     path = run or run_option
     if path is None or (run and run_option):
-        raise ConfigError("which run? ganscale reconstruct RUN --images ... --out ...")
+        raise ConfigError("expected one run: ganscale reconstruct RUN --images ... --out ...")
     world = World.detect(device)
     search = InversionSettings(
         optimizer=optimizer,

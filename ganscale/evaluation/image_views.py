@@ -177,7 +177,7 @@ def with_classes_of(images: ImageSet, classes: Sequence[str], owner: str) -> Ima
     unknown = [name for name in occurring if name not in classes]
     if unknown:
         raise DataError(
-            f"{images.description} have classes that {owner} has not: {_listed(unknown)}; there "
+            f"{images.description} have classes that {owner} lacks: {_listed(unknown)}; there "
             f"the classes are {_listed(classes)}. Classes are matched by name: rename "
             "the folders, or give names with ganscale shards build --class-names"
         )

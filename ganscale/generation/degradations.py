@@ -189,7 +189,7 @@ def colourise(*, noise: float = 0.0) -> Degradation:
     def operator(images: Tensor) -> Tensor:
         if images.shape[1] != 3:
             raise ConfigError(
-                f"images of {images.shape[1]} channels cannot be given colours: RGB can"
+                f"colourise needs RGB images, not images of {images.shape[1]} channels"
             )
         weights = images.new_tensor(_LUMA)[:, None, None]
         return (images * weights).sum(1, keepdim=True)

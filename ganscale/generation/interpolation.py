@@ -93,7 +93,7 @@ def class_frames(
     Raises `ConfigError` if it knows no classes, or not these.
     """
     if not sampler.num_classes:
-        raise ConfigError("this generator knows no classes to interpolate between")
+        raise ConfigError("this generator has no classes to interpolate between")
     known = [sampler.classes([0], label) for label in labels]
     mixed = path(torch.cat([c for c in known if c is not None]), frames, mix=lerp, loop=loop)
     z = sampler.latents(seeds).repeat_interleave(len(mixed), 0)

@@ -68,7 +68,7 @@ class LatentSampler:
         """Each seed's class, or `label` for all, as weights (n, num_classes); None without."""
         if label is not None and not 0 <= label < self.num_classes:
             known = f"0 to {self.num_classes - 1}" if self.num_classes else "no labels"
-            raise ConfigError(f"label {label}: this generator knows {known}")
+            raise ConfigError(f"label {label}: this generator takes {known}")
         if not self.num_classes:
             return None
         labels = seeded_labels(seeds, self.num_classes)

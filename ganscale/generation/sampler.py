@@ -63,7 +63,7 @@ class SampleableGenerator:
     def _labels(self, seeds: list[int], label: int | None) -> Tensor:
         if label is not None and not 0 <= label < self.num_classes:
             known = f"0 to {self.num_classes - 1}" if self.num_classes else "no labels"
-            raise ValueError(f"label {label}: this generator knows {known}")
+            raise ValueError(f"label {label}: this generator takes {known}")
         if label is None and self.num_classes:
             return seeded_labels(seeds, self.num_classes)
         return torch.full((len(seeds),), label or 0)

@@ -258,7 +258,7 @@ def _open_inception(weights: Path | None, sha256: str | None) -> FeatureExtracto
         )
     except (RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{path} has not the layout of FID's Inception: {reason}") from None
+        raise ConfigError(f"{path} does not have the layout of FID's Inception: {reason}") from None
     return TorchFidelity(
         "inception-v3",
         network,
@@ -386,5 +386,7 @@ def as_rgb(images: Tensor) -> Tensor:
     if images.shape[1] == 1:
         return images.expand(-1, 3, -1, -1)
     if images.shape[1] != 3:
-        raise DataError(f"images of {images.shape[1]} channels have no features: RGB or gray do")
+        raise DataError(
+            f"features need RGB or gray images, not images of {images.shape[1]} channels"
+        )
     return images

@@ -207,7 +207,7 @@ def _key_of(path: Path, definition: dict[str, Any]) -> bytes:
     if changes:
         raise ConfigError(
             f"{path.parent} holds answers about something else ({'; '.join(changes)}): "
-            "ask the same as before, or choose another --out"
+            "repeat the options of the first call, or choose another --out"
         )
     return key
 

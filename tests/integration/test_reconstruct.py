@@ -158,7 +158,7 @@ def test_images_that_do_not_fit_are_refused_in_a_line(
         (("--task", "identity", "--noise", 9), "the task with noise alone is denoise"),
         (("--task", "inpaint", "--mask", "third"), "expected half, centre, random or a picture"),
         (("--task", "deblur", "--blur", 20), "too wide"),
-        (("--run", "another"), "which run?"),
+        (("--run", "another"), "expected one run"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_line(
@@ -258,5 +258,5 @@ def test_the_labels_of_a_set_are_given_to_a_generator_with_its_classes(
         Image.new("RGB", (32, 32)).save(tmp_path / "two" / name / "1.png")
     of_two = open_images(str(tmp_path / "two"), scratch=tmp_path)
     assert of_two.labels is not None
-    with pytest.raises(DataError, match="classes that the generator has not: a, b"):
+    with pytest.raises(DataError, match="classes that the generator lacks: a, b"):
         labels_for(way.generator, of_two, np.arange(2))

@@ -279,7 +279,7 @@ def test_an_accuracy_score_says_what_it_lacks() -> None:
             classification_accuracy_score(*three, recipe=RECIPE)
     with pytest.raises(DataError, match="needs one shape"):
         classification_accuracy_score(large, images, images, recipe=RECIPE)
-    with pytest.raises(DataError, match="60 test images has not: 3, 4"):
+    with pytest.raises(DataError, match="60 test images lacks: 3, 4"):
         classification_accuracy_score(unknown, images, images, recipe=RECIPE)
     one_class = Pixels(noise(60, seed=0), np.zeros(60, dtype=np.int64))
     with pytest.raises(DataError, match="at least 2 classes"):

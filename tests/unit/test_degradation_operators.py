@@ -171,5 +171,5 @@ def test_what_makes_no_sense_is_refused(images: Tensor) -> None:
         deblur(-1.0)
     with pytest.raises(ConfigError, match="too wide for 16 pixels"):
         deblur(8.0).operator(images)
-    with pytest.raises(ConfigError, match="1 channels cannot be given colours"):
+    with pytest.raises(ConfigError, match="not images of 1 channels"):
         colourise().operator(images[:, :1])

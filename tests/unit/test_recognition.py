@@ -75,7 +75,7 @@ def test_labels_count_the_classes_of_the_other_set_by_name() -> None:
     assert tuple(matched.classes) == train
     assert matched.digest != test.digest
     assert with_classes_of(test, test.classes, "train") is test
-    with pytest.raises(DataError, match=r"classes that train has not: cow; .* are ant, bee, dog\."):
+    with pytest.raises(DataError, match=r"classes that train lacks: cow; .* are ant, bee, dog\."):
         with_classes_of(test, ("ant", "bee", "dog"), "train")
     unused = replace(test, classes=("ant", "cow", "dog", "elk"))
     assert with_classes_of(unused, train, "train").labels is not None
@@ -263,7 +263,7 @@ def test_the_classifier_of_a_run_is_tested_as_it_is(tmp_path: Path) -> None:
     assert found == (logits.argmax(1).numpy() == images.labels).mean()
     counted_otherwise = replace(images, classes=("bright", "dark"), labels=1 - images.labels)
     assert snapshot_accuracy(loaded, names, counted_otherwise) == found
-    with pytest.raises(DataError, match="has not: dim"):
+    with pytest.raises(DataError, match="lacks: dim"):
         snapshot_accuracy(loaded, names, replace(images, classes=("dark", "dim")))
     save_snapshot(path, generator, spec=spec, nimg=1)
     with pytest.raises(ConfigError, match="has no classifier"):

@@ -145,7 +145,7 @@ def _load(text: str, device: str) -> GanPair:
     except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{store.where(files.name)} holds no generator and discriminator of its configuration: "
+            f"{store.where(files.name)} does not hold the generator and discriminator of its configuration: "
             f"{reason}"
         ) from None
 

@@ -127,7 +127,7 @@ def _check(pairs: Sequence[GanPair], reference: ImageSet) -> None:
         raise ConfigError(f"a tournament needs two runs or more, got {len(names)}")
     # Tables and positions are by name.
     if len(set(names)) < len(names):
-        raise ConfigError(f"the same GAN twice: {', '.join(names)}")
+        raise ConfigError(f"a tournament has the same GAN twice: {', '.join(names)}")
     if len(reference) < 2:
         raise ConfigError(f"too few test images: {reference.description}")
     for pair in pairs:
