@@ -145,8 +145,8 @@ def _load(text: str, device: str) -> GanPair:
     except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{store.where(files.name)} does not hold the generator and discriminator of its configuration: "
-            f"{reason}"
+            f"{store.where(files.name)} does not hold the generator and discriminator of its "
+            f"configuration: {reason}"
         ) from None
 
 
