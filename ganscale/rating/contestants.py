@@ -86,8 +86,8 @@ def default_reference(places: Sequence[str]) -> str:
     reference = references.pop()
     if references or reference is None:
         raise ConfigError(
-            "which images are real is not clear: the runs name none, or different ones, or their "
-            "shards are gone. Name a shard set or a folder of images by --reference"
+            "the runs name no real images, or different ones, or their shards are gone: "
+            "name a shard set or a folder of images by --reference"
         )
     return reference
 

@@ -222,7 +222,7 @@ def test_a_two_sample_test_says_what_it_lacks() -> None:
     real, other = Pixels(noise(40, seed=0), None), Pixels(noise(40, seed=1), None)
     large = Pixels(noise(40, seed=1, shape=(3, 9, 9)), None)
     few = Pixels(noise(19, seed=1), None)
-    with pytest.raises(DataError, match="at least 20 images of each set, there are 40 and 19"):
+    with pytest.raises(DataError, match="at least 20 images of each set, got 40 and 19"):
         network_two_sample(real, few, recipe=RECIPE)
     with pytest.raises(DataError, match="at least 20 images of each set"):
         neighbour_two_sample(torch.zeros(40, 2), torch.zeros(19, 2))
