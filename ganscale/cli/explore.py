@@ -75,6 +75,7 @@ def interpolate(
     if animate or out.suffix in ANIMATED:
         write_animation(_sheets(images, scale), out)
     else:
+        # Classes make a row for each seed already; one path is folded at the points that it passes.
         rows = images if mode == "class" else _folded(images[0], frames)
         write_picture(lay_out(rows, scale=scale), out)
     typer.echo(f"wrote {images.shape[1]} frames to {out}")

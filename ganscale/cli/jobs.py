@@ -39,6 +39,7 @@ Address = Annotated[
 ]
 LOCAL = "http://127.0.0.1:8265"
 Name = Annotated[str, typer.Argument(help="Name of the run, or id of the job.")]
+# 128 + SIGINT, which is what shells report.
 _INTERRUPTED = 130
 
 

@@ -69,6 +69,8 @@ def probe(
         "the same, untrained": untrained,
         "pixels": lambda _: scaled_pixels,
     }
+    # The same images and seeds for all kinds of features, so their differences are those of
+    # features.
     with progress_bars(stderr_console()) as start_task:
         results = [
             measure(

@@ -110,6 +110,7 @@ def reconstruct(
     if path is None or (run and run_option):
         raise ConfigError("expected one run: ganscale reconstruct RUN --images ... --out ...")
     world = World.detect(device)
+    # Also where the encoder reconstructs: it is then part of no protocol.
     search = InversionSettings(
         optimizer=optimizer,
         steps=steps,

@@ -85,6 +85,7 @@ def shards_build(
     downloads = check_free(out).parent / "downloads"
     spec, notice = resolve_source(source, split, download_dir=downloads, layout=layout)
     console = stderr_console()
+    # Without markup, since rich would take [brackets] in a path for its own.
     notify = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     if notice:
         notify(notice)

@@ -44,7 +44,8 @@ def frechet_estimate(features: Tensor, reference: Moments, *, seed: int = 0) -> 
     # The groups are taken as drawn by chance and the reference as given, so the interval is that of
     # other samples against this reference. A bootstrap would repeat images, which biases the
     # distance (`bootstrap`).
-    parts = _groups(features, seed)
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(features)))
+    parts = [Moments.of(features[rows]) for rows in order.tensor_split(_GROUPS)]
     root = _root(reference)  # one decomposition for all eleven distances
     total = _sum(parts)
     # The other groups are added up; taking one away from the total would cancel digits.
@@ -121,11 +122,6 @@ def _check(moments: Moments, whose: str) -> None:
         raise DataError(f"{whose}: {moments.count} images are too few for a covariance")
     if not moments.scatter.trace() > 0:
         raise DataError(f"{whose}: all {moments.count} images have the same features")
-
-
-def _groups(features: Tensor, seed: int) -> list[Moments]:
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(features)))
-    return [Moments.of(features[rows]) for rows in order.tensor_split(_GROUPS)]
 
 
 def _sum(parts: list[Moments]) -> Moments:

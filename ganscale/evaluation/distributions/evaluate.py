@@ -176,10 +176,8 @@ def evaluate(
         of_reference = plan.features(extractor, world, cache=cache, start_task=start_task)
     with _timed("samples", seconds):
         progress = start_task(samples.description, len(samples))
-        if cache is not None and resume_samples:
-            of_samples = cache.extract(samples, extractor, world, keep=False, progress=progress)
-        else:
-            of_samples = extract(samples, extractor, world, progress=progress)
+        resumable = cache if resume_samples else None
+        of_samples = _sample_features(samples, extractor, world, resumable, progress)
     if of_samples is None or of_reference is None:
         return None
     comparison = _Comparison(of_samples, of_reference, extractor, device)
@@ -210,6 +208,20 @@ def _with_reference_classes(
         if required:
             raise
         return samples, {"fid_per_class": str(error)}
+
+
+def _sample_features(
+    samples: ImageSet,
+    extractor: FeatureExtractor,
+    world: World,
+    cache: FeatureCache | None,
+    progress: Callable[[int], None],
+) -> Features | None:
+    """The samples' features on rank 0; with a cache an interrupted pass over them is resumed."""
+    if cache is None:
+        return extract(samples, extractor, world, progress=progress)
+    # Not kept once they are complete: the next evaluation is of other weights.
+    return cache.extract(samples, extractor, world, keep=False, progress=progress)
 
 
 def _protocol(samples: ImageSet, reference: ImageSet, extractor: FeatureExtractor) -> Protocol:
