@@ -25,8 +25,8 @@ __all__ = [
 
 def seed_for(*key: int | str) -> int:
     """A 63-bit seed decided by `key`, the same on every platform."""
-    # Not `hash`, which differs between processes, and not a sum of numbers, by which (1, 2) and (2,
-    # 1) would collide. 63 bits, since torch takes signed integers.
+    # Not `hash`, which differs between processes, and not a sum of numbers, by which the keys (1,
+    # 2) and (2, 1) would collide.
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
 
 

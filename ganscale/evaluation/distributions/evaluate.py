@@ -335,8 +335,6 @@ def _inception_score(comparison: _Comparison) -> dict[str, Estimate]:
 
 
 def _prdc(comparison: _Comparison) -> dict[str, Estimate]:
-    # Precision and recall fall and rise with the ratio of the numbers, so both sets have equally
-    # many.
     shares = prdc(*comparison.rows())
     return comparison.named(
         ("precision", shares.precision),

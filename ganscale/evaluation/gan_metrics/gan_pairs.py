@@ -138,8 +138,7 @@ def _load(text: str, device: str) -> GanPair:
             f"no checkpoint of {text} that verifies in {store.location}; it has "
             + (f"some at {there} kimg" if there else "none")
         )
-    # Other training methods have no generator and discriminator under these names, and a changed
-    # model has other tensors.
+    # Runs of some methods have no discriminator in their state, and a changed model other tensors.
     try:
         return _gan_pair(root.name, files, device)
     except (KeyError, TypeError, RuntimeError) as error:

@@ -197,8 +197,8 @@ def probe(
     test_features: tuple[FeatureFn, Tensor] | None = None
     for seed in seeds:
         features_of, text = features_for_seed(seed), f"{name}, seed {seed}"
-        # A trained network has the same features for all seeds, which takes minutes for a test set;
-        # an untrained one has its own for each.
+        # A trained network has the same features for all seeds, so those of the test images are
+        # computed once; an untrained one is another network for each seed.
         if test_features is None or test_features[0] is not features_of:
             progress = start_task(f"{text}: test images", len(test))
             test_features = (features_of, _extract(test, features_of, device, progress))
