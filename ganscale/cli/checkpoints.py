@@ -38,7 +38,7 @@ def checkpoint_list(run: Run) -> None:
         typer.echo(f"{name}  {name.nimg / 1000:10.1f} kimg  {state}")
     for folder in store.unfinished():
         typer.echo(f"{folder.path}  unfinished")
-    typer.echo(f"goes on from {max(usable) if usable else 'nothing'}")
+    typer.echo(f"resumes from {max(usable) if usable else 'nothing'}")
 
 
 @checkpoint_app.command("verify", epilog="Example: ganscale checkpoint verify runs/quickstart")

@@ -158,8 +158,8 @@ def _follow(jobs: Jobs, job: Job) -> None:
         name = job.run or job.id
         where = f"--address {jobs.address}"
         typer.echo(
-            f"\nganscale: the job goes on; see it by ganscale job logs {name} --follow {where}, "
-            f"end it by ganscale job stop {name} {where}",
+            f"\nganscale: the job continues; follow it by ganscale job logs {name} --follow "
+            f"{where}, end it by ganscale job stop {name} {where}",
             err=True,
         )
         raise typer.Exit(_INTERRUPTED) from None

@@ -90,7 +90,7 @@ def class_frames(
     """Each seed's image on its way through classes, uint8 (seeds, frames, C, H, W).
 
     Classes are mixed linearly where the generator embeds them; the latents stay as they are.
-    Raises `ConfigError` if it knows no classes, or not these.
+    Raises `ConfigError` if it has no classes, or not these.
     """
     if not sampler.num_classes:
         raise ConfigError("this generator has no classes to interpolate between")

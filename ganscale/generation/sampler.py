@@ -92,8 +92,8 @@ def diversity(images: Tensor, values: ValueRange = PIXELS) -> float:
         values: the range of values of the images.
 
     Returns:
-        A number from 0, all alike, to 255, which is the whole range of values. 64 real CIFAR-10
-        images have about 88 (82 to 93).
+        A number from 0, if all images are equal, to 255, the whole range of values. 64 real
+        CIFAR-10 images have about 88 (82 to 93).
     """
     flat = images.flatten(1).double() * (255 / (values.high - values.low))
     return float(torch.pdist(flat).mean()) / math.sqrt(flat.shape[1])

@@ -1,7 +1,7 @@
 """Estimates with their uncertainty: what every metric returns.
 
-An interval says how far the value would move with other images of the same kind; it knows nothing
-of a protocol's bias.
+An interval says how far the value would move with other images of the same kind. It does not
+include the bias of a protocol, such as that of a Frechet distance of few samples.
 """
 
 from __future__ import annotations

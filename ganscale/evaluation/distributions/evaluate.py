@@ -142,7 +142,7 @@ def evaluate(
         required: whether a metric that cannot be computed is an error; else it is skipped with a
             reason.
         cache: keeps the reference's features.
-        resume_samples: whether an interrupted pass over the samples goes on, by the cache; their
+        resume_samples: whether an interrupted pass over the samples is resumed by the cache; their
             digest must then tell different samples apart.
         planned: called on every rank when it is known how many images will be extracted.
         start_task: called with each part and its number of images; what it returns is called with
@@ -150,7 +150,7 @@ def evaluate(
         device: where distances between features are computed.
 
     Raises:
-        DataError: images are too few, unreadable, of different shapes, all alike, or have features
+        DataError: images are too few, unreadable, of different shapes, all equal, or have features
             that are not finite.
     """
     if samples.shape != reference.shape:

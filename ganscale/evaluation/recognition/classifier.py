@@ -130,9 +130,9 @@ def train_classifier(
         images: the training set, any sizes from 8x8.
         labels: (N,) classes from 0 to num_classes - 1, one for each image.
         num_classes: how many there are, at least 2.
-        recipe: how.
+        recipe: how the network is trained.
         seed: of weights, order and augmentation.
-        device: where; the CPU unless given.
+        device: the device to train on; the CPU by default.
         progress: called with the number of images trained on since the last call.
 
     Raises:
