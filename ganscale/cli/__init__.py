@@ -1,6 +1,6 @@
-"""The `ganscale` command. Heavy imports wait inside the commands, so that --help is quick.
+"""The `ganscale` command. Heavy imports are inside the commands, so that --help is quick.
 
-Exit codes: 0 success, 1 failure, 2 wrong use or configuration. Errors are one line on standard
+Exit codes: 0 success, 1 failure, 2 usage or configuration error. Errors are one line on standard
 error; `--debug` shows the traceback as well.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import typer
 
-# Importing them adds their verbs.
+# Importing them adds their subcommands.
 from ganscale.cli import (  # noqa: F401
     bench,
     checkpoints,
@@ -46,6 +46,7 @@ _HIDDEN_BY_PYTHON = (DeprecationWarning, PendingDeprecationWarning, ImportWarnin
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command and exit with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # Accepted anywhere, also after the subcommand.
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     _show_own_warnings()
@@ -102,7 +103,7 @@ def _brief(error: BaseException) -> str:
 
 
 def _thread_excepthook(*, debug: bool) -> Callable[[threading.ExceptHookArgs], None]:
-    """What reports an exception that ended a thread: one line instead of a traceback."""
+    """A hook that reports an exception that ended a thread in one line instead of a traceback."""
 
     def report(args: threading.ExceptHookArgs) -> None:
         if args.exc_type is SystemExit:

@@ -1,9 +1,8 @@
-"""The command itself, to which the other modules of this package add their verbs."""
+"""The command itself, to which the other modules of this package add their subcommands."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,12 +10,12 @@ import typer
 from typer.core import TyperGroup
 
 from ganscale import __version__
-from ganscale.errors import ConfigError, naming_file
+from ganscale.errors import naming_file
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Device", "JsonFile", "Overrides", "app", "stderr_console", "write_json"]
+__all__ = ["app", "scratch_folder", "stderr_console", "write_json"]
 
 
 class _Commands(TyperGroup):
@@ -43,25 +42,6 @@ app = typer.Typer(
 )
 
 
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="section.field=value ...", show_default=False)
-]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")]
-
-
-def _check_device(device: str) -> str:
-    if device != "cpu":
-        from ganscale.world import check_cuda
-
-        if not re.fullmatch(r"cuda(:\d+)?", device):
-            raise ConfigError(f"--device {device}: expected cpu, cuda or cuda:N")
-        check_cuda(f"--device {device}", index=int(device.partition(":")[2] or 0))
-    return device
-
-
-Device = Annotated[str, typer.Option(callback=_check_device, help="cpu, cuda or cuda:N.")]
-
-
 def _show_version(wanted: bool) -> None:
     if wanted:
         print(f"ganscale {__version__}")
@@ -73,14 +53,18 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show it, and exit."),
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
-    """Options before the verb; `main` reads --debug itself."""
+    """Options before the subcommand."""
+    # `main` reads --debug itself, since it is accepted after the subcommand, too; here it is for
+    # --help.
 
 
 def write_json(path: Path | None, values: Any) -> None:
-    """Write values to the file of a `JsonFile` option, if it was given."""
+    """Write values to the file of a `JsonFile` option, if there is one."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not atomically: people also name /dev/stdout, a link that must not be replaced.
@@ -93,3 +77,10 @@ def stderr_console() -> Console:
     from ganscale.tracking.console import stderr_console as console
 
     return console()
+
+
+def scratch_folder() -> Path:
+    """The folder for downloads and unpacked archives, beside the cached features."""
+    from ganscale.evaluation.distributions.features import FeatureCache
+
+    return FeatureCache().folder.parent

@@ -1,4 +1,4 @@
-"""Verbs that measure speed."""
+"""Commands that measure speed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ganscale.cli.app import Device, JsonFile, Overrides, app, stderr_console, write_json
+from ganscale.cli.app import app, stderr_console, write_json
+from ganscale.cli.options import ConfigSource, Device, JsonFile, Overrides
 
 __all__: list[str] = []
 
@@ -19,11 +20,11 @@ app.add_typer(bench_app, name="bench")
 )
 def bench_data(
     root: Annotated[str, typer.Argument(help="Folder or URL of a shard set.")],
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long each is measured.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure each way.")] = 5.0,
     device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
-    """Images per second of each way to read a set, beside webdataset and torchvision."""
+    """Measure images per second of each way to read a set, and of webdataset and torchvision."""
     from dataclasses import asdict
 
     import torch
@@ -31,6 +32,7 @@ def bench_data(
     from ganscale.data.benchmark import bench_data
     from ganscale.data.shards import ShardSet
 
+    # Figures are for one core, whatever the machine has.
     torch.set_num_threads(1)
     console = stderr_console()
     rows = bench_data(
@@ -55,13 +57,13 @@ def bench_data(
 )
 def bench_train(
     overrides: Overrides = None,
-    config: Annotated[str, typer.Option(help="A preset or a .yaml file.")] = "quickstart",
+    config: ConfigSource = "quickstart",
     seconds: Annotated[
-        float, typer.Option(min=1, help="How long to train; thirty steps at least.")
+        float, typer.Option(min=1, help="How long to train; at least thirty steps.")
     ] = 30.0,
     json_file: JsonFile = None,
 ) -> None:
-    """Images per second of a configuration's training on one device, and where its time goes."""
+    """Measure a configuration's training on one device: images per second, and time by part."""
     from dataclasses import asdict
 
     from ganscale.config import load_config
@@ -71,6 +73,7 @@ def bench_train(
 
     console = stderr_console()
     settings = prepare_shards(load_config(config, overrides or []), console)
+    # The benchmark trains in this process; how runs scale is not its subject.
     settings = settings.with_changes({"launch.num_workers": 1})
     world = World.detect("cuda" if settings.launch.use_gpu else "cpu")
     with console.status(f"training for {seconds:g} s or thirty steps"):

@@ -1,4 +1,4 @@
-"""Verbs for a run's checkpoints."""
+"""Commands for a run's checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
-checkpoint_app = typer.Typer(help="Look at a run's checkpoints.", no_args_is_help=True)
+checkpoint_app = typer.Typer(help="Inspect a run's checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 
 
@@ -24,7 +24,7 @@ Run = Annotated[str, typer.Argument(help="Folder of the run, or URL of its check
 
 @checkpoint_app.command("list", epilog="Example: ganscale checkpoint list runs/quickstart")
 def checkpoint_list(run: Run) -> None:
-    """List a run's checkpoints, whether each verifies, and which the run would go on from."""
+    """List a run's checkpoints, whether each verifies, and from which one the run would resume."""
     store = _checkpoints(run)
     line = store.lineage()
     usable = []
@@ -38,7 +38,7 @@ def checkpoint_list(run: Run) -> None:
         typer.echo(f"{name}  {name.nimg / 1000:10.1f} kimg  {state}")
     for folder in store.unfinished():
         typer.echo(f"{folder.path}  unfinished")
-    typer.echo(f"goes on from {max(usable) if usable else 'nothing'}")
+    typer.echo(f"resumes from {max(usable) if usable else 'nothing'}")
 
 
 @checkpoint_app.command("verify", epilog="Example: ganscale checkpoint verify runs/quickstart")
@@ -56,7 +56,7 @@ def checkpoint_verify(run: Run) -> None:
 
 @checkpoint_app.command("repair", epilog="Example: ganscale checkpoint repair runs/quickstart")
 def checkpoint_repair(run: Run) -> None:
-    """Put damaged checkpoints aside, remove what killed writers left; the sound ones stay."""
+    """Move damaged checkpoints aside and remove incomplete ones; valid ones are not touched."""
     for line in _checkpoints(run).repair() or ["nothing to repair"]:
         typer.echo(line)
 
@@ -70,6 +70,7 @@ def _checkpoints(run: str) -> CheckpointStore:
     run_dir = RunDirectory(Path(run).expanduser().absolute())
     location = run if is_url(run) else str(run_dir.root / "checkpoints")
     if not is_url(run) and run_dir.config.is_file():
+        # The folder may have been moved since its configuration was written.
         place = {"storage": str(run_dir.root.parent), "name": run_dir.name}
         location = load_config(run_dir.config).with_changes(place).checkpoints
     store = CheckpointStore(location)

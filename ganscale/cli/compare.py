@@ -1,4 +1,4 @@
-"""Verbs that compare runs: side by side, in a tournament, and one recipe's seeds."""
+"""Commands that compare runs: side by side, in a tournament, and the seeds of one recipe."""
 
 from __future__ import annotations
 
@@ -9,16 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ganscale.cli.app import Device, JsonFile, app, stderr_console, write_json
+from ganscale.cli.app import app, scratch_folder, stderr_console, write_json
+from ganscale.cli.options import AutoDevice, ConfigSource, Device, JsonFile, parse_names
 from ganscale.config import ExtractorName
 from ganscale.errors import ConfigError, TrainingFault
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ganscale.config import Config
-    from ganscale.evaluation.reconstruction.comparison import Cost, Entry, Restored
+    from ganscale.config import Config, MetricName
+    from ganscale.evaluation.distributions.evaluate import StartTask
+    from ganscale.evaluation.image_sets import ImageSet
+    from ganscale.evaluation.reconstruction.comparison import (
+        ComparedRun,
+        EvaluationNetworks,
+        TaskResult,
+        TrainingCost,
+    )
     from ganscale.metrics.intervals import Estimate
+    from ganscale.world import World
 
 __all__: list[str] = []
 
@@ -32,24 +41,28 @@ _COLUMNS = 16
 )
 def tournament(
     runs: Annotated[list[str], typer.Argument(help="Folders of runs, or RUN@KIMG.")],
-    reference: Annotated[str, typer.Option(help="Shard set of real images not trained on.")],
-    num: Annotated[int, typer.Option(min=1, help="Images of each run, and real ones.")] = 2000,
+    reference: Annotated[
+        str, typer.Option(help="Shard set of real images that no run was trained on.")
+    ],
+    num: Annotated[
+        int, typer.Option(min=1, help="Number of images of each run, and of real ones.")
+    ] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Decides samples and real images.")] = 0,
     json_file: JsonFile = None,
     device: Device = "cpu",
 ) -> None:
-    """Rank runs: every discriminator judges every generator (generative adversarial metric)."""
+    """Rank runs: every discriminator scores every generator (generative adversarial metric)."""
     from ganscale.data.shards import ShardSet
     from ganscale.evaluation.gan_metrics.gan_pairs import load_gan_pairs
-    from ganscale.evaluation.gan_metrics.tournament import hold_tournament, num_judged
+    from ganscale.evaluation.gan_metrics.tournament import num_scored, run_tournament
     from ganscale.evaluation.image_sets import ImagesOfShards
     from ganscale.tracking.console import counting
 
     images = ImagesOfShards(ShardSet.load(reference))
     pairs = load_gan_pairs(runs, device=device)
-    total = num_judged(len(pairs), num, images)
-    with counting("judging images", total, stderr_console()) as progress:
-        result = hold_tournament(pairs, images, num_images=num, seed=seed, progress=progress)
+    total = num_scored(len(pairs), num, images)
+    with counting("scoring images", total, stderr_console()) as progress:
+        result = run_tournament(pairs, images, num_images=num, seed=seed, progress=progress)
     write_json(json_file, result.to_json())
     typer.echo("\n".join(result.scores.lines()))
 
@@ -66,18 +79,20 @@ def stability(
             show_default=False,
         ),
     ] = None,
-    config: Annotated[str, typer.Option(help="A preset or a .yaml file.")] = "quickstart",
-    seeds: Annotated[int, typer.Option(min=1, help="How many, from the config's seed on.")] = 5,
+    config: ConfigSource = "quickstart",
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of seeds, counted from the configuration's seed.")
+    ] = 5,
     storage: Annotated[
         str | None, typer.Option(help="Folder for the runs.", show_default=False)
     ] = None,
-    metric: Annotated[str, typer.Option(help="Whose spread: a name in metrics.jsonl.")] = (
-        "metrics/diversity"
-    ),
+    metric: Annotated[
+        str, typer.Option(help="The metric of the report: a name in metrics.jsonl.")
+    ] = ("metrics/diversity"),
     report_only: Annotated[bool, typer.Option("--report-only", help="Train nothing.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Train a recipe with several seeds; tell how many collapse and how far results spread.
+    """Train a recipe with several seeds; report how many collapse and how far results spread.
 
     Seeds that are finished are not trained again; those that were interrupted go on.
     """
@@ -94,7 +109,7 @@ def stability(
 
 
 def _train_seeds(source: str, overrides: list[str], num_seeds: int) -> list[Path]:
-    """Train what is not finished; returns the runs' folders."""
+    """Train the seeds that are not finished; returns the folders of all."""
     from ganscale.config import load_config
 
     base = load_config(source, overrides)
@@ -114,19 +129,21 @@ def _train_seeds(source: str, overrides: list[str], num_seeds: int) -> list[Path
 
 
 def _train(config: Config) -> None:
-    """A run that the guard ends is a result; one that the user ends is the end of the command."""
+    """Train one seed. Exits if the user stops it; a run that the guard ends is a result like
+    others."""
     from ganscale.launch.signals import EXIT_CODES
     from ganscale.launch.start import start
 
     console = stderr_console()
     try:
-        ending = start(config, console)
+        result = start(config, console)
+    # `summarise_run` counts it as a collapse, and the other seeds are still to be trained.
     except TrainingFault as fault:
         console.print(f"{config.name}: {fault}", highlight=False, soft_wrap=True)
         return
-    if ending.reason:
+    if result.reason:
         console.print("to go on: the same command again", highlight=False)
-        raise typer.Exit(EXIT_CODES[ending.reason])
+        raise typer.Exit(EXIT_CODES[result.reason])
 
 
 def _is_finished(config: Config) -> bool:
@@ -143,9 +160,11 @@ def _is_finished(config: Config) -> bool:
     file = RunDirectory(config.run_dir).config
     if not file.is_file():
         return False
+    # By its checkpoints and not by its events: what was deleted must be trained again.
     if all(n.nimg < config.total_nimg for n in CheckpointStore(config.checkpoints).lineage()):
         return False
     now = absolutize_paths(config, stderr_console())
+    # A finished run of other settings would silently become one of the seeds.
     if changed := changed_settings(load_config(file), now):
         raise ConfigError(
             f"{config.run_dir} holds a finished run with other settings ({'; '.join(changed)}): "
@@ -161,132 +180,158 @@ def _is_finished(config: Config) -> bool:
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or snapshots in them.")],
     images: Annotated[str, typer.Option(help="Images that no run was trained on.")],
-    out: Annotated[Path, typer.Option(help="Folder for a picture of each task, figures.json.")],
+    out: Annotated[Path, typer.Option(help="Folder for a picture of each task and figures.json.")],
     reference: Annotated[
-        str | None, typer.Option(help="What samples are compared with; default: training data.")
+        str | None,
+        typer.Option(
+            help="Images that samples are compared with; default: the first run's training data."
+        ),
     ] = None,
-    tasks: Annotated[str, typer.Option(help="As in reconstruct.")] = (
-        "identity,inpaint,superres,denoise"
-    ),
+    tasks: Annotated[
+        str, typer.Option(help="Tasks of `ganscale reconstruct`, separated by commas.")
+    ] = ("identity,inpaint,superres,denoise"),
     num: Annotated[int, typer.Option(min=2, help="Images to reconstruct.")] = 100,
     num_samples: Annotated[int, typer.Option(min=2, help="Images to generate.")] = 10_000,
     num_reference: Annotated[
-        int | None, typer.Option(min=2, help="Only so many of the reference, at random.")
+        int | None, typer.Option(min=2, help="Use only so many reference images, drawn at random.")
     ] = None,
     metric: Annotated[
-        Literal["fid", "kid", "prdc"], typer.Option(help="Of generated images.")
+        Literal["fid", "kid", "prdc"], typer.Option(help="Metric of generated images.")
     ] = "fid",
     extractor: Annotated[
         ExtractorName,
-        typer.Option(help="Of the metric; auto: Inception if its weights are installed."),
+        typer.Option(help="Network of the metric; auto: Inception if its weights are installed."),
     ] = "auto",
-    steps: Annotated[int, typer.Option(min=1, help="Of an inversion.")] = 100,
-    restarts: Annotated[int, typer.Option(min=1, max=512, help="Starts of an inversion.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Of images, noise and starts.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each inversion.")] = 100,
+    restarts: Annotated[int, typer.Option(min=1, max=512, help="Starts of each inversion.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of images, noise and starts.")] = 0,
+    device: AutoDevice = "auto",
 ) -> None:
-    """Put runs beside each other: what they cost, generate and bring back (VAE against GAN)."""
-    from ganscale.cli.duration import announce
-    from ganscale.evaluation.distributions.features import FeatureCache
+    """Compare runs by their cost, their samples and their reconstructions (VAE against GAN)."""
     from ganscale.evaluation.image_sets import open_images
     from ganscale.evaluation.image_views import Subset
-    from ganscale.evaluation.reconstruction import comparison as of
+    from ganscale.evaluation.reconstruction import comparison
     from ganscale.evaluation.run_references import default_reference
-    from ganscale.generation.degradations import degradation_named
-    from ganscale.generation.inversion import Search
-    from ganscale.metrics.extractors import EfficientNetLite0, open_extractor
+    from ganscale.generation.degradations import build_degradation
+    from ganscale.generation.inversion import InversionSettings
     from ganscale.tracking.console import progress_bars
     from ganscale.world import World, process_group
 
     world = World.detect(device)
     if world.world_size > 1:
-        raise ConfigError("compare measures time: one process does it, without torchrun")
-    search = Search(steps=steps, restarts=restarts, seed=seed)
-    entries = [of.enter(str(run), search, device=world.device) for run in runs]
-    scratch = FeatureCache().folder.parent
-    real = open_images(reference or default_reference(str(runs[0])), scratch=scratch)
+        raise ConfigError("compare measures time, so it needs a single process: omit torchrun")
+    search = InversionSettings(steps=steps, restarts=restarts, seed=seed)
+    compared = [comparison.load_run(str(run), search, device=world.device) for run in runs]
+    real = open_images(reference or default_reference(str(runs[0])), scratch=scratch_folder())
+    # Not drawn by --seed: comparisons of other seeds are to have the same reference.
     if num_reference is not None:
         real = Subset.random(real, num_reference, seed=0)
-    subject = Subset.random(open_images(images, split="test", scratch=scratch), num, seed=seed)
-    wanted = [degradation_named(task, subject.shape, seed=seed) for task in _tasks(tasks)]
-    judges = of.Judges(open_extractor("auto"), EfficientNetLite0(), world)
-    judges.extractor.to(world.device)
-    judges.network.to(world.device)
+    originals = open_images(images, split="test", scratch=scratch_folder())
+    originals = Subset.random(originals, num, seed=seed)
+    if not (names := parse_names(tasks)):
+        raise ConfigError(f"--tasks {tasks}: expected at least one")
+    degradations = [build_degradation(task, originals.shape, seed=seed) for task in names]
+    networks = _networks(extractor, world)
     with process_group(world), progress_bars(stderr_console()) as start_task:
+        # Reconstructions before features of samples, which take far longer.
         results = {}
-        for degradation in wanted:  # pictures first: features of samples take far longer
-            task = degradation.name
-            results[task] = of.restored(
-                entries, subject, degradation, judges, seed=seed, start_task=start_task
+        for degradation in degradations:
+            truth, results[degradation.name] = comparison.reconstruct_with_all(
+                compared, originals, degradation, networks, seed=seed, start_task=start_task
             )
-            _print_task(task, results[task][1])
-            _draw(*results[task], out / f"{task.replace(' ', '-')}.png")
-        costs = [of.cost_of(entry) for entry in entries]
-        qualities = [
-            of.quality(
-                entry,
-                real,
-                judges,
-                metric=metric,
-                num_images=num_samples,
-                planned=partial(announce, network=judges.extractor, shape=real.shape, world=world),
-                start_task=start_task,
-            )
-            for entry in entries
+            _print_task(degradation.name, results[degradation.name])
+            picture = f"{degradation.name.replace(' ', '-')}.png"
+            _draw(truth, results[degradation.name], out / picture)
+        costs = [comparison.training_cost(run) for run in compared]
+        metrics = [
+            _sample_metrics(run, real, networks, metric, num_samples, start_task)
+            for run in compared
         ]
-    _print_costs(entries, costs, qualities)
-    figures = {
-        "runs": [of.Entry.to_json(*each) for each in zip(entries, costs, qualities, strict=True)],
+    _print_costs(compared, costs, metrics)
+    report = {
+        "runs": [
+            run.to_json(cost, values)
+            for run, cost, values in zip(compared, costs, metrics, strict=True)
+        ],
         "samples": num_samples,
         "reference": real.description,
-        "images": subject.description,
-        "extractor_digest": judges.extractor.digest,
+        "images": originals.description,
+        "extractor_digest": networks.extractor.digest,
         "search": vars(search),
-        "tasks": {task: [way.to_json() for way in ways] for task, (_, ways) in results.items()},
+        "tasks": {task: [one.to_json() for one in result] for task, result in results.items()},
     }
-    write_json(out / "figures.json", figures)
+    write_json(out / "figures.json", report)
     typer.echo(f"wrote a picture of each task and figures.json to {out}")
 
 
-def _tasks(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise ConfigError(f"--tasks {text}: expected at least one")
-    return names
+def _networks(extractor: ExtractorName, world: World) -> EvaluationNetworks:
+    from ganscale.evaluation.reconstruction.comparison import EvaluationNetworks
+    from ganscale.metrics.extractors import EfficientNetLite0, open_extractor
+
+    networks = EvaluationNetworks(open_extractor(extractor), EfficientNetLite0(), world)
+    networks.extractor.to(world.device)
+    networks.network.to(world.device)
+    return networks
+
+
+def _sample_metrics(
+    run: ComparedRun,
+    reference: ImageSet,
+    networks: EvaluationNetworks,
+    metric: MetricName,
+    num_samples: int,
+    start_task: StartTask,
+) -> Mapping[str, Estimate]:
+    """The metric of a run's samples; a line says before how long it will take."""
+    from ganscale.cli.duration import announce
+    from ganscale.evaluation.reconstruction.comparison import sample_metrics
+
+    return sample_metrics(
+        run,
+        reference,
+        networks,
+        metric=metric,
+        num_images=num_samples,
+        planned=partial(
+            announce, network=networks.extractor, shape=reference.shape, world=networks.world
+        ),
+        start_task=start_task,
+    )
 
 
 def _print_costs(
-    entries: list[Entry], costs: list[Cost], qualities: list[Mapping[str, Estimate]]
+    runs: list[ComparedRun], costs: list[TrainingCost], metrics: list[Mapping[str, Estimate]]
 ) -> None:
     head = (
         f"{'run':24} {'method':10} {'kimg':>7} {'hours':>6} {'img/s':>6} {'GiB':>5} {'M par.':>6}"
     )
-    typer.echo(f"\n{head}   {', '.join(qualities[0])}")
-    for entry, cost, quality in zip(entries, costs, qualities, strict=True):
+    typer.echo(f"\n{head}   {', '.join(metrics[0])}")
+    for run, cost, values in zip(runs, costs, metrics, strict=True):
         peak = "-" if cost.peak_memory_gib is None else f"{cost.peak_memory_gib:.1f}"
         typer.echo(
-            f"{entry.name:24} {entry.method:10} {entry.nimg / 1000:7g} {cost.seconds / 3600:6.2f} "
-            f"{cost.images_per_second:6.0f} {peak:>5} {entry.num_parameters / 1e6:6.2f}   "
-            + ", ".join(map(str, quality.values()))
+            f"{run.name:24} {run.method:10} {run.nimg / 1000:7g} {cost.seconds / 3600:6.2f} "
+            f"{cost.images_per_second:6.0f} {peak:>5} {run.num_parameters / 1e6:6.2f}   "
+            + ", ".join(map(str, values.values()))
         )
 
 
-def _print_task(task: str, ways: list[Restored]) -> None:
-    names = list(ways[0].figures)
+def _print_task(task: str, results: list[TaskResult]) -> None:
+    names = list(results[0].similarities)
     typer.echo(
         f"{task:34}" + "".join(f"{name.split('_')[0]:>12}" for name in names) + "     s/image"
     )
-    for way in ways:
-        values = "".join(f"{way.figures[name].value:12.4g}" for name in names)
-        seconds = "-" if way.seconds_per_image is None else f"{way.seconds_per_image:.3g}"
-        typer.echo(f"{way.name:34}{values}{seconds:>12}")
+    for result in results:
+        values = "".join(f"{result.similarities[name].value:12.4g}" for name in names)
+        seconds = "-" if result.seconds_per_image is None else f"{result.seconds_per_image:.3g}"
+        typer.echo(f"{result.name:34}{values}{seconds:>12}")
 
 
-def _draw(truth: Tensor, ways: list[Restored], path: Path) -> None:
-    """A row for each way, in their order, and the truth below."""
+def _draw(truth: Tensor, results: list[TaskResult], path: Path) -> None:
+    """Write a row of images for each result, in their order, and the originals below."""
     import torch
 
     from ganscale.generation.pictures import lay_out, write_picture
 
-    rows = [*(way.images for way in ways), truth]
+    # The trivial reconstruction first, the originals last: each row should be between them.
+    rows = [*(result.images for result in results), truth]
     write_picture(lay_out(torch.stack(rows)[:, :_COLUMNS], scale=2), path)

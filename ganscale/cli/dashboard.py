@@ -1,4 +1,4 @@
-"""The verb that makes a W&B dashboard."""
+"""The command that creates a W&B dashboard."""
 
 from __future__ import annotations
 
@@ -29,14 +29,17 @@ def dashboard(
         str, typer.Option(callback=_check_project, help="W&B project.")
     ] = "ganscale",
     entity: Annotated[
-        str | None, typer.Option(help="User or team; WANDB_ENTITY, else the key's.")
+        str | None,
+        typer.Option(help="User or team; default: WANDB_ENTITY, else the owner of the key."),
     ] = None,
-    group: Annotated[str | None, typer.Option(help="Only runs of this group, as one.")] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Show only the runs of this group, as one.")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write the definition here and ask no server.")
+        Path | None, typer.Option(help="Write the definition to this file and contact no server.")
     ] = None,
 ) -> None:
-    """Make a project's W&B workspace and report; without a key, print their definition."""
+    """Create a project's W&B workspace and report; without a key, print their definition."""
     import json
 
     from ganscale.errors import GanscaleError
@@ -58,7 +61,7 @@ def dashboard(
             typer.echo(place)
     except GanscaleError:
         raise
-    except Exception as error:  # wandb raises what it likes
+    except Exception as error:  # wandb passes on the errors of its HTTP library
         brief = " ".join(str(error).split())[:300]
         raise GanscaleError(
             f"W&B did not take the dashboard ({type(error).__name__}: {brief}); "

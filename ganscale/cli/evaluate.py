@@ -1,21 +1,24 @@
-"""The verb that measures how good images are."""
+"""The command that measures how good images are."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from ganscale.cli.app import JsonFile, app, stderr_console, write_json
+from ganscale.cli.app import app, scratch_folder, stderr_console, write_json
+from ganscale.cli.options import AutoDevice, JsonFile, Split, parse_names
 from ganscale.config import RENAMED_METRICS, ExtractorName
 from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from ganscale.config import MetricName
-    from ganscale.evaluation.distributions.evaluate import Evaluation, Protocol
+    from ganscale.evaluation.distributions.evaluate import Evaluation, Protocol, StartTask
     from ganscale.evaluation.image_sets import ImageSet
+    from ganscale.metrics.extractors import FeatureExtractor
+    from ganscale.world import World
 
 __all__ = ["print_table"]
 
@@ -25,6 +28,7 @@ _METRICS = (
     "authenticity, fid_per_class, c2st_1nn, c2st, cas"
 )
 
+# Published figures are of 10,000 or 50,000 samples; the bias of fewer is what one would see.
 _FEW_SAMPLES = 10_000
 
 # FID of 50,000 samples against the training set by the same network, by StudioGAN's benchmark of
@@ -42,18 +46,19 @@ _KNOWN_FID = {
 )
 def evaluate(
     run: Annotated[
-        Path | None, typer.Option(help="A run: its newest snapshot; the figures join its rows.")
+        Path | None,
+        typer.Option(help="A run: its newest snapshot; the metrics are added to its files."),
     ] = None,
     snapshot: Annotated[Path | None, typer.Option(help="A snapshot (.safetensors).")] = None,
     images: Annotated[
-        str | None, typer.Option(help="Images instead: a folder, archive or shard set.")
+        str | None, typer.Option(help="Images in files instead: a folder, archive or shard set.")
     ] = None,
     reference: Annotated[
         str | None,
         typer.Option(help="Shard set, folder, cifar10; default: what the run trains on."),
     ] = None,
     split: Annotated[
-        Literal["train", "test"], typer.Option(help="Of a reference that has both.")
+        Split, typer.Option(help="Which part of a reference that has both.")
     ] = "train",
     metrics: Annotated[
         str | None, typer.Option(help=f"Some of {_METRICS}; default: all but the last two.")
@@ -63,7 +68,7 @@ def evaluate(
         str | None, typer.Option(help="For cas: real images that nothing was trained on.")
     ] = None,
     num_reference: Annotated[
-        int | None, typer.Option(min=1, help="Only so many of the reference, at random.")
+        int | None, typer.Option(min=1, help="Use only so many reference images, drawn at random.")
     ] = None,
     reference_rows: Annotated[
         int | None,
@@ -73,31 +78,26 @@ def evaluate(
             "default: as many as there are samples.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first generated image; then +1.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, help="Seed of the first generated image; each next one is 1 higher."),
+    ] = 0,
     extractor: Annotated[
-        ExtractorName, typer.Option(help="auto: Inception if its weights are installed.")
+        ExtractorName,
+        typer.Option(help="Network of the features; auto: Inception if its weights are installed."),
     ] = "auto",
     weights: Annotated[
         Path | None, typer.Option(help="The extractor's weights; also GANSCALE_INCEPTION.")
     ] = None,
     weights_sha256: Annotated[
-        str | None, typer.Option(help="Of weights that are not the published ones.")
+        str | None, typer.Option(help="sha256 of weights that are not the published ones.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: AutoDevice = "auto",
     json_file: JsonFile = None,
 ) -> None:
     """Compare generated images with real ones: FID, KID, precision, recall, copies."""
-
-    from ganscale.cli.duration import announce
-    from ganscale.evaluation.distributions.evaluate import METRICS
-    from ganscale.evaluation.distributions.evaluate import evaluate as compare
-    from ganscale.evaluation.distributions.features import FeatureCache
-    from ganscale.evaluation.gan_metrics.classifier_metrics import (
-        CLASSIFIER_METRICS,
-        with_classifier_metrics,
-    )
-    from ganscale.evaluation.image_sets import GeneratedImages, open_images
-    from ganscale.evaluation.image_views import Subset
+    from ganscale.evaluation.gan_metrics.classifier_metrics import with_classifier_metrics
+    from ganscale.evaluation.image_sets import open_images
     from ganscale.evaluation.run_log import log_evaluation
     from ganscale.evaluation.run_references import default_reference
     from ganscale.metrics.extractors import open_extractor
@@ -105,55 +105,98 @@ def evaluate(
     from ganscale.world import World, process_group
 
     subject = _one_of(run, snapshot, images)
-    named = list(METRICS) if metrics is None else _metrics(metrics, (*METRICS, *CLASSIFIER_METRICS))
-    classifier_metrics = [name for name in named if name in CLASSIFIER_METRICS]
-    chosen = cast("list[MetricName]", [name for name in named if name not in CLASSIFIER_METRICS])
+    chosen, classifier_metrics = _chosen_metrics(metrics)
     world = World.detect(device)
     network = open_extractor(extractor, weights=weights, weights_sha256=weights_sha256)
     network.to(world.device)
-    scratch = FeatureCache().folder.parent
-    known = reference or default_reference(subject)
-    of_reference: ImageSet = open_images(known, split=split, scratch=scratch)
-    if num_reference is not None:
-        of_reference = Subset.random(of_reference, num_reference, seed=0)
-    samples: ImageSet
-    if images is not None:
-        samples = open_images(images, split=split, scratch=scratch)
-    else:
-        samples = GeneratedImages.of_snapshot(Path(subject), num, seed=seed, device=world.device)
-    console = stderr_console()
-
-    with process_group(world), progress_bars(console if world.is_main else None) as start_task:
-        evaluation = compare(
+    real = _opened_reference(reference or default_reference(subject), split, num_reference)
+    samples = _opened_samples(subject, images, split, num=num, seed=seed, device=world.device)
+    console = stderr_console() if world.is_main else None
+    with process_group(world), progress_bars(console) as start_task:
+        evaluation = _compare(
             samples,
-            of_reference,
+            real,
             network,
             world,
             metrics=chosen,
             num_reference_rows=reference_rows,
+            # Metrics that were asked for must succeed; of the default ones those that cannot be
+            # computed are listed with the reasons.
             required=metrics is not None,
-            cache=FeatureCache(),
-            resume_samples=True,
-            planned=partial(announce, network=network, shape=samples.shape, world=world),
             start_task=start_task,
-            device=world.device,
         )
+        # Ranks other than 0 have done their share.
         if evaluation is None:
             return
-        of_test = None if test is None else open_images(test, split="test", scratch=scratch)
+        real_test = (
+            None if test is None else open_images(test, split="test", scratch=scratch_folder())
+        )
         evaluation = with_classifier_metrics(
             evaluation,
             classifier_metrics,
             samples,
-            of_reference,
-            of_test,
+            real,
+            real_test,
             device=world.device,
             start_task=start_task,
         )
     print_table(evaluation)
+    # The run first: a --json path that cannot be written must not lose an hour's result.
     if run is not None:
         log_evaluation(run, samples, evaluation)
     write_json(json_file, evaluation.to_json())
+
+
+def _opened_reference(place: str, split: Split, num_images: int | None) -> ImageSet:
+    from ganscale.evaluation.image_sets import open_images
+    from ganscale.evaluation.image_views import Subset
+
+    whole = open_images(place, split=split, scratch=scratch_folder())
+    # Not drawn by --seed: evaluations of other seeds are to have the same reference.
+    return whole if num_images is None else Subset.random(whole, num_images, seed=0)
+
+
+def _opened_samples(
+    subject: str, images: str | None, split: Split, *, num: int, seed: int, device: str
+) -> ImageSet:
+    """The images in files if they are named, else those of the generator."""
+    from ganscale.evaluation.image_sets import GeneratedImages, open_images
+
+    if images is not None:
+        return open_images(images, split=split, scratch=scratch_folder())
+    return GeneratedImages.of_snapshot(Path(subject), num, seed=seed, device=device)
+
+
+def _compare(
+    samples: ImageSet,
+    reference: ImageSet,
+    network: FeatureExtractor,
+    world: World,
+    *,
+    metrics: list[MetricName],
+    num_reference_rows: int | None,
+    required: bool,
+    start_task: StartTask,
+) -> Evaluation | None:
+    """The metrics of features, on rank 0; a line says before how long they will take."""
+    from ganscale.cli.duration import announce
+    from ganscale.evaluation.distributions.evaluate import evaluate
+    from ganscale.evaluation.distributions.features import FeatureCache
+
+    return evaluate(
+        samples,
+        reference,
+        network,
+        world,
+        metrics=metrics,
+        num_reference_rows=num_reference_rows,
+        required=required,
+        cache=FeatureCache(),
+        resume_samples=True,
+        planned=partial(announce, network=network, shape=samples.shape, world=world),
+        start_task=start_task,
+        device=world.device,
+    )
 
 
 def _one_of(run: Path | None, snapshot: Path | None, images: str | None) -> str:
@@ -163,21 +206,29 @@ def _one_of(run: Path | None, snapshot: Path | None, images: str | None) -> str:
     return str(given[0])
 
 
-def _metrics(text: str, known: tuple[str, ...]) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
+def _chosen_metrics(text: str | None) -> tuple[list[MetricName], list[str]]:
+    """The metrics of features and those of classifiers; without a choice all of the former."""
+    from ganscale.evaluation.distributions.evaluate import METRICS
+    from ganscale.evaluation.gan_metrics.classifier_metrics import CLASSIFIER_METRICS
+
+    if text is None:
+        return list(METRICS), []
+    known = (*METRICS, *CLASSIFIER_METRICS)
+    names = parse_names(text)
     for name in names:
         if name in RENAMED_METRICS:
             raise ConfigError(
                 f"--metrics {name}: this metric is now called {RENAMED_METRICS[name]}"
             )
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
+    if not names or set(names) - set(known):
         raise ConfigError(f"--metrics {text}: expected some of {', '.join(known)}")
-    return names
+    of_features = [name for name in names if name not in CLASSIFIER_METRICS]
+    of_classifiers = [name for name in names if name in CLASSIFIER_METRICS]
+    return cast("list[MetricName]", of_features), of_classifiers
 
 
 def print_table(evaluation: Evaluation) -> None:
-    """The protocol, then a row for each figure."""
+    """The protocol, then a row for each metric."""
     protocol = evaluation.protocol
     typer.echo(f"samples    {protocol.samples}")
     typer.echo(f"reference  {protocol.reference}")

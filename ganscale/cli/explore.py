@@ -1,4 +1,4 @@
-"""Verbs that look around in a trained generator."""
+"""Commands that explore a trained generator: paths, directions, style mixing, nearest images."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ganscale.cli.app import Device, app, stderr_console
+from ganscale.cli.app import app, scratch_folder, stderr_console
+from ganscale.cli.options import (
+    Device,
+    Label,
+    Scale,
+    Snapshot,
+    TruncationPsi,
+    parse_integers,
+)
 from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ganscale.evaluation.distributions.features import Features, StartTask
     from ganscale.evaluation.distributions.nearest import Nearest
+    from ganscale.evaluation.image_sets import ImageSet
     from ganscale.generation.latent_sampler import LatentSampler
+    from ganscale.metrics.extractors import EfficientNetLite0
+    from ganscale.world import World
 
 __all__: list[str] = []
-
-_Place = Annotated[Path, typer.Argument(help="Snapshot (.safetensors) or folder of a run.")]
-_Psi = Annotated[
-    float | None,
-    typer.Option(help="With w: 0 to 1, pull to its mean; else: largest |z| element."),
-]
-_Scale = Annotated[int, typer.Option(min=1, help="Magnify the pixels so many times.")]
-_Label = Annotated[int | None, typer.Option(min=0, help="Class of all; else the seed decides it.")]
 
 
 @app.command(
@@ -32,34 +36,38 @@ _Label = Annotated[int | None, typer.Option(min=0, help="Class of all; else the 
     "Animated: ganscale interpolate runs/quickstart --seeds 1,2,3 --loop --out movie.gif"
 )
 def interpolate(
-    path: _Place,
+    path: Snapshot,
     seeds: Annotated[str, typer.Option(help="Seeds to pass through.")] = "0,1,2",
-    frames: Annotated[int, typer.Option(min=1, help="Steps from one to the next.")] = 16,
+    frames: Annotated[int, typer.Option(min=1, help="Frames from one point to the next.")] = 16,
     mode: Annotated[
         Literal["slerp", "lerp", "class"],
-        typer.Option(help="class: each seed goes through --labels instead."),
+        typer.Option(help="class: interpolate between --labels for each seed instead."),
     ] = "slerp",
-    labels: Annotated[str, typer.Option(help="Classes to pass through, for class.")] = "0,1,2",
-    label: _Label = None,
-    loop: Annotated[bool, typer.Option("--loop", help="And back to the first.")] = False,
-    animate: Annotated[bool, typer.Option("--animate", help="An animated .png.")] = False,
-    truncation_psi: _Psi = None,
+    labels: Annotated[
+        str, typer.Option(help="Classes to pass through, for --mode class.")
+    ] = "0,1,2",
+    label: Label = None,
+    loop: Annotated[bool, typer.Option("--loop", help="Return to the first point.")] = False,
+    animate: Annotated[
+        bool, typer.Option("--animate", help="Write an animation, also to a .png.")
+    ] = False,
+    truncation_psi: TruncationPsi = None,
     out: Annotated[
-        Path, typer.Option(help=".png: a strip; .gif, .webp or .apng: animated.")
+        Path, typer.Option(help="A strip as .png, or an animation as .gif, .webp or .apng.")
     ] = Path("strip.png"),
-    scale: _Scale = 2,
+    scale: Scale = 2,
     device: Device = "cpu",
 ) -> None:
-    """Go from image to image through latents, or from class to class."""
+    """Interpolate between images through their latents, or between classes."""
     from ganscale.generation.interpolation import class_frames, frames_between, lerp, slerp
     from ganscale.generation.pictures import ANIMATED, lay_out, write_animation, write_picture
 
     if out.suffix not in {".png", *ANIMATED}:
         raise ConfigError(f"--out {out}: expected .png, {', '.join(ANIMATED)}")
     sampler = _latent_sampler(path, truncation_psi, device)
-    chosen = _numbers("--seeds", seeds)
+    chosen = parse_integers("--seeds", seeds)
     if mode == "class":
-        through = _numbers("--labels", labels)
+        through = parse_integers("--labels", labels)
         images = class_frames(sampler, chosen, through, frames, loop=loop)
     else:
         mix = slerp if mode == "slerp" else lerp
@@ -67,6 +75,7 @@ def interpolate(
     if animate or out.suffix in ANIMATED:
         write_animation(_sheets(images, scale), out)
     else:
+        # Classes make a row for each seed already; one path is folded at the points that it passes.
         rows = images if mode == "class" else _folded(images[0], frames)
         write_picture(lay_out(rows, scale=scale), out)
     typer.echo(f"wrote {images.shape[1]} frames to {out}")
@@ -74,33 +83,38 @@ def interpolate(
 
 @app.command(epilog="Example: ganscale directions runs/quickstart --num 5 --out directions.png")
 def directions(
-    path: _Place,
-    num: Annotated[int, typer.Option(min=1, help="How many, largest effect first.")] = 5,
+    path: Snapshot,
+    num: Annotated[
+        int, typer.Option(min=1, help="Number of directions, largest effect first.")
+    ] = 5,
     seeds: Annotated[str, typer.Option(help="Images to move.")] = "0,1,2",
-    extent: Annotated[float, typer.Option(min=0, help="Standard deviations to each side.")] = 3.0,
+    extent: Annotated[
+        float, typer.Option(min=0, help="How far to move to each side, in standard deviations.")
+    ] = 3.0,
     steps: Annotated[int, typer.Option(min=2, help="Images of each strip.")] = 7,
-    label: _Label = None,
-    truncation_psi: _Psi = None,
-    out: Annotated[Path, typer.Option(help="A .png: a row for each direction and seed.")] = Path(
-        "directions.png"
-    ),
-    scale: _Scale = 2,
+    label: Label = None,
+    truncation_psi: TruncationPsi = None,
+    out: Annotated[
+        Path, typer.Option(help="A .png with a row for each direction and seed.")
+    ] = Path("directions.png"),
+    scale: Scale = 2,
     device: Device = "cpu",
 ) -> None:
-    """Move images along the directions that the weights say change them most (SeFa)."""
+    """Move images along the directions that change them most, found from the weights (SeFa)."""
     import torch
 
-    from ganscale.generation.directions import directions_of, edited
+    from ganscale.generation.directions import edit_images, find_directions
     from ganscale.generation.pictures import lay_out, write_picture
 
     sampler = _latent_sampler(path, truncation_psi, device)
-    directions = directions_of(sampler, num)
+    directions = find_directions(sampler, num)
     offsets = torch.linspace(-extent, extent, steps)
     strips = [
-        edited(sampler, seed, directions.vectors, offsets, label=label)
-        for seed in _numbers("--seeds", seeds)
+        edit_images(sampler, seed, directions.vectors, offsets, label=label)
+        for seed in parse_integers("--seeds", seeds)
     ]
-    rows = torch.stack(strips, 1).flatten(0, 1)  # the seeds of a direction under each other
+    # The seeds of one direction lie one below the other, so that its effect can be compared.
+    rows = torch.stack(strips, 1).flatten(0, 1)
     write_picture(lay_out(rows, scale=scale), out)
     typer.echo("direction  eigenvalue")
     for number, value in enumerate(directions.eigenvalues.tolist()):
@@ -110,27 +124,30 @@ def directions(
 
 @app.command(epilog="Example: ganscale mix runs/faces --rows 0,1,2 --columns 3,4,5 --layer 2")
 def mix(
-    path: _Place,
+    path: Snapshot,
     rows: Annotated[str, typer.Option(help="Seeds of the coarse layers.")] = "0,1,2",
     columns: Annotated[str, typer.Option(help="Seeds of the fine layers.")] = "3,4,5,6",
-    layer: Annotated[int, typer.Option(min=0, help="First layer of the column's.")] = 2,
-    truncation_psi: _Psi = None,
-    out: Annotated[Path, typer.Option(help="A .png; seeds' own images at its edges.")] = Path(
-        "mix.png"
-    ),
-    scale: _Scale = 2,
+    layer: Annotated[
+        int, typer.Option(min=0, help="First layer that takes the column's style.")
+    ] = 2,
+    truncation_psi: TruncationPsi = None,
+    out: Annotated[
+        Path, typer.Option(help="A .png with the seeds' own images at its edges.")
+    ] = Path("mix.png"),
+    scale: Scale = 2,
     device: Device = "cpu",
 ) -> None:
-    """Mix the styles of images, where the generator has them (StyleGAN2)."""
+    """Mix the styles of images, for generators with styles (StyleGAN2)."""
     import torch
 
     from ganscale.generation.pictures import lay_out, write_picture
     from ganscale.generation.style_mixing import mixed_images
 
     sampler = _latent_sampler(path, truncation_psi, device)
-    left, top = _numbers("--rows", rows), _numbers("--columns", columns)
+    left, top = parse_integers("--rows", rows), parse_integers("--columns", columns)
     mixed = mixed_images(sampler, left, top, layer)
     edge = sampler.sample_seeds(left)[:, None]
+    # The sheet is a table with the images of the rows' and columns' seeds at its edges.
     corner = torch.full_like(edge[:1], 255)
     head = torch.cat([corner, sampler.sample_seeds(top)[None]], 1)
     sheet = torch.cat([head, torch.cat([edge, mixed], 1)])
@@ -140,22 +157,29 @@ def mix(
 
 @app.command(epilog="Example: ganscale nearest runs/quickstart --reference data/cifar10 --num 16")
 def nearest(
-    path: _Place,
+    path: Snapshot,
     reference: Annotated[str, typer.Option(help="Shard set, folder, archive or cifar10.")],
     num: Annotated[int, typer.Option(min=1, help="How many generated images.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first; then +1.")] = 0,
-    neighbours: Annotated[int, typer.Option(min=1, help="Of each, by either distance.")] = 4,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the first image; each next one is 1 higher.")
+    ] = 0,
+    neighbours: Annotated[
+        int, typer.Option(min=1, help="Number of neighbours by either distance.")
+    ] = 4,
     num_reference: Annotated[
-        int, typer.Option(min=2, help="Look at so many of the reference at most, at random.")
+        int, typer.Option(min=2, help="The most reference images to search, drawn at random.")
     ] = 10_000,
-    truncation_psi: _Psi = None,
-    out: Annotated[Path, typer.Option(help="A .png; a row: image, by features, by pixels.")] = Path(
-        "nearest.png"
-    ),
-    scale: _Scale = 2,
+    truncation_psi: TruncationPsi = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="A .png; each row has an image, then its nearest by features and by pixels."
+        ),
+    ] = Path("nearest.png"),
+    scale: Scale = 2,
     device: Device = "cpu",
 ) -> None:
-    """Show generated images beside the training images most like them."""
+    """Show generated images beside the training images nearest to them, to see copies."""
     import torch
 
     from ganscale.generation.pictures import lay_out, write_picture
@@ -167,45 +191,60 @@ def nearest(
         images, reference, num_reference, neighbours, device
     )
     gap = torch.full_like(images[:, None], 255)
-    write_picture(
-        lay_out(torch.cat([images[:, None], gap, shown[0], gap, shown[1]], 1), scale=scale), out
-    )
+    rows = torch.cat([images[:, None], gap, shown[0], gap, shown[1]], 1)
+    write_picture(lay_out(rows, scale=scale), out)
+    _print_distances(seeds, by_features, by_pixels)
+    typer.echo(f"wrote {num} images and their neighbours to {out}")
+
+
+def _print_distances(seeds: list[int], by_features: Nearest, by_pixels: Nearest) -> None:
+    """A row for each seed: the distance to its nearest image, and its share of a typical one."""
     typer.echo("    seed   features  of typical     pixels  of typical")
-    for row, number in enumerate(seeds):
+    for row, seed in enumerate(seeds):
         near = [nearest.distances[row, 0].item() for nearest in (by_features, by_pixels)]
         shares = near[0] / by_features.typical, near[1] / by_pixels.typical
-        typer.echo(
-            f"{number:8d} {near[0]:10.4g} {shares[0]:11.2f} {near[1]:10.4g} {shares[1]:11.2f}"
-        )
+        typer.echo(f"{seed:8d} {near[0]:10.4g} {shares[0]:11.2f} {near[1]:10.4g} {shares[1]:11.2f}")
     typer.echo(
         f" typical {by_features.typical:10.4g} {1:11.2f} {by_pixels.typical:10.4g} {1:11.2f}   "
         "(a training image to its nearest other; copies have far less)"
     )
-    typer.echo(f"wrote {num} images and their neighbours to {out}")
 
 
 def _neighbours(
     images: Tensor, place: str, num_reference: int, k: int, device: str
 ) -> tuple[Nearest, Nearest, tuple[Tensor, Tensor]]:
-    """By features and by pixels, and the images themselves, (n, k, C, H, W)."""
-    from ganscale.cli.duration import announce
-    from ganscale.evaluation.distributions.evaluate import Workload
-    from ganscale.evaluation.distributions.features import FeatureCache
+    """The nearest images by features and by pixels, and those images, (n, k, C, H, W) each."""
     from ganscale.evaluation.distributions.nearest import (
         features_of,
         nearest_in_features,
         nearest_in_pixels,
     )
-    from ganscale.evaluation.image_sets import open_images
-    from ganscale.evaluation.image_views import Subset
     from ganscale.metrics.extractors import EfficientNetLite0
     from ganscale.tracking.console import progress_bars
     from ganscale.world import World, process_group
 
     # Its features of all training images take minutes on a CPU; those of Inception take hours.
-    network, world, cache = EfficientNetLite0(), World.detect(device), FeatureCache()
+    network, world = EfficientNetLite0(), World.detect(device)
     network.to(device)
-    whole = open_images(place, scratch=cache.folder.parent)
+    reference = _reference(place, num_reference)
+    with process_group(world), progress_bars(stderr_console()) as start_task:
+        # Pixels first: a reference of another shape is refused before features are extracted.
+        by_pixels = nearest_in_pixels(
+            images, reference, k, progress=start_task("pixels", len(reference))
+        )
+        known = _reference_features(reference, network, world, len(images), start_task)
+    by_features = nearest_in_features(features_of(images, network), known.rows, k)
+    numbers = known.indices[by_features.indices.numpy()], by_pixels.indices.numpy()
+    shown = [reference.read(n.ravel()).unflatten(0, n.shape) for n in numbers]
+    return by_features, by_pixels, (shown[0], shown[1])
+
+
+def _reference(place: str, num_reference: int) -> ImageSet:
+    """At most `num_reference` images of a place; a notice says if there are more."""
+    from ganscale.evaluation.image_sets import open_images
+    from ganscale.evaluation.image_views import Subset
+
+    whole = open_images(place, scratch=scratch_folder())
     reference = Subset.random(whole, num_reference, seed=0)
     if len(reference) < len(whole):
         typer.echo(
@@ -213,20 +252,29 @@ def _neighbours(
             f"(--num-reference {len(whole)} looks at all)",
             err=True,
         )
-    with process_group(world), progress_bars(stderr_console()) as start_task:
-        by_pixels = nearest_in_pixels(
-            images, reference, k, progress=start_task("pixels", len(reference))
-        )
-        missing = 0 if cache.has(reference, network) else len(reference)
-        workload = Workload(len(images), missing, statistics="")
-        announce(workload, network=network, shape=reference.shape, world=world)
-        progress = start_task("reference features", len(reference))
-        known = cache.extract(reference, network, world, progress=progress)
-    assert known is not None
-    by_features = nearest_in_features(features_of(images, network), known.rows, k)
-    numbers = known.indices[by_features.indices.numpy()], by_pixels.indices.numpy()
-    shown = [reference.read(n.ravel()).unflatten(0, n.shape) for n in numbers]
-    return by_features, by_pixels, (shown[0], shown[1])
+    return reference
+
+
+def _reference_features(
+    reference: ImageSet,
+    network: EfficientNetLite0,
+    world: World,
+    num_samples: int,
+    start_task: StartTask,
+) -> Features:
+    """Features of the reference, after a line that says how long those that are missing take."""
+    from ganscale.cli.duration import announce
+    from ganscale.evaluation.distributions.evaluate import Workload
+    from ganscale.evaluation.distributions.features import FeatureCache
+
+    cache = FeatureCache()
+    missing = 0 if cache.has(reference, network) else len(reference)
+    workload = Workload(num_samples, missing, statistics="")
+    announce(workload, network=network, shape=reference.shape, world=world)
+    progress = start_task("reference features", len(reference))
+    features = cache.extract(reference, network, world, progress=progress)
+    assert features is not None
+    return features
 
 
 def _latent_sampler(path: Path, truncation_psi: float | None, device: str) -> LatentSampler:
@@ -237,17 +285,12 @@ def _latent_sampler(path: Path, truncation_psi: float | None, device: str) -> La
     return LatentSampler(generator, pictures=True, truncation_psi=truncation_psi)
 
 
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"{option} {text}: expected numbers, as in 0,1,2") from None
-
-
 def _folded(images: Tensor, frames: int) -> Tensor:
     """A path as rows from one point to the next, ends included: (n, frames + 1, C, H, W)."""
     import torch
 
+    # A loop has no frame at its end, which is its beginning: the last row ends with the first
+    # frame.
     whole = images if len(images) % frames == 1 or frames == 1 else torch.cat([images, images[:1]])
     return whole.unfold(0, frames + 1, frames).movedim(-1, 1)
 

@@ -1,4 +1,4 @@
-"""Verbs that draw images."""
+"""The command that draws images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ganscale.cli.app import Device, app
+from ganscale.cli.app import app
+from ganscale.cli.options import Device, Label, Snapshot, TruncationPsi
 from ganscale.errors import ConfigError
 
 __all__: list[str] = []
@@ -15,22 +16,19 @@ __all__: list[str] = []
 
 @app.command(epilog="Example: ganscale sample runs/quickstart --num 64 --seed 0 --out grid.png")
 def sample(
-    path: Annotated[Path, typer.Argument(help="Snapshot (.safetensors) or folder of a run.")],
+    path: Snapshot,
     num: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first; then +1.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the first image; each next one is 1 higher.")
+    ] = 0,
     out: Annotated[
         Path,
         typer.Option(
             help="A grid as .png or .jpg, an array as .npy, or a folder for single images."
         ),
     ] = Path("samples.png"),
-    label: Annotated[
-        int | None, typer.Option(min=0, help="Class of all images; else the seed decides it.")
-    ] = None,
-    truncation_psi: Annotated[
-        float | None,
-        typer.Option(help="With w: 0 to 1, pull to its mean; else: largest |z| element."),
-    ] = None,
+    label: Label = None,
+    truncation_psi: TruncationPsi = None,
     device: Device = "cpu",
 ) -> None:
     """Draw images from a snapshot; a seed's image is always the same.
@@ -55,6 +53,7 @@ def sample(
             ".npy, or a folder, which has none"
         )
     generator = load_generator(path, device=device)
+    # Before images are drawn, which may take long.
     check_format(out, generator.info["model"]["img_channels"])
     if label is not None and label >= generator.num_classes:
         if not generator.num_classes:
@@ -68,6 +67,7 @@ def sample(
         write_array(images, out)
     else:
         for offset, image in enumerate(images):
+            # The name says how to draw the image again.
             name = f"seed-{seed + offset:08d}"
             if generator.values.dtype == "uint8":
                 write_picture(image, out / f"{name}.png")

@@ -1,4 +1,4 @@
-"""Verbs for runs as jobs on a Ray cluster."""
+"""Commands for runs as jobs on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ganscale.cli.app import Overrides, app
+from ganscale.cli.app import app
+from ganscale.cli.options import Overrides
 from ganscale.cli.training import PRESETS
 from ganscale.errors import ConfigError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
-job_app = typer.Typer(help="Look after runs on a Ray cluster.", no_args_is_help=True)
+job_app = typer.Typer(help="Manage runs on a Ray cluster.", no_args_is_help=True)
 app.add_typer(job_app, name="job")
 
 
@@ -38,6 +39,7 @@ Address = Annotated[
 ]
 LOCAL = "http://127.0.0.1:8265"
 Name = Annotated[str, typer.Argument(help="Name of the run, or id of the job.")]
+# 128 + SIGINT, which is what shells report.
 _INTERRUPTED = 130
 
 
@@ -52,17 +54,19 @@ def submit(
     address: Address = LOCAL,
     env: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=VALUE, or NAME with its value here; shown to all on the cluster."),
+        typer.Option(help="NAME=VALUE, or NAME for its value here; visible to all on the cluster."),
     ] = None,
     secret: Annotated[
         list[str] | None,
-        typer.Option(help="NAME of a variable set here that is shown and stored nowhere."),
+        typer.Option(help="NAME of a variable that is set here, and is neither shown nor stored."),
     ] = None,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not follow its output.")] = False,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Do not follow the job's output.")
+    ] = False,
 ) -> None:
-    """Train on a Ray cluster: send code and configuration, follow, end with the job's exit code.
+    """Train on a Ray cluster: submit code and configuration, and exit with the job's exit code.
 
-    A run that was stopped or failed goes on from its checkpoints when it is submitted again.
+    A run that was stopped or failed resumes from its checkpoints when it is submitted again.
     """
     from ganscale.config import load_config
     from ganscale.launch.ray_jobs import Submission, connect, variables
@@ -75,6 +79,7 @@ def submit(
         typer.echo(f"ganscale: warning: {name} is shown on the cluster: --secret {name}", err=True)
     jobs = connect(address)
     job = jobs.submit(submission)
+    # With --no-wait this line is the result; else the job's own output is.
     typer.echo(f"job {job.id} at {jobs.address}", err=not no_wait)
     if not no_wait:
         _follow(jobs, job)
@@ -91,7 +96,7 @@ def job_list(address: Address = LOCAL) -> None:
 
 @job_app.command("status", epilog="Example: ganscale job status dcgan-cifar10")
 def job_status(name: Name, address: Address = LOCAL) -> None:
-    """Say how a run's newest job is."""
+    """Print the status of a run's newest job."""
     from ganscale.launch.ray_jobs import connect
 
     job = connect(address).find(name)
@@ -104,9 +109,11 @@ def job_status(name: Name, address: Address = LOCAL) -> None:
 def job_logs(
     name: Name,
     address: Address = LOCAL,
-    follow: Annotated[bool, typer.Option("--follow", help="Until it has ended.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Follow the output until the job ends.")
+    ] = False,
 ) -> None:
-    """Print what a run's newest job has put out; --follow ends with the job's exit code."""
+    """Print the output of a run's newest job; --follow exits with the job's exit code."""
     from ganscale.launch.ray_jobs import connect
 
     jobs = connect(address)
@@ -120,9 +127,11 @@ def job_logs(
 def job_stop(
     name: Name,
     address: Address = LOCAL,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait for its end.")] = False,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Do not wait for the job to end.")
+    ] = False,
 ) -> None:
-    """Let a run's job write a checkpoint and end. Submitted again, the run goes on from there."""
+    """Make a run's job write a checkpoint and end. When submitted again, the run resumes there."""
     from ganscale.errors import GanscaleError
     from ganscale.launch.ray_jobs import connect
 
@@ -136,19 +145,21 @@ def job_stop(
         typer.echo(_line(job))
         for line in jobs.logs(job.id).splitlines():
             if line.startswith("stopped at "):
+                # What follows names a folder on the cluster.
                 typer.echo(line.partition(";")[0])
 
 
 def _follow(jobs: Jobs, job: Job) -> None:
     """Print the job's output until its end, and exit with its code."""
     try:
-        ended = jobs.follow(job.id, _written)
+        ended = jobs.follow(job.id, _write_and_flush)
     except KeyboardInterrupt:
+        # Ctrl-C ends only this process: the job runs on the cluster.
         name = job.run or job.id
         where = f"--address {jobs.address}"
         typer.echo(
-            f"\nganscale: the job goes on; see it by ganscale job logs {name} --follow {where}, "
-            f"end it by ganscale job stop {name} {where}",
+            f"\nganscale: the job continues; follow it by ganscale job logs {name} --follow "
+            f"{where}, end it by ganscale job stop {name} {where}",
             err=True,
         )
         raise typer.Exit(_INTERRUPTED) from None
@@ -156,7 +167,7 @@ def _follow(jobs: Jobs, job: Job) -> None:
     raise typer.Exit(ended.exit_code)
 
 
-def _written(text: str) -> None:
+def _write_and_flush(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
 

@@ -1,15 +1,16 @@
-"""The verb that asks people."""
+"""The command that asks people to rate images."""
 
 from __future__ import annotations
 
 import signal
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ganscale.cli.app import Device, app, stderr_console
+from ganscale.cli.app import app, stderr_console
+from ganscale.cli.options import Device, RatingTask
 from ganscale.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -31,37 +32,41 @@ def rate(
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="Real images: shards or a folder; default: what the runs learned from."),
+        typer.Option(
+            help="Real images: shards or a folder; default: what the runs were trained on."
+        ),
     ] = None,
     task: Annotated[
-        Literal["realness", "preference"],
-        typer.Option(help="Real or fake; or which of two is better."),
+        RatingTask, typer.Option(help="Tell real from fake, or choose the better of two.")
     ] = "realness",
     num: Annotated[int, typer.Option(min=1, help="Questions for each rater.")] = 100,
     pool: Annotated[
-        int, typer.Option(min=1, help="Images of each run to take a rater's from.")
+        int, typer.Option(min=1, help="Images of each run, of which raters see some.")
     ] = 500,
     out: Annotated[Path, typer.Option(help="Folder of the answers.")] = Path("ratings"),
-    seed: Annotated[int, typer.Option(min=0, help="Of images and order.")] = 0,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8765,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of images and order.")] = 0,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to serve at; 0 takes a free one.")
+    ] = 8765,
     host: Annotated[str, typer.Option(help="Address to serve at.")] = "127.0.0.1",
     device: Device = "cpu",
     reveal: Annotated[
-        bool, typer.Option("--reveal", help="Tell raters at the end how they did.")
+        bool, typer.Option("--reveal", help="Show raters at the end how often they were wrong.")
     ] = False,
     results: Annotated[
-        bool, typer.Option("--results", help="Print the results so far, and end.")
+        bool, typer.Option("--results", help="Print the results so far and exit.")
     ] = False,
 ) -> None:
-    """Serve a page on which people say what is real, or better; print how often they erred.
+    """Serve a page on which people say which images are real, or better; print their error rates.
 
-    Answers are kept one by one; the same command goes on. Ctrl-C ends it with the results.
+    Each answer is stored at once; the same command continues. Ctrl-C stops it and prints the
+    results.
     """
     if results:
         _print_results(out, with_json=True)
         return
     if not runs:
-        raise ConfigError("name at least one run (or with --results the folder, by --out)")
+        raise ConfigError("name at least one run (with --results only --out is needed)")
     if task == "realness" and num % 2:
         raise ConfigError(f"--num {num}: half of the images are real, so it must be even")
     contestants = _contestants(
@@ -86,6 +91,8 @@ def _contestants(
     from ganscale.rating.questions import REAL
 
     real = []
+    # Several runs can be compared with one another alone; a single one needs something to be
+    # compared to.
     if reference is not None or task == "realness" or len(runs) == 1:
         images = open_images(reference or default_reference(runs), scratch=scratch)
         real = [open_contestant(REAL, images, num_images=pool, seed=seed)]
@@ -112,11 +119,12 @@ def _serve(
             message = "anybody who can reach this machine may rate: there is no password"
             stderr_console().print(f"[yellow]{message}[/yellow]", highlight=False, soft_wrap=True)
         with suppress(KeyboardInterrupt):
-            for number in (signal.SIGINT, signal.SIGTERM):  # a shell's `&` switches SIGINT off
+            # A shell starts background jobs (`&`) with SIGINT ignored, so it is set again.
+            for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.default_int_handler)
             typer.echo(f"page       {server.url}")
             typer.echo(f"answers    {session.answers.path}")
-            typer.echo("Ctrl-C ends it with the results.")
+            typer.echo("Ctrl-C stops it and prints the results.")
             server.serve_forever()
     typer.echo()
     _print_results(out)

@@ -1,32 +1,32 @@
-"""Verbs that ask what a GAN is worth to recognition."""
+"""Commands that measure how much a GAN improves a classifier."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ganscale.cli.app import Device, JsonFile, app, stderr_console, write_json
+from ganscale.cli.app import app, scratch_folder, stderr_console, write_json
+from ganscale.cli.options import Device, JsonFile, Split, parse_integers
 from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from ganscale.evaluation.image_sets import ImageSet
+    from ganscale.evaluation.recognition.probe import FeatureFn
     from ganscale.metrics.intervals import Estimate
 
 __all__: list[str] = []
 
-recognise = typer.Typer(
-    help="What a GAN is worth to a classifier: features, labels, images.", no_args_is_help=True
-)
+recognise = typer.Typer(help="Measure how much a GAN improves a classifier.", no_args_is_help=True)
 app.add_typer(recognise, name="recognise")
 
 _Train = Annotated[
     str | None, typer.Option(help="Labelled images; default: what the run trains on.")
 ]
 _Test = Annotated[str, typer.Option(help="Labelled images that nothing was trained on.")]
-_Seeds = Annotated[int, typer.Option(min=1, help="Repeats, for the intervals.")]
+_Seeds = Annotated[int, typer.Option(min=1, help="Number of repeats, over which intervals are.")]
 
 
 @recognise.command(
@@ -41,7 +41,7 @@ def probe(
     device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
-    """Linear classifier on the discriminator's features, on an untrained one's, and on pixels."""
+    """Train linear classifiers on a discriminator's features, an untrained one's, and pixels."""
     import torch
 
     from ganscale.evaluation.gan_metrics.gan_pairs import load_gan_pairs
@@ -54,9 +54,11 @@ def probe(
     (pair,) = load_gan_pairs([run], device=device)
     spec = pair.spec
     of_train, of_test = _opened(train or default_reference(run), "train"), _opened(test, "test")
-    trained = pooled_activations(pair.judge.model, num_classes=spec["num_classes"])
+    trained = pooled_activations(pair.discriminator.model, num_classes=spec["num_classes"])
 
-    def untrained(seed: int) -> Any:
+    # Another initialisation for each seed, so that its interval covers them; the caller's generator
+    # stays as it is.
+    def untrained(seed: int) -> FeatureFn:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = build_discriminator(spec).to(device).eval()
@@ -67,11 +69,13 @@ def probe(
         "the same, untrained": untrained,
         "pixels": lambda _: scaled_pixels,
     }
+    # The same images and seeds for all kinds of features, so their differences are those of
+    # features.
     with progress_bars(stderr_console()) as start_task:
         results = [
             measure(
                 name,
-                describe_of,
+                features_for_seed,
                 of_train,
                 of_test,
                 num_train=num,
@@ -79,7 +83,7 @@ def probe(
                 device=device,
                 start_task=start_task,
             )
-            for name, describe_of in kinds.items()
+            for name, features_for_seed in kinds.items()
         ]
     typer.echo(f"train  {min(num, len(of_train))} of {of_train.description}, {seeds} seeds")
     typer.echo(f"test   {of_test.description}\n")
@@ -99,12 +103,14 @@ def augment(
     train: _Train = None,
     real: Annotated[str, typer.Option(help="Numbers of real images to train on.")] = "500,5000",
     generated: Annotated[int, typer.Option(min=1, help="Images to add.")] = 10_000,
-    passes: Annotated[int, typer.Option(min=1, help="Images passed in each training.")] = 250_000,
+    passes: Annotated[
+        int, typer.Option(min=1, help="Images passed through the network in each training.")
+    ] = 250_000,
     seeds: _Seeds = 3,
     device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
-    """Train a classifier on few real images, and on those and generated ones."""
+    """Train a classifier on few real images, with and without generated ones."""
     from dataclasses import replace
 
     import torch
@@ -115,11 +121,9 @@ def augment(
     from ganscale.evaluation.run_references import default_reference
     from ganscale.tracking.console import counting
 
-    try:
-        numbers = [int(part) for part in real.split(",")]
-    except ValueError:
-        raise ConfigError(f"--real {real}: expected numbers such as 500,5000") from None
+    numbers = parse_integers("--real", real)
     samples = GeneratedImages.of_snapshot(run, generated, device=device)
+    # Before classifiers are trained, with the presets that have classes.
     if samples.labels is None:
         raise ConfigError(
             f"{run} makes images without labels: train with model.num_classes > 0 "
@@ -130,6 +134,7 @@ def augment(
         _opened(test, "test"),
     )
     recipe = replace(SHORT_SCORE, num_passes=passes)
+    # With generated images and without, for each number of real images.
     total = 2 * passes * seeds * len(numbers)
     with counting("training classifiers", total, stderr_console()) as progress:
         results = [
@@ -166,13 +171,13 @@ def semi_supervised(
     device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
-    """Test the classifiers of semi-supervised runs, with the game and from labels alone.
+    """Test the classifiers of semi-supervised runs, with and without adversarial training.
 
     Runs that differ by their seed only are repeats of each other.
     """
     from ganscale.evaluation.recognition.semi_supervised import classifier_of_run, snapshot_accuracy
     from ganscale.generation.snapshot import snapshot_classes
-    from ganscale.metrics.intervals import of_repeats
+    from ganscale.metrics.intervals import t_interval
     from ganscale.tracking.console import counting
 
     of_test = _opened(test, "test")
@@ -186,7 +191,7 @@ def semi_supervised(
             progress(1)
     typer.echo(f"test   {of_test.description}\n")
     typer.echo(f"{'runs':52} {'seeds':>5}  accuracy")
-    rows = {kind: of_repeats(list(accuracies.values())) for kind, accuracies in by_kind.items()}
+    rows = {kind: t_interval(list(accuracies.values())) for kind, accuracies in by_kind.items()}
     for kind, estimate in rows.items():
         typer.echo(f"{kind:52} {len(by_kind[kind]):5d}  {_per_cent(estimate)}")
     write_json(json_file, {"runs": by_kind, "accuracy": {k: vars(e) for k, e in rows.items()}})
@@ -198,6 +203,7 @@ def _kind_of(run: Path) -> str:
 
     config = load_config(RunDirectory(run).config)
     assert isinstance(config.method, SemiSupervisedMethod)
+    # What describes a kind is what differs between runs that are compared, their seed apart.
     length = f"{config.training.total_kimg:g} kimg"
     if not config.method.adversarial:
         return f"{config.method.labels} labels alone, {length}"
@@ -206,11 +212,10 @@ def _kind_of(run: Path) -> str:
     return f"{config.method.labels} labels and {beside}, {length}"
 
 
-def _opened(place: str, split: Any) -> ImageSet:
-    from ganscale.evaluation.distributions.features import FeatureCache
+def _opened(place: str, split: Split) -> ImageSet:
     from ganscale.evaluation.image_sets import open_images
 
-    return open_images(place, split=split, scratch=FeatureCache().folder.parent)
+    return open_images(place, split=split, scratch=scratch_folder())
 
 
 def _per_cent(estimate: Estimate) -> str:

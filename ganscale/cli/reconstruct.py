@@ -1,4 +1,4 @@
-"""The verb that brings back what images have lost."""
+"""The command that reconstructs degraded images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from ganscale.cli.app import app, stderr_console, write_json
+from ganscale.cli.app import app, scratch_folder, stderr_console, write_json
+from ganscale.cli.options import AutoDevice, DegradationTask, Split
 from ganscale.config import ExtractorName
 from ganscale.errors import ConfigError
 
@@ -15,15 +16,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ganscale.evaluation.image_sets import ImageSet
-    from ganscale.evaluation.reconstruction.reconstruct import Reconstructed, Reconstructor
+    from ganscale.evaluation.reconstruction.reconstruct import Reconstructions, Reconstructor
     from ganscale.generation.degradations import Degradation
     from ganscale.metrics.extractors import FeatureExtractor
     from ganscale.world import World
 
 __all__: list[str] = []
 
-# Lists here, since reading the modules would load torch for `ganscale --help`.
-_TASKS = Literal["identity", "inpaint", "superres", "denoise", "deblur", "colourise"]
 _COLUMNS = 16
 """Images that the grid shows."""
 
@@ -41,64 +40,78 @@ def reconstruct(
         typer.Argument(help="Snapshot (.safetensors) or folder of a run.", show_default=False),
     ] = None,
     run_option: Annotated[
-        Path | None, typer.Option("--run", help="The same, as an option.", show_default=False)
+        Path | None, typer.Option("--run", help="The run, as an option.", show_default=False)
     ] = None,
-    split: Annotated[Literal["train", "test"], typer.Option(help="Of a set with both.")] = "test",
-    task: Annotated[_TASKS, typer.Option(help="What the images have lost.")] = "identity",
+    split: Annotated[Split, typer.Option(help="Which part of a set that has both.")] = "test",
+    task: Annotated[
+        DegradationTask, typer.Option(help="How the images are degraded.")
+    ] = "identity",
     mask: Annotated[
-        str, typer.Option(help="inpaint: half, centre, random, or a picture, white is missing.")
+        str,
+        typer.Option(help="inpaint: half, centre, random, or a picture, where white is missing."),
     ] = "half",
-    scale: Annotated[int, typer.Option(min=2, help="superres: pixels a side of a block.")] = 4,
+    scale: Annotated[int, typer.Option(min=2, help="superres: side of a block in pixels.")] = 4,
     blur: Annotated[float, typer.Option(help="deblur: standard deviation in pixels.")] = 1.5,
     noise: Annotated[
         float | None,
-        typer.Option(min=0, help="Standard deviation, 0 to 255; denoise: 25, others: 0."),
+        typer.Option(
+            min=0, help="Standard deviation of noise, 0 to 255; default: 25 for denoise, else 0."
+        ),
     ] = None,
     num: Annotated[
-        int | None, typer.Option(min=1, help="Only so many of the images, at random.")
+        int | None, typer.Option(min=1, help="Use only so many of the images, drawn at random.")
     ] = None,
     by: Annotated[
-        Literal["encoder", "inversion"] | None, typer.Option(help="Default: encoder if any.")
+        Literal["encoder", "inversion"] | None,
+        typer.Option(help="Default: the encoder if there is one."),
     ] = None,
     optimizer: Annotated[
-        Literal["adam", "lbfgs"], typer.Option(help="Of the latents, for inversion.")
+        Literal["adam", "lbfgs"], typer.Option(help="Optimizer of an inversion.")
     ] = "lbfgs",
-    steps: Annotated[int, typer.Option(min=1, help="Of every start.")] = 100,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Steps of the optimizer from every start.")
+    ] = 100,
     restarts: Annotated[
-        int, typer.Option(min=1, max=512, help="Starts of an image; the best wins.")
+        int, typer.Option(min=1, max=512, help="Starts for each image, of which the best is taken.")
     ] = 4,
     prior: Annotated[
         float | None,
         typer.Option(
             min=0,
-            help="Weight of latents' improbability; identity, denoise: 0, others: 0.01.",
+            help="Weight of mean(z^2) in the loss; identity, denoise: 0, others: 0.01.",
             show_default=False,
         ),
     ] = None,
     tuning_steps: Annotated[
-        int, typer.Option(min=0, help="Then tune a copy of the generator to each image.")
+        int,
+        typer.Option(
+            min=0, help="Steps of tuning a copy of the generator to each image afterwards."
+        ),
     ] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Of images, noise and starts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of images, noise and starts.")] = 0,
     extractor: Annotated[
         ExtractorName,
-        typer.Option(help="Of the feature distance; auto: Inception if its weights are there."),
+        typer.Option(
+            help="Network of the feature distance; auto: Inception if its weights are installed."
+        ),
     ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: AutoDevice = "auto",
 ) -> None:
-    """Reconstruct images, whole or degraded, from what a run has learnt."""
-    from ganscale.evaluation.distributions.features import FeatureCache
+    """Reconstruct images, as they are or degraded, by a trained generator."""
     from ganscale.evaluation.image_sets import open_images
     from ganscale.evaluation.image_views import Subset
     from ganscale.evaluation.reconstruction.reconstruct import Reconstructor
-    from ganscale.generation.degradations import degradation_named
-    from ganscale.generation.inversion import Search
+    from ganscale.generation.degradations import build_degradation
+    from ganscale.generation.inversion import InversionSettings
     from ganscale.world import World
 
+    # `evaluate` takes --run and other commands an argument, so both are accepted.
     path = run or run_option
     if path is None or (run and run_option):
-        raise ConfigError("which run? ganscale reconstruct RUN --images ... --out ...")
+        raise ConfigError("expected one run: ganscale reconstruct RUN --images ... --out ...")
     world = World.detect(device)
-    search = Search(
+    # Also where the encoder reconstructs: it is then part of no protocol.
+    search = InversionSettings(
         optimizer=optimizer,
         steps=steps,
         restarts=restarts,
@@ -107,42 +120,57 @@ def reconstruct(
         seed=seed,
     )
     reconstructor = Reconstructor.load(path, by=by, search=search, device=world.device)
-    subject: ImageSet = open_images(images, split=split, scratch=FeatureCache().folder.parent)
+    subject: ImageSet = open_images(images, split=split, scratch=scratch_folder())
     if num is not None:
         subject = Subset.random(subject, num, seed=seed)
-    degradation = degradation_named(
+    degradation = build_degradation(
         task, subject.shape, mask=mask, scale=scale, blur=blur, noise=noise, seed=seed
     )
     compared = _restore_and_compare(
         reconstructor, subject, degradation, world, seed, extractor, out
     )
+    # Ranks other than 0 have done their share.
     if compared is None:
         return
-    protocol: dict[str, Any] = {
-        "task": degradation.name,
-        "noise": degradation.noise * 127.5,
-        "images": subject.description,
-        "images_digest": subject.digest,
-        "from": str(path),
-        "nimg": reconstructor.generator.info["nimg"],
-        "by": reconstructor.by,
-        "extractor": compared.features.name,
-        "extractor_digest": compared.features.digest,
-        "seed": seed,
-    }
-    if reconstructor.by == "inversion":
-        protocol["search"] = {**vars(search), "prior": search.prior_for(degradation)}
-    _write_figures(compared, protocol, out)
-    _print(compared.figures, protocol)
-    num_images = len(compared.reconstructed.images)
+    protocol = _protocol(path, reconstructor, degradation, subject, compared, seed)
+    _write_metrics(compared, protocol, out)
+    _print(compared.metrics, protocol)
+    num_images = len(compared.reconstructions.images)
     typer.echo(f"wrote {num_images} images, grid.png and figures.json to {out}")
 
 
+def _protocol(
+    path: Path,
+    reconstructor: Reconstructor,
+    degradation: Degradation,
+    images: ImageSet,
+    compared: _Compared,
+    seed: int,
+) -> dict[str, Any]:
+    """What the metrics depend on."""
+    protocol: dict[str, Any] = {
+        "task": degradation.name,
+        "noise": degradation.noise * 127.5,
+        "images": images.description,
+        "images_digest": images.digest,
+        "from": str(path),
+        "nimg": reconstructor.generator.info["nimg"],
+        "by": reconstructor.by,
+        "extractor": compared.extractor.name,
+        "extractor_digest": compared.extractor.digest,
+        "seed": seed,
+    }
+    if reconstructor.by == "inversion":
+        search = reconstructor.search
+        protocol["search"] = {**vars(search), "prior": search.prior_for(degradation)}
+    return protocol
+
+
 class _Compared(NamedTuple):
-    reconstructed: Reconstructed
-    figures: dict[str, dict[str, Tensor]]
+    reconstructions: Reconstructions
+    metrics: dict[str, dict[str, Tensor]]
     """By kind of reconstruction and measure, (n,)."""
-    features: FeatureExtractor
+    extractor: FeatureExtractor
 
 
 def _restore_and_compare(
@@ -154,7 +182,7 @@ def _restore_and_compare(
     extractor: ExtractorName,
     out: Path,
 ) -> _Compared | None:
-    """On rank 0; None on others. The images are written before they are measured."""
+    """The reconstructions and their metrics on rank 0, None on others; writes the pictures."""
     from ganscale.evaluation.reconstruction.reconstruct import reconstruct, similarity
     from ganscale.metrics.extractors import EfficientNetLite0, open_extractor
     from ganscale.tracking.console import progress_bars
@@ -164,59 +192,58 @@ def _restore_and_compare(
     with process_group(world), progress_bars(console) as start_task:
         total = reconstructor.num_steps(len(images))
         progress = start_task(f"{degradation.name} by {reconstructor.by}", total)
-        reconstructed = reconstruct(
-            reconstructor, images, degradation, world, seed=seed, progress=progress
-        )
-        if reconstructed is None:
+        made = reconstruct(reconstructor, images, degradation, world, seed=seed, progress=progress)
+        if made is None:
             return None
-        _write_pictures(reconstructed, out)
+        # Before they are measured, so that weights that cannot be downloaded cost no
+        # reconstruction.
+        _write_pictures(made, out)
         network, features = EfficientNetLite0(), open_extractor(extractor)
         network.to(world.device)
         features.to(world.device)
         start_task("comparing", None)
-        figures = {
-            "trivial": similarity(reconstructed.trivial, reconstructed.truth, features, network),
-            "reconstruction": similarity(
-                reconstructed.images, reconstructed.truth, features, network
-            ),
+        metrics = {
+            "trivial": similarity(made.trivial, made.truth, features, network),
+            "reconstruction": similarity(made.images, made.truth, features, network),
         }
-    return _Compared(reconstructed, figures, features)
+    return _Compared(made, metrics, features)
 
 
-def _write_pictures(reconstructed: Reconstructed, out: Path) -> None:
+def _write_pictures(reconstructed: Reconstructions, out: Path) -> None:
     import torch
 
     from ganscale.generation.pictures import lay_out, write_picture
 
     for number, image in enumerate(reconstructed.images):
         write_picture(image, out / "images" / f"{number:06d}.png")
+    # What was observed, what was made of it, and the original, one below the other.
     shown = torch.stack([reconstructed.inputs, reconstructed.images, reconstructed.truth])[
         :, :_COLUMNS
     ]
     write_picture(lay_out(shown, scale=2), out / "grid.png")
 
 
-def _write_figures(compared: _Compared, protocol: dict[str, Any], out: Path) -> None:
+def _write_metrics(compared: _Compared, protocol: dict[str, Any], out: Path) -> None:
     from dataclasses import asdict
 
-    from ganscale.metrics.intervals import of_repeats
+    from ganscale.metrics.intervals import t_interval
 
     values = {
         kind: {
-            name: {**asdict(of_repeats(each.tolist())), "of_each": each.tolist()}
+            name: {**asdict(t_interval(each.tolist())), "of_each": each.tolist()}
             for name, each in of.items()
         }
-        for kind, of in compared.figures.items()
+        for kind, of in compared.metrics.items()
     }
     write_json(out / "figures.json", {"protocol": protocol, "figures": values})
 
 
-def _print(figures: dict[str, dict[str, Tensor]], protocol: dict[str, Any]) -> None:
-    from ganscale.metrics.intervals import of_repeats
+def _print(metrics: dict[str, dict[str, Tensor]], protocol: dict[str, Any]) -> None:
+    from ganscale.metrics.intervals import t_interval
 
     for name in ("task", "images", "from", "by"):
         typer.echo(f"{name:8} {protocol[name]}")
     typer.echo(f"\n{'':32} {'trivial':>24}   reconstruction")
-    for name, value in figures["reconstruction"].items():
-        before, after = of_repeats(figures["trivial"][name].tolist()), of_repeats(value.tolist())
+    for name, value in metrics["reconstruction"].items():
+        before, after = t_interval(metrics["trivial"][name].tolist()), t_interval(value.tolist())
         typer.echo(f"{name:32} {before!s:>24}   {after}")

@@ -1,4 +1,4 @@
-"""Verbs for shard sets."""
+"""Commands for shard sets."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ganscale.cli.app import app, stderr_console
+from ganscale.cli.options import Layout, Split
 from ganscale.errors import DataError
 
 if TYPE_CHECKING:
@@ -19,15 +20,19 @@ __all__: list[str] = []
 
 _ValueRange = Annotated[
     tuple[float, float] | None,
-    typer.Option(help="Arrays of floats: what is -1 and 1 to the networks; default: the extremes."),
+    typer.Option(
+        help="Arrays of floats: the values that networks see as -1 and 1; default: the extremes."
+    ),
 ]
 
+_NumStreams = Annotated[
+    int | None,
+    typer.Option(min=1, help="The most workers that can read it; default: shards, at most 64."),
+]
 _ClassNames = Annotated[
     str | None,
-    typer.Option(help="Names of the classes in the order of labels, with commas between them."),
+    typer.Option(help="Names of the classes in the order of labels, separated by commas."),
 ]
-# A list here, since reading the module would load numpy for `ganscale --help`.
-_Layout = Literal["auto", "top-folders", "leaf-folders", "flat", "tars"]
 
 shards_app = typer.Typer(help="Build and check shard sets.", no_args_is_help=True)
 app.add_typer(shards_app, name="shards")
@@ -46,29 +51,27 @@ def shards_build(
             "or tars."
         ),
     ] = "auto",
-    split: Annotated[Literal["train", "test"], typer.Option(help="Which part.")] = "train",
+    split: Annotated[Split, typer.Option(help="Which part of the source.")] = "train",
     layout: Annotated[
-        _Layout,
+        Layout,
         typer.Option(
             help="Where classes come from: the first folder of a path, the folder an image lies "
             "in, nowhere (flat), or WebDataset tars; auto: the one that fits, if only one does."
         ),
     ] = "auto",
     num_shards: Annotated[
-        int | None, typer.Option(min=1, help="Tars; default: 8 to 64, by the number of images.")
+        int | None, typer.Option(min=1, help="Number of tars; default: 8 to 64, by the images.")
     ] = None,
-    num_streams: Annotated[
-        int | None, typer.Option(min=1, help="Bound on workers; default: shards, at most 64.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many images.")] = None,
+    num_streams: _NumStreams = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only so many images.")] = None,
     resolution: Annotated[
-        int | None, typer.Option(min=1, help="Resize the shorter side, cut out the centre.")
+        int | None, typer.Option(min=1, help="Resize the shorter side and crop the centre.")
     ] = None,
     img_channels: Annotated[
         Literal["1", "3", "4"] | None, typer.Option(help="Convert to gray, RGB or RGBA.")
     ] = None,
     background: Annotated[
-        str, typer.Option(help="Colour below transparency that --img-channels 1 or 3 removes.")
+        str, typer.Option(help="Background colour when --img-channels 1 or 3 removes transparency.")
     ] = "white",
     value_range: _ValueRange = None,
     class_names: _ClassNames = None,
@@ -79,12 +82,15 @@ def shards_build(
     from ganscale.data.sources import open_source
     from ganscale.tracking.console import counting
 
+    # Before anything is downloaded: an --out that is taken is refused at once.
     downloads = check_free(out).parent / "downloads"
     spec, notice = resolve_source(source, split, download_dir=downloads, layout=layout)
     console = stderr_console()
+    # Without markup, since rich would take [brackets] in a path for its own.
     notify = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     if notice:
         notify(notice)
+    # For the progress bar alone: a listing is quick, and `build_shards` opens the source itself.
     total = min(len(open_source(spec)), limit or sys.maxsize)
     with counting(f"building {out}", total, console) as progress:
         shard_set = build_shards(
@@ -94,6 +100,7 @@ def shards_build(
             num_streams=num_streams,
             limit=limit,
             resolution=resolution,
+            # Choices of an option are texts.
             img_channels=None if img_channels is None else int(img_channels),
             background=background,
             value_range=value_range,
@@ -107,14 +114,12 @@ def shards_build(
 @shards_app.command("index", epilog="Example: ganscale shards index data/my-webdataset")
 def shards_index(
     root: Annotated[Path, typer.Argument(help="Folder of WebDataset tars.")],
-    split: Annotated[Literal["train", "test"], typer.Option(help="Which part it is.")] = "train",
-    num_streams: Annotated[
-        int | None, typer.Option(min=1, help="Bound on workers; default: shards, at most 64.")
-    ] = None,
+    split: Annotated[Split, typer.Option(help="Which part the tars are.")] = "train",
+    num_streams: _NumStreams = None,
     value_range: _ValueRange = None,
     class_names: _ClassNames = None,
 ) -> None:
-    """Index WebDataset tars where they are, so that they can be trained on as they are."""
+    """Index existing WebDataset tars in place, so that they can be trained on unchanged."""
     from ganscale.data.building import index_shards
     from ganscale.tracking.console import counting
 
@@ -145,7 +150,9 @@ def shards_verify(root: Annotated[str, typer.Argument(help="Folder or URL of the
         typer.echo(problem)
     if problems:
         raise DataError(f"{root}: {len(problems)} of {len(shard_set.shards)} shards are damaged")
-    typer.echo(f"{root}: {len(shard_set.shards)} shards, {shard_set.num_samples} samples, all well")
+    typer.echo(
+        f"{root}: {len(shard_set.shards)} shards, {shard_set.num_samples} samples, all verified"
+    )
 
 
 @shards_app.command("info", epilog="Example: ganscale shards info data/cifar10-train")

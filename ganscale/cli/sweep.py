@@ -1,4 +1,4 @@
-"""The verb that compares configurations."""
+"""The command that compares configurations."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ __all__: list[str] = []
 
 @app.command(epilog="Example: ganscale sweep docs/sweeps/learning-rates.yaml --dry-run")
 def sweep(
-    file: Annotated[Path, typer.Argument(help="YAML: what varies, and how trials are compared.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials.")] = False,
+    file: Annotated[
+        Path, typer.Argument(help="YAML file of what varies and how trials are compared.")
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and exit.")] = False,
 ) -> None:
     """Train many configurations on Ray Tune: halving (ASHA), populations, or each to its end.
 
-    The same command goes on with a sweep that was interrupted. docs/sweeps.md describes the file.
+    The same command resumes a sweep that was interrupted. docs/sweeps.md describes the file.
     """
     from ganscale.config.sweep import Sweep
     from ganscale.tracking.wandb_settings import check_environment

@@ -1,4 +1,4 @@
-"""Verbs that train, and that show what would be."""
+"""Commands that train, and that show what a training would use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ganscale.cli.app import Overrides, app, stderr_console
+from ganscale.cli.app import app, stderr_console
+from ganscale.cli.options import Overrides
 
 if TYPE_CHECKING:
     from ganscale.config import Config
@@ -27,7 +28,9 @@ PRESETS = (
 
 TakeOver = Annotated[
     bool,
-    typer.Option("--take-over", help="Train the run although another process that is alive does."),
+    typer.Option(
+        "--take-over", help="Train the run although another process, which is alive, trains it."
+    ),
 ]
 
 
@@ -35,14 +38,16 @@ TakeOver = Annotated[
 def train(
     overrides: Overrides = None,
     config: Annotated[str, typer.Option(help=f"A .yaml file, or one of {PRESETS}.")] = "quickstart",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print config and plan.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the configuration and the plan, and exit.")
+    ] = False,
     take_over: TakeOver = False,
 ) -> None:
-    """Train, or go on with the run of that name, from its newest checkpoint that verifies."""
+    """Train, or resume the run of that name from its newest checkpoint that verifies."""
     from ganscale.config import load_config
 
     settings = load_config(config, overrides or [])
-    _check_surroundings(settings)
+    _check_environment(settings)
     if dry_run:
         _print_plan(settings)
         return
@@ -55,28 +60,30 @@ def resume(
     overrides: Overrides = None,
     take_over: TakeOver = False,
 ) -> None:
-    """Go on with a run from its newest checkpoint that verifies, at any number of workers."""
+    """Resume a run from its newest checkpoint that verifies, at any number of workers."""
     from ganscale.config import parse_overrides
     from ganscale.launch.start import resume_config
 
     settings = resume_config(run, parse_overrides(overrides or []))
-    _check_surroundings(settings)
+    _check_environment(settings)
     _run(settings, take_over=take_over)
 
 
 @app.command(epilog="Example: ganscale doctor --storage runs")
 def doctor(
-    storage: Annotated[Path, typer.Option(help="Where runs would be written.")] = Path("runs"),
+    storage: Annotated[Path, typer.Option(help="Folder in which runs would be written.")] = Path(
+        "runs"
+    ),
 ) -> None:
-    """Print machine, devices, versions, free space, and what would be used."""
+    """Print machine, devices, versions, free space and the defaults that follow from them."""
     from ganscale.doctor import findings
 
     for name, value in findings(storage):
         typer.echo(f"{name:18} {value}")
 
 
-def _check_surroundings(config: Config) -> None:
-    """Refuse now what would end the run only after its shards have been built."""
+def _check_environment(config: Config) -> None:
+    """Raise now what would otherwise end the run only after its shards have been built."""
     from ganscale.tracking.wandb_settings import check_environment
     from ganscale.world import check_cuda
 
@@ -90,23 +97,23 @@ def _run(config: Config, *, take_over: bool) -> None:
     from ganscale.launch.start import start
     from ganscale.world import launched_rank
 
-    ending = start(config, stderr_console(), take_over=take_over)
+    result = start(config, stderr_console(), take_over=take_over)
     if launched_rank() == 0:
-        _print_results(config, ending)
-    if not ending.has_trained:
-        # Else the interpreter would spend seconds on taking Ray and torch apart.
+        _print_results(config, result)
+    if not result.has_trained:
+        # A stop before training must be quick, and tearing down Ray and torch would take seconds.
         sys.stdout.flush()
-        os._exit(EXIT_CODES[ending.reason])
-    if ending.reason:
-        raise typer.Exit(EXIT_CODES[ending.reason])
+        os._exit(EXIT_CODES[result.reason])
+    if result.reason:
+        raise typer.Exit(EXIT_CODES[result.reason])
 
 
-def _print_results(config: Config, ending: TrainResult) -> None:
+def _print_results(config: Config, result: TrainResult) -> None:
     from ganscale.checkpoint import CheckpointStore
     from ganscale.run_directory import RunDirectory
 
-    if not ending.has_trained:
-        typer.echo(f"{ending.reason} before there was room to train: the run is as it was")
+    if not result.has_trained:
+        typer.echo(f"{result.reason} before there was room to train: the run is as it was")
         return
     run_dir, store = RunDirectory(config.run_dir), CheckpointStore(config.checkpoints)
     typer.echo(f"run        {run_dir.root}")
@@ -114,12 +121,13 @@ def _print_results(config: Config, ending: TrainResult) -> None:
         ("samples", run_dir.sample_grid(0).parent),
         ("snapshots", run_dir.snapshots),
     ):
+        # Names that begin with a dot are files that are still being written.
         newest = max((p for p in folder.glob("[!.]*-*")), default=None)
         typer.echo(f"{name:10} {newest}")
     typer.echo(f"checkpoint {next((store.where(name) for name in store.lineage()), None)}")
-    if ending.reason:
+    if result.reason:
         typer.echo(
-            f"stopped at {ending.nimg / 1000:g} of {config.total_nimg / 1000:g} kimg; "
+            f"stopped at {result.nimg / 1000:g} of {config.total_nimg / 1000:g} kimg; "
             f"to go on: ganscale resume {run_dir.root}"
         )
 

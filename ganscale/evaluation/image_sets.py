@@ -2,7 +2,8 @@
 
 Each set has a length and a digest, which is equal for sets of equal images, and reads any of its
 images by index. So any number of ranks can share the work, and only the images that are being
-processed are in memory.
+processed are in memory. The digest names the set in caches and results; no set decodes or draws its
+images for it.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class ImageSet(Protocol):
 
     @property
     def description(self) -> str:
-        """What they are, for people: "10000 samples of runs/a/snapshots/nimg-...safetensors"."""
+        """A readable name, such as "10000 samples of runs/a/snapshots/nimg-...safetensors"."""
         ...
 
     @property
@@ -115,6 +116,7 @@ class ImagesOfShards:
 
     @cached_property
     def labels(self) -> NDArray[np.int64] | None:
+        # Sets without classes store -1.
         labels = self.shard_set.samples["label"].astype(np.int64)
         return labels if len(labels) and labels.min() >= 0 else None
 
@@ -127,6 +129,8 @@ class ImagesOfShards:
 
     def read(self, indices: Indices) -> Tensor:
         images = self._reader.read(indices)
+        # Evaluation never skips an image, unlike training with data.on_error=skip: a metric of
+        # fewer images than its protocol says would be wrong.
         if images.damaged:
             raise images.damaged[0]
         return images.pixels
@@ -150,6 +154,7 @@ class FileImages:
             raise DataError(f"{place} {_ARRAYS}")
         self._source = source
         self._place = place
+        # Only the first image is decoded now; the others are checked when they are read.
         self.shape = self._pixels(0).shape
 
     @property
@@ -159,6 +164,8 @@ class FileImages:
     @cached_property
     def digest(self) -> str:
         """The sha256 over the bytes and labels of all files."""
+        # Of the files as they are, since decoding them all would take many times as long. Labels
+        # count because cached features keep them.
         digest = hashlib.sha256()
         for index in range(len(self)):
             data = self._source.read(index)
@@ -191,6 +198,8 @@ class FileImages:
             pixels: NDArray[np.uint8] = normalised_png(data).values
         except DataError as error:
             raise DataError(f"{name} {error}") from None
+        # Resizing here would change the metrics silently: how images are resized is part of a
+        # protocol.
         if index and pixels.shape != self.shape:
             raise DataError(
                 f"{name} is {_size(pixels.shape)}, the first {_size(self.shape)}; "
@@ -223,6 +232,8 @@ class GeneratedImages:
     @property
     def digest(self) -> str:
         """The sha256 of what decides the images: weights, number and first seed."""
+        # The images are a function of these, so nothing needs to be drawn. The device is left out,
+        # although its rounding may change single grey levels.
         key = f"{self.identity} {self.num_images} {self.seed}"
         return hashlib.sha256(key.encode()).hexdigest()
 
@@ -231,6 +242,8 @@ class GeneratedImages:
         cls, path: Path, num_images: int, *, seed: int = 0, device: str = "cpu"
     ) -> GeneratedImages:
         """Images of a snapshot file, or of the newest snapshot in a run's folder."""
+        # Hashed as a file: a run's newest snapshot changes while it trains, and its name does not
+        # say which weights it has.
         file = snapshot_file(path.expanduser())
         with file.open("rb") as stored:
             identity = hashlib.file_digest(stored, "sha256").hexdigest()
@@ -270,6 +283,8 @@ def open_images(place: str, *, split: Split = "train", scratch: Path) -> ImageSe
     """
     if is_url(place) or (Path(place).expanduser() / INDEX_NAME).is_file():
         return ImagesOfShards(ShardSet.load(place))
+    # The notice that tells where images come from is for `shards build`; here the set is named in
+    # the protocol.
     spec, _ = resolve_source(place, split, download_dir=scratch)
     source = open_source(spec)
     images = FileImages(source, str(spec))

@@ -34,6 +34,7 @@ class Subset:
         """`num_images` drawn without replacement; the whole set if it has no more."""
         if num_images >= len(whole):
             return whole
+        # In ascending order, so that shards and archives are read forward.
         chosen = np.random.default_rng(seed).permutation(len(whole))[:num_images]
         return cls(whole, np.sort(chosen))
 
@@ -43,6 +44,7 @@ class Subset:
 
     @cached_property
     def digest(self) -> str:
+        # The order is part of the digest: it decides which features belong to which image.
         return hashlib.sha256(self.whole.digest.encode() + self.indices.tobytes()).hexdigest()
 
     @property
@@ -124,6 +126,8 @@ class Relabelled:
 
     @cached_property
     def digest(self) -> str:
+        # Unlike pixels, labels differ between this set and the whole, and cached features have
+        # them.
         return hashlib.sha256(self.whole.digest.encode() + self.labels.tobytes()).hexdigest()
 
     @property
@@ -139,6 +143,7 @@ class Relabelled:
 
 def halves(images: ImageSet) -> tuple[Subset, Subset]:
     """The first and the second half of a set, each of len(images) // 2 images."""
+    # The last image of an odd number is left out, so that both halves have equal weight.
     middle = len(images) // 2
     return Subset(images, np.arange(middle)), Subset(images, np.arange(middle, 2 * middle))
 
@@ -166,15 +171,18 @@ def with_classes_of(images: ImageSet, classes: Sequence[str], owner: str) -> Ima
             f"classes are matched by name, and {nameless} has none: it was written by an earlier "
             "version of ganscale"
         )
+    # Only classes that occur need a counterpart: the test set of a run with fewer classes may list
+    # all of them.
     occurring = [images.classes[label] for label in np.unique(labels)]
     unknown = [name for name in occurring if name not in classes]
     if unknown:
         raise DataError(
-            f"{images.description} have classes that {owner} has not: {_listed(unknown)}; there "
+            f"{images.description} have classes that {owner} lacks: {_listed(unknown)}; there "
             f"the classes are {_listed(classes)}. Classes are matched by name: rename "
             "the folders, or give names with ganscale shards build --class-names"
         )
     new_label = {name: number for number, name in enumerate(classes)}
+    # -1 is never looked up: it stands for classes without an image.
     numbers = np.array([new_label.get(name, -1) for name in images.classes], dtype=np.int64)
     return Relabelled(images, numbers[labels], tuple(classes))
 

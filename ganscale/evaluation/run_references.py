@@ -29,6 +29,7 @@ class RunReference:
         Raises `ConfigError` if what follows the @ is not a number.
         """
         path = Path(text).expanduser().absolute()
+        # The last @, since folders of runs may have others in their names.
         run, at, kimg = str(path).rpartition("@")
         if not at or path.exists():
             return cls(path, None)
@@ -41,6 +42,8 @@ class RunReference:
 def containing_run(path: Path) -> RunDirectory | None:
     """The run whose folder `path` is, or lies in at any depth; None if there is no such run."""
     path = path.expanduser().absolute()
+    # A snapshot lies in snapshots/ or snapshots/best/ of its run, or wherever the user copied it
+    # to.
     folders = (RunDirectory(folder) for folder in (path, *path.parents))
     return next((run_dir for run_dir in folders if run_dir.config.is_file()), None)
 

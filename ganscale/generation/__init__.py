@@ -1,1 +1,1 @@
-"""From latents to pictures, with a trained generator."""
+"""Trained generators: sampling, interpolation, directions, inversion, snapshots and pictures."""

@@ -1,10 +1,10 @@
-"""What is done to images that are to be reconstructed: a linear operator, and noise.
+"""Degradations of images that are to be reconstructed: a linear operator, and noise.
 
     y = A x + s n,  n ~ N(0, 1)
 
-`TASKS` names the operators. Each also says what a method must beat: a trivial reconstruction, by
-which what is seen is filled up to an image without having learnt anything. What inversion
-differentiates through is the operator itself, so autograd applies its adjoint.
+`TASKS` names the operators. Each also defines what a method must beat: a trivial reconstruction,
+which fills the observation up to an image without having learnt anything. An inversion
+differentiates through the operator itself, so autograd applies its adjoint.
 """
 
 from __future__ import annotations
@@ -25,37 +25,38 @@ __all__ = [
     "Degradation",
     "colourise",
     "deblur",
-    "degradation_named",
+    "build_degradation",
     "denoise",
     "identity",
     "inpaint",
-    "mask_named",
+    "build_mask",
     "superres",
 ]
 
 TASKS = ("identity", "inpaint", "superres", "denoise", "deblur", "colourise")
 
 _LUMA = (0.299, 0.587, 0.114)
-"""Of red, green and blue in brightness (ITU-R BT.601)."""
+"""Weights of red, green and blue in brightness (ITU-R BT.601)."""
 _HALF_RANGE = 127.5
 """Steps of a pixel to 1 on the scale of [-1, 1]."""
 _PRIOR = 0.01
-"""Where what is seen leaves open which image it was: else improbable latents, which fit it a little
-better, bring nonsense into the rest. Chosen on training images (benchmarks/RECONSTRUCTION.md)."""
+"""For tasks whose observation leaves the image open: without it improbable latents win, which fit
+the observation a little better and are wrong elsewhere. Chosen on training images; deblur and
+colourise have it unmeasured (benchmarks/RECONSTRUCTION.md)."""
 _NOISE = 25.0
-"""To be taken away, unless another is wished: of 0 to 255."""
+"""The default standard deviation of denoise, on the scale of 0 to 255."""
 
 
 @dataclass(frozen=True, eq=False)
 class Degradation:
-    """One way to lose something of images (n, C, H, W) in [-1, 1]."""
+    """A degradation of images (n, C, H, W) in [-1, 1]."""
 
     name: str
     """The task, with its settings: "superres x4"."""
     operator: Callable[[Tensor], Tensor]
     """A: images to what is observed of them, (n, ...)."""
     fill: Callable[[Tensor], Tensor]
-    """What is observed to images: what people, and encoders, are shown."""
+    """Fills observations up to images, which encoders take and pictures show."""
     noise: float = 0.0
     """s, on the scale of [-1, 1]."""
     known: Tensor | None = None
@@ -63,19 +64,21 @@ class Degradation:
     trivial: Callable[[Tensor], Tensor] | None = None
     """The trivial reconstruction, where it is not `fill`."""
     prior: float = 0.0
-    """How much an inversion should weigh that a latent is improbable, unless told otherwise."""
+    """The default weight of mean(z^2) in an inversion's loss."""
 
     def baseline(self, observed: Tensor) -> Tensor:
         """The trivial reconstruction, (n, C, H, W)."""
         return (self.trivial or self.fill)(observed)
 
     def observe(self, images: Tensor, numbers: list[int], *, seed: int = 0) -> Tensor:
-        """y, with noise that depends on an image's number and the seed alone."""
+        """The observation y; its noise depends on an image's number and the seed alone."""
         observed = self.operator(images)
         if not self.noise:
             return observed
         shape = observed.shape[1:]
         rows = []
+        # A generator for each image, so that its noise depends neither on the batch nor on the
+        # ranks.
         for number in numbers:
             generator = torch.Generator().manual_seed(seed_for(seed, "observe", number))
             rows.append(torch.randn(shape, generator=generator))
@@ -93,7 +96,7 @@ class Degradation:
 
 
 def identity() -> Degradation:
-    """Nothing is lost. Trivially: each image's mean colour."""
+    """No degradation. The trivial reconstruction is each image's mean colour."""
 
     def mean_colour(observed: Tensor) -> Tensor:
         return observed.mean((2, 3), keepdim=True).expand_as(observed)
@@ -102,13 +105,14 @@ def identity() -> Degradation:
 
 
 def inpaint(missing: Tensor, *, noise: float = 0.0) -> Degradation:
-    """Pixels where `missing` (H, W) is true are not seen. Trivially: the mean of those that are.
+    """Pixels where `missing` (H, W) is true are removed. The trivial reconstruction fills them with
+    the mean of the others.
 
     Raises `ConfigError` unless some are missing and some are not.
     """
     seen = ~missing
     if not missing.any() or not seen.any():
-        raise ConfigError("a mask must leave something, and something to be painted")
+        raise ConfigError("a mask must leave some pixels and remove some")
 
     def operator(images: Tensor) -> Tensor:
         return images[:, :, seen.to(images.device)]
@@ -119,24 +123,31 @@ def inpaint(missing: Tensor, *, noise: float = 0.0) -> Degradation:
         images[:, :, where] = observed
         return images
 
+    # Noisy pixels are not known, so they are reconstructed like the missing ones.
     known = None if noise else seen
     return Degradation("inpaint", operator, fill, noise=noise, known=known, prior=_PRIOR)
 
 
 def superres(scale: int, *, noise: float = 0.0) -> Degradation:
-    """Blocks of scale x scale pixels are seen as their mean. Trivially: bicubic."""
+    """Only the means of blocks of scale x scale pixels are observed. The trivial reconstruction is
+    bicubic interpolation.
+    """
 
     def operator(images: Tensor) -> Tensor:
         return F.avg_pool2d(images, scale)
 
     def fill(observed: Tensor) -> Tensor:
+        # Bicubic weights are partly negative and overshoot at edges.
         return F.interpolate(observed, scale_factor=scale, mode="bicubic").clamp(-1, 1)
 
     return Degradation(f"superres x{scale}", operator, fill, noise=noise, prior=_PRIOR)
 
 
 def denoise(noise: float) -> Degradation:
-    """Gaussian noise is added. Trivially: the noisy image. Raises `ConfigError` without noise."""
+    """Gaussian noise is added. The trivial reconstruction is the noisy image.
+
+    Raises `ConfigError` without noise.
+    """
     if noise <= 0:
         raise ConfigError("denoising needs noise: a standard deviation above 0")
     return Degradation("denoise", lambda images: images, lambda seen: seen.clamp(-1, 1), noise)
@@ -145,10 +156,12 @@ def denoise(noise: float) -> Degradation:
 def deblur(sigma: float, *, noise: float = 0.0) -> Degradation:
     """Gaussian blur of standard deviation `sigma` in pixels, mirrored at the edges, cut at 3 sigma.
 
-    Trivially: the blurred image. Raises `ConfigError` for a sigma not above 0.
+    The trivial reconstruction is the blurred image. Raises `ConfigError` for a sigma not above 0.
     """
     if sigma <= 0:
         raise ConfigError("deblurring needs a blur: a standard deviation above 0 pixels")
+    # Beyond 3 sigma lie 0.3 % of a Gaussian's weight; the rest is scaled to 1, so that flat images
+    # stay.
     radius = math.ceil(3 * sigma)
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
     weights = torch.exp(-offsets.square() / (2 * sigma**2))
@@ -171,12 +184,12 @@ def deblur(sigma: float, *, noise: float = 0.0) -> Degradation:
 
 
 def colourise(*, noise: float = 0.0) -> Degradation:
-    """Of RGB images only the brightness is seen. Trivially: gray."""
+    """Only the brightness of RGB images is observed. The trivial reconstruction is gray."""
 
     def operator(images: Tensor) -> Tensor:
         if images.shape[1] != 3:
             raise ConfigError(
-                f"images of {images.shape[1]} channels cannot be given colours: RGB can"
+                f"colourise needs RGB images, not images of {images.shape[1]} channels"
             )
         weights = images.new_tensor(_LUMA)[:, None, None]
         return (images * weights).sum(1, keepdim=True)
@@ -187,7 +200,7 @@ def colourise(*, noise: float = 0.0) -> Degradation:
     return Degradation("colourise", operator, fill, noise=noise, prior=_PRIOR)
 
 
-def degradation_named(
+def build_degradation(
     task: str,
     shape: tuple[int, int, int],
     *,
@@ -202,13 +215,13 @@ def degradation_named(
     Args:
         task: one of `TASKS`.
         shape: of the images.
-        mask: for inpaint, see `mask_named`.
+        mask: for inpaint, see `build_mask`.
         scale: for superres: pixels a side of a block.
         blur: for deblur: the standard deviation in pixels.
         noise: standard deviation on the scale of 0 to 255; None is 25 for denoise, else 0.
         seed: of a random mask.
 
-    Raises `ConfigError` for what is not known or makes no sense.
+    Raises `ConfigError` for an unknown task or settings that it cannot have.
     """
     _, height, width = shape
     size = (noise or 0.0) / _HALF_RANGE
@@ -217,7 +230,7 @@ def degradation_named(
             raise ConfigError("identity takes no noise: the task with noise alone is denoise")
         return identity()
     if task == "inpaint":
-        return inpaint(mask_named(mask, height, width, seed=seed), noise=size)
+        return inpaint(build_mask(mask, height, width, seed=seed), noise=size)
     if task == "superres":
         if height % scale or width % scale:
             raise ConfigError(f"blocks of {scale} pixels do not divide images of {width}x{height}")
@@ -231,11 +244,11 @@ def degradation_named(
     raise ConfigError(f"task {task!r}: expected one of {', '.join(TASKS)}")
 
 
-def mask_named(name: str, height: int, width: int, *, seed: int = 0) -> Tensor:
-    """What is missing, bool (height, width).
+def build_mask(name: str, height: int, width: int, *, seed: int = 0) -> Tensor:
+    """A mask of the missing pixels, bool (height, width).
 
     Args:
-        name: `half`, the right one; `centre`, a square of half the side; `random`, three quarters
+        name: `half`, the right half; `centre`, a square of half the side; `random`, three quarters
             of all pixels; or a picture of this size, white where pixels are missing.
 
     Raises `ConfigError` for a picture that cannot be read or has another size.
@@ -249,10 +262,10 @@ def mask_named(name: str, height: int, width: int, *, seed: int = 0) -> Tensor:
     if name == "random":
         generator = torch.Generator().manual_seed(seed_for(seed, "mask"))
         return torch.rand(height, width, generator=generator) < 0.75
-    return _mask_in(name, height, width)
+    return _read_mask(name, height, width)
 
 
-def _mask_in(path: str, height: int, width: int) -> Tensor:
+def _read_mask(path: str, height: int, width: int) -> Tensor:
     from torchvision.io import ImageReadMode, decode_image
 
     try:

@@ -1,4 +1,4 @@
-"""Directions that change an image most, from the weights alone.
+"""Directions in latent space that change an image most, computed from the weights alone.
 
 SeFa (Shen and Zhou 2021, arXiv 2007.06600): the first layer takes a latent x to A x + b, so a step
 n of length 1 moves its output by A n, which is largest along eigenvectors of A^T A (equation 5).
@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from ganscale.errors import ConfigError
 from ganscale.generation.latent_sampler import LatentSampler
 
-__all__ = ["Directions", "closed_form_directions", "directions_of", "edited", "first_weight"]
+__all__ = ["Directions", "closed_form_directions", "find_directions", "edit_images", "first_weight"]
 
+# Latents by which the spread of w along a direction is measured.
 _SPREAD_SEEDS = 256
 
 
 @dataclass(frozen=True)
 class Directions:
-    """The first few, largest effect first."""
+    """Directions with the largest effect first."""
 
     vectors: Tensor
     """(k, d), of length 1, the largest element of each positive; in w where there is one, or z."""
@@ -38,8 +39,11 @@ def closed_form_directions(weight: Tensor, num: int) -> Directions:
     if not 1 <= num <= weight.shape[1]:
         raise ConfigError(f"{num} directions: expected 1 to {weight.shape[1]}")
     matrix = weight.double()
-    eigenvalues, vectors = torch.linalg.eigh(matrix.T @ matrix)  # ascending, in columns
+    # In float64, since forming A^T A squares the ratio of its singular values. `eigh` returns
+    # eigenvalues in ascending order and vectors in columns.
+    eigenvalues, vectors = torch.linalg.eigh(matrix.T @ matrix)
     largest = vectors.flip(1)[:, :num].T
+    # An eigenvector's sign is arbitrary and differs between libraries.
     signs = largest.gather(1, largest.abs().argmax(1, keepdim=True)).sign()
     return Directions((largest * signs).to(weight), eigenvalues.flip(0)[:num].to(weight))
 
@@ -57,14 +61,14 @@ def first_weight(model: nn.Module, name: str, z_dim: int) -> Tensor:
     return _WEIGHTS[name](model, z_dim).detach().cpu()
 
 
-def directions_of(sampler: LatentSampler, num: int) -> Directions:
+def find_directions(sampler: LatentSampler, num: int) -> Directions:
     """The first `num` directions of a generator."""
     generator = sampler.generator
     name = generator.info["model"]["name"]
     return closed_form_directions(first_weight(generator.model, name, generator.z_dim), num)
 
 
-def edited(
+def edit_images(
     sampler: LatentSampler,
     seed: int,
     vectors: Tensor,
@@ -78,6 +82,7 @@ def edited(
     on a few hundred latents for w.
     """
     z, classes = sampler.latents([seed]), sampler.classes([seed], label)
+    # z is standard normal in every direction, so a step needs no scale; w has none that is known.
     if sampler.mapping is None:
         moved = z + steps[None, :, None] * vectors[:, None]
         count = moved.shape[0] * moved.shape[1]
@@ -101,7 +106,7 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _of_dcgan(model: nn.Module, z_dim: int) -> Tensor:
-    """Of a transposed convolution, (z_dim, out, 4, 4)."""
+    """The first layer is a transposed convolution of one pixel: a matrix (z_dim, out 4 4)."""
     return _weight(model.get_submodule("layers.0")).flatten(1).T
 
 
@@ -121,7 +126,9 @@ def _of_biggan(model: nn.Module, z_dim: int) -> Tensor:
 
 
 def _of_stylegan2(model: nn.Module, z_dim: int) -> Tensor:
-    """All style maps, which are scaled alike."""
+    """The matrices of all style maps, one below the other, since w enters each of them."""
+    # Equalised layers divide their weights by the root of their inputs when they run, so the same
+    # is done here to get eigenvalues of the maps as they act.
     maps = [module for name, module in model.named_modules() if name.endswith(".affine")]
     return torch.cat([_weight(m) for m in maps]).div(z_dim**0.5)
 

@@ -23,30 +23,33 @@ def lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """From a to b at constant angular speed, the length changing linearly; shapes as for `lerp`.
+    """Spherical interpolation from a to b, with linearly changing length; shapes as for `lerp`.
 
-    White (2016, arXiv 1609.04468) after Shoemake (1985): a straight line passes nearer to 0 than a
-    Gaussian's samples ever are. The ends are exact. Between opposite vectors the way leads over
-    the axis that is most nearly perpendicular to them; from or to 0 the path is straight.
+    White (2016, arXiv 1609.04468) after Shoemake (1985): a straight line passes nearer to 0 than
+    samples of a Gaussian ever are. The ends are exact. Between opposite vectors, where no arc is
+    shortest, the path leads over the axis that is most nearly perpendicular to them; from or to 0
+    it is straight.
     """
     t = t.to(a)[..., None]
     length_a, length_b = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)
     from_, to = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
-    # The arc's cosine loses half the digits near 0 and pi; this does not.
+    # acos of the dot product loses half the digits near 0 and pi; this form does not.
     difference, total = (from_ - to).norm(dim=-1), (from_ + to).norm(dim=-1)
     angle = 2 * torch.atan2(difference, total)[..., None]
-    direction = torch.cos(t * angle) * from_ + torch.sin(t * angle) * _across(from_, to)
+    direction = torch.cos(t * angle) * from_ + torch.sin(t * angle) * _perpendicular(from_, to)
     along = ((1 - t) * length_a + t * length_b) * direction
+    # A vector of length 0 has no direction to turn from.
     straight = (length_a == 0) | (length_b == 0)
     along = torch.where(straight, (1 - t) * a + t * b, along)
+    # Rounding would leave the ends a little off, and a seed's own image must be on its path.
     return torch.where(t == 0, a, torch.where(t == 1, b, along))
 
 
 def path(points: Tensor, frames: int, *, mix: Mix, loop: bool = False) -> Tensor:
-    """Points (n, d) and those between: `frames` for each step, then the last, or back to the first.
+    """The points (n, d) with those between them: `frames` for each step, then the last point.
 
-    Returns (frames (n - 1) + 1, d), with `loop` (frames n, d) that end just before the beginning.
-    Raises `ConfigError` without two points and one frame.
+    Returns (frames (n - 1) + 1, d), or with `loop`, which also goes back to the first point and
+    ends just before it, (frames n, d). Raises `ConfigError` without two points and one frame.
     """
     if len(points) < 2 or frames < 1:
         raise ConfigError(f"a path needs 2 points and 1 frame, got {len(points)} and {frames}")
@@ -87,10 +90,10 @@ def class_frames(
     """Each seed's image on its way through classes, uint8 (seeds, frames, C, H, W).
 
     Classes are mixed linearly where the generator embeds them; the latents stay as they are.
-    Raises `ConfigError` if it knows no classes, or not these.
+    Raises `ConfigError` if it has no classes, or not these.
     """
     if not sampler.num_classes:
-        raise ConfigError("this generator knows no classes to interpolate between")
+        raise ConfigError("this generator has no classes to interpolate between")
     known = [sampler.classes([0], label) for label in labels]
     mixed = path(torch.cat([c for c in known if c is not None]), frames, mix=lerp, loop=loop)
     z = sampler.latents(seeds).repeat_interleave(len(mixed), 0)
@@ -99,10 +102,11 @@ def class_frames(
     return grid
 
 
-def _across(a: Tensor, b: Tensor) -> Tensor:
+def _perpendicular(a: Tensor, b: Tensor) -> Tensor:
     """Unit vectors perpendicular to unit vectors a, in the plane of a and b if these span one."""
-    across = b - (a * b).sum(-1, keepdim=True) * a
+    perpendicular = b - (a * b).sum(-1, keepdim=True) * a
     axis = F.one_hot(a.abs().argmin(-1), a.shape[-1]).to(a)
     other = axis - (a * axis).sum(-1, keepdim=True) * a
-    is_none = across.norm(dim=-1, keepdim=True) < 8 * torch.finfo(a.dtype).eps
-    return F.normalize(torch.where(is_none, other, across), dim=-1)
+    # Up to rounding a and b span no plane: any perpendicular vector will do, but always the same.
+    is_none = perpendicular.norm(dim=-1, keepdim=True) < 8 * torch.finfo(a.dtype).eps
+    return F.normalize(torch.where(is_none, other, perpendicular), dim=-1)

@@ -1,15 +1,17 @@
-"""Latents whose image is a given one, or what is known of one: a generator turned round.
+"""GAN inversion: latents whose images match given ones, or a degraded observation of them.
 
 For an observation y = A x + noise, each image's latent minimises
 
     mean((A G(z) - y)^2) + prior * mean(z^2)
 
 by gradient descent from several starts (Lipton and Tripathi 2017, arXiv 1702.04782; Bora et al.
-2017, arXiv 1703.03208): the latents of a fixed pool that come nearest, and the encoder's where
-there is one (Zhu et al. 2020, arXiv 2004.00049). The best of them wins. Then, if wished, a copy of
-the generator is tuned to each image (Roich et al. 2021, arXiv 2106.05744).
+2017, arXiv 1703.03208): the latents of a fixed pool whose images come nearest, and the encoder's
+where there is one (Zhu et al. 2020, arXiv 2004.00049). The start with the lowest loss wins.
+Optionally a copy of the generator is then tuned to each image (Roich et al. 2021, arXiv
+2106.05744).
 
-Images are worked on in groups of one size, and no image's result depends on the others.
+Images are processed in groups of one size, so that no image's result depends on the others or on
+the number of ranks.
 """
 
 from __future__ import annotations
@@ -27,27 +29,28 @@ from ganscale.generation.degradations import Degradation
 from ganscale.generation.latents import seed_for
 from ganscale.generation.sampler import SampleableGenerator
 
-__all__ = ["GROUP", "Inverted", "Search", "encoded", "invert"]
+__all__ = ["GROUP", "InversionResult", "InversionSettings", "encode", "invert"]
 
 GROUP = 16
-"""Images that are worked on at once."""
+"""Images that are inverted at once; a smaller group is filled up by its last image."""
 _ROWS = 64
-"""Of the pool, in each forward."""
+"""Latents of the pool in each forward."""
 
 
 @dataclass(frozen=True)
-class Search:
-    """How hard is looked for the latent of an image."""
+class InversionSettings:
+    """The effort and the settings of an inversion; they are part of its protocol as they are
+    named."""
 
     optimizer: Literal["adam", "lbfgs"] = "lbfgs"
     steps: int = 100
-    """Of every start."""
+    """Steps of the optimizer from every start."""
     restarts: int = 4
     """Starts of each image, the encoder's among them."""
     lr: float = 0.1
-    """Adam's rate at the beginning; a latent's elements are of size 1."""
+    """Adam's initial learning rate; a latent's elements are of size 1."""
     pool: int = 512
-    """Latents that starts are chosen from."""
+    """The number of latents that starts are chosen from."""
     prior: float | None = None
     """Weight of mean(z^2) in the loss; None for the degradation's default."""
     tuning_steps: int = 0
@@ -66,13 +69,13 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Inverted:
-    """The latents that reproduce images best, and the images that the generator makes of them."""
+class InversionResult:
+    """The latents that reproduce images best, and the generator's images of them."""
 
     latents: Tensor
     """(n, z_dim)"""
     labels: Tensor
-    """int64 (n,); zeros if the generator knows none."""
+    """int64 (n,); zeros if the generator takes none."""
     images: Tensor
     """(n, C, H, W) in [-1, 1]."""
     misfits: Tensor
@@ -83,23 +86,25 @@ def invert(
     generator: SampleableGenerator,
     degradation: Degradation,
     observed: Tensor,
-    search: Search,
+    search: InversionSettings,
     *,
     encoder: nn.Module | None = None,
     labels: Tensor | None = None,
     progress: Callable[[int], None] = lambda steps: None,
-) -> Inverted:
-    """Latents and images of what was observed of n images, on the generator's device.
+) -> InversionResult:
+    """Find the latents of n images from what was observed of them, on the generator's device.
 
     Args:
         generator: in evaluation mode.
         degradation: what was done to the images.
         observed: (n, ...), what `degradation.observe` gave.
-        search: how.
-        encoder: takes images in [-1, 1] to (mean, log-variance); the first start is its mean.
-        labels: int64 (n,) where they are known. Otherwise each start has one of its own.
+        search: the settings.
+        encoder: takes images in [-1, 1] to (mean, log-variance); one start is its mean.
+        labels: int64 (n,) where they are known. Otherwise each start keeps its own from the pool,
+            and the best start decides.
         progress: called with the number of steps done, in all `search.num_steps(n)`.
     """
+    # One pool for all images: its forwards are paid once, and every image has the same choice.
     pool = _Pool.of(generator, degradation, search)
     parts = []
     for start in range(0, len(observed), GROUP):
@@ -108,47 +113,51 @@ def invert(
         inverted = _invert_group(
             generator,
             degradation,
-            _filled(part),
+            _padded(part),
             search,
             starts=pool,
             encoder=encoder,
-            labels=None if known is None else _filled(known),
+            labels=None if known is None else _padded(known),
             progress=progress,
         )
         count = len(part)
         if search.tuning_steps:
-            inverted = _tuned(generator.model, degradation, part, inverted, search, progress)
+            inverted = _tune_generator(
+                generator.model, degradation, part, inverted, search, progress
+            )
         parts.append([field[:count] for field in vars(inverted).values()])
-    return Inverted(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+    return InversionResult(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 
 @torch.no_grad()
-def encoded(
+def encode(
     generator: SampleableGenerator,
     encoder: nn.Module,
     degradation: Degradation,
     observed: Tensor,
     *,
     labels: Tensor | None = None,
-) -> Inverted:
-    """What the encoder makes of n images as they are seen (`fill`), as `invert` returns it."""
+) -> InversionResult:
+    """The encoder's latents of n observations, filled up to images, as `invert` returns them."""
     parts = []
     for start in range(0, len(observed), GROUP):
         part = observed[start : start + GROUP]
-        filled = _filled(part)
+        padded = _padded(part)
+        # A generator without classes ignores these; one with classes needs some label, and class 0
+        # is as wrong as any.
         known = torch.zeros(GROUP, dtype=torch.int64, device=part.device)
         if labels is not None:
-            known = _filled(labels[start : start + GROUP])
-        z, _ = encoder(degradation.fill(filled))
+            known = _padded(labels[start : start + GROUP])
+        z, _ = encoder(degradation.fill(padded))
         images = generator.model(z, known).float()
-        fields = (z, known, images, degradation.misfit(images, filled))
+        fields = (z, known, images, degradation.misfit(images, padded))
         parts.append([field[: len(part)] for field in fields])
-    return Inverted(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+    return InversionResult(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
 class _Pool:
-    """Latents that are tried first, and what would be observed of their images."""
+    """Latents that starts are chosen from, and what would be observed of their images."""
 
     latents: Tensor
     labels: Tensor
@@ -157,10 +166,13 @@ class _Pool:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, generator: SampleableGenerator, degradation: Degradation, search: Search) -> _Pool:
+    def of(
+        cls, generator: SampleableGenerator, degradation: Degradation, search: InversionSettings
+    ) -> _Pool:
         device = next(generator.model.parameters()).device
         random = torch.Generator().manual_seed(seed_for(search.seed, "pool"))
         size = -(-search.pool // _ROWS) * _ROWS
+        # Drawn on the CPU, so that all devices have the same pool.
         z = torch.randn(size, generator.z_dim, generator=random)
         classes = max(generator.num_classes, 1)
         labels = torch.randint(classes, (size,), generator=random)
@@ -171,6 +183,7 @@ class _Pool:
 
     def nearest(self, observed: Tensor, labels: Tensor | None, k: int) -> Tensor:
         """Rows of the k that come nearest to each of `observed`, best first, (n, k)."""
+        # By differences: products would lose the digits of near matches, which decide the order.
         mode = "donot_use_mm_for_euclid_dist"
         distances = torch.cdist(observed.flatten(1), self.observed.flatten(1), compute_mode=mode)
         if labels is not None:
@@ -182,13 +195,13 @@ def _invert_group(
     generator: SampleableGenerator,
     degradation: Degradation,
     observed: Tensor,
-    search: Search,
+    search: InversionSettings,
     *,
     starts: _Pool,
     encoder: nn.Module | None,
     labels: Tensor | None,
     progress: Callable[[int], None],
-) -> Inverted:
+) -> InversionResult:
     """For a whole group: the best of each image's starts."""
     n, restarts = len(observed), search.restarts
     rows = starts.nearest(observed, labels, restarts)
@@ -196,37 +209,41 @@ def _invert_group(
     chosen = starts.labels[rows] if labels is None else labels[:, None].expand(-1, restarts)
     if encoder is not None:
         with torch.no_grad():
+            # In place of the worst of the pool's starts, so that an encoder costs no further start.
             z[:, -1] = encoder(degradation.fill(observed))[0]
+    # All starts of all images are rows of one minimisation.
     wanted = observed.repeat_interleave(restarts, 0)
     chosen = chosen.reshape(-1)
 
-    def loss_of(points: Tensor) -> Tensor:
+    def loss_fn(points: Tensor) -> Tensor:
         misfits = degradation.misfit(generator.model(points, chosen).float(), wanted)
         return misfits + search.prior_for(degradation) * points.square().mean(1)
 
     start = z.reshape(n * restarts, -1)
     if search.optimizer == "adam":
-        minimum = adam(loss_of, start, steps=search.steps, lr=search.lr, progress=progress)
+        minimum = adam(loss_fn, start, steps=search.steps, lr=search.lr, progress=progress)
     else:
-        minimum = lbfgs(loss_of, start, steps=search.steps, progress=progress)
+        minimum = lbfgs(loss_fn, start, steps=search.steps, progress=progress)
     best = minimum.losses.view(n, restarts).argmin(1) + restarts * torch.arange(n, device=z.device)
     latents, classes = minimum.points[best], chosen[best]
     with torch.no_grad():
         images = generator.model(latents, classes).float()
-        return Inverted(latents, classes, images, degradation.misfit(images, observed))
+        return InversionResult(latents, classes, images, degradation.misfit(images, observed))
 
 
-def _tuned(
+def _tune_generator(
     model: nn.Module,
     degradation: Degradation,
     observed: Tensor,
-    inverted: Inverted,
-    search: Search,
+    inverted: InversionResult,
+    search: InversionSettings,
     progress: Callable[[int], None],
-) -> Inverted:
+) -> InversionResult:
     """Images of a copy of the generator for each, tuned to what was observed; latents stay."""
     images, misfits = inverted.images.clone(), inverted.misfits.clone()
     for row in range(len(observed)):
+        # Images are tuned one by one: each needs a generator and moments of its own. The prior is
+        # left out, since the latent no longer moves.
         own = copy.deepcopy(model).requires_grad_(True)
         optimizer = torch.optim.Adam(own.parameters(), lr=search.tuning_lr)
         place = slice(row, row + 1)
@@ -240,9 +257,9 @@ def _tuned(
         with torch.no_grad():
             images[place] = own(z, label).float()
             misfits[place] = degradation.misfit(images[place], wanted)
-    return Inverted(inverted.latents, inverted.labels, images, misfits)
+    return InversionResult(inverted.latents, inverted.labels, images, misfits)
 
 
-def _filled(rows: Tensor) -> Tensor:
+def _padded(rows: Tensor) -> Tensor:
     """A whole group: the last row repeated."""
     return torch.cat([rows, rows[-1:].expand(GROUP - len(rows), *rows.shape[1:])])

@@ -1,7 +1,8 @@
 """Images of latents, mixtures of classes and styles w, with or without truncation.
 
 Every forward has as many rows as one of `SampleableGenerator`, so an image does not depend on the
-rest of its batch, and a seed without truncation gives the same image as there.
+rest of its batch, and a seed without truncation gives the same image as there. Mixtures and styles
+are put into the unchanged model by forward hooks, so models need no code for exploring them.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class LatentSampler:
         """Each seed's class, or `label` for all, as weights (n, num_classes); None without."""
         if label is not None and not 0 <= label < self.num_classes:
             known = f"0 to {self.num_classes - 1}" if self.num_classes else "no labels"
-            raise ConfigError(f"label {label}: this generator knows {known}")
+            raise ConfigError(f"label {label}: this generator takes {known}")
         if not self.num_classes:
             return None
         labels = seeded_labels(seeds, self.num_classes)
@@ -81,6 +82,7 @@ class LatentSampler:
 
     def draw(self, z: Tensor, classes: Tensor | None = None) -> Tensor:
         """Images (n, C, H, W) of latents (n, z_dim) and class weights (n, num_classes)."""
+        # Truncation of w must happen between the mapping network and the convolutions.
         if self.mapping is not None and self.truncation_psi is not None:
             return self.draw_styles(self.styles(z, classes))
         return self._stored(self._forward(self.model, z, classes))
@@ -102,6 +104,7 @@ class LatentSampler:
         for part in w.split(FORWARD_ROWS):
             with ExitStack() as stack:
                 stack.enter_context(_styled(self.model, _padded(part)))
+                # The hooks replace whatever the model makes of z and labels.
                 z = torch.zeros(len(part), self.generator.z_dim)
                 images.append(self._forward(self.model, z, self.classes([0] * len(part))))
         return self._stored(torch.cat(images))
@@ -122,6 +125,7 @@ class LatentSampler:
         outputs = []
         for start in range(0, len(z), FORWARD_ROWS):
             rows = _padded(z[start : start + FORWARD_ROWS]).to(device)
+            # Ignored where classes are mixed: the hook replaces what their embedding returns.
             labels = torch.zeros(FORWARD_ROWS, dtype=torch.int64, device=device)
             with ExitStack() as stack:
                 if classes is not None:
@@ -131,9 +135,10 @@ class LatentSampler:
         return torch.cat(outputs)
 
     def _mean(self, classes: Tensor | None) -> Tensor:
-        """Mean w of each row's classes, (n, w_dim), or over everything, (w_dim,); kept once made.
+        """The mean w of each row's classes, (n, w_dim), or of all latents, (w_dim,).
 
-        Of each class its own, since the mean over all pulls an image out of its class.
+        Each class has a mean of its own: the mean over all classes would pull an image out of its
+        class.
         """
         if classes is None:
             return self._mean_of(0, None)
@@ -144,6 +149,7 @@ class LatentSampler:
         return torch.stack(means)  # type: ignore[arg-type]
 
     def _mean_of(self, key: int, label: int | None) -> Tensor:
+        # A mean takes 64 forwards of the mapping network, so it is computed once.
         if key not in self._means:
             seeds = list(range(_MEAN_SEEDS))
             z = seeded_latents(seeds, self.generator.z_dim)
@@ -158,11 +164,14 @@ def _padded(rows: Tensor) -> Tensor:
 
 @contextmanager
 def _mixed_classes(model: nn.Module, weights: Tensor) -> Iterator[None]:
-    """Embeddings of labels give the mean of all classes' ones, with `weights` (n, num_classes)."""
+    """Embeddings of labels return mixtures of all classes' embeddings by `weights` (n,
+    num_classes)."""
 
     def mixed(module: nn.Module, inputs: Any, output: Any) -> Tensor:
         if isinstance(module, nn.Embedding):
             return weights @ module.weight
+        # A linear map of one-hot labels, as in R3GAN: called with weights instead. `forward`
+        # and not a call, which would run this hook again.
         with torch.no_grad():
             embedded: Tensor = module.forward(weights)
         return embedded
@@ -170,6 +179,7 @@ def _mixed_classes(model: nn.Module, weights: Tensor) -> Iterator[None]:
     embeddings = [
         module
         for name, module in model.named_modules()
+        # Models name their map of labels `embedding`, whatever module it is.
         if isinstance(module, nn.Embedding) or name.split(".")[-1] == "embedding"
     ]
     if not embeddings:
@@ -184,7 +194,8 @@ def _mixed_classes(model: nn.Module, weights: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _styled(model: nn.Module, w: Tensor) -> Iterator[None]:
-    """Layers of a StyleGAN2 generator take their style from w, (n, w_dim) or (n, layers, w_dim)."""
+    """Style maps of a StyleGAN2 generator take w, (n, w_dim) or (n, layers, w_dim), as their
+    input."""
     device = next(model.parameters()).device
     w = w.to(device)
 
@@ -201,10 +212,10 @@ def _styled(model: nn.Module, w: Tensor) -> Iterator[None]:
 
 
 def _affines(model: nn.Module) -> list[tuple[nn.Module, int]]:
-    """Style maps and the layer each belongs to: an image's is that of the next convolution.
+    """Style maps and the layer that each belongs to.
 
-    As in the published code, so that mixing at a layer changes a resolution's image with the
-    convolution that follows it.
+    A map of an image output has the layer of the next convolution, as in the published code: mixing
+    at a layer changes a resolution's image with the convolution that follows it.
     """
     affines, layer = [], 0
     for name, module in model.named_modules():

@@ -25,6 +25,8 @@ __all__ = [
 
 def seed_for(*key: int | str) -> int:
     """A 63-bit seed decided by `key`, the same on every platform."""
+    # Not `hash`, which differs between processes, and not a sum of numbers, by which the keys (1,
+    # 2) and (2, 1) would collide.
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
 
 
@@ -49,11 +51,13 @@ def draw_noise(
 
     They are drawn for the global batch of `batch_size` that starts at `position`, and this rank
     gets the rows of its `slots` (n,). The purpose is part of the seed, so a purpose that is left
-    out changes no other.
+    out does not change the numbers of the others.
     """
     noise = {}
     for purpose, draw in draws.items():
         generator = torch.Generator().manual_seed(seed_for(seed, position, purpose))
+        # The whole batch is drawn on every rank and most of it dropped: a rank's share then depends
+        # on nothing but its slots, at any number of ranks.
         noise[purpose] = draw(batch_size, generator)[slots]
     return noise
 
@@ -69,4 +73,5 @@ def seeded_latents(seeds: list[int], z_dim: int) -> Tensor:
 
 def seeded_labels(seeds: list[int], num_classes: int) -> Tensor:
     """One uniform label for each seed, the same whatever else is in the list; int64 (n,)."""
+    # The remainder's bias is num_classes / 2^63.
     return torch.tensor([seed_for("label", seed) % num_classes for seed in seeds])

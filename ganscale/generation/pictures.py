@@ -34,14 +34,15 @@ GRID_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 ANIMATED = {".gif": "GIF", ".webp": "WEBP", ".apng": "PNG"}
 _WHITE = 255
 _CUBEHELIX = ((-0.14861, 1.78277), (-0.29227, -0.90649), (1.97294, 0.0))
-"""Weights of cosine and sine in red, green and blue: turns about the diagonal of equal light."""
+"""Weights of cosine and sine in red, green and blue: rotations about the gray diagonal that keep
+the perceived brightness."""
 
 
 def as_pictures(images: Tensor, values: ValueRange) -> Tensor:
     """Convert images (n, C, H, W) to uint8 pictures; uint8 images are returned unchanged.
 
     Arrays of floats with one channel get the colours of `cubehelix`; three channels are taken for
-    RGB, four for RGBA. The least of the range is black, the greatest white.
+    RGB, four for RGBA. The lowest value of the range is black, the highest white.
     """
     if values.dtype == "uint8":
         return images
@@ -66,6 +67,7 @@ def cubehelix(shares: Tensor) -> Tensor:
 def lay_out(images: Tensor, *, scale: int = 1, padding: int = 2) -> Tensor:
     """Images (rows, columns, C, H, W) as one, magnified `scale` times, white between: (C, h, w)."""
     rows, columns, channels, height, width = images.shape
+    # Pixels are repeated and not interpolated, so that a picture shows what the generator made.
     big = images.repeat_interleave(scale, 3).repeat_interleave(scale, 4)
     high, wide = height * scale + padding, width * scale + padding
     sheet = images.new_full((channels, rows * high - padding, columns * wide - padding), _WHITE)
@@ -127,6 +129,7 @@ def write_array(values: Tensor, path: Path) -> None:
 def write_animation(frames: Tensor, path: Path, *, frame_ms: int = 60) -> None:
     """Write uint8 (frames, C, H, W) as an endless animation; the suffix chooses the format."""
     pictures = [_pillow(frame) for frame in frames]
+    # WebP is lossy by default, which would blur images this small.
     options = {"lossless": True} if path.suffix == ".webp" else {}
     with replacing(path, fsync=False) as file:
         pictures[0].save(
@@ -142,6 +145,7 @@ def write_animation(frames: Tensor, path: Path, *, frame_ms: int = 60) -> None:
 
 def _pillow(image: Tensor) -> Image.Image:
     channels_last = image.movedim(0, -1).contiguous()
+    # Pillow takes gray images without an axis of channels.
     if image.shape[0] == 1:
         channels_last = channels_last[..., 0]
     return Image.fromarray(channels_last.to(torch.uint8).numpy())

@@ -14,14 +14,14 @@ from ganscale.generation.latents import seeded_labels, seeded_latents
 __all__ = ["FORWARD_ROWS", "SampleableGenerator", "diversity", "to_uint8"]
 
 FORWARD_ROWS = 16
-"""Every forward has this many rows, so that an image does not depend on what is drawn beside it:
-kernels choose their arithmetic by the batch size."""
+"""Every forward has this many rows. Kernels choose their arithmetic by the batch size, so otherwise
+an image would depend on how many are drawn with it."""
 
 
 class SampleableGenerator:
     """A generator in evaluation mode, with its description.
 
-    Its images are of the type of the training set: uint8 pixels, or float32 in the set's units.
+    Its images have the type of the training set: uint8 pixels, or float32 in the set's units.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class SampleableGenerator:
     def _labels(self, seeds: list[int], label: int | None) -> Tensor:
         if label is not None and not 0 <= label < self.num_classes:
             known = f"0 to {self.num_classes - 1}" if self.num_classes else "no labels"
-            raise ValueError(f"label {label}: this generator knows {known}")
+            raise ValueError(f"label {label}: this generator takes {known}")
         if label is None and self.num_classes:
             return seeded_labels(seeds, self.num_classes)
         return torch.full((len(seeds),), label or 0)
@@ -71,6 +71,7 @@ class SampleableGenerator:
     @torch.no_grad()
     def _rows(self, z: Tensor, labels: Tensor) -> Tensor:
         device = next(self.model.parameters()).device
+        # Padding rows change no other: in evaluation mode nothing looks across the batch.
         padding = FORWARD_ROWS - len(z)
         z = torch.cat([z, torch.zeros(padding, self.z_dim)])
         labels = torch.cat([labels, torch.zeros(padding, dtype=torch.int64)])
@@ -91,8 +92,8 @@ def diversity(images: Tensor, values: ValueRange = PIXELS) -> float:
         values: the range of values of the images.
 
     Returns:
-        A number from 0, all alike, to 255, which is the whole range of values. 64 real CIFAR-10
-        images have about 88 (82 to 93).
+        A number from 0, if all images are equal, to 255, the whole range of values. 64 real
+        CIFAR-10 images have about 88 (82 to 93).
     """
     flat = images.flatten(1).double() * (255 / (values.high - values.low))
     return float(torch.pdist(flat).mean()) / math.sqrt(flat.shape[1])

@@ -57,17 +57,23 @@ def save_snapshot(
 ) -> None:
     """Write a generator, its description and other networks to `path`, atomically.
 
-    `classes` are the names of the training
-    set's classes by label. Others are those of `OTHERS`, by name; `values` is what the generator's
-    images hold.
+    Args:
+        path: the file.
+        model: the generator, usually an average of the trained one.
+        spec: the `model` section that it was built from.
+        nimg: the number of real images that it was trained on.
+        classes: names of the training set's classes by label.
+        others: further networks, by their names in `OTHERS`.
+        values: the values of the generator's images.
     """
     info: dict[str, Any] = {"model": spec, "nimg": nimg, "version": ganscale.__version__}
     info["classes"] = list(classes)
-    if (described := values.to_json()) is not None:
-        info["values"] = described
+    if (stored_values := values.to_json()) is not None:
+        info["values"] = stored_values
     state = dict(model.state_dict())
     for kind, network in (others or {}).items():
         assert kind in OTHERS
+        # No parameter of a generator has a slash in its name, so loaders tell networks apart by it.
         state |= {f"{kind}/{name}": tensor for name, tensor in network.state_dict().items()}
     weights = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     info["sha256"] = _sha256(weights)
@@ -76,7 +82,7 @@ def save_snapshot(
 
 
 def load_generator(path: str | Path, *, device: str = "cpu") -> SampleableGenerator:
-    """Load a snapshot: a .safetensors file, or a run's folder, of which the newest is taken.
+    """Load a snapshot: a .safetensors file, or the newest one in a run's folder.
 
     Raises `CheckpointError` when there is none or it cannot be read.
     """
@@ -84,7 +90,8 @@ def load_generator(path: str | Path, *, device: str = "cpu") -> SampleableGenera
         model = build_generator(info["model"])
         model.load_state_dict({name: t for name, t in weights.items() if "/" not in name})
         values = ValueRange.parse(info.get("values"))
-    # Outside of the block, whose errors blame the snapshot: a device may be unusable.
+    # Outside the block, whose errors are reported as those of the snapshot: a failure to move to
+    # the device is not one.
     return SampleableGenerator(model.to(device), spec=info["model"], info=info, values=values)
 
 
@@ -113,6 +120,8 @@ def load_classifier(path: str | Path, *, device: str = "cpu") -> ClassifyingDisc
         state = _of("classifier", weights)
         if not state:
             return None
+        # The generator of a semi-supervised run is unconditional, so the description of its model
+        # says 0 classes; the head's weights say how many there are.
         model = build_classifier(info["model"] | {"num_classes": len(state["head.weight"])})
         model.load_state_dict(state)
     return model.to(device).eval().requires_grad_(False)
@@ -140,6 +149,8 @@ def _opened(path: str | Path) -> Iterator[tuple[dict[str, Any], dict[str, Tensor
         with safe_open(file, framework="pt") as stored:
             info = json.loads((stored.metadata() or {})[_METADATA_KEY])
             weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        # safetensors checks its header alone: a flipped bit in the weights would load and give poor
+        # images.
         if info.get("sha256", expected := _sha256(weights)) != expected:
             raise ValueError("its weights do not have the sha256 that they were written with")
         yield info, weights
@@ -164,6 +175,7 @@ def snapshot_file(path: Path) -> Path:
     """
     if path.is_file():
         return path
+    # Names contain the position with leading zeros, so the last name is the newest.
     snapshots = sorted(RunDirectory(path).snapshots.glob("*.safetensors"))
     if not snapshots:
         raise CheckpointError(

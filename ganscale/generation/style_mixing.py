@@ -1,4 +1,7 @@
-"""Style mixing (Karras et al. 2019, arXiv 1812.04948, section 3.1): two images' layers in one."""
+"""Style mixing (Karras et al. 2019, arXiv 1812.04948, section 3.1).
+
+Coarse layers take their styles from one image and fine layers from another.
+"""
 
 from __future__ import annotations
 

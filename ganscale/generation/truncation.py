@@ -16,11 +16,11 @@ from ganscale.generation.latents import seed_for
 __all__ = ["truncated_latents", "truncated_styles"]
 
 _SMALLEST = 0.05
-"""Below it nearly every draw is refused, and images are all but one."""
+"""Below it nearly every draw is rejected, and the images are nearly one."""
 
 
 def truncated_styles(w: Tensor, mean: Tensor, psi: float) -> Tensor:
-    """mean + psi (w - mean): all alike at psi = 0, w itself at 1."""
+    """mean + psi (w - mean), which is the mean at psi = 0 and w itself at 1."""
     return torch.lerp(mean.expand_as(w), w, psi)
 
 
@@ -34,8 +34,11 @@ def truncated_latents(seeds: list[int], z_dim: int, *, threshold: float) -> Tens
         raise ConfigError(f"truncation_psi={threshold}: expected at least {_SMALLEST} without w")
     rows = []
     for seed in seeds:
+        # The seed of `seeded_latents`, whose first draw is repeated here.
         generator = torch.Generator().manual_seed(seed_for("sample", seed))
         z = torch.randn(z_dim, generator=generator)
+        # Rejected elements are drawn again from the same stream, which gives a truncated normal;
+        # clamping would pile them up at the threshold.
         while bool((large := z.abs() > threshold).any()):
             z = torch.where(large, torch.randn(z_dim, generator=generator), z)
         rows.append(z)

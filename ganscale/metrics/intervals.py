@@ -1,7 +1,7 @@
 """Estimates with their uncertainty: what every metric returns.
 
-An interval says how far the value would move with other images of the same kind; it knows nothing
-of a protocol's bias.
+An interval says how far the value would move with other images of the same kind. It does not
+include the bias of a protocol, such as that of a Frechet distance of few samples.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Estimate", "bootstrap", "jackknife", "of_repeats", "of_successes"]
+__all__ = ["NORMAL_QUANTILE", "Estimate", "bootstrap", "jackknife", "t_interval", "wilson_interval"]
 
-_Z = 1.959963984540054
+NORMAL_QUANTILE = 1.959963984540054
 """The normal quantile of 0.975: all intervals here have 95 %."""
 
 Floats = NDArray[np.float64]
@@ -35,20 +35,23 @@ class Estimate:
         return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})"
 
 
-def of_successes(num_successes: int, num_trials: int) -> Estimate:
+def wilson_interval(num_successes: int, num_trials: int) -> Estimate:
     """A proportion with Wilson's score interval (Wilson 1927, JASA 22, p. 209).
 
     Raises `ValueError` unless there was a trial.
     """
     if num_trials < 1 or not 0 <= num_successes <= num_trials:
         raise ValueError(f"{num_successes} successes in {num_trials} trials")
-    p, n, z2 = num_successes / num_trials, num_trials, _Z**2
+    # The usual interval p +- z sqrt(p (1 - p) / n) has no width at 0 or 1, where precision and
+    # recall of poor generators are.
+    p, n, z2 = num_successes / num_trials, num_trials, NORMAL_QUANTILE**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    half = NORMAL_QUANTILE / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    # At p = 0 and 1 a bound is exactly 0 or 1, and rounding could put it outside.
     return Estimate(p, max(0.0, centre - half), min(1.0, centre + half))
 
 
-def of_repeats(values: Sequence[float]) -> Estimate:
+def t_interval(values: Sequence[float]) -> Estimate:
     """The mean of independent repeats with Student's t interval; without one for a single value."""
     from scipy.stats import t
 
@@ -71,9 +74,9 @@ def bootstrap(
 
     Args:
         num_items: how many there are.
-        statistic: of the items with some numbers (num_items,), some of them more than once. For
-            statistics that take equal items for what they are, such as means; distances between
-            distributions of features are biased by repeated items, see `jackknife`.
+        statistic: a function of the indices of the items (num_items,), in which some are repeated.
+            Means and shares are fine; distances between distributions of features are biased by
+            repeated items, and take `jackknife` instead.
         num_resamples: how often items are drawn.
         seed: of the draws.
     """
@@ -94,5 +97,7 @@ def jackknife(value: float, left_out: Sequence[float]) -> Estimate:
     groups = len(values)
     if groups < 2:
         raise ValueError(f"expected at least 2 groups, got {groups}")
-    half = _Z * math.sqrt((groups - 1) / groups * float(np.square(values - values.mean()).sum()))
+    half = NORMAL_QUANTILE * math.sqrt(
+        (groups - 1) / groups * float(np.square(values - values.mean()).sum())
+    )
     return Estimate(value, value - half, value + half)

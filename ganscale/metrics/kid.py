@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from ganscale.errors import DataError
-from ganscale.metrics.intervals import Estimate
+from ganscale.metrics.intervals import NORMAL_QUANTILE, Estimate
 
 __all__ = ["kernel_distance"]
 
-_SEED = 2020
-_Z = 1.959963984540054
+_SEED = 2020  # torch-fidelity's
 
 
 def kernel_distance(
@@ -23,7 +22,7 @@ def kernel_distance(
 ) -> Estimate:
     """Mean over random subsets of both (n, d), with the interval of that mean.
 
-    The subsets are those that torch-fidelity draws, so that its figures come out. Values may be a
+    The subsets are those that torch-fidelity draws, so the value is torch-fidelity's. It may be a
     little below 0 when the sets are alike. Raises `DataError` for fewer images than a subset has.
     """
     for whose, features in (("the samples", samples), ("the reference", reference)):
@@ -32,7 +31,8 @@ def kernel_distance(
                 f"{whose}: {len(features)} images are too few for a kernel distance, whose subsets "
                 f"have {subset_size}"
             )
-    random = np.random.RandomState(_SEED)  # noqa: NPY002  see above
+    # The legacy generator, in the order samples then reference, gives torch-fidelity's subsets.
+    random = np.random.RandomState(_SEED)  # noqa: NPY002
     values = np.empty(num_subsets)
     for number in range(num_subsets):
         mine = random.choice(len(samples), subset_size, replace=False)
@@ -41,16 +41,22 @@ def kernel_distance(
             samples[torch.from_numpy(mine)], reference[torch.from_numpy(other)]
         )
     mean = float(values.mean())
-    half = _Z * float(values.std(ddof=1)) / num_subsets**0.5
+    # Subsets share images, so this is the error of averaging over finitely many subsets. It says
+    # nothing of other samples.
+    half = NORMAL_QUANTILE * float(values.std(ddof=1)) / num_subsets**0.5
     return Estimate(mean, mean - half, mean + half)
 
 
 def _unbiased_mmd2(x: Tensor, y: Tensor) -> float:
     """Equation 4 of the paper for x, y (m, d)."""
     m = len(x)
+    # Pairs of an image with itself are left out, which makes the estimate unbiased: it does not
+    # fall with the number of images as the Frechet distance does.
     within = sum(k.sum() - k.trace() for k in (_cubic(x, x), _cubic(y, y))) / (m * (m - 1))
     return float(within - 2 * _cubic(x, y).mean())
 
 
 def _cubic(x: Tensor, y: Tensor) -> Tensor:
+    # The distance is a small difference of means of a million such numbers, so their sums need
+    # float64; the products of features, on which the time is spent, do not.
     return ((x @ y.T).double() / x.shape[1] + 1) ** 3

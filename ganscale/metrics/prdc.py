@@ -1,4 +1,4 @@
-"""What nearest neighbours among features tell: precision, recall, density, coverage, copies.
+"""Metrics by nearest neighbours of features: precision, recall, density, coverage, authenticity.
 
 A set's manifold is the union of balls around its features, each as large as the distance to the
 feature's k-th nearest neighbour of the same set (Kynkaanniemi et al. 2019, arXiv 1904.06991). All
@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from ganscale.errors import DataError
-from ganscale.metrics.intervals import Estimate, bootstrap, of_successes
+from ganscale.metrics.intervals import Estimate, bootstrap, wilson_interval
 
 __all__ = ["Prdc", "authenticity", "nearest", "prdc"]
 
 _ROWS = 1024
+# The published k: 3 for precision and recall (Kynkaanniemi et al.), 5 for density and coverage
+# (Naeem et al.).
 _K_PRECISION = 3
 _K_DENSITY = 5
 
@@ -49,18 +51,22 @@ def prdc(samples: Tensor, reference: Tensor, *, seed: int = 0) -> Prdc:
     counts = samples.new_zeros(len(samples), dtype=torch.int64)
     recalled = samples.new_zeros(len(reference), dtype=torch.bool)
     covered = samples.new_zeros(len(reference), dtype=torch.bool)
+    # A sample at exactly a radius is inside, as in torch-fidelity. One pass over the distances
+    # gives all four, since the (n, m) matrix is too large to keep.
     for rows, distances in _distances(samples, reference):
         precise[rows] = (distances <= real_radii[0]).any(1)
         inside = distances <= real_radii[1]
         counts[rows] = inside.sum(1)
         covered |= inside.any(0)
         recalled |= (distances <= fake_radii[rows, None]).any(0)
+    # Shares are of images that were drawn independently, so they have Wilson's interval; density
+    # may exceed 1 and is resampled over the samples. Either takes the radii as given.
     density = counts.double().cpu().numpy() / _K_DENSITY
     return Prdc(
-        precision=of_successes(int(precise.sum()), len(precise)),
-        recall=of_successes(int(recalled.sum()), len(recalled)),
+        precision=wilson_interval(int(precise.sum()), len(precise)),
+        recall=wilson_interval(int(recalled.sum()), len(recalled)),
         density=bootstrap(len(density), lambda rows: float(density[rows].mean()), seed=seed),
-        coverage=of_successes(int(covered.sum()), len(covered)),
+        coverage=wilson_interval(int(covered.sum()), len(covered)),
     )
 
 
@@ -73,7 +79,7 @@ def authenticity(samples: Tensor, reference: Tensor) -> Estimate:
     samples, reference = _centred(samples, reference)
     distances, places = _nearest(samples, reference)
     own = _radii(reference, (1,))[0]
-    return of_successes(int((distances > own[places]).sum()), len(samples))
+    return wilson_interval(int((distances > own[places]).sum()), len(samples))
 
 
 def nearest(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,6 +98,8 @@ def _radii(features: Tensor, ks: tuple[int, ...]) -> Tensor:
         raise DataError(f"{len(features)} images are too few for {max(ks)} neighbours of each")
     radii = features.new_empty(len(ks), len(features))
     for rows, distances in _distances(features, features):
+        # The row itself is excluded by its place. Taking neighbour k + 1 instead would be wrong
+        # where rounding gives a row a distance to itself above that of a copy.
         distances[:, rows].fill_diagonal_(torch.inf)
         smallest = distances.topk(max(ks), largest=False).values
         radii[:, rows] = smallest[:, [k - 1 for k in ks]].T
@@ -106,6 +114,8 @@ def _distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _centred(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Both around the reference's mean, where differences of squares lose fewer digits."""
+    """Both sets, shifted so that the reference's mean is 0."""
+    # `cdist` computes |x|^2 + |y|^2 - 2 xy, which cancels when features lie far from 0. Distances
+    # do not depend on the origin, so the shift, made in float64, costs nothing and keeps digits.
     mean = reference.double().mean(0)
     return (samples - mean).float(), (reference - mean).float()

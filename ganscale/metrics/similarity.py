@@ -1,4 +1,8 @@
-"""How like two images are, pair by pair: by pixels, by structure, and as a network sees them."""
+"""Similarity of pairs of images: PSNR, SSIM, and distances of a network's activations.
+
+All return one float64 value a pair, so that callers can compute intervals over images. Only figures
+of one network can be compared: `perceptual_distance` is LPIPS's formula without its learnt weights.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,14 @@ __all__ = ["feature_distance", "perceptual_distance", "psnr", "ssim"]
 _PEAK = 255.0
 _WINDOW = 11
 _SIGMA = 1.5
+# The published constants; _PEAK is their L.
 _K1, _K2 = 0.01, 0.03
 _GROUP = 50
 
 
 def psnr(images: Tensor, truth: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of uint8 (n, C, H, W), in decibels, fp64 (n,); inf for equals."""
+    # Differences of uint8 would wrap around.
     errors = (images.double() - truth.double()).square().flatten(1).mean(1)
     return 10 * torch.log10(_PEAK**2 / errors)
 
@@ -33,10 +39,11 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
     if min(images.shape[2:]) < _WINDOW:
         raise DataError(f"structural similarity needs {_WINDOW} pixels a side")
     x, y = images.double(), truth.double()
-    mean_x, mean_y = _windowed(x), _windowed(y)
-    var_x = _windowed(x * x) - mean_x.square()
-    var_y = _windowed(y * y) - mean_y.square()
-    covariance = _windowed(x * y) - mean_x * mean_y
+    mean_x, mean_y = _gaussian_filter(x), _gaussian_filter(y)
+    # E[x^2] - E[x]^2 cancels, hence float64.
+    var_x = _gaussian_filter(x * x) - mean_x.square()
+    var_y = _gaussian_filter(y * y) - mean_y.square()
+    covariance = _gaussian_filter(x * y) - mean_x * mean_y
     c1, c2 = (_K1 * _PEAK) ** 2, (_K2 * _PEAK) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
     structure = (2 * covariance + c2) / (var_x + var_y + c2)
@@ -66,8 +73,10 @@ def feature_distance(images: Tensor, truth: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(images.double(), truth.double(), dim=1)
 
 
-def _windowed(values: Tensor) -> Tensor:
+def _gaussian_filter(values: Tensor) -> Tensor:
     """Gaussian means of (n, C, H, W) at all places where the window fits."""
+    # No padding: a window that overlaps the edge would compare made-up pixels. The window is the
+    # product of two one-dimensional ones, so rows and columns are filtered in turn.
     offsets = torch.arange(_WINDOW, dtype=torch.float64) - _WINDOW // 2
     weights = torch.exp(-offsets.square() / (2 * _SIGMA**2))
     channels = values.shape[1]

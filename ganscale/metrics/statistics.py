@@ -1,4 +1,9 @@
-"""Mean and covariance of features as they stream by, in float64, mergeable across ranks."""
+"""Mean and covariance of features as they stream by, in float64, mergeable across ranks.
+
+A Frechet distance is a small difference of large traces, and a covariance as E[xx^T] - mm^T would
+itself be one. So scatter is summed from deviations, and parts are merged by a formula that has no
+such difference. Parts must be merged in a fixed order for equal bits.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +17,15 @@ from ganscale.errors import DataError
 
 __all__ = ["Moments", "check_features"]
 
+# At 2048 features a block is 64 MiB in float64; the whole of a large set would be gigabytes.
 _ROWS = 4096
 
 
 def check_features(features: Tensor, whose: str) -> None:
-    """Raise `DataError` unless there are features (n, d) and all are finite."""
+    """Raise `DataError` unless there are features (n, d) and all are finite.
+
+    One non-finite feature would turn every metric into NaN, and its image could not be named then.
+    """
     if features.ndim != 2 or not features.numel():
         raise DataError(f"{whose}: no features, of shape {tuple(features.shape)}")
     finite = features.isfinite().all(1)
@@ -44,7 +53,7 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> Self:
-        """Of the rows of (n, d), a few thousand at a time."""
+        """The moments of the rows of (n, d), which are converted to float64 block by block."""
         moments = cls.none(features.shape[1])
         for rows in features.split(_ROWS):
             part = rows.double()
@@ -54,7 +63,8 @@ class Moments:
         return moments
 
     def merged(self, other: Self) -> Self:
-        """Of both sets of rows together (Chan, Golub, LeVeque 1983, Am. Statistician 37, 242)."""
+        """The moments of both sets (Chan, Golub, LeVeque 1983, Am. Statistician 37, 242)."""
+        # The formula would divide 0 by 0 for two empty sets.
         count = self.count + other.count
         if not self.count or not other.count:
             return self if self.count else other

@@ -1,8 +1,8 @@
-"""Two-sample tests by classification: can anything tell one set of images from another?
+"""Two-sample tests by classification: whether a classifier can distinguish two sets of images.
 
 Where real and fake images follow one distribution no classifier is right more often than by chance
 on images it has not seen, so an accuracy is a test and a measure at once (Lopez-Paz and Oquab 2017,
-arXiv 1610.06545). `accuracy_test` judges the hits of any classifier on held-out images;
+arXiv 1610.06545). `accuracy_test` is for the hits of any classifier on held-out images;
 `nearest_neighbour_test` is the one that needs no training. Features are compared in float64:
 squared distances by products cancel, and in float32 rounding would choose among close neighbours.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ganscale.metrics.intervals import Estimate, of_successes
+from ganscale.metrics.intervals import Estimate, wilson_interval
 
 __all__ = [
     "AccuracyTest",
@@ -85,7 +85,7 @@ class TwoSampleReport:
     classifier: str
     """ "network" or "1-nn"."""
     num_images: int
-    """Of each set in each repeat; a network is trained on half of them."""
+    """The number of each set in each repeat; a network is trained on half of them."""
     repeats: tuple[Repeat, ...]
     accuracy: Estimate
     """Mean over the repeats, with the mean of their intervals."""
@@ -97,12 +97,13 @@ class TwoSampleReport:
         """Sum up the tests of all seeds."""
         bounds = [(one.accuracy.value, one.accuracy.low, one.accuracy.high) for one in repeats]
         mean = Estimate(*np.array(bounds, np.float64).mean(0).tolist())
+        # See the class: neither a product nor a mean of dependent p-values is a p-value.
         median = float(np.median([repeat.p_value for repeat in repeats]))
         p_value = median if len(repeats) == 1 else min(1.0, 2 * median)
         return cls(classifier, num_images, tuple(repeats), mean, p_value)
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written in files."""
+        """Plain values, as they are written to files."""
         return asdict(self)
 
 
@@ -115,7 +116,7 @@ def accuracy_test(num_correct: int, num_trials: int) -> AccuracyTest:
     """
     from scipy.stats import binomtest
 
-    accuracy = of_successes(num_correct, num_trials)
+    accuracy = wilson_interval(num_correct, num_trials)
     p_value = binomtest(num_correct, num_trials, 0.5, alternative="greater").pvalue
     return AccuracyTest(accuracy, float(p_value))
 
@@ -126,8 +127,8 @@ def nearest_neighbour_test(
     """Call each image what its nearest other image is; count how often that is right.
 
     The hits are not independent: neighbours are often mutual, and some images are nearest to many.
-    So they are compared with what they would be if the same neighbours' labels were dealt out
-    anew, of which mean and variance are known exactly (Schilling 1986, JASA 81, p. 799, for k
+    So they are compared with what they would be if the labels were randomly permuted among the same
+    neighbours, of which mean and variance are known exactly (Schilling 1986, JASA 81, p. 799, for k
     neighbours); the p-value takes that distribution as normal, one-sided, with half a hit of
     continuity. The mean accuracy is then (n - 1) / (2n - 1), a little below 1/2, because an image
     is not its own neighbour. Intervals are Wilson's for as many independent trials as would have
@@ -144,26 +145,26 @@ def nearest_neighbour_test(
     Raises:
         ValueError: for other shapes, unequal numbers or numbers that are not finite.
     """
-    n = _checked(real_features, fake_features)
+    n = _check(real_features, fake_features)
     pool = torch.cat([real_features, fake_features.to(real_features.device)]).double()
     nearest = _nearest_others(pool - pool.mean(0), seed).cpu()
     is_real = torch.arange(2 * n) < n
     own = is_real == is_real[nearest]
     hits = int(own.sum())
-    deal = _Deal.of(nearest)
-    mean, variance = deal.moments(_chances_of_same(n))
-    _, variance_of_one = deal.moments(_chances_of_real(n))
+    graph = _NeighbourGraph.of(nearest)
+    mean, variance = graph.moments(_probabilities_of_same(n))
+    _, variance_of_one = graph.moments(_probabilities_of_real(n))
     return NearestNeighbourTest(
-        accuracy=_estimate(hits, 2 * n, variance),
-        real=_estimate(int(own[:n].sum()), n, variance_of_one),
-        fake=_estimate(int(own[n:].sum()), n, variance_of_one),
+        accuracy=_interval(hits, 2 * n, variance),
+        real=_interval(int(own[:n].sum()), n, variance_of_one),
+        fake=_interval(int(own[n:].sum()), n, variance_of_one),
         p_value=_upper_tail(hits - 0.5, mean, variance),
     )
 
 
 @dataclass(frozen=True)
-class _Deal:
-    """What the variance of hits under dealt-out labels needs to know of a neighbour graph.
+class _NeighbourGraph:
+    """The counts that decide the variance of hits when labels are randomly permuted.
 
     The graph has an edge from each of its N nodes. Of the N * N ordered pairs of edges, some join
     the same two nodes, some share one node, the rest share none.
@@ -174,7 +175,7 @@ class _Deal:
     one_shared: int
 
     @classmethod
-    def of(cls, nearest: Tensor) -> _Deal:
+    def of(cls, nearest: Tensor) -> _NeighbourGraph:
         """Count; `nearest` (N,) says where each node's edge leads."""
         number = len(nearest)
         mutual = int((nearest[nearest] == torch.arange(number)).sum())
@@ -183,33 +184,35 @@ class _Deal:
         # Pairs that meet at a node, summed over nodes: those with the same two nodes count twice.
         return cls(number, same_nodes, int(degrees.square().sum()) - 2 * same_nodes)
 
-    def moments(self, chances: tuple[float, float, float]) -> tuple[float, float]:
+    def moments(self, probabilities: tuple[float, float, float]) -> tuple[float, float]:
         """Mean and variance of the number of edges that count.
 
-        `chances` are those that an edge counts, and that two edges both count which share a node
-        (three nodes in all) or none (four).
+        `probabilities` are those that an edge counts, and that two edges both count which share a
+        node (three nodes in all) or none (four).
         """
-        one, three, four = chances
+        one, three, four = probabilities
         apart = self.num_nodes**2 - self.same_nodes - self.one_shared
         mean = self.num_nodes * one
+        # E[hits^2] sums, over ordered pairs of edges, the chance that both count.
         square = self.same_nodes * one + self.one_shared * three + apart * four
         return mean, square - mean**2
 
 
-def _chances_of_real(n: int) -> tuple[float, float, float]:
+def _probabilities_of_real(n: int) -> tuple[float, float, float]:
     """An edge counts if both ends are real; n of 2n nodes are."""
     one, three, four = (math.perm(n, k) / math.perm(2 * n, k) for k in (2, 3, 4))
     return one, three, four
 
 
-def _chances_of_same(n: int) -> tuple[float, float, float]:
+def _probabilities_of_same(n: int) -> tuple[float, float, float]:
     """An edge counts if its ends are of one kind; two edges apart may be of either kind each."""
-    one, three, four = (2 * chance for chance in _chances_of_real(n))
+    one, three, four = (2 * chance for chance in _probabilities_of_real(n))
     return one, three, four + 2 * math.perm(n, 2) ** 2 / math.perm(2 * n, 4)
 
 
-def _checked(real: Tensor, fake: Tensor) -> int:
-    """How many there are of each."""
+def _check(real: Tensor, fake: Tensor) -> int:
+    """The number of images of each set. Raises `ValueError` if the test is not defined for them."""
+    # Equal numbers are needed for accuracy 1/2 to be chance.
     if real.ndim != 2 or real.shape != fake.shape or len(real) < 2:
         shapes = f"{tuple(real.shape)} and {tuple(fake.shape)}"
         raise ValueError(f"expected two sets of features (n, d) with one n > 1, got {shapes}")
@@ -226,9 +229,11 @@ def _nearest_others(pool: Tensor, seed: int) -> Tensor:
     neighbours = []
     for rows in everyone.split(max(1, _CHUNK_DISTANCES // len(pool))):
         distances = squares[rows, None] + squares - 2 * pool[rows] @ pool.T
+        # An image is not its own neighbour: without this every image would be right.
         distances[rows - rows[0], rows] = math.inf
         least, nearest = distances.min(1)
         tied = distances <= (least + _TIE * (squares[rows] + least.abs()))[:, None]
+        # Real images come first, so the first of several minima would favour them among copies.
         several = tied.sum(1) > 1
         if several.any():
             drawn = torch.multinomial(tied[several].double(), 1, generator=draws)
@@ -237,11 +242,13 @@ def _nearest_others(pool: Tensor, seed: int) -> Tensor:
     return torch.cat(neighbours)
 
 
-def _estimate(hits: int, trials: int, variance: float) -> Estimate:
+def _interval(hits: int, trials: int, variance: float) -> Estimate:
     """Wilson's interval for the number of independent trials whose hits vary as much by chance."""
+    # The variance of as many independent guesses. Dependent hits vary more, so they count as fewer
+    # trials; a smaller variance does not make them more.
     independent = trials / 4
     effective = max(1, round(trials * independent / max(variance, independent)))
-    interval = of_successes(round(effective * hits / trials), effective)
+    interval = wilson_interval(round(effective * hits / trials), effective)
     return Estimate(hits / trials, interval.low, interval.high)
 
 

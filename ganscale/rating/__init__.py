@@ -1,1 +1,1 @@
-"""Human evaluation: people say which images are real, or which are better, without being told."""
+"""Human evaluation: a blind test of which images are real, or which are better."""

@@ -1,7 +1,7 @@
-"""answers.jsonl: one line an answer, on the disk before the rater sees the next question.
+"""answers.jsonl: one line for each answer, on the disk before the rater sees the next question.
 
-A rater answers a question once: what comes again, by a double click or from a second tab, changes
-nothing. Half a line left by a killed process was never confirmed to its rater; it is cut off.
+A rater answers a question once: a second answer, by a double click or from another tab, changes
+nothing. Half a line left by a killed process was never confirmed to its rater, so it is cut off.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = ["Answer", "AnswerLog", "read_answers"]
 
 @dataclass(frozen=True)
 class Answer:
-    """One row."""
+    """One row of the file; the fields are its keys."""
 
     time: float
     """Seconds since 1970."""
     rater: str
     question: int
-    """From 1."""
+    """The number of the question, from 1."""
     task: str
     token: str
     truth: tuple[str, ...]
@@ -40,7 +40,7 @@ class Answer:
     response_seconds: float
     seed: int
     digests: tuple[str, ...]
-    """Of the image sets that `truth` names."""
+    """Digests of the image sets that `truth` names, so that rows can be checked later."""
 
     @property
     def chosen(self) -> str:
@@ -55,6 +55,8 @@ class AnswerLog:
         """Raises `DataError` for a file with a line that is no answer."""
         self.path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        # The size of the whole lines is kept here and not asked of the file: after a failed write
+        # the file is cut back to it.
         answers, self._size = _whole_lines(path)
         os.ftruncate(self._file, self._size)
         self._answers = {(a.rater, a.question): a for a in answers}
@@ -77,7 +79,7 @@ class AnswerLog:
             return {number: a for (name, number), a in self._answers.items() if name == rater}
 
     def all(self) -> list[Answer]:
-        """In the order in which they were given."""
+        """All answers in the order in which they were given."""
         with self._lock:
             return list(self._answers.values())
 
@@ -87,6 +89,8 @@ class AnswerLog:
 
     def _append(self, line: bytes) -> None:
         try:
+            # At its place and not by appending, so that a retry overwrites what a failed write
+            # left.
             written = os.pwrite(self._file, line, self._size)
             if written < len(line):
                 raise OSError(f"only {written} of {len(line)} bytes could be written")
@@ -98,7 +102,7 @@ class AnswerLog:
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """The answers so far, while they may be being added to; none if there is no file.
+    """The answers so far, also while a server adds more; none if there is no file.
 
     Raises `DataError` that names the line which is no answer.
     """
@@ -108,6 +112,7 @@ def read_answers(path: Path) -> list[Answer]:
 def _whole_lines(path: Path) -> tuple[list[Answer], int]:
     """The answers, and the bytes that they take."""
     data = path.read_bytes()
+    # A line counts when it has its end; -1 becomes 0 for a file without one.
     size = data.rfind(b"\n") + 1
     return list(_parsed(path, data[:size].splitlines())), size
 
@@ -118,6 +123,8 @@ def _parsed(path: Path, lines: Iterable[bytes]) -> Iterable[Answer]:
             row = json.loads(line)
             values = {field.name: row[field.name] for field in fields(Answer)}
         except (ValueError, KeyError, TypeError):
-            raise DataError(f"{path}: line {number} is not an answer; remove or mend it") from None
+            raise DataError(
+                f"{path}: line {number} is not an answer; remove or repair it"
+            ) from None
         lists = {name: tuple(values[name]) for name in ("truth", "digests")}
         yield Answer(**{**values, **lists})

@@ -1,6 +1,7 @@
-"""What is judged: runs, and the real images they learned from, as PNGs that differ in pixels only.
+"""The images that are rated: those of runs and real ones, as PNGs that differ in their pixels only.
 
-The PNGs are not compressed and carry nothing but pixels, so equal shapes have equal sizes in bytes.
+The PNGs are not compressed and carry nothing but pixels, so equal shapes have equal sizes in bytes:
+the size of a compressed image would tell a rater's browser tools which are real.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ganscale.generation.snapshot import snapshot_file
 from ganscale.rating.questions import REAL
 from ganscale.run_directory import RunDirectory
 
-__all__ = ["Contestant", "default_reference", "encoded", "open_contestant", "open_runs"]
+__all__ = ["Contestant", "default_reference", "encode_png", "open_contestant", "open_runs"]
 
 _SNAPSHOT = ".safetensors"
 
@@ -71,27 +72,27 @@ def open_contestant(name: str, images: ImageSet, *, num_images: int, seed: int) 
     """`num_images` of a set chosen by the seed, or all if there are no more."""
     chosen = Subset.random(images, num_images, seed=seed)
     pixels = chosen.read(np.arange(len(chosen)))
-    pngs = tuple(encoded(image) for image in pixels)
+    pngs = tuple(encode_png(image) for image in pixels)
     channels, height, width = pixels[0].shape
     return Contestant(name, chosen.description, chosen.digest, (channels, height, width), pngs)
 
 
 def default_reference(places: Sequence[str]) -> str:
-    """Where the images lie that all the runs were trained on.
+    """The location of the images that all the runs were trained on.
 
-    Raises `ConfigError` that asks for --reference if that is unknown, gone, or not the same place.
+    Raises `ConfigError` that asks for --reference if it is unknown, gone, or differs between runs.
     """
     references = {_trained_on(Path(place).expanduser()) for place in places}
     reference = references.pop()
     if references or reference is None:
         raise ConfigError(
-            "which images are real? The runs do not say it, or not the same, or their shards are "
-            "gone: name a shard set or a folder of images by --reference"
+            "the runs name no real images, or different ones, or their shards are gone: "
+            "name a shard set or a folder of images by --reference"
         )
     return reference
 
 
-def encoded(image: Tensor) -> bytes:
+def encode_png(image: Tensor) -> bytes:
     """A uint8 image (C, H, W) as a PNG whose size depends on its shape alone."""
     pixels = image.permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
@@ -102,13 +103,15 @@ def encoded(image: Tensor) -> bytes:
 
 
 def _snapshot(path: Path) -> Path | None:
-    """The snapshot file that a path stands for; None if it holds images."""
+    """The snapshot file that a path stands for; None for a path of images."""
+    # A folder of images may lie anywhere, so only what holds snapshots is taken for a run.
     is_run = path.suffix == _SNAPSHOT or RunDirectory(path).snapshots.is_dir()
     return snapshot_file(path) if is_run else None
 
 
 def _names(origins: Sequence[Path | str]) -> list[str]:
     short = [_short_name(origin) for origin in origins]
+    # A folder that is called "real" must not be mixed up with the real images.
     taken = [*short, REAL]
     return [
         name if taken.count(name) == 1 else str(Path(origin).expanduser().absolute())

@@ -1,9 +1,10 @@
-"""What the answers say: error rates after HYPE-infinity (Zhou et al. 2019, arXiv 1904.01121).
+"""Error rates and preferences from raters' answers.
 
-An error is a fake called real or a real image called fake; the score is their mean, fakes and real
-images counting half each, and 50 % means that nobody can tell. Intervals are of 95 %: of the
-bootstrap over raters, as published; over answers while there is one rater, whose answers then speak
-for nobody else. Preferences have Wilson's intervals and a binomial test against a toss of a coin.
+The error rates are those of HYPE-infinity (Zhou et al. 2019, arXiv 1904.01121). An error is a fake
+called real or a real image called fake; the score is the mean of both error rates, and 50 % means
+that nobody can tell the images apart. Intervals are of 95 %, by bootstrap over raters, as
+published; with one rater over answers, which then says nothing of other people. Preferences have
+Wilson's intervals and a binomial test against 1/2.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ganscale.metrics.intervals import Estimate, bootstrap, of_successes
+from ganscale.metrics.intervals import Estimate, bootstrap, wilson_interval
 from ganscale.rating.answers import Answer
 from ganscale.rating.questions import REAL
 
@@ -38,15 +39,15 @@ class Rate:
 
     measure: Measure
     contestants: tuple[str, ...]
-    """Whose: one; for a preference also the other; empty for all."""
+    """The contestant of the rate, for a preference also the other one; empty for all."""
     num_answers: int
     estimate: Estimate
     p_value: float | None = None
-    """Of a preference: how likely one as strong is by chance, two-sided."""
+    """Of a preference: the two-sided probability of one at least as strong by chance."""
 
     @property
     def label(self) -> str:
-        """For people: "fakes called real, runs/a"."""
+        """As it is printed: "fakes called real, runs/a"."""
         whose = " over ".join(self.contestants)
         return f"{_LABELS[self.measure]}, {whose}" if whose else _LABELS[self.measure]
 
@@ -57,6 +58,7 @@ def rates_of(answers: Sequence[Answer]) -> list[Rate]:
         return _preferences(answers)
     rates = _errors(answers)
     runs = sorted({a.truth[0] for a in answers} - {REAL})
+    # With one run its rates are those of all answers. Errors on real images are of no run.
     if len(runs) > 1:
         reals = [a for a in answers if a.truth == (REAL,)]
         for run in runs:
@@ -66,14 +68,14 @@ def rates_of(answers: Sequence[Answer]) -> list[Rate]:
 
 
 def own_errors(answers: Sequence[Answer]) -> str:
-    """How one rater did, in a sentence; empty where nothing is right or wrong."""
+    """One rater's number of errors, in a sentence; empty where nothing is right or wrong."""
     judged = [a for a in answers if a.correct is not None]
     wrong = sum(not a.correct for a in judged)
     return f"{wrong} of {len(judged)} answers were wrong" if judged else ""
 
 
 def as_json(answers: Sequence[Answer]) -> dict[str, Any]:
-    """The rates and what they rest on, for other programs."""
+    """The rates and the numbers of raters and answers as plain values."""
     rates = [
         {
             "measure": rate.measure,
@@ -107,6 +109,8 @@ def _errors(answers: Sequence[Answer], run: tuple[str, ...] = ()) -> list[Rate]:
     reals = [a for a in answers if a.truth == (REAL,)]
     rates = []
     if fakes and reals:
+        # Fakes and real images count half each, also while a rater is in the middle and has seen
+        # more of one kind.
         weights = [1 / len(fakes)] * len(fakes) + [1 / len(reals)] * len(reals)
         score = _weighted_error([*fakes, *reals], weights)
         rates.append(Rate("error", run, len(answers), score))
@@ -121,6 +125,8 @@ def _errors(answers: Sequence[Answer], run: tuple[str, ...] = ()) -> list[Rate]:
 
 def _weighted_error(answers: Sequence[Answer], weights: Sequence[float]) -> Estimate:
     """The weighted share of wrong answers, resampled by rater, or by answer if there is one."""
+    # Answers of one rater are not independent: some people are better at it. So raters are drawn,
+    # with all their answers.
     several = len({answer.rater for answer in answers}) > 1
     items = [a.rater for a in answers] if several else list(range(len(answers)))
     _, groups = np.unique(items, return_inverse=True)
@@ -155,7 +161,7 @@ def _preference(contestants: tuple[str, ...], chosen: Sequence[str]) -> Rate:
 
     wins = sum(name == contestants[0] for name in chosen)
     p_value = float(binomtest(wins, len(chosen)).pvalue)
-    return Rate("preferred", contestants, len(chosen), of_successes(wins, len(chosen)), p_value)
+    return Rate("preferred", contestants, len(chosen), wilson_interval(wins, len(chosen)), p_value)
 
 
 def _method(rate: Rate, raters: int) -> str:

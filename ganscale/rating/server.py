@@ -1,8 +1,9 @@
-"""The page and what it asks for, over HTTP, from this machine unless another address is asked for.
+"""The HTTP server of the rating page, on this machine's loopback address by default.
 
-Nothing that is sent tells which images are real. A page of another site can neither read nor write:
-on a loopback address only the names of this machine are served (DNS rebinding), and answers must be
-JSON, which other sites may not send.
+Nothing that is sent reveals which images are real. A page of another site can neither read nor
+write: on a loopback address only requests to this machine's names are served (against DNS
+rebinding), and answers must be JSON, which browsers do not send to another origin without asking
+it.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ _IMAGE_PREFIX = "/image/"
 
 
 class RatingServer(ThreadingHTTPServer):
-    """Serves one session; `serve_forever` does."""
+    """Serves one session while `serve_forever` runs."""
 
     daemon_threads = True
+    # Browsers open several connections for each rater, and the default of 5 refuses some.
     request_queue_size = 64
 
     def __init__(self, session: RatingSession, host: str, port: int) -> None:
-        """Bind, to a free port if `port` is 0. Raises `ConfigError` if that cannot be."""
+        """Bind to the address, at a free port if `port` is 0. Raises `ConfigError` if that
+        fails."""
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.session = session
         self.page = resources.files("ganscale.rating").joinpath("page.html").read_bytes()
@@ -49,20 +52,20 @@ class RatingServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where to point a browser."""
+        """The address of the page for a browser."""
         host, port = str(self.server_address[0]), self.server_address[1]
         if ipaddress.ip_address(host).is_unspecified:
             host = socket.gethostname()
         return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Browsers that went away are no errors."""
+        """Ignore browsers that closed the connection; report other errors."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach it."""
+    """Whether an address or name can be reached from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -100,16 +103,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Errors are JSON; the connection ends, since a body may not have been read."""
+        # The base class answers unknown methods so, but this server will not implement them later.
         if code == HTTPStatus.NOT_IMPLEMENTED:
             code = HTTPStatus.METHOD_NOT_ALLOWED
         self.close_connection = True
         self._send_json(code, {"error": message or HTTPStatus(code).phrase})
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Print nothing: the terminal shows the page's address and the results."""
 
     def _answered(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Store what was answered, if it is an answer, and give the rater's next question."""
+        """Store the answer, if the request is one, and return the rater's state."""
         session, rater = self.server.session, rater_name(request["rater"])
         if self.path == "/answer":
             seconds = float(request["response_seconds"])
@@ -117,7 +121,9 @@ class _Handler(BaseHTTPRequestHandler):
         return session.state(rater)
 
     def _is_addressed(self) -> bool:
-        """Refuse names that another site may have given this machine."""
+        """Whether the request is addressed to this machine; refuses it otherwise."""
+        # DNS rebinding: another site can let its name resolve to 127.0.0.1, and its pages would
+        # then count as of one origin with this server. Its requests have its name as their host.
         name = re.sub(r":\d+$", "", self.headers.get("Host", "")).strip("[]")
         if not self.server.only_loopback or is_loopback(name):
             return True
@@ -125,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _body(self) -> bytes | None:
-        """The JSON sent, unless it is refused."""
+        """The JSON of the request; None if the request was refused."""
         length = self.headers.get("Content-Length", "")
         refusal = None
         if self.path not in ("/question", "/answer"):
@@ -164,7 +170,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _content_policy(page: str) -> str:
-    """Nothing but the page's own script and style, and what comes from this server."""
+    """A content security policy: the page's own script and style, and this server's responses."""
+    # By hashes of the page's own elements, so that no text that is shown can run as a script.
 
     def hash_of(tag: str) -> str:
         (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)

@@ -1,8 +1,8 @@
-"""A folder of ratings: which questions are asked in it, of whom which are left, what was answered.
+"""A folder of ratings: which questions are asked in it, and what was answered.
 
-`session.json` says what is judged, and nothing else may be judged in that folder later. It also
-holds a random key, from which the tokens are made by which images and questions are asked for: to
-who lacks the key they say nothing, and they outlive the server.
+`session.json` says what is rated, and nothing else can be rated in that folder later. It also holds
+a random key, from which the tokens of images and questions are derived: without the key they reveal
+nothing, and they stay valid when the server is restarted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Asked:
 
 
 class RatingSession:
-    """What the page asks for, from any number of threads."""
+    """The state behind the page; may be used by any number of threads."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class RatingSession:
         seed: int,
         reveal: bool = False,
     ) -> None:
-        """Begin or go on with the ratings in `folder`.
+        """Start or resume the ratings in `folder`.
 
         Raises `ConfigError` if they are of something else or another process serves them, and
         `DataError` if there are too few images or they differ in shape.
@@ -62,6 +62,7 @@ class RatingSession:
         folder.mkdir(parents=True, exist_ok=True)
         self._contestants = {contestant.name: contestant for contestant in contestants}
         self._task, self._num, self._seed, self._reveal = task, num, seed, reveal
+        # Two servers would each keep the answers in memory and write at the same place of the file.
         self._lock_file = FileLock(folder / f".{SESSION_NAME}.lock")
         try:
             self._lock_file.acquire(timeout=0)
@@ -74,12 +75,12 @@ class RatingSession:
         self._lock = Lock()
 
     def close(self) -> None:
-        """Let others serve the folder."""
+        """Close the file of answers and release the folder for other processes."""
         self.answers.close()
         self._lock_file.release()
 
     def state(self, rater: str) -> dict[str, Any]:
-        """What the page shows a rater: progress and the next question, None after the last."""
+        """A rater's progress and next question, which is None after the last."""
         answered = self.answers.of(rater)
         open_ones = (a for a in self._of(rater).values() if a.question.number not in answered)
         asked = next(open_ones, None)
@@ -142,11 +143,14 @@ class RatingSession:
         tokens = []
         for place, picture in enumerate(asked.question.pictures):
             tokens.append(self._token(rater, number, place))
+            # An image can be fetched only once a question has shown it: nobody can look ahead.
             self._images[tokens[-1]] = self._contestants[picture.contestant].pngs[picture.index]
         return {"number": number, "token": asked.token, "images": tokens}
 
     def _token(self, rater: str, *place: int) -> str:
         message = json.dumps([rater, *place]).encode()
+        # Neither the run nor the number of an image can be computed from its token, as from a plain
+        # hash.
         return hmac.new(self._key, message, hashlib.sha256).hexdigest()[:32]
 
     def _definition(self) -> dict[str, Any]:
@@ -186,7 +190,7 @@ def _check(contestants: Sequence[Contestant], task: Task, num: int) -> None:
 
 
 def _key_of(path: Path, definition: dict[str, Any]) -> bytes:
-    """The key of the ratings there, which are begun if there are none."""
+    """The key of the ratings in the file, which is created if it does not exist."""
     if not path.is_file():
         content = {**definition, "key": secrets.token_hex(16)}
         write_text(path, json.dumps(content, indent=2))
@@ -196,20 +200,20 @@ def _key_of(path: Path, definition: dict[str, Any]) -> bytes:
         changes = [
             f"{name}: {before} there, {now} now"
             for name in definition
-            if (before := _brief(stored[name])) != (now := _brief(definition[name]))
+            if (before := _summary(stored[name])) != (now := _summary(definition[name]))
         ]
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{path} is damaged; choose another --out") from None
     if changes:
         raise ConfigError(
             f"{path.parent} holds answers about something else ({'; '.join(changes)}): "
-            "ask the same as before, or choose another --out"
+            "repeat the options of the first call, or choose another --out"
         )
     return key
 
 
-def _brief(value: Any) -> str:
-    """A setting as it is compared and told; where images lie does not matter."""
+def _summary(value: Any) -> str:
+    """A setting as it is compared and reported; where images lie does not matter."""
     if not isinstance(value, list):
         return str(value)
     return ", ".join(f"{c['num_images']} of {c['name']} ({c['digest'][:12]})" for c in value)

@@ -2,7 +2,7 @@
 
 The panels are a table of the names of a row's columns, from which wandb-workspaces makes what W&B
 stores. A test compares the table with what runs of all training methods log, in both directions: no
-panel stays empty, and no column is without a panel.
+panel stays empty, and every column has a panel or stands in `WITHOUT_PANEL` with the reason.
 """
 
 from __future__ import annotations

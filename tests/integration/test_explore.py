@@ -115,11 +115,11 @@ def test_a_copy_of_a_training_image_is_seen(verb: Verb, snapshots: Path, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("interpolate", "dcgan", "--mode", "class"), "knows no classes"),
+        (("interpolate", "dcgan", "--mode", "class"), "has no classes"),
         (("interpolate", "dcgan", "--seeds", "1"), "a path needs 2 points"),
         (("interpolate", "dcgan", "--seeds", "1,x"), "--seeds 1,x: expected numbers"),
         (("interpolate", "dcgan", "--out", "a.jpg"), "expected .png, .gif, .webp, .apng"),
-        (("interpolate", "biggan", "--label", 9), "knows 0 to 2"),
+        (("interpolate", "biggan", "--label", 9), "takes 0 to 2"),
         (("mix", "biggan"), "biggan has no styles w"),
         (("mix", "stylegan2", "--layer", 20), "this generator has layers 0 to 8"),
         (("directions", "dcgan", "--num", 99), "expected 1 to 16"),

@@ -20,8 +20,8 @@ from ganscale.evaluation.reconstruction.reconstruct import (
     reconstruct,
     similarity,
 )
-from ganscale.generation.degradations import degradation_named
-from ganscale.generation.inversion import Search
+from ganscale.generation.degradations import build_degradation
+from ganscale.generation.inversion import InversionSettings
 from ganscale.launch.local import train_in_process
 from ganscale.metrics.extractors import EfficientNetLite0
 from ganscale.world import World
@@ -158,7 +158,7 @@ def test_images_that_do_not_fit_are_refused_in_a_line(
         (("--task", "identity", "--noise", 9), "the task with noise alone is denoise"),
         (("--task", "inpaint", "--mask", "third"), "expected half, centre, random or a picture"),
         (("--task", "deblur", "--blur", 20), "too wide"),
-        (("--run", "another"), "which run?"),
+        (("--run", "another"), "expected one run"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_line(
@@ -173,10 +173,10 @@ def test_what_makes_no_sense_is_refused_in_a_line(
 
 def _reconstructed(world: World, run: Path, images: str) -> Any:
     torch.set_num_threads(1)
-    search = Search(steps=2, restarts=2, pool=64)
+    search = InversionSettings(steps=2, restarts=2, pool=64)
     way = Reconstructor.load(run, search=search)
     subject = open_images(images, scratch=run)
-    degradation = degradation_named("denoise", subject.shape)
+    degradation = build_degradation("denoise", subject.shape)
     try:
         found = reconstruct(way, subject, degradation, world)
     except DataError as error:
@@ -244,19 +244,19 @@ def test_the_labels_of_a_set_are_given_to_a_generator_with_its_classes(
     model = {"name": "biggan", "base_channels": 4, "z_dim": 12, "num_classes": 10}
     config = make_config(model=model, training__total_kimg=0.016)
     train_in_process(config)
-    way = Reconstructor.load(config.run_dir, search=Search(steps=2, restarts=2, pool=64))
+    way = Reconstructor.load(config.run_dir, search=InversionSettings(steps=2, restarts=2, pool=64))
     images = ImagesOfShards(ShardSet.load(procedural_shards))
     assert images.labels is not None
     truth = images.read(np.arange(3)).float() / 127.5 - 1
     labels = labels_for(way.generator, images, np.arange(3))
     assert labels is not None
     assert labels.tolist() == images.labels[:3].tolist()
-    degradation = degradation_named("identity", images.shape)
+    degradation = build_degradation("identity", images.shape)
     assert torch.equal(way(degradation, truth, labels, lambda _: None).labels, labels)
     for name in ("a", "b"):
         (tmp_path / "two" / name).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / "two" / name / "1.png")
     of_two = open_images(str(tmp_path / "two"), scratch=tmp_path)
     assert of_two.labels is not None
-    with pytest.raises(DataError, match="classes that the generator has not: a, b"):
+    with pytest.raises(DataError, match="classes that the generator lacks: a, b"):
         labels_for(way.generator, of_two, np.arange(2))

@@ -19,8 +19,8 @@ from ganscale.evaluation.image_sets import ImageSet
 from ganscale.evaluation.image_views import Subset, halves
 from ganscale.evaluation.recognition.accuracy_score import (
     classification_accuracy_score,
-    gap_of_independent,
-    gap_of_paired,
+    paired_difference,
+    unpaired_difference,
 )
 from ganscale.evaluation.recognition.classifier import (
     Classifier,
@@ -29,7 +29,7 @@ from ganscale.evaluation.recognition.classifier import (
     predict,
     train_classifier,
 )
-from ganscale.metrics.intervals import of_successes
+from ganscale.metrics.intervals import wilson_interval
 
 RECIPE = ClassifierRecipe(num_passes=1500, crop_and_flip=False, width=8, batch_size=32)
 
@@ -88,7 +88,7 @@ def test_labels_without_meaning_are_guessed() -> None:
 
     fresh = meaningless(1)
     hits = predict(trained(meaningless(0)), fresh) == fresh.labels
-    chance = of_successes(int(hits.sum()), len(hits))
+    chance = wilson_interval(int(hits.sum()), len(hits))
     assert chance.low is not None
     assert chance.high is not None
     assert chance.low < 1 / 3 < chance.high
@@ -222,7 +222,7 @@ def test_a_two_sample_test_says_what_it_lacks() -> None:
     real, other = Pixels(noise(40, seed=0), None), Pixels(noise(40, seed=1), None)
     large = Pixels(noise(40, seed=1, shape=(3, 9, 9)), None)
     few = Pixels(noise(19, seed=1), None)
-    with pytest.raises(DataError, match="at least 20 images of each set, there are 40 and 19"):
+    with pytest.raises(DataError, match="at least 20 images of each set, got 40 and 19"):
         network_two_sample(real, few, recipe=RECIPE)
     with pytest.raises(DataError, match="at least 20 images of each set"):
         neighbour_two_sample(torch.zeros(40, 2), torch.zeros(19, 2))
@@ -279,7 +279,7 @@ def test_an_accuracy_score_says_what_it_lacks() -> None:
             classification_accuracy_score(*three, recipe=RECIPE)
     with pytest.raises(DataError, match="needs one shape"):
         classification_accuracy_score(large, images, images, recipe=RECIPE)
-    with pytest.raises(DataError, match="60 test images has not: 3, 4"):
+    with pytest.raises(DataError, match="60 test images lacks: 3, 4"):
         classification_accuracy_score(unknown, images, images, recipe=RECIPE)
     one_class = Pixels(noise(60, seed=0), np.zeros(60, dtype=np.int64))
     with pytest.raises(DataError, match="at least 2 classes"):
@@ -294,7 +294,7 @@ def test_a_paired_gaps_interval_is_that_of_the_differences() -> None:
     # McNemar's table: 30 only the first is right about, 10 only the second, of 100.
     hits = np.repeat([True, True, False, False], [40, 30, 10, 20])
     other = np.repeat([True, False, True, False], [40, 30, 10, 20])
-    gap = gap_of_paired(hits, other)
+    gap = paired_difference(hits, other)
     spread = math.sqrt((30 + 10 - (30 - 10) ** 2 / 100) / 100**2)
     assert gap.value == pytest.approx(0.2)
     assert gap.low == pytest.approx(0.2 - 1.959964 * spread)
@@ -303,7 +303,7 @@ def test_a_paired_gaps_interval_is_that_of_the_differences() -> None:
 
 def test_an_independent_gaps_interval_is_newcombes() -> None:
     # Newcombe 1998, table II (a): 56/70 and 48/80, method 10 without continuity correction.
-    gap = gap_of_independent(np.arange(70) < 56, np.arange(80) < 48)
+    gap = unpaired_difference(np.arange(70) < 56, np.arange(80) < 48)
     assert gap.value == pytest.approx(0.2)
     assert gap.low == pytest.approx(0.0524, abs=5e-5)
     assert gap.high == pytest.approx(0.3339, abs=5e-5)

@@ -128,7 +128,7 @@ def test_other_weights_are_refused(random_inception: Path, tmp_path: Path) -> No
         open_extractor("inception-v3", weights=tmp_path / "absent.pth")
     other = tmp_path / "other.pth"
     torch.save({"fc.weight": torch.zeros(3)}, other)
-    with pytest.raises(ConfigError, match="has not the layout of FID's Inception"):
+    with pytest.raises(ConfigError, match="does not have the layout of FID's Inception"):
         open_extractor("inception-v3", weights=other, weights_sha256=sha256(other))
 
 

@@ -98,7 +98,7 @@ def test_a_seed_decides_the_label_unless_one_is_asked_for() -> None:
     for seed, label in zip(seeds, labels, strict=True):
         assert torch.equal(generator.sample(1, seed=seed, label=label)[0], drawn[seed])
     assert not torch.equal(generator.sample(6, label=0), generator.sample(6, label=1))
-    with pytest.raises(ValueError, match="knows 0 to 9"):
+    with pytest.raises(ValueError, match="takes 0 to 9"):
         generator.sample(1, label=10)
 
 

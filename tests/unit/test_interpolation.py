@@ -115,5 +115,5 @@ def test_classes_are_mixed_where_they_are_embedded(model: SnganModel) -> None:
 
 
 def test_without_classes_there_are_none_to_mix() -> None:
-    with pytest.raises(ConfigError, match="knows no classes"):
+    with pytest.raises(ConfigError, match="has no classes"):
         class_frames(explorer_of(DcganModel(z_dim=16, base_channels=8)), [0], [0, 1], 2)

@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import pytest
+
 import ganscale
 
 PACKAGE = Path(ganscale.__file__).parent
@@ -82,6 +84,45 @@ RETIRED_IN_TRAINING = {
 }
 """Also of objectives. Some of these words are right elsewhere."""
 
+EVALUATION = ("metrics", "evaluation", "generation", "rating", "cli")
+
+RETIRED_IN_EVALUATION = {
+    "By": "ReconstructionMethod",
+    "Describe": "FeatureFn",
+    "Entry": "ComparedRun",
+    "Inverted": "InversionResult",
+    "Judge": "ScoringDiscriminator",
+    "Judges": "EvaluationNetworks",
+    "LossOf": "LossFn",
+    "Reconstructed": "Reconstructions",
+    "Restored": "TaskResult",
+    "Search": "InversionSettings",
+    "Standing": "RankedRun",
+    "_FIGURES": "_COMPUTE",
+    "degradation_named": "build_degradation",
+    "described": "test_features",
+    "directions_of": "find_directions",
+    "edited": "edit_images",
+    "ending": "result",
+    "figures": "metrics, similarities",
+    "found": "what it is: features, metrics, ...",
+    "gap_of_independent": "unpaired_difference",
+    "gap_of_paired": "paired_difference",
+    "hold_tournament": "run_tournament",
+    "judge": "discriminator",
+    "judge_all": "score_images",
+    "judges": "discriminators",
+    "loss_of": "loss_fn",
+    "mask_named": "build_mask",
+    "num_judged": "num_scored",
+    "of_repeats": "t_interval",
+    "of_successes": "wilson_interval",
+    "slopes": "gradients",
+    "told": "what is reported",
+    "ways": "reconstructors",
+}
+"""Of the rooms that measure, generate and rate, and of the commands."""
+
 OLD_MODULES = ("frechet", "kernel", "neighbours", "places", "sums")
 
 
@@ -127,13 +168,17 @@ def test_no_retired_name_is_used() -> None:
     assert not used
 
 
-def test_no_retired_name_is_used_in_training() -> None:
-    folders = [PACKAGE / name for name in ("training", "objectives")]
+@pytest.mark.parametrize(
+    ("folders", "retired"),
+    [(("training", "objectives"), RETIRED_IN_TRAINING), (EVALUATION, RETIRED_IN_EVALUATION)],
+    ids=["training", "evaluation"],
+)
+def test_no_retired_name_is_used_in(folders: tuple[str, ...], retired: dict[str, str]) -> None:
     used = {
         str(path.relative_to(PACKAGE)): names
         for folder in folders
-        for path in sorted(folder.rglob("*.py"))
-        if (names := retired_names(path.read_text(), RETIRED_IN_TRAINING))
+        for path in sorted((PACKAGE / folder).rglob("*.py"))
+        if (names := retired_names(path.read_text(), retired))
     }
     assert not used
 

@@ -23,7 +23,7 @@ from ganscale.errors import ConfigError, DataError
 from ganscale.generation.snapshot import save_snapshot
 from ganscale.models import build_generator
 from ganscale.rating.answers import read_answers
-from ganscale.rating.contestants import Contestant, default_reference, encoded, open_runs
+from ganscale.rating.contestants import Contestant, default_reference, encode_png, open_runs
 from ganscale.rating.questions import REAL
 from ganscale.rating.results import as_table
 from ganscale.rating.server import RatingServer
@@ -36,7 +36,7 @@ def contestant(name: str, *, side: int = 8, num_images: int = 40) -> Contestant:
     random = np.random.default_rng(list(name.encode()))
     shape, high = (num_images, 3, side, side), 4 if name == REAL else 256
     pixels: NDArray[np.uint8] = random.integers(0, high, shape, dtype=np.uint8)
-    pngs = tuple(encoded(torch.from_numpy(image)) for image in pixels)
+    pngs = tuple(encode_png(torch.from_numpy(image)) for image in pixels)
     return Contestant(name, f"images of {name}", f"digest of {name}", (3, side, side), pngs)
 
 

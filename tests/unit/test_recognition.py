@@ -75,7 +75,7 @@ def test_labels_count_the_classes_of_the_other_set_by_name() -> None:
     assert tuple(matched.classes) == train
     assert matched.digest != test.digest
     assert with_classes_of(test, test.classes, "train") is test
-    with pytest.raises(DataError, match=r"classes that train has not: cow; .* are ant, bee, dog\."):
+    with pytest.raises(DataError, match=r"classes that train lacks: cow; .* are ant, bee, dog\."):
         with_classes_of(test, ("ant", "bee", "dog"), "train")
     unused = replace(test, classes=("ant", "cow", "dog", "elk"))
     assert with_classes_of(unused, train, "train").labels is not None
@@ -132,7 +132,7 @@ def test_activations_are_the_largest_of_each_part_of_the_maps() -> None:
     network = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False), nn.ReLU(), nn.Conv2d(2, 1, 8))
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
 
-    class Judge(nn.Module):
+    class ScoringDiscriminator(nn.Module):
         def forward(self, images: Tensor, labels: Tensor | None) -> Tensor:
             logits: Tensor = network(images)
             return logits
@@ -141,7 +141,7 @@ def test_activations_are_the_largest_of_each_part_of_the_maps() -> None:
             super().__init__()
             self.network = network
 
-    found = pooled_activations(Judge())(images)
+    found = pooled_activations(ScoringDiscriminator())(images)
     assert found.shape == (5, 2 * 16)  # the last map is 1x1
     first = network[0](images.float() / 127.5 - 1)
     expected = first.reshape(5, 2, 4, 2, 4, 2).amax((3, 5)).flatten(1)
@@ -220,7 +220,7 @@ def test_images_are_chosen_evenly_over_the_classes() -> None:
     assert chosen.labels is not None
     assert np.bincount(chosen.labels).tolist() == [11, 10]
     assert len(set(chosen.indices.tolist())) == 21
-    with pytest.raises(DataError, match="of class 0, not 500"):
+    with pytest.raises(DataError, match="of class 0, 500 are needed"):
         same_of_each_class(images, 1000, seed=3)
 
 
@@ -263,7 +263,7 @@ def test_the_classifier_of_a_run_is_tested_as_it_is(tmp_path: Path) -> None:
     assert found == (logits.argmax(1).numpy() == images.labels).mean()
     counted_otherwise = replace(images, classes=("bright", "dark"), labels=1 - images.labels)
     assert snapshot_accuracy(loaded, names, counted_otherwise) == found
-    with pytest.raises(DataError, match="has not: dim"):
+    with pytest.raises(DataError, match="lacks: dim"):
         snapshot_accuracy(loaded, names, replace(images, classes=("dark", "dim")))
     save_snapshot(path, generator, spec=spec, nimg=1)
     with pytest.raises(ConfigError, match="has no classifier"):

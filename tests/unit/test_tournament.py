@@ -18,8 +18,13 @@ from ganscale.checkpoint import CheckpointStore
 from ganscale.checkpoint.files import saved_state
 from ganscale.config import Config
 from ganscale.errors import CheckpointError, ConfigError
-from ganscale.evaluation.gan_metrics.gan_pairs import GanPair, Judge, judge_all, load_gan_pairs
-from ganscale.evaluation.gan_metrics.tournament import hold_tournament, num_judged
+from ganscale.evaluation.gan_metrics.gan_pairs import (
+    GanPair,
+    ScoringDiscriminator,
+    load_gan_pairs,
+    score_images,
+)
+from ganscale.evaluation.gan_metrics.tournament import num_scored, run_tournament
 from ganscale.generation.sampler import SampleableGenerator
 from ganscale.metrics.gam import score
 from ganscale.models import build_discriminator, build_generator
@@ -81,7 +86,7 @@ def pair(name: str, value: float, judge: nn.Module, num_classes: int = 0) -> Gan
     spec = {"z_dim": 2, "num_classes": num_classes}
     info = {"classes": ["ant", "bee"][:num_classes]}
     generator = SampleableGenerator(Paints(value), spec=spec, info=info)
-    return GanPair(name, 1000, generator, Judge(judge, num_classes), name, {})
+    return GanPair(name, 1000, generator, ScoringDiscriminator(judge, num_classes), name, {})
 
 
 def test_who_sees_everything_beats_who_is_blind() -> None:
@@ -94,7 +99,7 @@ def test_who_sees_everything_beats_who_is_blind() -> None:
     """
     runs = [pair("bright", 1.0, Sees()), pair("dark", -1.0, Blind())]
     reference = Images(128)
-    scores = hold_tournament(runs, reference, num_images=64).scores
+    scores = run_tournament(runs, reference, num_images=64).scores
     assert scores.num_images == 64
     assert scores.chosen == ((1.0, 0.0), (0.5, 0.5))
     assert scores.taken_for_real == ((1.0, 0.0), (0.5, 0.5))
@@ -173,7 +178,9 @@ def test_every_image_is_judged_once_in_batches_of_one_size() -> None:
             return super().forward(images, labels) + 1000 * len(images)
 
     done: list[int] = []
-    logits = judge_all([Judge(Counts())], Images(100), use_labels=False, progress=done.append)
+    logits = score_images(
+        [ScoringDiscriminator(Counts())], Images(100), use_labels=False, progress=done.append
+    )
     expected = 64000 + np.arange(1, 101) / 127.5 - 1
     np.testing.assert_allclose(logits, [expected], atol=0.01)
     assert done == [64, 36]
@@ -181,12 +188,12 @@ def test_every_image_is_judged_once_in_batches_of_one_size() -> None:
 
 def test_a_judge_with_classes_is_told_labels_or_takes_the_best() -> None:
     images = Images(4, labels=np.array([0, 1, 0, 1]))
-    judge = Judge(Sees(1.0, 3.0), num_classes=2)
+    judge = ScoringDiscriminator(Sees(1.0, 3.0), num_classes=2)
     dark = np.arange(1, 5) / 127.5 - 1
-    told = judge_all([judge], images, use_labels=True)
+    told = score_images([judge], images, use_labels=True)
     np.testing.assert_allclose(told, [dark * [1, 3, 1, 3]], rtol=1e-5)
     np.testing.assert_allclose(
-        judge_all([judge], images, use_labels=False), [np.maximum(dark, 3 * dark)], rtol=1e-5
+        score_images([judge], images, use_labels=False), [np.maximum(dark, 3 * dark)], rtol=1e-5
     )
 
 
@@ -194,7 +201,7 @@ def test_a_judge_with_classes_is_told_labels_or_takes_the_best() -> None:
 def test_labels_are_used_when_all_know_them(classes: tuple[int, int], used: bool) -> None:
     runs = [pair(f"run{i}", 0.0, Sees(1.0, 2.0), n) for i, n in enumerate(classes)]
     reference = Images(8, labels=np.arange(8) % 2, classes=("ant", "bee"))
-    result = hold_tournament(runs, reference, num_images=4)
+    result = run_tournament(runs, reference, num_images=4)
     assert result.uses_labels is used
     assert json.loads(json.dumps(result.to_json()))["uses_labels"] is used
 
@@ -202,9 +209,9 @@ def test_labels_are_used_when_all_know_them(classes: tuple[int, int], used: bool
 def test_a_tournament_is_a_function_of_its_seed_and_counts_its_images() -> None:
     runs = [pair("a", 0.2, Sees()), pair("b", 0.1, Sees())]
     done: list[int] = []
-    first = hold_tournament(runs, Images(50), num_images=100, seed=3, progress=done.append)
-    assert first == hold_tournament(runs, Images(50), num_images=100, seed=3)
-    assert sum(done) == num_judged(2, 100, Images(50)) == 150
+    first = run_tournament(runs, Images(50), num_images=100, seed=3, progress=done.append)
+    assert first == run_tournament(runs, Images(50), num_images=100, seed=3)
+    assert sum(done) == num_scored(2, 100, Images(50)) == 150
 
 
 @pytest.mark.parametrize(
@@ -220,7 +227,7 @@ def test_gans_that_cannot_meet_are_refused(
 ) -> None:
     runs = [pair(name, 0.0, Sees()) for name in names]
     with pytest.raises(ConfigError, match=words):
-        hold_tournament(runs, Images(50, shape=shape))
+        run_tournament(runs, Images(50, shape=shape))
 
 
 MakeRun = Callable[..., Config]
@@ -262,7 +269,7 @@ def test_a_run_plays_as_it_was_when_so_many_images_were_due(
     config = make_run(0, 16, 32, 48)
     (found,) = load_gan_pairs([f"{config.run_dir}{suffix}"])
     assert (found.nimg, found.name) == (nimg, f"tiny@{nimg / 1000:g}")
-    for model in (found.generator.model, found.judge.model):
+    for model in (found.generator.model, found.discriminator.model):
         assert not model.training
         assert all(bool(torch.all(p == nimg / 100)) for p in model.parameters())
 

@@ -11,7 +11,7 @@ import torch
 from scipy.integrate import quad
 from scipy.stats import binom, norm
 
-from ganscale.metrics.intervals import of_successes
+from ganscale.metrics.intervals import wilson_interval
 from ganscale.metrics.two_sample import (
     NearestNeighbourTest,
     Repeat,
@@ -49,7 +49,7 @@ def test_an_accuracys_p_value_sums_the_binomials_upper_tail(correct: int, trials
     test = accuracy_test(correct, trials)
     tail = math.fsum(math.comb(trials, k) / 2**trials for k in range(correct, trials + 1))
     assert test.p_value == pytest.approx(tail, rel=1e-9)
-    assert test.accuracy == of_successes(correct, trials)
+    assert test.accuracy == wilson_interval(correct, trials)
 
 
 def test_an_accuracy_needs_trials() -> None:
@@ -183,7 +183,7 @@ def test_features_must_be_finite() -> None:
 
 
 def repeat(seed: int, correct: int, p_value: float) -> Repeat:
-    accuracy = of_successes(correct, 100)
+    accuracy = wilson_interval(correct, 100)
     return Repeat(seed, accuracy, p_value, accuracy, accuracy)
 
 
@@ -192,7 +192,7 @@ def test_repeats_are_summed_up_without_taking_them_for_independent() -> None:
         "1-nn", 50, [repeat(0, 50, 0.5), repeat(1, 56, 0.02), repeat(2, 53, 0.1)]
     )
     assert report.accuracy.value == pytest.approx(0.53)
-    alone = of_successes(53, 100)
+    alone = wilson_interval(53, 100)
     assert report.accuracy.low == pytest.approx(alone.low, abs=1e-3)
     assert report.accuracy.high == pytest.approx(alone.high, abs=1e-3)
     assert report.p_value == pytest.approx(0.2)
@@ -202,5 +202,5 @@ def test_repeats_are_summed_up_without_taking_them_for_independent() -> None:
 def test_a_single_repeat_is_itself() -> None:
     report = TwoSampleReport.of("1-nn", 50, [repeat(3, 56, 0.13)])
     assert report.p_value == 0.13
-    assert report.accuracy == of_successes(56, 100)
+    assert report.accuracy == wilson_interval(56, 100)
     assert report.to_json()["repeats"][0]["accuracy"]["value"] == 0.56

@@ -1,7 +1,8 @@
-"""Work on all images of a set, shared by all ranks, whose results come together in order.
+"""Work on all images of a set, shared by all ranks, with the results in order on rank 0.
 
-Images are worked through in fixed blocks, whichever rank has them, and rank 0 gets the blocks in
-the order of the images. So results are the same for any number of ranks.
+Images are processed in fixed blocks, whichever rank has them, and rank 0 gets the blocks in the
+order of the images. So results are bit-identical for any number of ranks. The price is a gather
+after each block, in which fast ranks wait for slow ones.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from ganscale.world import World
 __all__ = ["BLOCK", "map_blocks", "numbers_of_block"]
 
 BLOCK = 100
-"""Images that a rank works through before the results are gathered: ten seconds of a CPU's core."""
+"""Images that a rank processes before the results are gathered: ten seconds of a CPU's core with
+Inception. That much is lost when an evaluation is interrupted."""
 
 Action = Callable[[NDArray[np.int64]], Tensor]
 
@@ -40,8 +42,10 @@ def map_blocks(
     num_blocks = -(-len(images) // BLOCK)
     for first in range(first_block, num_blocks, world.world_size):
         mine = numbers_of_block(first + world.rank, len(images))
-        block = _agreed(partial(action, mine), images.description)
-        for number, part in enumerate(_gathered(block, world)):
+        # After the last block some ranks have nothing to do, but still take part in the
+        # collectives.
+        block = _call_or_raise_on_all_ranks(partial(action, mine), images.description)
+        for number, part in enumerate(_gather(block, world)):
             where = numbers_of_block(first + number, len(images))
             if len(where):
                 yield where, part[: len(where)]
@@ -52,8 +56,8 @@ def numbers_of_block(block: int, num_images: int) -> NDArray[np.int64]:
     return np.arange(min(block * BLOCK, num_images), min((block + 1) * BLOCK, num_images))
 
 
-def _agreed(action: Callable[[], Tensor], description: str) -> Tensor:
-    """What `action` returns, or the same `DataError` on all ranks if it fails on any."""
+def _call_or_raise_on_all_ranks(action: Callable[[], Tensor], description: str) -> Tensor:
+    """Call `action`, or raise the same `DataError` on all ranks if it fails on any."""
     result, problem = torch.empty(0), ""
     try:
         result = action()
@@ -61,6 +65,8 @@ def _agreed(action: Callable[[], Tensor], description: str) -> Tensor:
         problem = str(error)
     except (OSError, RuntimeError) as error:
         problem = f"{description}: {type(error).__name__}: {error}"
+    # A rank that raised alone would leave the others waiting in the gather for ever. The flag is
+    # one number, so that messages are exchanged only when something failed.
     failed = torch.tensor(int(bool(problem)))
     dist.all_reduce(failed, dist.ReduceOp.MAX)
     if failed:
@@ -70,7 +76,7 @@ def _agreed(action: Callable[[], Tensor], description: str) -> Tensor:
     return result
 
 
-def _gathered(block: Tensor, world: World) -> list[Tensor]:
+def _gather(block: Tensor, world: World) -> list[Tensor]:
     """All ranks' blocks on rank 0, in order; nothing on others."""
     if not world.is_main:
         dist.gather(block, dst=0)

@@ -36,7 +36,7 @@ from ganscale.evaluation.image_views import with_classes_of
 from ganscale.metrics.extractors import FeatureExtractor
 from ganscale.metrics.fid import frechet_distance, frechet_estimate, frechet_infinity
 from ganscale.metrics.inception_score import inception_score
-from ganscale.metrics.intervals import Estimate, of_repeats
+from ganscale.metrics.intervals import Estimate, t_interval
 from ganscale.metrics.kid import kernel_distance
 from ganscale.metrics.prdc import authenticity, prdc
 from ganscale.metrics.statistics import Moments
@@ -60,7 +60,8 @@ class Protocol:
     reference_digest: str
     num_reference: int
     reference_statistics: str
-    """Where the moments of all reference images are from: "extracted", or the included file's."""
+    """The origin of the moments of all reference images: "extracted", or the included file's
+    name."""
     num_reference_rows: int
     """Reference images that metrics of single images use; 0 where no such metric is asked for."""
 
@@ -73,7 +74,7 @@ class Workload:
     num_reference: int
     """Those whose features are neither included nor cached."""
     statistics: str
-    """What the included statistics are of; empty where none are used."""
+    """The name of the included statistics; empty where none are used."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def column_of(metric: str, extractor: FeatureExtractor) -> str:
     if not extractor.suffix:
         return metric
     first, _, rest = metric.partition("_")
+    # FID and KID are names of the distances of Inception's features; others are on other scales.
     stem = {"fid": "fd", "kid": "kd"}.get(first, first)
     return f"{stem}_{rest}{extractor.suffix}" if rest else f"{stem}{extractor.suffix}"
 
@@ -135,12 +137,12 @@ def evaluate(
         extractor: of the features.
         world: of the process group; all its ranks share the work.
         metrics: the names of those to compute.
-        num_reference_rows: how many images of the reference the metrics of single images use; as
-            many as there are samples unless given.
+        num_reference_rows: how many images of the reference the metrics of single images use; by
+            default as many as there are samples.
         required: whether a metric that cannot be computed is an error; else it is skipped with a
             reason.
         cache: keeps the reference's features.
-        resume_samples: whether an interrupted pass over the samples goes on, by the cache; their
+        resume_samples: whether an interrupted pass over the samples is resumed by the cache; their
             digest must then tell different samples apart.
         planned: called on every rank when it is known how many images will be extracted.
         start_task: called with each part and its number of images; what it returns is called with
@@ -148,7 +150,7 @@ def evaluate(
         device: where distances between features are computed.
 
     Raises:
-        DataError: images are too few, unreadable, of different shapes, all alike, or have features
+        DataError: images are too few, unreadable, of different shapes, all equal, or have features
             that are not finite.
     """
     if samples.shape != reference.shape:
@@ -156,19 +158,75 @@ def evaluate(
             f"{samples.description} have shape {samples.shape}, {reference.description} "
             f"{reference.shape}: only images of one shape can be compared"
         )
-    skipped: dict[str, str] = {}
-    if "fid_per_class" in metrics:
-        try:
-            samples = with_classes_of(samples, reference.classes, reference.description)
-        except DataError as error:
-            if required:
-                raise
-            skipped["fid_per_class"] = str(error)
-            metrics = [metric for metric in metrics if metric != "fid_per_class"]
-    num_rows = num_reference_rows or len(samples)
-    if not any(metric in _USING_ROWS for metric in metrics):
-        num_rows = 0
-    protocol = Protocol(
+    samples, skipped = _with_reference_classes(samples, reference, metrics, required=required)
+    metrics = [metric for metric in metrics if metric not in skipped]
+    protocol = _protocol(samples, reference, extractor)
+    if not metrics:
+        return Evaluation(protocol, {}, {}) if world.is_main else None
+    _check_same_on_all_ranks(extractor.digest, len(samples), len(reference))
+    uses_rows = any(metric in _USING_ROWS for metric in metrics)
+    num_rows = (num_reference_rows or len(samples)) if uses_rows else 0
+    seconds: dict[str, float] = {}
+    with _timed("reference", seconds):
+        plan = plan_reference(
+            reference, extractor, world, num_rows=num_rows, cache=cache, start_task=start_task
+        )
+        statistics = "" if plan.statistics is None else plan.statistics.name
+        planned(Workload(len(samples), plan.num_missing, statistics))
+        of_reference = plan.features(extractor, world, cache=cache, start_task=start_task)
+    with _timed("samples", seconds):
+        progress = start_task(samples.description, len(samples))
+        resumable = cache if resume_samples else None
+        of_samples = _sample_features(samples, extractor, world, resumable, progress)
+    if of_samples is None or of_reference is None:
+        return None
+    comparison = _Comparison(of_samples, of_reference, extractor, device)
+    estimates, failed = _estimates(
+        metrics, comparison, required=required, seconds=seconds, start_task=start_task
+    )
+    skipped |= failed
+    # An evaluation without a single value would pass for a successful one in a run's files.
+    if skipped and not estimates:
+        raise DataError("; ".join(skipped.values()))
+    protocol = replace(
+        protocol,
+        reference_statistics=statistics or protocol.reference_statistics,
+        num_reference_rows=len(plan.row_indices),
+    )
+    return Evaluation(protocol, estimates, skipped, seconds=seconds)
+
+
+def _with_reference_classes(
+    samples: ImageSet, reference: ImageSet, metrics: Sequence[MetricName], *, required: bool
+) -> tuple[ImageSet, dict[str, str]]:
+    """The samples with the reference's numbering of classes, and why that failed, by metric."""
+    if "fid_per_class" not in metrics:
+        return samples, {}
+    try:
+        return with_classes_of(samples, reference.classes, reference.description), {}
+    except DataError as error:
+        if required:
+            raise
+        return samples, {"fid_per_class": str(error)}
+
+
+def _sample_features(
+    samples: ImageSet,
+    extractor: FeatureExtractor,
+    world: World,
+    cache: FeatureCache | None,
+    progress: Callable[[int], None],
+) -> Features | None:
+    """The samples' features on rank 0; with a cache an interrupted pass over them is resumed."""
+    if cache is None:
+        return extract(samples, extractor, world, progress=progress)
+    # Not kept once they are complete: the next evaluation is of other weights.
+    return cache.extract(samples, extractor, world, keep=False, progress=progress)
+
+
+def _protocol(samples: ImageSet, reference: ImageSet, extractor: FeatureExtractor) -> Protocol:
+    """The protocol as far as it is known before the reference is planned."""
+    return Protocol(
         extractor=extractor.name,
         extractor_digest=extractor.digest,
         resizer=extractor.resizer,
@@ -180,48 +238,42 @@ def evaluate(
         reference_statistics="extracted",
         num_reference_rows=0,
     )
-    if not metrics:
-        return Evaluation(protocol, {}, {}) if world.is_main else None
-    _check_same_on_all_ranks(extractor.digest, len(samples), len(reference))
-    seconds: dict[str, float] = {}
-    with _timed("reference", seconds):
-        plan = plan_reference(
-            reference, extractor, world, num_rows=num_rows, cache=cache, start_task=start_task
-        )
-        statistics = "" if plan.statistics is None else plan.statistics.name
-        planned(Workload(len(samples), plan.num_missing, statistics))
-        of_reference = plan.features(extractor, world, cache=cache, start_task=start_task)
-    protocol = replace(
-        protocol,
-        reference_statistics=statistics or protocol.reference_statistics,
-        num_reference_rows=len(plan.row_indices),
-    )
-    with _timed("samples", seconds):
-        progress = start_task(samples.description, len(samples))
-        if cache is not None and resume_samples:
-            of_samples = cache.extract(samples, extractor, world, keep=False, progress=progress)
-        else:
-            of_samples = extract(samples, extractor, world, progress=progress)
-    if of_samples is None or of_reference is None:
-        return None
+
+
+def _estimates(
+    metrics: Sequence[MetricName],
+    comparison: _Comparison,
+    *,
+    required: bool,
+    seconds: dict[str, float],
+    start_task: StartTask,
+) -> tuple[dict[str, Estimate], dict[str, str]]:
+    """The values by column, and the reasons of metrics that could not be computed.
+
+    Adds the duration of each to `seconds`. Raises `DataError` for the first that fails if all are
+    required.
+    """
     estimates: dict[str, Estimate] = {}
-    comparison = _Comparison(of_samples, of_reference, extractor, device)
+    failed: dict[str, str] = {}
     for metric in metrics:
         with _timed(metric, seconds):
             start_task(metric, None)
+            # Features have been extracted for minutes by now: a decomposition that does not
+            # converge or distances that do not fit in memory cost one metric and not the whole
+            # evaluation.
             try:
-                estimates |= _FIGURES[metric](comparison)
+                estimates |= _COMPUTE[metric](comparison)
             except (DataError, LinAlgError, MemoryError, torch.OutOfMemoryError) as error:
                 if required:
                     raise DataError(f"{metric}: {error}") from None
-                skipped[metric] = str(error)
-    if skipped and not estimates:
-        raise DataError("; ".join(skipped.values()))
-    return Evaluation(protocol, estimates, skipped, seconds=seconds)
+                failed[metric] = str(error)
+    return estimates, failed
 
 
 def _check_same_on_all_ranks(*what: object) -> None:
-    """Raise `DataError` if ranks differ, since rank 0 would mix features of different networks."""
+    """Raise `DataError` if ranks differ in any of these values."""
+    # With `extractor: auto`, nodes may find different weights on their disks, and rank 0 would mix
+    # the features of two networks without noticing.
     by_rank: list[tuple[object, ...]] = [()] * dist.get_world_size()
     dist.all_gather_object(by_rank, what)
     if len(set(by_rank)) > 1:
@@ -246,35 +298,45 @@ class _Comparison:
         return self.samples.rows.to(self.device), self.reference.rows.to(self.device)
 
     def named(self, *stems: tuple[str, Estimate]) -> dict[str, Estimate]:
+        """The estimates by their columns for this extractor."""
         return {column_of(name, self.extractor): value for name, value in stems}
 
     def _some(self, rows: Tensor, num: int) -> Tensor:
+        # At random, since the sets may be ordered by class. Precision, recall and the 1-NN test
+        # depend on the ratio of the numbers of images, so both sets give equally many.
         if len(rows) > num:
             chosen = np.random.default_rng(0).permutation(len(rows))[:num]
             rows = rows[torch.from_numpy(np.sort(chosen))]
         return rows.to(self.device)
 
 
-def _fid(both: _Comparison) -> dict[str, Estimate]:
-    return both.named(("fid", frechet_estimate(both.samples.rows, both.reference.moments)))
+def _fid(comparison: _Comparison) -> dict[str, Estimate]:
+    # Of rows and not of the samples' moments, since the jackknife regroups them. No more than
+    # 50,000 rows are kept, so with more samples the distance is that of a random 50,000.
+    return comparison.named(
+        ("fid", frechet_estimate(comparison.samples.rows, comparison.reference.moments))
+    )
 
 
-def _fid_infinity(both: _Comparison) -> dict[str, Estimate]:
-    value = frechet_infinity(both.samples.rows, both.reference.moments)
-    return both.named(("fid_infinity", value))
+def _fid_infinity(comparison: _Comparison) -> dict[str, Estimate]:
+    value = frechet_infinity(comparison.samples.rows, comparison.reference.moments)
+    return comparison.named(("fid_infinity", value))
 
 
-def _kid(both: _Comparison) -> dict[str, Estimate]:
-    return both.named(("kid", kernel_distance(*both.all_rows())))
+def _kid(comparison: _Comparison) -> dict[str, Estimate]:
+    # Subsets have a fixed size, so the sets may have different numbers of images.
+    return comparison.named(("kid", kernel_distance(*comparison.all_rows())))
 
 
-def _inception_score(both: _Comparison) -> dict[str, Estimate]:
-    return {"inception_score": inception_score(both.extractor.logits(both.samples.rows))}
+def _inception_score(comparison: _Comparison) -> dict[str, Estimate]:
+    return {
+        "inception_score": inception_score(comparison.extractor.logits(comparison.samples.rows))
+    }
 
 
-def _prdc(both: _Comparison) -> dict[str, Estimate]:
-    shares = prdc(*both.rows())
-    return both.named(
+def _prdc(comparison: _Comparison) -> dict[str, Estimate]:
+    shares = prdc(*comparison.rows())
+    return comparison.named(
         ("precision", shares.precision),
         ("recall", shares.recall),
         ("density", shares.density),
@@ -282,33 +344,38 @@ def _prdc(both: _Comparison) -> dict[str, Estimate]:
     )
 
 
-def _authenticity(both: _Comparison) -> dict[str, Estimate]:
-    return both.named(("authenticity", authenticity(*both.all_rows())))
+def _authenticity(comparison: _Comparison) -> dict[str, Estimate]:
+    # All rows of the reference, since a sample may be a copy of any of them.
+    return comparison.named(("authenticity", authenticity(*comparison.all_rows())))
 
 
-def _fid_per_class(both: _Comparison) -> dict[str, Estimate]:
-    mine, other = both.samples.labels, both.reference.labels
-    if mine is None or other is None:
+def _fid_per_class(comparison: _Comparison) -> dict[str, Estimate]:
+    sample_labels, reference_labels = comparison.samples.labels, comparison.reference.labels
+    if sample_labels is None or reference_labels is None:
         raise DataError("a Frechet distance per class needs labels of samples and reference")
+    # Only the reference's kept rows have labels: included statistics are of all classes together.
     distances = []
-    for label in np.unique(other).tolist():
+    for label in np.unique(reference_labels).tolist():
         parts = [
             Moments.of(features.rows[torch.from_numpy(labels == label)])
-            for features, labels in ((both.samples, mine), (both.reference, other))
+            for features, labels in (
+                (comparison.samples, sample_labels),
+                (comparison.reference, reference_labels),
+            )
         ]
         try:
             distances.append(frechet_distance(*parts))
         except DataError as error:
             raise DataError(f"class {label}: {error}") from None
-    return both.named(("fid_per_class", of_repeats(distances)))
+    return comparison.named(("fid_per_class", t_interval(distances)))
 
 
-def _nearest_neighbour_test(both: _Comparison) -> dict[str, Estimate]:
-    mine, other = both.rows()
-    return both.named(("c2st_1nn", neighbour_two_sample(other, mine).accuracy))
+def _nearest_neighbour_test(comparison: _Comparison) -> dict[str, Estimate]:
+    samples, reference = comparison.rows()
+    return comparison.named(("c2st_1nn", neighbour_two_sample(reference, samples).accuracy))
 
 
-_FIGURES: dict[MetricName, Callable[[_Comparison], dict[str, Estimate]]] = {
+_COMPUTE: dict[MetricName, Callable[[_Comparison], dict[str, Estimate]]] = {
     "fid": _fid,
     "fid_infinity": _fid_infinity,
     "kid": _kid,

@@ -55,8 +55,11 @@ __all__ = [
 
 CACHE_ENV = "GANSCALE_CACHE"
 _ROWS = 50
-"""The number of images of every forward; an incomplete group is filled with black images."""
+"""The number of images of every forward; an incomplete group is filled with black images. Kernels
+choose their arithmetic by the batch size, so the features of an image would depend on its group's
+size."""
 _TIMED_ROWS = 10
+# Rows of 2048 features of so many images are 400 MB; moments are of all images, however many.
 _MAX_KEPT = 50_000
 _FORMAT = 2
 """Incremented when the same images and network give features that differ, if only in bits."""
@@ -72,7 +75,7 @@ class Features:
     """The features of an image set; only rank 0 has them."""
 
     moments: Moments
-    """Of all images."""
+    """The moments of all images."""
     rows: Tensor
     """float32, (n, d): features of all images, or of some of them drawn at random."""
     indices: NDArray[np.int64]
@@ -106,6 +109,7 @@ class PartialFeatures:
         """Write a block's features; if they cannot be written, the pass continues without them."""
         with suppress(OSError):
             data = save({"features": features.contiguous()})
+            # Not flushed to the disk: a block that a crash loses is computed again.
             write_bytes(self._path(block), data, fsync=False)
 
     def remove(self) -> None:
@@ -130,25 +134,30 @@ def extract(
     `DataError`, on every rank alike, if an image cannot be read on any of them, has other than one
     or three channels, or gets a feature that is not finite.
     """
-    kept = _drawn(len(images), _MAX_KEPT)
+    kept = _draw_indices(len(images), _MAX_KEPT)
     rows = torch.empty(len(kept) if world.is_main else 0, extractor.num_features)
     moments = Moments.none(extractor.num_features)
 
     def features(indices: NDArray[np.int64]) -> Tensor:
-        return _features(images, extractor, indices)
+        return _block_features(images, extractor, indices)
 
     def all_blocks() -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+        # Rank 0 alone has files; the others must skip the same blocks, or they would meet in
+        # different collectives.
         done = partial.read() if partial is not None and world.is_main else []
         for block, part in enumerate(done):
             yield numbers_of_block(block, len(images)), part
-        first = _from_rank_0(len(done))
+        first = _broadcast_from_rank_0(len(done))
         for where, part in map_blocks(features, images, world, first_block=first):
             if partial is not None:
                 partial.add(int(where[0]) // BLOCK, part)
             yield where, part
 
     for where, part in all_blocks():
+        # Block by block in the order of the images, whoever computed them: sums in another order
+        # would differ in their last bits.
         moments = moments.merged(Moments.of(part))
+        # Rows are kept of a random part only, so this block contributes those of its images in it.
         start, end = np.searchsorted(kept, [where[0], where[-1] + 1]).tolist()
         rows[start:end] = part[torch.from_numpy(kept[start:end] - where[0])]
         progress(len(where))
@@ -161,7 +170,9 @@ def extract(
 def images_per_second(extractor: FeatureExtractor, shape: tuple[int, int, int]) -> float:
     """How fast one rank extracts features of images of a shape (C, H, W), by a small batch."""
     images = as_rgb(torch.zeros(_TIMED_ROWS, *shape, dtype=torch.uint8))
-    extractor.features(images).cpu()  # the first call also sets libraries up
+    # The first call also loads kernels and chooses algorithms. Copying to the CPU waits for the
+    # GPU.
+    extractor.features(images).cpu()
     began = time.perf_counter()
     extractor.features(images).cpu()
     return _TIMED_ROWS / (time.perf_counter() - began)
@@ -188,14 +199,15 @@ class FeatureCache:
         keep: bool = True,
         progress: Progress = lambda num_images: None,
     ) -> Features | None:
-        """As `extract`, from the folder if they are there; rank 0 alone reads and writes it.
+        """Read features from the folder, or extract them; rank 0 alone reads and writes it.
 
-        An interrupted pass goes on where it was. Without `keep`, features that are complete are
+        An interrupted pass continues where it was. Without `keep`, features that are complete are
         removed again: those of a generator's images are rarely needed twice.
         """
         path = self._path(images, extractor)
+        # Ranks may not share a disk, so rank 0 decides for all whether there is work.
         cached = self._load(path) if world.is_main else None
-        if _from_rank_0(cached is not None):
+        if _broadcast_from_rank_0(cached is not None):
             progress(len(images))
             return cached
         partial = PartialFeatures(path.with_suffix(".partial"))
@@ -208,16 +220,20 @@ class FeatureCache:
 
     def has(self, images: ImageSet, extractor: FeatureExtractor) -> bool:
         """Whether the features of these images are cached on rank 0; equal on all ranks."""
-        return _from_rank_0(self._path(images, extractor).is_file())
+        return _broadcast_from_rank_0(self._path(images, extractor).is_file())
 
     def content_digest(self, images: ImageSet, world: World, start_task: StartTask) -> str:
-        """As the function of the same name, computed once for each set."""
+        """The digest by `precomputed.content_digest`, computed once for each set."""
+        # The digest of the images is that of their files or shards, so other encodings of the same
+        # pixels are only seen to be the same by decoding them.
         if images.digest not in self._content:
             progress = start_task("comparing the reference with included statistics", len(images))
             self._content[images.digest] = content_digest(images, world, progress=progress)
         return self._content[images.digest]
 
     def _path(self, images: ImageSet, extractor: FeatureExtractor) -> Path:
+        # Neither device nor library versions are in the key: features agree between them to
+        # rounding. What changes them more increments _FORMAT.
         key = f"{_FORMAT} {extractor.digest} {images.digest}"
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
@@ -230,7 +246,7 @@ class FeatureCache:
             labels = tensors["labels"].numpy() if "labels" in tensors else None
             return Features(moments, tensors["rows"], tensors["indices"].numpy(), labels)
         except (SafetensorError, OSError, KeyError) as error:
-            warnings.warn(f"{path} is unreadable ({error}) and made anew", stacklevel=2)
+            warnings.warn(f"{path} is unreadable ({error}) and is computed again", stacklevel=2)
             return None
 
     def _save(self, path: Path, features: Features) -> None:
@@ -247,17 +263,17 @@ class FeatureCache:
         try:
             write_bytes(path, save(tensors), fsync=False)
         except OSError as error:
-            warnings.warn(f"features of {path} could not be kept: {error}", stacklevel=2)
+            warnings.warn(f"features could not be written to {path}: {error}", stacklevel=2)
 
 
 @dataclass(frozen=True)
 class ReferencePlan:
-    """Where a reference's moments come from, and of which images features are needed."""
+    """The source of a reference's moments, and the images whose features are needed."""
 
     images: ImageSet
     """The reference."""
     statistics: PrecomputedStatistics | None
-    """Of all images, where the package includes them."""
+    """Statistics of all images, where the package includes them."""
     row_indices: NDArray[np.int64]
     """(n,) the images whose own features are needed, ascending."""
     extracted: ImageSet | None
@@ -312,12 +328,13 @@ def plan_reference(
 
     All ranks call this inside a process group. Raises `DataError` if an image cannot be read.
     """
-    row_indices = _drawn(len(images), min(num_rows, _MAX_KEPT))
+    row_indices = _draw_indices(len(images), min(num_rows, _MAX_KEPT))
     statistics = _statistics(images, extractor, world, cache, start_task)
     extracted: ImageSet | None = images
     if statistics is not None and not len(row_indices):
         extracted = None
     elif statistics is not None and len(row_indices) < len(images):
+        # A cached whole set costs nothing, and the rows that are needed are among its own.
         has_all = cache is not None and cache.has(images, extractor)
         extracted = images if has_all else Subset(images, row_indices)
     num_missing = 0
@@ -341,20 +358,24 @@ def _statistics(
     return None
 
 
-def _drawn(num_images: int, num_drawn: int) -> NDArray[np.int64]:
+def _draw_indices(num_images: int, num_drawn: int) -> NDArray[np.int64]:
     """Ascending indices drawn without replacement; a smaller draw is part of a larger one."""
+    # A prefix of one permutation, so that the rows that are kept of a whole set contain every
+    # smaller draw from it.
     if num_images <= num_drawn:
         return np.arange(num_images)
     return np.sort(np.random.default_rng(0).permutation(num_images)[:num_drawn])
 
 
-def _from_rank_0(value: T) -> T:
+def _broadcast_from_rank_0(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
-def _features(images: ImageSet, extractor: FeatureExtractor, indices: NDArray[np.int64]) -> Tensor:
+def _block_features(
+    images: ImageSet, extractor: FeatureExtractor, indices: NDArray[np.int64]
+) -> Tensor:
     """Features of some images, (BLOCK, d), followed by rows of zeros."""
     features = torch.zeros(BLOCK, extractor.num_features)
     for start in range(0, len(indices), _ROWS):

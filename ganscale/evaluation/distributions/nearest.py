@@ -1,4 +1,8 @@
-"""The reference images nearest to given ones, by features and by pixels: copies are seen."""
+"""The reference images nearest to given ones, by features and by pixels, which shows copies.
+
+A distance alone does not say whether an image is a copy, so the typical distance of a reference
+image to the nearest other one is measured with it. The reference is read once, block by block.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from ganscale.metrics.extractors import FeatureExtractor, as_rgb
 
 __all__ = ["Nearest", "features_of", "nearest_in_features", "nearest_in_pixels", "probe_indices"]
 
+# Pixels of a block of 32x32 RGB images are 12 MiB in float32.
 _BLOCK = 1000
 _GROUP = 50
 _NUM_PROBES = 256
@@ -34,6 +39,7 @@ class Nearest:
 
 def probe_indices(num_reference: int) -> Indices:
     """The reference images, at most 256, whose own distances say what is typical."""
+    # A fixed seed: what is typical of a reference does not depend on the samples it is compared to.
     return np.sort(np.random.default_rng(0).permutation(num_reference)[:_NUM_PROBES])
 
 
@@ -44,7 +50,7 @@ def features_of(images: Tensor, extractor: FeatureExtractor) -> Tensor:
 
 
 def nearest_in_features(samples: Tensor, reference: Tensor, k: int) -> Nearest:
-    """By features (n, d) and (m, d). Raises `DataError` if m is not above k."""
+    """The k nearest by features (n, d) and (m, d). Raises `DataError` if m is not above k."""
     return _nearest(samples, len(reference), k, lambda rows: reference[torch.from_numpy(rows)])
 
 
@@ -55,7 +61,7 @@ def nearest_in_pixels(
     *,
     progress: Callable[[int], None] = lambda num_images: None,
 ) -> Nearest:
-    """By pixels of uint8 (n, C, H, W): root mean square differences, 0 to 255.
+    """The k nearest by root mean square differences of pixels, 0 to 255, of uint8 (n, C, H, W).
 
     Raises `DataError` if the reference has images of another shape, or not more than k.
     """
@@ -73,7 +79,7 @@ def nearest_in_pixels(
 
 
 def _scaled(images: Tensor) -> Tensor:
-    """(n, C H W), whose Euclidean distances are root mean square differences of pixels."""
+    """Pixels (n, C H W), scaled so that Euclidean distances are root mean square differences."""
     return images.flatten(1).float().div(images[0].numel() ** 0.5)
 
 
@@ -89,9 +95,13 @@ def _nearest(
     own = torch.from_numpy(probes)
     for start in range(0, num_reference, _BLOCK):
         rows = np.arange(start, min(start + _BLOCK, num_reference))
+        # By differences and not by products, whose rounding could hide that a distance is 0: an
+        # exact copy is what this is for.
         to_rows = torch.cdist(queries, read(rows), compute_mode="donot_use_mm_for_euclid_dist")
         inside = (own >= start) & (own < start + _BLOCK)
-        to_rows[len(samples) :][inside, own[inside] - start] = torch.inf  # itself
+        # The probes are reference images; none is its own nearest neighbour.
+        to_rows[len(samples) :][inside, own[inside] - start] = torch.inf
+        # The best k so far compete with this block, so memory does not grow with the reference.
         candidates = torch.cat([distances, to_rows], 1)
         numbers = torch.cat([indices, torch.from_numpy(rows).expand(len(queries), -1)], 1)
         distances, places = candidates.topk(k, largest=False)

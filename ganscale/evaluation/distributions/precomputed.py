@@ -38,7 +38,7 @@ class PrecomputedStatistics:
 
     path: Path
     name: str
-    """What the images are, for people: "CIFAR-10's training images"."""
+    """A readable name of the images, such as "CIFAR-10's training images"."""
     extractor_digest: str
     content_digest: str
     count: int
@@ -66,6 +66,8 @@ class PrecomputedStatistics:
         features differ between kinds of machines, and halves the file.
         """
         d = len(moments.mean)
+        # 2048 features have a covariance of 32 MiB in float64; its upper triangle takes 8 MiB in
+        # float32.
         upper = moments.covariance[tuple(torch.triu_indices(d, d))].float()
         header = {
             "name": self.name,
@@ -82,6 +84,7 @@ class PrecomputedStatistics:
         mean = tensors["mean"]
         covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
         rows, columns = torch.triu_indices(len(mean), len(mean))
+        # The covariance is symmetric, and half of it is stored.
         covariance[rows, columns] = covariance[columns, rows] = tensors["covariance_upper"].double()
         return Moments(self.count, mean, covariance * (self.count - 1))
 
@@ -89,7 +92,11 @@ class PrecomputedStatistics:
 def precomputed_candidates(
     images: ImageSet, extractor: FeatureExtractor
 ) -> Iterator[PrecomputedStatistics]:
-    """Statistics that are of these images if their content turns out to be the same."""
+    """Included statistics whose extractor, number and shape of images fit.
+
+    They are of these images if their content digest is, too.
+    """
+    # Number and shape are compared first, since the digest of the content reads every image.
     folder = Path(str(resources.files("ganscale.evaluation.distributions") / "statistics"))
     for path in sorted(folder.glob("*.safetensors")):
         known = PrecomputedStatistics.load(path)
@@ -115,6 +122,7 @@ def content_digest(
     if an image cannot be read.
     """
 
+    # Hashes are gathered as bytes, 32 an image, so that ranks need not exchange pixels.
     def hashes(indices: NDArray[np.int64]) -> Tensor:
         block = np.zeros((BLOCK, 32), dtype=np.uint8)
         if len(indices):
@@ -126,6 +134,7 @@ def content_digest(
     for where, block in map_blocks(hashes, images, world):
         parts += [row.tobytes() for row in block.numpy()]
         progress(len(where))
+    # Sorted, so that folders and shards of one set agree whatever their order.
     digests = [hashlib.sha256(b"".join(sorted(parts))).hexdigest()]
     dist.broadcast_object_list(digests, src=0)
     return digests[0]

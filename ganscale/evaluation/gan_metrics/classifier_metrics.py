@@ -1,10 +1,15 @@
-"""Metrics for which classifiers are trained on generated images, as part of an evaluation."""
+"""Metrics for which classifiers are trained on generated images, as part of an evaluation.
+
+They take minutes to hours, so `ganscale evaluate` computes them only when they are named. One
+process computes them, whatever the number of ranks.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -22,6 +27,7 @@ from ganscale.metrics.intervals import Estimate
 __all__ = ["CLASSIFIER_METRICS", "with_classifier_metrics"]
 
 CLASSIFIER_METRICS = ("c2st", "cas")
+# Twice the median p-value over seeds is reported: one split by chance decides nothing.
 _NUM_SEEDS = 5
 
 
@@ -45,39 +51,66 @@ def with_classifier_metrics(
         ConfigError: no `test`, or images without labels, for `cas`; an unknown name.
         DataError: images are too few or of different shapes.
     """
+    # Before anything is trained, which may take hours.
     unknown = [name for name in names if name not in CLASSIFIER_METRICS]
     if unknown:
         raise ConfigError(
             f"metric {unknown[0]!r}: expected some of {', '.join(CLASSIFIER_METRICS)}"
         )
-    where = torch.device(device)
     metrics: dict[str, Estimate] = dict(evaluation.metrics)
     details, seconds = dict(evaluation.details), dict(evaluation.seconds)
     for name in names:
         began = time.perf_counter()
         if name == "c2st":
-            recipe = SHORT_TEST if where.type == "cpu" else LONG_TEST
-            progress = start_task("two-sample test", _NUM_SEEDS * recipe.num_passes)
-            report = network_two_sample(
-                reference,
-                samples,
-                seeds=range(_NUM_SEEDS),
-                recipe=recipe,
-                device=where,
-                progress=progress,
+            values, details[name] = _two_sample_test(
+                samples, reference, torch.device(device), start_task
             )
-            metrics["c2st"], details["c2st"] = report.accuracy, report.to_json()
         else:
-            if test is None:
-                raise ConfigError("cas needs real images that nothing was trained on: give --test")
-            recipe = SHORT_SCORE if where.type == "cpu" else LONG_SCORE
-            progress = start_task("classification accuracy score", 2 * recipe.num_passes)
-            score = classification_accuracy_score(
-                samples, reference, test, recipe=recipe, device=where, progress=progress
+            values, details[name] = _accuracy_score(
+                samples, reference, test, torch.device(device), start_task
             )
-            metrics["cas"] = score.gan_train.accuracy
-            metrics["gan_test"] = score.gan_test.accuracy
-            metrics["cas_of_real"] = score.real.accuracy
-            details["cas"] = score.to_json()
+        metrics |= values
         seconds[name] = time.perf_counter() - began
     return replace(evaluation, metrics=metrics, details=details, seconds=seconds)
+
+
+def _two_sample_test(
+    samples: ImageSet, reference: ImageSet, device: torch.device, start_task: StartTask
+) -> tuple[dict[str, Estimate], dict[str, Any]]:
+    """The column of `c2st` and its details."""
+    recipe = SHORT_TEST if device.type == "cpu" else LONG_TEST
+    progress = start_task("two-sample test", _NUM_SEEDS * recipe.num_passes)
+    report = network_two_sample(
+        reference,
+        samples,
+        seeds=range(_NUM_SEEDS),
+        recipe=recipe,
+        device=device,
+        progress=progress,
+    )
+    return {"c2st": report.accuracy}, report.to_json()
+
+
+def _accuracy_score(
+    samples: ImageSet,
+    reference: ImageSet,
+    test: ImageSet | None,
+    device: torch.device,
+    start_task: StartTask,
+) -> tuple[dict[str, Estimate], dict[str, Any]]:
+    """The columns of `cas` and its details."""
+    if test is None:
+        raise ConfigError("cas needs real images that nothing was trained on: give --test")
+    recipe = SHORT_SCORE if device.type == "cpu" else LONG_SCORE
+    progress = start_task("classification accuracy score", 2 * recipe.num_passes)
+    score = classification_accuracy_score(
+        samples, reference, test, recipe=recipe, device=device, progress=progress
+    )
+    # The accuracy with real images is reported beside both, since by itself neither says what is
+    # lost.
+    columns = {
+        "cas": score.gan_train.accuracy,
+        "gan_test": score.gan_test.accuracy,
+        "cas_of_real": score.real.accuracy,
+    }
+    return columns, score.to_json()

@@ -1,13 +1,14 @@
-"""The averaged generator of a run and its discriminator as a judge of images, for tournaments.
+"""The averaged generator of a run and its discriminator, from one checkpoint, for tournaments.
 
-Both come from one checkpoint. A judge is in evaluation mode, and sees batches of a fixed number of
-images of one origin, as in training: batch norm uses its running statistics, and a minibatch
-standard deviation is always that of equally many images.
+A discriminator scores images in evaluation mode, in batches of a fixed number of images of one
+origin, as in training: batch norm uses its running statistics, and a minibatch standard deviation
+is always that of equally many images. Batch statistics were tried instead: they order snapshots
+more clearly, but make logits depend on the images beside (benchmarks/EVALUATION.md).
 
 The meaning of a logit depends on the objective: with a cross-entropy it is a log probability ratio,
-a Wasserstein critic has no zero, and a relativistic one is defined up to a constant. So each judge
-has a threshold: the median of equally many logits of real images and of samples of its own run's
-generator. At this threshold it errs on both equally often.
+a Wasserstein critic has no zero, and a relativistic one is defined up to a constant. So each
+discriminator has a threshold: the median of equally many logits of real images and of samples of
+its own run's generator. At this threshold it errs on both equally often.
 """
 
 from __future__ import annotations
@@ -33,38 +34,40 @@ from ganscale.generation.sampler import SampleableGenerator
 from ganscale.models import build_discriminator, build_generator
 from ganscale.run_directory import RunDirectory
 
-__all__ = ["GanPair", "Judge", "judge_all", "load_gan_pairs", "threshold"]
+__all__ = ["GanPair", "ScoringDiscriminator", "score_images", "load_gan_pairs", "threshold"]
 
+# Images of a batch; a minibatch standard deviation depends on it.
 _ROWS = 64
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class Judge:
-    """A discriminator in evaluation mode; what looks more real has the higher logit."""
+class ScoringDiscriminator:
+    """A discriminator in evaluation mode; images that look more real have higher logits."""
 
     model: nn.Module
     num_classes: int = 0
 
     @torch.no_grad()
     def logits(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        """One logit an image, fp64 (N,), on the CPU.
+        """One logit for each image, fp64 (N,), on the CPU.
 
-        A judge that was trained with classes gives images without labels the best of their logits
-        over all classes, whatever the images are.
+        A conditional discriminator gives an image without a label the highest of its logits over
+        all classes.
 
         Args:
-            images: uint8, (N, C, H, W), on the judge's device.
+            images: uint8, (N, C, H, W), on the discriminator's device.
             labels: int64 (N,); None where they are not known.
         """
         scaled = images.float() / 127.5 - 1
         if labels is not None or not self.num_classes:
             return self._logits(scaled, labels)
+        # Real and generated images get the same treatment. Any one label would be wrong for most
+        # images of both, and their logits would say little.
         first = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        return torch.stack([self._logits(scaled, first + c) for c in range(self.num_classes)]).amax(
-            0
-        )
+        by_class = [self._logits(scaled, first + c) for c in range(self.num_classes)]
+        return torch.stack(by_class).amax(0)
 
     def _logits(self, scaled: Tensor, labels: Tensor | None) -> Tensor:
         logits: Tensor = self.model(scaled, labels)
@@ -78,7 +81,7 @@ class GanPair:
     name: str
     nimg: int
     generator: SampleableGenerator
-    judge: Judge
+    discriminator: ScoringDiscriminator
     identity: str
     """A digest of the checkpoint, which is different for different weights."""
     spec: dict[str, Any]
@@ -100,15 +103,19 @@ def load_gan_pairs(texts: Sequence[str], *, device: str = "cpu") -> list[GanPair
     pairs = [_load(text, device) for text in texts]
     names = Counter(pair.name for pair in pairs)
     return [
-        replace(c, name=f"{RunReference.parse(text).path}@{c.nimg / 1000:g}")
-        if names[c.name] > 1
-        else c
-        for text, c in zip(texts, pairs, strict=True)
+        replace(pair, name=f"{RunReference.parse(text).path}@{pair.nimg / 1000:g}")
+        if names[pair.name] > 1
+        else pair
+        for text, pair in zip(texts, pairs, strict=True)
     ]
 
 
 def threshold(real_logits: Floats, fake_logits: Floats) -> float:
-    """Where a judge errs equally often on real images and on fakes, given as many of both, (n,)."""
+    """The logit at which a discriminator errs equally often on real images and on fakes.
+
+    Both are (n,), of equally many images.
+    """
+    # As many real logits lie below the median of all as fake logits lie above it.
     return float(np.median(np.concatenate([real_logits, fake_logits])))
 
 
@@ -118,8 +125,11 @@ def _load(text: str, device: str) -> GanPair:
     run_dir = RunDirectory(root)
     if not run_dir.config.is_file():
         raise CheckpointError(f"{text} is not a run: it has no {run_dir.config.name}")
-    place = {"storage": str(root.parent), "name": root.name}
-    config = load_config(run_dir.config).with_changes(place)
+    # A run's folder may have been moved or copied since, so the place in its configuration is not
+    # used; checkpoints in another store are read from there.
+    config = load_config(run_dir.config).with_changes(
+        {"storage": str(root.parent), "name": root.name}
+    )
     store = CheckpointStore(config.checkpoints)
     files = store.newest(up_to=None if kimg is None else _due_by(kimg, config))
     if files is None:
@@ -128,38 +138,41 @@ def _load(text: str, device: str) -> GanPair:
             f"no checkpoint of {text} that verifies in {store.location}; it has "
             + (f"some at {there} kimg" if there else "none")
         )
+    # Runs of some methods have no discriminator in their state, and a changed model other tensors.
     try:
         return _gan_pair(root.name, files, device)
     except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{store.where(files.name)} holds no generator and discriminator of its configuration: "
-            f"{reason}"
+            f"{store.where(files.name)} does not hold the generator and discriminator of its "
+            f"configuration: {reason}"
         ) from None
 
 
-def judge_all(
-    judges: Sequence[Judge],
+def score_images(
+    discriminators: Sequence[ScoringDiscriminator],
     images: ImageSet,
     *,
     use_labels: bool,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Floats:
-    """Every judge's logits of every image, (J, N).
+    """Every discriminator's logits of every image, (D, N).
 
-    The last batch is filled up with the first images. `progress` is called with the number of
-    images done.
+    Images are read once for all discriminators. `progress` is called with the number of images
+    done.
     """
-    device = next(judges[0].model.parameters()).device
+    device = next(discriminators[0].model.parameters()).device
     labels = torch.from_numpy(images.labels) if use_labels and images.labels is not None else None
-    logits = np.empty((len(judges), len(images)))
+    logits = np.empty((len(discriminators), len(images)))
     for start in range(0, len(images), _ROWS):
+        # The last batch is filled up with the first images, so that minibatch statistics are of
+        # equally many images throughout.
         rows = np.arange(start, start + _ROWS) % len(images)
         batch = images.read(rows).to(device)
         batch_labels = None if labels is None else labels[rows].to(device)
         count = min(_ROWS, len(images) - start)
-        for judge, row in zip(judges, logits, strict=True):
-            row[start : start + count] = judge.logits(batch, batch_labels)[:count].numpy()
+        for discriminator, row in zip(discriminators, logits, strict=True):
+            row[start : start + count] = discriminator.logits(batch, batch_labels)[:count].numpy()
         progress(count)
     return logits
 
@@ -180,7 +193,7 @@ def _gan_pair(run: str, files: SavedFiles, device: str) -> GanPair:
             spec=spec,
             info={"nimg": nimg, "classes": _classes(files.meta["config"]["data"]["shards"])},
         ),
-        judge=Judge(discriminator, num_classes=spec["num_classes"]),
+        discriminator=ScoringDiscriminator(discriminator, num_classes=spec["num_classes"]),
         identity=files.meta["tensors_sha256"],
         spec=spec,
     )
@@ -188,6 +201,7 @@ def _gan_pair(run: str, files: SavedFiles, device: str) -> GanPair:
 
 def _classes(shards: str) -> list[str]:
     """Names of the classes of the set that a run was trained on; none if the set is gone."""
+    # Without names the tournament takes images to have no labels, and still works.
     try:
         return list(ShardSet.load(shards).classes)
     except DataError:
@@ -195,6 +209,8 @@ def _classes(shards: str) -> list[str]:
 
 
 def _due_by(kimg: float, config: Config) -> int:
-    """The position of the first step that reaches `kimg`: what is due there is written then."""
+    """The position of the first step that reaches `kimg`."""
+    # Positions are multiples of the batch size, so a checkpoint that is due at `kimg` is written by
+    # the step that passes it.
     batch_size = config.training.batch_size
     return math.ceil(1000 * kimg / batch_size) * batch_size

@@ -1,8 +1,8 @@
-"""How reliably a recipe trains: the same run with other seeds, summed up from the runs' files.
+"""How reliably a recipe trains: the same run with other seeds, summarised from the runs' files.
 
 A run counts as collapsed when an alarm of the guard is part of its history (one that a rollback
 undid is not), or when the last sample grid has less than a quarter of the best one's diversity. So
-the share tells of runs that went wrong for a while as well as of those that ended badly.
+the share includes runs that went wrong for a while as well as those that ended badly.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import numpy as np
 
 from ganscale.config import load_config
 from ganscale.errors import CheckpointError, ConfigError
-from ganscale.metrics.intervals import Estimate, of_repeats, of_successes
+from ganscale.metrics.intervals import Estimate, t_interval, wilson_interval
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.history import History
 
 __all__ = [
-    "_LOST_DIVERSITY",
     "RunSummary",
     "Spread",
     "StabilityReport",
@@ -29,8 +28,9 @@ __all__ = [
     "summarise_run",
 ]
 
+# The guard's fraction, which is repeated here because evaluation does not import training.
 _LOST_DIVERSITY = 0.25
-"""Part of a run's best diversity; a run that ends below it has collapsed."""
+"""Fraction of a run's best diversity; a run that ends below it has collapsed."""
 
 _DIVERSITY = "metrics/diversity"
 _SPEED = "time/images_per_second"
@@ -64,7 +64,7 @@ class Spread:
     low: float
     high: float
     mean: Estimate
-    """With Student's t interval over the runs."""
+    """The mean with Student's t interval over the runs."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class StabilityReport:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """For people: a line for each run, then the share and the spread."""
+        """Lines for a terminal: one for each run, then the share and the spread."""
         width = max(len(run.name) for run in self.runs)
         heading = f"{'run':{width}}  seed      kimg     img/s  {self.metric}"
         lines = [heading, *(_line(run, width) for run in self.runs)]
@@ -114,10 +114,13 @@ def summarise_run(root: Path, metric: str) -> RunSummary:
         name=run_dir.name,
         seed=config.seed,
         nimg=max((row["nimg"] for row in history.rows), default=0),
+        # An end before the configured length is that of a run that was made longer since.
         finished=max(ends, default=0) >= config.total_nimg,
         collapses=_collapses(history),
+        # The event that begins an attempt carries the number of rollbacks so far.
         rollbacks=max((event.get("num_rollbacks", 0) for event in history.events), default=0),
         value=values[-1][1] if values else None,
+        # The median, since the rows after a start or a pause of the machine are slow.
         images_per_second=float(np.median([v for _, v in speeds])) if speeds else None,
     )
 
@@ -129,17 +132,20 @@ def summarise(runs: Sequence[RunSummary], metric: str) -> StabilityReport:
     """
     if not runs:
         raise ConfigError("a stability report needs at least one run")
-    collapsed = of_successes(sum(bool(run.collapses) for run in runs), len(runs))
+    # Wilson's interval says how little five seeds without a collapse prove: up to 43 % may
+    # collapse.
+    collapsed = wilson_interval(sum(bool(run.collapses) for run in runs), len(runs))
     values = [run.value for run in runs if run.value is not None]
     return StabilityReport(metric, tuple(runs), collapsed, _spread(values) if values else None)
 
 
 def _spread(values: Sequence[float]) -> Spread:
     low, lower, median, upper, high = np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist()
-    return Spread(median, lower, upper, low, high, of_repeats(values))
+    return Spread(median, lower, upper, low, high, t_interval(values))
 
 
 def _collapses(history: History) -> tuple[str, ...]:
+    # A dictionary keeps each kind once, in the order of the first alarms.
     reasons = dict.fromkeys(e["kind"] for e in history.events if e["event"] == "alarm")
     diversities = [value for _, value in history.series(_DIVERSITY)]
     if diversities and diversities[-1] < _LOST_DIVERSITY * max(diversities):

@@ -1,6 +1,8 @@
-"""A tournament among runs: each discriminator judges the samples of each generator.
+"""A tournament among runs: each discriminator scores the samples of each generator.
 
-The real images and samples by which thresholds are set differ from those that are judged.
+`ganscale.metrics.gam` says what is made of the logits. Each run contributes 2 n samples and the
+reference 2 n images: thresholds are calibrated on one half of each, and the other half is scored,
+so that no discriminator is compared by images that its threshold was fitted to.
 """
 
 from __future__ import annotations
@@ -12,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from ganscale.errors import ConfigError
-from ganscale.evaluation.gan_metrics.gan_pairs import GanPair, judge_all, threshold
+from ganscale.evaluation.gan_metrics.gan_pairs import GanPair, score_images, threshold
 from ganscale.evaluation.image_sets import GeneratedImages, ImageSet
 from ganscale.evaluation.image_views import Subset, halves, with_classes_of
 from ganscale.metrics.gam import Scores, score
 
-__all__ = ["Tournament", "hold_tournament", "num_judged"]
+__all__ = ["Tournament", "run_tournament", "num_scored"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Tournament:
         }
 
 
-def hold_tournament(
+def run_tournament(
     pairs: Sequence[GanPair],
     reference: ImageSet,
     *,
@@ -50,38 +52,42 @@ def hold_tournament(
     seed: int = 0,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Tournament:
-    """Let each discriminator judge each generator's samples, and rate all by the results.
+    """Score each generator's samples by each discriminator, and rate all runs by the logits.
 
-    Labels are used if all GANs know the same number of classes and the reference has labels;
-    else a discriminator with classes gives every image its highest logit over all classes.
+    Labels are used if all GANs have the same classes and the reference has labels; else a
+    conditional discriminator gives every image its highest logit over all classes.
 
     Args:
         pairs: two or more GANs with different names.
-        reference: real images that no GAN was trained on, since a discriminator knows those.
-        num_images: of each GAN and of the reference, and as many again to calibrate on;
-            half of the reference where it has fewer than twice as many.
-        seed: decides samples and which real images are used.
-        progress: called with the number of images judged since; `num_judged` in all.
+        reference: real images that no GAN was trained on, since a discriminator recognises those.
+        num_images: of each GAN and of the reference, and as many again to calibrate on; at most
+            half of the reference.
+        seed: decides the samples and which real images are used.
+        progress: called with the number of images scored since the last call; `num_scored` in all.
 
     Raises `ConfigError` for GANs that cannot be compared.
     """
     _check(pairs, reference)
     num_images = min(num_images, len(reference) // 2)
+    # Whether labels are used holds for all discriminators alike: the logits of some with labels and
+    # of others without would not measure the same.
     use_labels, reference = _with_known_labels(pairs, reference)
+    # Equally many of each origin: with other numbers the thresholds and the errors would depend on
+    # how many images a run happens to have.
     chosen = np.random.default_rng(seed).permutation(len(reference))[: 2 * num_images]
     calibration, test = halves(Subset(reference, chosen))
     drawn = [halves(_samples(pair, 2 * num_images, seed)) for pair in pairs]
 
-    judges = [pair.judge for pair in pairs]
-    seen = judge_all(judges, calibration, use_labels=use_labels, progress=progress)
+    discriminators = [pair.discriminator for pair in pairs]
+    real = score_images(discriminators, calibration, use_labels=use_labels, progress=progress)
     own = [
-        judge_all([judge], fakes, use_labels=use_labels, progress=progress)[0]
-        for judge, (fakes, _) in zip(judges, drawn, strict=True)
+        score_images([discriminator], fakes, use_labels=use_labels, progress=progress)[0]
+        for discriminator, (fakes, _) in zip(discriminators, drawn, strict=True)
     ]
-    thresholds = np.array([threshold(*both) for both in zip(seen, own, strict=True)])
+    thresholds = np.array([threshold(*both) for both in zip(real, own, strict=True)])
     logits = [
-        judge_all(judges, images, use_labels=use_labels, progress=progress)
-        for images in (*(judged for _, judged in drawn), test)
+        score_images(discriminators, images, use_labels=use_labels, progress=progress)
+        for images in (*(scored for _, scored in drawn), test)
     ]
     names = [pair.name for pair in pairs]
     return Tournament(
@@ -93,26 +99,21 @@ def hold_tournament(
     )
 
 
-def num_judged(num_pairs: int, num_images: int, reference: ImageSet) -> int:
-    """How many images `hold_tournament` looks at."""
+def num_scored(num_pairs: int, num_images: int, reference: ImageSet) -> int:
+    """The number of images that `run_tournament` reports to its progress in all."""
     return 2 * (num_pairs + 1) * min(num_images, len(reference) // 2)
 
 
 def _samples(pair: GanPair, num_images: int, seed: int) -> ImageSet:
-    return GeneratedImages(
-        pair.generator,
-        num_images,
-        seed * num_images,
-        pair.name,
-        pair.identity,
-    )
+    # The ranges of seeds of tournaments of one size do not overlap, so they share no sample.
+    return GeneratedImages(pair.generator, num_images, seed * num_images, pair.name, pair.identity)
 
 
 def _with_known_labels(pairs: Sequence[GanPair], reference: ImageSet) -> tuple[bool, ImageSet]:
-    """Whether judges are given labels, and the reference with labels as the judges count them.
+    """Whether discriminators are given labels, and the reference with labels in their numbering.
 
-    They are if all GANs have the same classes and the reference has labels; what it calls
-    its classes must then be known to them (`DataError`).
+    They are if all GANs have the same classes and the reference has labels. Raises `DataError` if
+    the reference then has a class that the GANs lack.
     """
     known = {tuple(pair.generator.classes) for pair in pairs}
     if len(known) > 1 or not (classes := known.pop()) or reference.labels is None:
@@ -124,8 +125,9 @@ def _check(pairs: Sequence[GanPair], reference: ImageSet) -> None:
     names = [pair.name for pair in pairs]
     if len(names) < 2:
         raise ConfigError(f"a tournament needs two runs or more, got {len(names)}")
+    # Tables and positions are by name.
     if len(set(names)) < len(names):
-        raise ConfigError(f"the same GAN twice: {', '.join(names)}")
+        raise ConfigError(f"a tournament has the same GAN twice: {', '.join(names)}")
     if len(reference) < 2:
         raise ConfigError(f"too few test images: {reference.description}")
     for pair in pairs:

@@ -1,14 +1,15 @@
-"""A small image classifier trained by a fixed recipe: the judge of the classifier-based scores.
+"""A small image classifier trained by a fixed recipe, on which the classifier-based scores rest.
 
 A residual network with the activation before the convolution (He et al. 2016, arXiv 1603.05027) for
-images of any shape from 8x8. Its batch norm uses running statistics when it predicts, so a verdict
-never depends on the images beside it; statistics of a test batch would let fake images betray each
-other. (Group norm, which has none, reached 41 % where batch norm reached 61 % in equal training.)
+images of any shape from 8x8. Its batch norm uses running statistics when it predicts, so a
+prediction never depends on the images beside it; with statistics of a test batch, fake images would
+betray each other. (Group norm, which has none, reached 41 % where batch norm reached 61 % in equal
+training.)
 
 The recipe is SGD with Nesterov momentum, a linear warm-up and a cosine to 0, for a fixed number of
-images passed, so sets of different sizes get equal training. A seed decides the weights, the order
-and the augmentation: on the CPU, with the same number of threads, the same seed gives the same
-network bit for bit.
+images passed, so that sets of different sizes get equal training. A seed decides the weights, the
+order and the augmentation: on the CPU, with the same number of threads, the same seed gives the
+same network bit for bit.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ __all__ = [
 
 Labels = NDArray[np.int64]
 Progress = Callable[[int], object]
-"""Told how many more images have passed in training; `num_passes` of the recipe in all."""
+"""Called with the number of images trained on since the last call; `num_passes` in all."""
 
 _SMALLEST = 8
 _FULL_WIDTH_RESOLUTION = 32
@@ -51,10 +52,10 @@ class ClassifierRecipe:
     """How a classifier is trained."""
 
     num_passes: int
-    """Images passed through the network in training, repeats counted."""
+    """Images passed through the network in training, with repeats."""
     crop_and_flip: bool
-    """Whether each image is shifted by up to an eighth of its size, zeros coming in, and half of
-    them mirrored. For classes of things; not for a test that may look at borders."""
+    """Whether each image is shifted by up to an eighth of its size, padded with zeros, and half of
+    them are mirrored. Right for classes of objects, wrong for a test that may look at borders."""
     width: int = 32
     """Channels of the first stage; each further one has twice as many, at most four times."""
     blocks_per_stage: int = 1
@@ -78,6 +79,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.norm1(x).relu()
+        # As in the paper: a shortcut that changes the shape starts after the activation, the
+        # identity before it.
         shortcut: Tensor = self.shortcut(x if isinstance(self.shortcut, nn.Identity) else h)
         h = self.conv2(self.norm2(self.conv1(h)).relu())
         return h + shortcut
@@ -94,6 +97,8 @@ class Classifier(nn.Module):
         super().__init__()
         doublings = math.log2(min(shape[1:]) / _FULL_WIDTH_RESOLUTION)
         widths = [width * min(2**stage, 4) for stage in range(3 + max(0, math.floor(doublings)))]
+        # The first convolution halves the image: starting at full size was slower and no more
+        # accurate (benchmarks/EVALUATION.md).
         layers: list[nn.Module] = [nn.Conv2d(shape[0], width, 3, 2, 1)]
         channels = width
         for stage, out_channels in enumerate(widths):
@@ -119,16 +124,16 @@ def train_classifier(
     device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> Classifier:
-    """Train a fresh network to tell the classes of images apart; all are held on the device.
+    """Train a new network to tell the classes of images apart; all are held on the device.
 
     Args:
         images: the training set, any sizes from 8x8.
         labels: (N,) classes from 0 to num_classes - 1, one for each image.
         num_classes: how many there are, at least 2.
-        recipe: how.
+        recipe: how the network is trained.
         seed: of weights, order and augmentation.
-        device: where; the CPU unless given.
-        progress: told how many images have passed.
+        device: the device to train on; the CPU by default.
+        progress: called with the number of images trained on since the last call.
 
     Raises:
         DataError: for images that are too few or too small, or fewer than 2 classes.
@@ -137,23 +142,26 @@ def train_classifier(
     assert not len(labels) or 0 <= labels.min() <= labels.max() < num_classes
     _check(images, num_classes)
     device = device or torch.device("cpu")
-    model = _fresh(images.shape, num_classes, recipe, seed).to(device)
+    model = _new_model(images.shape, num_classes, recipe, seed).to(device)
     pixels = torch.cat(list(_batches_of(images))).to(device)
     targets = torch.from_numpy(labels).to(device)
+    # On the CPU, so that a GPU sees the same order and augmentation. uint8 pixels stay on the
+    # device: these sets are small, and no step waits for a transfer.
     draws = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(
         model.parameters(), recipe.lr, _MOMENTUM, nesterov=True, weight_decay=recipe.weight_decay
     )
     batch_size = min(recipe.batch_size, len(images))
+    # Passes and not epochs: a small set is seen more often, as often in all as a large one.
     num_steps = math.ceil(recipe.num_passes / batch_size)
     for step, batch in enumerate(_order(len(images), batch_size, num_steps, draws)):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * _schedule(step, num_steps)
         chosen = batch.to(device)
-        seen = pixels[chosen]
+        batch_pixels = pixels[chosen]
         if recipe.crop_and_flip:
-            seen = _crop_and_flip(seen, draws)
-        loss = F.cross_entropy(model(_network_input(seen)), targets[chosen])
+            batch_pixels = _crop_and_flip(batch_pixels, draws)
+        loss = F.cross_entropy(model(_network_input(batch_pixels)), targets[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -164,7 +172,7 @@ def train_classifier(
 
 @torch.no_grad()
 def predict(model: Classifier, images: ImageSet) -> Labels:
-    """(N,) the class that the network holds most likely for each image."""
+    """(N,) the most likely class of each image according to the network."""
     device = model.head.weight.device
     predicted = [
         model(_network_input(part.to(device))).argmax(1).cpu() for part in _batches_of(images)
@@ -185,9 +193,10 @@ def _check(images: ImageSet, num_classes: int) -> None:
         )
 
 
-def _fresh(
+def _new_model(
     shape: tuple[int, int, int], num_classes: int, recipe: ClassifierRecipe, seed: int
 ) -> Classifier:
+    # The modules initialise themselves from the global generator, whose state is the caller's.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Classifier(shape, num_classes, width=recipe.width, blocks=recipe.blocks_per_stage)
@@ -203,7 +212,9 @@ def _batches_of(images: ImageSet) -> Iterator[Tensor]:
 def _order(
     num_images: int, batch_size: int, num_steps: int, draws: torch.Generator
 ) -> Iterator[Tensor]:
-    """Batches of a new permutation in each epoch, which follow on without a gap."""
+    """Batches of a new permutation in each epoch; a batch may span two epochs."""
+    # Dropping the rest of an epoch would leave some images out of a small set for good, and a
+    # smaller last batch would give batch norm other statistics.
     waiting = torch.empty(0, dtype=torch.int64)
     for _ in range(num_steps):
         if len(waiting) < batch_size:
@@ -213,13 +224,15 @@ def _order(
 
 
 def _schedule(step: int, num_steps: int) -> float:
-    """Linear to 1, cosine to 0."""
+    """The factor of the learning rate: a linear warm-up times a cosine to 0."""
+    # step + 1, since a first step with rate 0 would be wasted.
     risen = (step + 1) / max(1, _WARM_UP * num_steps)
     return min(1.0, risen) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 
 def _crop_and_flip(images: Tensor, draws: torch.Generator) -> Tensor:
-    """Shift each image by whole pixels, zeros coming in, and mirror half of them."""
+    """Shift each image by whole pixels, padding with zeros, and mirror half of them."""
+    # One gather for the batch: each image has its own rows and columns of indices.
     number, _, height, width = images.shape
     margins = (height // 8, width // 8)
     padded = F.pad(images, (margins[1], margins[1], margins[0], margins[0]))

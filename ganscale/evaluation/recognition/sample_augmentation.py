@@ -18,7 +18,7 @@ from ganscale.errors import DataError
 from ganscale.evaluation.image_sets import ImageSet, required_labels
 from ganscale.evaluation.image_views import Concatenated, Subset, with_classes_of
 from ganscale.evaluation.recognition.classifier import ClassifierRecipe, predict, train_classifier
-from ganscale.metrics.intervals import Estimate, of_repeats
+from ganscale.metrics.intervals import Estimate, t_interval
 
 __all__ = [
     "AugmentResult",
@@ -38,9 +38,9 @@ class AugmentResult:
     real: Estimate
     """Trained on real images alone."""
     both: Estimate
-    """Trained on them and the generated ones, for as many passes."""
+    """Trained on real and generated images, for as many passes."""
     gain: Estimate
-    """`both` less `real`, seed by seed."""
+    """`both` less `real`, for each seed: the same real images, so their difference varies less."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as they are written to files."""
@@ -48,7 +48,7 @@ class AugmentResult:
 
 
 def same_of_each_class(images: ImageSet, num_images: int, *, seed: int) -> Subset:
-    """Some labelled images, as many of each class or one more; chosen by the seed.
+    """Some labelled images, chosen by the seed, of which each class has equally many or one more.
 
     Raises `ConfigError` without labels, `DataError` if a class has too few.
     """
@@ -61,7 +61,8 @@ def same_of_each_class(images: ImageSet, num_images: int, *, seed: int) -> Subse
         members = np.flatnonzero(labels == number)
         if len(members) < wanted:
             raise DataError(
-                f"{images.description} have {len(members)} of class {number}, not {wanted}"
+                f"{images.description} have {len(members)} images of class {number}, {wanted} are "
+                "needed"
             )
         chosen.append(random.permutation(members)[:wanted])
     return Subset(images, np.sort(np.concatenate(chosen)).astype(np.int64))
@@ -80,9 +81,10 @@ def augment_with_samples(
 ) -> AugmentResult:
     """Train with `num_real` real images, and with those and all samples, for each seed.
 
-    A seed chooses the real images, the weights, the order. `progress` is told how many images have
-    passed; twice `recipe.num_passes` for each seed. Classes are matched by name. Raises
-    `ConfigError` where images have no labels, `DataError` for other shapes or classes.
+    A seed chooses the real images, the weights and the order. `progress` is called with the number
+    of images trained on since the last call; twice `recipe.num_passes` for each seed. Classes are
+    matched by name. Raises `ConfigError` where images have no labels, `DataError` for other shapes
+    or classes.
     """
     for images in (samples, test):
         if images.shape != train.shape:
@@ -98,7 +100,11 @@ def augment_with_samples(
     num_classes = len(train.classes)
     accuracies: dict[str, list[float]] = {"real": [], "both": []}
     for seed in seeds:
+        # Balanced: with 500 images of ten classes a random draw may leave some class with half as
+        # many as another, which would add noise to the gain.
         real = same_of_each_class(train, num_real, seed=seed)
+        # Both trainings have equally many passes: generated images take the place of repetitions of
+        # the few real ones, and a gain does not come from longer training.
         for name, images in (("real", real), ("both", Concatenated(real, samples))):
             network = train_classifier(
                 images,
@@ -114,7 +120,7 @@ def augment_with_samples(
     return AugmentResult(
         num_real,
         len(samples),
-        of_repeats(accuracies["real"]),
-        of_repeats(accuracies["both"]),
-        of_repeats(gains),
+        t_interval(accuracies["real"]),
+        t_interval(accuracies["both"]),
+        t_interval(gains),
     )

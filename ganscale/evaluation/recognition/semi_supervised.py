@@ -49,6 +49,7 @@ def snapshot_accuracy(
     for start in range(0, len(images), _ROWS):
         numbers = np.arange(start, min(start + _ROWS, len(images)))
         pixels = images.read(numbers).to(device).float() / 127.5 - 1
+        # Without `classes` the network returns its logit of being real.
         predicted = classifier(pixels, classes=True).argmax(1).cpu().numpy()
         hits += int((predicted == labels[numbers]).sum())
     return hits / len(images)

@@ -17,36 +17,43 @@ from torch import Tensor
 
 from ganscale.config import MetricName, load_config
 from ganscale.errors import ConfigError
-from ganscale.evaluation.distributions.evaluate import Workload, evaluate
+from ganscale.evaluation.distributions.evaluate import StartTask, Workload, evaluate
 from ganscale.evaluation.distributions.features import FeatureCache
 from ganscale.evaluation.image_sets import GeneratedImages, ImageSet
 from ganscale.evaluation.reconstruction.reconstruct import (
-    By,
+    ReconstructionMethod,
     Reconstructor,
     reconstruct,
     similarity,
 )
 from ganscale.evaluation.run_references import containing_run
 from ganscale.generation.degradations import Degradation
-from ganscale.generation.inversion import Search
+from ganscale.generation.inversion import InversionSettings
 from ganscale.generation.snapshot import snapshot_file
 from ganscale.metrics.extractors import EfficientNetLite0, FeatureExtractor
-from ganscale.metrics.intervals import Estimate, of_repeats
+from ganscale.metrics.intervals import Estimate, t_interval
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.history import History
 from ganscale.world import World
 
-__all__ = ["Cost", "Entry", "Judges", "Restored", "cost_of", "enter", "quality", "restored"]
-
-StartTask = Callable[[str, int | None], Callable[[int], None]]
+__all__ = [
+    "TrainingCost",
+    "ComparedRun",
+    "EvaluationNetworks",
+    "TaskResult",
+    "training_cost",
+    "load_run",
+    "sample_metrics",
+    "reconstruct_with_all",
+]
 
 _MEMORY = ("gpu/peak_memory_gib", "workers/0/memory_gib")
-"""On a GPU, and of the process where there is none: in order of preference."""
+"""Columns of peak memory in order of preference: of the GPU, else of the process."""
 
 
 @dataclass(frozen=True)
-class Judges:
-    """The networks that images are compared by, and the process group."""
+class EvaluationNetworks:
+    """The networks that measure images, and the process group."""
 
     extractor: FeatureExtractor
     network: EfficientNetLite0
@@ -55,15 +62,15 @@ class Judges:
 
 
 @dataclass(frozen=True)
-class Entry:
+class ComparedRun:
     """One run at the position of a snapshot."""
 
     name: str
     snapshot: Path
     run_dir: RunDirectory
     method: str
-    ways: Mapping[By, Reconstructor]
-    """The ways of reconstruction that the run has: by its encoder, by inversion."""
+    reconstructors: Mapping[ReconstructionMethod, Reconstructor]
+    """By inversion, and by its encoder if the run has one."""
 
     @property
     def nimg(self) -> int:
@@ -76,7 +83,7 @@ class Entry:
         networks = [self._any.generator.model, self._any.encoder]
         return sum(p.numel() for n in networks if n is not None for p in n.parameters())
 
-    def to_json(self, cost: Cost, metrics: Mapping[str, Estimate]) -> dict[str, Any]:
+    def to_json(self, cost: TrainingCost, metrics: Mapping[str, Estimate]) -> dict[str, Any]:
         """Plain values, with the costs and the metrics of its samples."""
         return {
             "name": self.name,
@@ -90,11 +97,12 @@ class Entry:
 
     @property
     def _any(self) -> Reconstructor:
-        return next(iter(self.ways.values()))
+        # All reconstructors share generator and encoder.
+        return next(iter(self.reconstructors.values()))
 
 
 @dataclass(frozen=True)
-class Cost:
+class TrainingCost:
     """Time, speed and memory of the training, from the run's rows of metrics."""
 
     seconds: float
@@ -106,11 +114,12 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Restored:
-    """The reconstructions of one method of one run, or the trivial ones, and their quality."""
+class TaskResult:
+    """The reconstructions of one method of one run, or the trivial ones, and their similarity."""
 
     name: str
-    figures: Mapping[str, Estimate]
+    similarities: Mapping[str, Estimate]
+    """Means over the images, by measure."""
     seconds_per_image: float | None
     images: Tensor
     """uint8 (n, C, H, W)."""
@@ -119,12 +128,12 @@ class Restored:
         """Plain values, without the images."""
         return {
             "name": self.name,
-            "figures": {name: asdict(value) for name, value in self.figures.items()},
+            "figures": {name: asdict(value) for name, value in self.similarities.items()},
             "seconds_per_image": self.seconds_per_image,
         }
 
 
-def enter(text: str, search: Search, *, device: str = "cpu") -> Entry:
+def load_run(text: str, search: InversionSettings, *, device: str = "cpu") -> ComparedRun:
     """Load a run's newest snapshot, or a snapshot in a run, which is then named RUN@KIMG.
 
     Raises `ConfigError` if it is no part of a run, `CheckpointError` if it has no snapshot.
@@ -134,19 +143,27 @@ def enter(text: str, search: Search, *, device: str = "cpu") -> Entry:
     if run_dir is None:
         raise ConfigError(f"{text} is not part of a run: expected its folder, or a snapshot in it")
     by_default = Reconstructor.load(snapshot, search=search, device=device)
-    names: tuple[By, ...] = ("encoder", "inversion") if by_default.encoder else ("inversion",)
-    ways = {by: Reconstructor(by_default.generator, by_default.encoder, by, search) for by in names}
+    # Both methods share one generator, which is loaded once.
+    names: tuple[ReconstructionMethod, ...] = (
+        ("encoder", "inversion") if by_default.encoder else ("inversion",)
+    )
+    reconstructors = {
+        by: Reconstructor(by_default.generator, by_default.encoder, by, search) for by in names
+    }
     method = load_config(run_dir.config).method.name
     kimg = by_default.generator.info["nimg"] / 1000
     name = run_dir.name if Path(text).expanduser().is_dir() else f"{run_dir.name}@{kimg:g}"
-    return Entry(name, snapshot, run_dir, method, ways)
+    return ComparedRun(name, snapshot, run_dir, method, reconstructors)
 
 
-def cost_of(entry: Entry) -> Cost:
+def training_cost(run: ComparedRun) -> TrainingCost:
     """The cost of training the run as far as its snapshot."""
-    history = History.read(entry.run_dir)
-    rows = [row for row in history.rows if row["nimg"] <= entry.nimg]
+    history = History.read(run.run_dir)
+    # The run may have been trained on since the snapshot.
+    rows = [row for row in history.rows if row["nimg"] <= run.nimg]
     speeds = [(row["nimg"], row.get("time/images_per_second")) for row in rows]
+    # Images over speed, row by row, and not the difference of clocks: a run that waited for a
+    # machine was not trained meanwhile.
     seconds, before = 0.0, 0
     for nimg, speed in speeds:
         if speed:
@@ -154,13 +171,13 @@ def cost_of(entry: Entry) -> Cost:
             before = nimg
     peaks = [max((row[name] for row in rows if name in row), default=None) for name in _MEMORY]
     peak = next((peak for peak in peaks if peak is not None), None)
-    return Cost(seconds, before / seconds if seconds else 0.0, peak)
+    return TrainingCost(seconds, before / seconds if seconds else 0.0, peak)
 
 
-def quality(
-    entry: Entry,
+def sample_metrics(
+    run: ComparedRun,
     reference: ImageSet,
-    judges: Judges,
+    networks: EvaluationNetworks,
     *,
     metric: MetricName,
     num_images: int,
@@ -168,58 +185,65 @@ def quality(
     start_task: StartTask,
 ) -> Mapping[str, Estimate]:
     """A metric of `num_images` samples, with seeds from 0, against the reference."""
-    samples = GeneratedImages.of_snapshot(entry.snapshot, num_images, device=judges.world.device)
+    samples = GeneratedImages.of_snapshot(run.snapshot, num_images, device=networks.world.device)
     evaluation = evaluate(
         samples,
         reference,
-        judges.extractor,
-        judges.world,
+        networks.extractor,
+        networks.world,
         metrics=[metric],
         required=True,
         cache=FeatureCache(),
         resume_samples=True,
         planned=planned,
         start_task=start_task,
-        device=judges.world.device,
+        device=networks.world.device,
     )
     assert evaluation is not None
     return evaluation.metrics
 
 
-def restored(
-    entries: Sequence[Entry],
+def reconstruct_with_all(
+    runs: Sequence[ComparedRun],
     images: ImageSet,
     degradation: Degradation,
-    judges: Judges,
+    networks: EvaluationNetworks,
     *,
     seed: int,
     start_task: StartTask,
-) -> tuple[Tensor, list[Restored]]:
-    """The original images, uint8 (n, C, H, W), and the reconstructions: first the trivial one,
-    then that of each method of each run.
+) -> tuple[Tensor, list[TaskResult]]:
+    """The original images, uint8 (n, C, H, W), and the results: first of the trivial
+    reconstruction, then of each method of each run.
 
-    All runs share one process, so that times are comparable.
+    One process computes all of them one after another, so that times are comparable.
     """
-    results: list[Restored] = []
+    results: list[TaskResult] = []
     truth = torch.empty(0)
-    for entry in entries:
-        for by, way in entry.ways.items():
-            name = f"{entry.name}, {by}"
-            progress = start_task(f"{degradation.name}: {name}", way.num_steps(len(images)))
+    for run in runs:
+        for by, reconstructor in run.reconstructors.items():
+            name = f"{run.name}, {by}"
+            progress = start_task(
+                f"{degradation.name}: {name}", reconstructor.num_steps(len(images))
+            )
+            # An inversion's time includes the forwards of its pool, which are shared by all images.
             began = time.perf_counter()
-            made = reconstruct(way, images, degradation, judges.world, seed=seed, progress=progress)
+            made = reconstruct(
+                reconstructor, images, degradation, networks.world, seed=seed, progress=progress
+            )
             seconds = (time.perf_counter() - began) / len(images)
             assert made is not None
             truth = made.truth
+            # The trivial reconstruction does not depend on the run.
             if not results:
-                results.append(_measured("trivial", made.trivial, truth, judges, None))
-            results.append(_measured(name, made.images, truth, judges, seconds))
+                results.append(_measured("trivial", made.trivial, truth, networks, None))
+            results.append(_measured(name, made.images, truth, networks, seconds))
     return truth, results
 
 
 def _measured(
-    name: str, images: Tensor, truth: Tensor, judges: Judges, seconds: float | None
-) -> Restored:
-    each = similarity(images, truth, judges.extractor, judges.network)
-    figures = {metric: of_repeats(values.tolist()) for metric, values in each.items()}
-    return Restored(name, figures, seconds, images)
+    name: str, images: Tensor, truth: Tensor, networks: EvaluationNetworks, seconds: float | None
+) -> TaskResult:
+    # Intervals are over images: the degradation and the seed are given.
+    each = similarity(images, truth, networks.extractor, networks.network)
+    similarities = {metric: t_interval(values.tolist()) for metric, values in each.items()}
+    return TaskResult(name, similarities, seconds, images)

@@ -1,6 +1,7 @@
-"""Images that were degraded, what a run makes of them, and how near that comes to the truth.
+"""Reconstructions of degraded images by a trained generator, and their similarity to the originals.
 
-All ranks share the images in whole groups, so their number changes nothing.
+All ranks share the images in whole groups of `GROUP`, which are inverted together, so the results
+are bit-identical for any number of ranks.
 """
 
 from __future__ import annotations
@@ -21,33 +22,45 @@ from ganscale.evaluation.distributions.nearest import features_of
 from ganscale.evaluation.image_sets import ImageSet, Indices
 from ganscale.evaluation.image_views import with_classes_of
 from ganscale.generation.degradations import Degradation
-from ganscale.generation.inversion import GROUP, Inverted, Search, encoded, invert
+from ganscale.generation.inversion import GROUP, InversionResult, InversionSettings, encode, invert
 from ganscale.generation.sampler import SampleableGenerator, to_uint8
 from ganscale.generation.snapshot import load_encoder, load_generator
 from ganscale.metrics.extractors import EfficientNetLite0, FeatureExtractor
 from ganscale.metrics.similarity import feature_distance, perceptual_distance, psnr, ssim
 from ganscale.world import World
 
-__all__ = ["By", "Reconstructed", "Reconstructor", "labels_for", "similarity", "reconstruct"]
+__all__ = [
+    "ReconstructionMethod",
+    "Reconstructions",
+    "Reconstructor",
+    "labels_for",
+    "similarity",
+    "reconstruct",
+]
 
-By = Literal["inversion", "encoder"]
+ReconstructionMethod = Literal["inversion", "encoder"]
 
 
 @dataclass(frozen=True)
 class Reconstructor:
-    """A trained generator and one way to find the latents of images."""
+    """A trained generator and a method to find the latents of images."""
 
     generator: SampleableGenerator
     encoder: nn.Module | None
-    """The start of an inversion, or the whole of the reconstruction."""
-    by: By = "inversion"
-    search: Search = Search()
+    """Gives an inversion its last start, or the latents themselves if `by` is "encoder"."""
+    by: ReconstructionMethod = "inversion"
+    search: InversionSettings = InversionSettings()
 
     @classmethod
     def load(
-        cls, path: Path, *, by: By | None = None, search: Search, device: str = "cpu"
+        cls,
+        path: Path,
+        *,
+        by: ReconstructionMethod | None = None,
+        search: InversionSettings,
+        device: str = "cpu",
     ) -> Reconstructor:
-        """Of a snapshot or a run; by its encoder if it has one and `by` does not say otherwise.
+        """Load a snapshot, or a run's newest one; `by` is by default its encoder if it has one.
 
         Raises `ConfigError` if an encoder is asked for where there is none, or the generator makes
         arrays of floats.
@@ -60,10 +73,11 @@ class Reconstructor:
                 f"{path} has no encoder: reconstruct by inversion, or train one for it "
                 f"(ganscale train --config encoder-cifar10 method.generator={path})"
             )
+        # An encoder takes one forward for an image, an inversion hundreds.
         return cls(generator, encoder, by or ("encoder" if encoder else "inversion"), search)
 
     def num_steps(self, num_images: int) -> int:
-        """What `progress` of `reconstruct` adds up to."""
+        """The sum of all numbers that `reconstruct` calls its progress with."""
         if self.by == "encoder":
             return num_images
         return self.search.num_steps(num_images)
@@ -74,12 +88,12 @@ class Reconstructor:
         observed: Tensor,
         labels: Tensor | None,
         progress: Callable[[int], None],
-    ) -> Inverted:
+    ) -> InversionResult:
         """Latents and images of what was observed, (n, ...)."""
         if self.by == "encoder":
             assert self.encoder is not None
             progress(len(observed))
-            return encoded(self.generator, self.encoder, degradation, observed, labels=labels)
+            return encode(self.generator, self.encoder, degradation, observed, labels=labels)
         return invert(
             self.generator,
             degradation,
@@ -92,12 +106,12 @@ class Reconstructor:
 
 
 @dataclass(frozen=True)
-class Reconstructed:
-    """What came of images, uint8 (n, C, H, W) each, on the CPU."""
+class Reconstructions:
+    """The reconstructions of images, uint8 (n, C, H, W) each, on the CPU."""
 
     truth: Tensor
     inputs: Tensor
-    """What was seen of them."""
+    """What was observed of them, filled up to images."""
     trivial: Tensor
     """The trivial reconstructions."""
     images: Tensor
@@ -113,7 +127,7 @@ def reconstruct(
     *,
     seed: int = 0,
     progress: Callable[[int], None] = lambda steps: None,
-) -> Reconstructed | None:
+) -> Reconstructions | None:
     """Degrade and reconstruct all images; the result on rank 0, None on others.
 
     Every rank calls this inside a process group. Raises `DataError` if the images are not of the
@@ -126,9 +140,12 @@ def reconstruct(
         for group in range(world.rank, -(-len(images) // GROUP), world.world_size):
             rows = np.arange(group * GROUP, min((group + 1) * GROUP, len(images)))
             tensors = _reconstruct_rows(reconstructor, images, rows, degradation, seed, progress)
+            # Results leave the GPU group by group, so its memory does not limit the number of
+            # images.
             mine.append((group, [tensor.cpu() for tensor in tensors]))
     except DataError as error:
         problem = str(error)
+    # A rank that raised alone would leave the others in the gather for ever.
     problems = [""] * world.world_size
     dist.all_gather_object(problems, problem)
     if any(problems):
@@ -137,15 +154,16 @@ def reconstruct(
     dist.gather_object(mine, gathered if world.is_main else None, dst=0)
     if not world.is_main:
         return None
+    # In the order of the images again, whichever rank had them.
     parts = [tensors for _, tensors in sorted(sum(gathered, []), key=lambda part: part[0])]
-    return Reconstructed(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    return Reconstructions(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 def labels_for(generator: SampleableGenerator, images: ImageSet, rows: Indices) -> Tensor | None:
     """Labels of some images as the generator counts its classes, matched by name.
 
-    None where images or generator have no labels: then the labels are searched with the latents.
-    Raises `DataError` for images of classes that the generator has not.
+    None where images or generator have no labels: an inversion then chooses labels with its starts.
+    Raises `DataError` for images of classes that the generator lacks.
     """
     if not generator.num_classes or images.labels is None:
         return None
@@ -162,28 +180,31 @@ def _reconstruct_rows(
     seed: int,
     progress: Callable[[int], None],
 ) -> tuple[Tensor, ...]:
-    """The fields of `Reconstructed` for some of the images."""
+    """The fields of `Reconstructions` for some of the images."""
     generator = reconstructor.generator
     device = next(generator.model.parameters()).device
     truth = images.read(rows)
     scaled = truth.to(device).float() / 127.5 - 1
+    # The noise of an image depends on its number in the set and not on its group or rank.
     observed = degradation.observe(scaled, rows.tolist(), seed=seed)
     labels = labels_for(generator, images, rows)
     labels = None if labels is None else labels.to(device)
     inverted = reconstructor(degradation, observed, labels, progress)
-    made = degradation.completed(inverted.images, observed)
+    # Pixels that are known are put back before similarity is measured, as anyone would use them.
+    completed = degradation.completed(inverted.images, observed)
     inputs, trivial = degradation.fill(observed), degradation.baseline(observed)
-    return truth, to_uint8(inputs), to_uint8(trivial), to_uint8(made), inverted.latents
+    return truth, to_uint8(inputs), to_uint8(trivial), to_uint8(completed), inverted.latents
 
 
 def similarity(
     images: Tensor, truth: Tensor, extractor: FeatureExtractor, network: EfficientNetLite0
 ) -> dict[str, Tensor]:
-    """How like the pairs of uint8 (n, C, H, W) are, each measure fp64 (n,), on the CPU.
+    """The similarity of pairs of uint8 (n, C, H, W), each measure fp64 (n,), on the CPU.
 
     The perceptual distance is of `network`'s activations, the feature distance of the
     `extractor`'s features; only gray and RGB images have them. Equal images count as 100 dB.
     """
+    # One pair of equal images would make the mean PSNR infinite.
     measures = {"psnr": psnr(images, truth).clamp(max=100.0), "ssim": ssim(images, truth)}
     if images.shape[1] in (1, 3):
         features = [features_of(part, extractor) for part in (images, truth)]
@@ -200,5 +221,5 @@ def _check_shape(images: ImageSet, generator: SampleableGenerator) -> None:
         raise DataError(
             f"{images.description} are {width}x{height} with {channels} channels, the generator's "
             f"{wanted[2]}x{wanted[1]} with {wanted[0]}: ganscale shards build --resolution "
-            f"{wanted[1]} --img-channels {wanted[0]} makes a folder of images fit"
+            f"{wanted[1]} --img-channels {wanted[0]} converts a folder of images"
         )
