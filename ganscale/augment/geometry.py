@@ -60,7 +60,8 @@ def _take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Pixels (n, C, A, B) of images (n, C, H, W) at places broadcastable to (n, A, B)."""
     places = rows * images.shape[-1] + columns
     taken: Tensor = gather_pixels(images.flatten(2), places.flatten(1))
-    return taken.unflatten(2, places.shape[1:])
+    result: Tensor = taken.unflatten(2, places.shape[1:])
+    return result
 
 
 def move_whole_pixels(images: Tensor, mirror: Tensor, quarters: Tensor, shift: Tensor) -> Tensor:

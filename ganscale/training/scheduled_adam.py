@@ -7,7 +7,6 @@ here they are tensors, and the update is written with the multi-tensor operation
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,9 +39,8 @@ class ScheduledAdam(torch.optim.Optimizer):
             }
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all parameters, or none and no moment where `found_inf` is not 0."""
-        assert closure is None
         (group,) = self.param_groups
         weights = [p for p in group["params"] if p.grad is not None]
         if not weights:
@@ -60,7 +58,7 @@ class ScheduledAdam(torch.optim.Optimizer):
         torch._foreach_mul_(means, 1 - (1 - beta1) * taken)
         torch._foreach_add_(means, torch._foreach_mul(gradients, (1 - beta1) * taken))
         torch._foreach_mul_(squares, 1 - (1 - beta2) * taken)
-        gradients = torch._foreach_mul(gradients, gradients)
+        gradients = list(torch._foreach_mul(gradients, gradients))
         torch._foreach_add_(squares, torch._foreach_mul(gradients, (1 - beta2) * taken))
 
         # All weights are updated in the same steps; before the first one that is taken, the count
@@ -69,6 +67,6 @@ class ScheduledAdam(torch.optim.Optimizer):
         roots = torch._foreach_sqrt(squares)
         torch._foreach_div_(roots, (1 - beta2**step).sqrt())
         torch._foreach_add_(roots, group["eps"])
-        changes = torch._foreach_div(means, roots)
+        changes = list(torch._foreach_div(means, roots))
         torch._foreach_mul_(changes, -group["lr"] / (1 - beta1**step) * taken)
         torch._foreach_add_(weights, changes)
