@@ -168,8 +168,8 @@ class TorchFidelity:
         self.num_features = self.features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
 
     def to(self, device: str) -> None:
-        # Few images at a time keep a core's cache warm. Channels last would be faster still, but its
-        # sums are taken in another order, and features then differ from torch-fidelity's by 1.5e-5.
+        # Few images at a time keep a core's cache warm. Channels last would be faster still, but it
+        # sums in another order, and features then differ from torch-fidelity's by up to 1.5e-5.
         self._device = device
         self._rows = 10 if torch.device(device).type == "cpu" else 50
         self._net.to(device)
