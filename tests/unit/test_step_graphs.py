@@ -25,12 +25,11 @@ NUM_STEPS = 20
 
 CASES: dict[str, dict[str, Any]] = {
     "dcgan": {},
-    "two discriminator steps, lazy R1, fp16": {
+    "two discriminator steps, lazy R1": {
         "model__name": "sngan",
         "penalty__r1": 0.1,
         "penalty__interval": 3,
         "training__discriminator_steps": 2,
-        "training__precision": "fp16",
     },
     "r3gan, schedules, ADA, LeCam": {
         "model": {"name": "r3gan", "base_channels": 16, "blocks_per_stage": 1, "num_classes": 10},
@@ -111,7 +110,7 @@ def test_replayed_steps_have_the_bits_of_launched_ones(
     monkeypatch.setattr(Again, "num_replays", 0)
     launched = trained(config, None)
     assert_equal(launched, trained(config, Again))
-    assert Again.num_replays >= 8
+    assert Again.num_replays >= 6
 
 
 def test_a_graph_reads_its_inputs_from_the_buffer_it_was_captured_with(
@@ -156,7 +155,6 @@ def test_a_step_that_cannot_be_captured_leaves_no_trace(
     """It fails in the middle of a backward, as one that is out of memory does."""
     config = make_config(
         model={"name": "r3gan", "base_channels": 16, "blocks_per_stage": 1},
-        training__precision="fp16",
     )
     tried = []
 
