@@ -103,6 +103,7 @@ class LocalBackend:
     def __init__(self, location: str | Path) -> None:
         self.root = Path(location).expanduser().absolute()
         self.location = str(self.root)
+        self._has_durable_path = False
 
     def files(self) -> list[str]:
         paths = []
@@ -127,7 +128,7 @@ class LocalBackend:
 
     def create(self, name: str, data: bytes) -> bool:
         path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._make_folder(path.parent)
         # Opening with O_EXCL decides which of several writers has the claim, on shared file systems
         # too. It is not written under a temporary name, as others are: a rename replaces what is
         # there. A writer killed right here leaves an empty claim, which readers expect.
@@ -154,7 +155,7 @@ class LocalBackend:
         # atomic. The name holds the attempt, so no other writer uses this one.
         temporary, final = self.root / f"{_TEMPORARY}{name}", self.root / name
         shutil.rmtree(temporary, ignore_errors=True)  # of an earlier try of this attempt
-        temporary.mkdir(parents=True)
+        self._make_folder(temporary)
         try:
             # The order is what makes it durable. First every file's content (in `add`), then their
             # names in the folder, and only then the rename: the other way round, a power cut could
@@ -165,7 +166,7 @@ class LocalBackend:
             if final.exists():  # of an earlier try, whose last fsync failed
                 shutil.rmtree(final)
             temporary.rename(final)
-            _fsync(self.root)
+            _fsync(self.root)  # from here on the folder survives a power cut
         except BaseException:
             # Also where the disk is full: what is left would take the space of the next try.
             shutil.rmtree(temporary, ignore_errors=True)
@@ -183,6 +184,18 @@ class LocalBackend:
     def move_folder(self, name: str, new_name: str) -> None:
         (self.root / new_name).parent.mkdir(parents=True, exist_ok=True)
         (self.root / name).rename(self.root / new_name)
+
+    def _make_folder(self, path: Path) -> None:
+        """Make a folder, and once make sure that the names of those above survive a power cut."""
+        path.mkdir(parents=True, exist_ok=True)
+        if not self._has_durable_path:
+            # Also of those that others have just made: the run's own folder is one.
+            for folder in path.parents:
+                try:
+                    _fsync(folder)
+                except PermissionError:  # nor can anybody here have made a folder in it
+                    break
+            self._has_durable_path = True
 
 
 class _LocalFolder:
@@ -302,7 +315,7 @@ class _ObjectFolder:
         try:
             for piece in pieces:
                 file.write(piece)
-            file.close()
+            file.close()  # the upload's last request: from here on the object is durable
         except BaseException:
             # Before anything else. A file object of fsspec that is not closed completes its upload
             # when it is garbage collected, and that may come after the next try has written the

@@ -133,7 +133,7 @@ def _print_results(config: Config, result: TrainResult) -> None:
 
 
 def _print_plan(config: Config) -> None:
-    from ganscale.training.plan import describe_plan
+    from ganscale.training.dry_run import describe_plan
 
     typer.echo(config.to_yaml())
     for line in describe_plan(config):

@@ -122,7 +122,7 @@ class PenaltyConfig(Section):
     """Weights of the terms that are added to the losses; 0 switches a term off."""
 
     r1: Annotated[Schedule, within(0)] = Schedule.constant(0.0)
-    """gamma / 2 times the squared gradient of D at real images."""
+    """gamma; the penalty is gamma / 2 times the squared gradient of D at real images."""
     r2: Annotated[Schedule, within(0)] = Schedule.constant(0.0)
     """The same at fake images."""
     form: Literal["gradient", "finite_difference"] = "gradient"

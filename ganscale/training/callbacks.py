@@ -13,7 +13,8 @@ __all__ = ["Callback", "Rollback"]
 class Rollback(Exception):  # noqa: N818 - not an error: the loop goes on from a checkpoint
     """Asks the loop to go on from the newest checkpoint up to `healthy_nimg`.
 
-    All ranks have to raise it at the same position. Latents are others than the first time.
+    All ranks have to raise it at the same position. Random numbers then differ
+    from those of the first attempt.
     """
 
     def __init__(self, healthy_nimg: int) -> None:

@@ -172,7 +172,7 @@ class CheckpointManager:
         """Wait for the checkpoint in flight."""
         return [] if self._writer is None else self._writer.finish()
 
-    def require_durable(self, nimg: int) -> None:
+    def raise_if_last_write_failed(self, nimg: int) -> None:
         """Raise `CheckpointError` unless the checkpoint at `nimg` has been written."""
         if self._writer is not None and self._last_nimg == nimg and self._writer.last_problem:
             raise CheckpointError(

@@ -83,7 +83,7 @@ class StepVariant:
     """Which form of the step runs; there are few, and each is one graph."""
 
     generator_turn: bool = True
-    """False in those steps of which the discriminator has more than the others."""
+    """False where the discriminator alone is updated (discriminator_steps > 1)."""
     penalties: tuple[str, ...] = ()
     """The discriminator's penalties in this step, of `PENALTIES`; lazy ones are left out."""
 

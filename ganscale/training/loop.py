@@ -38,11 +38,11 @@ from ganscale.training.build import (
 )
 from ganscale.training.callbacks import Callback, Rollback
 from ganscale.training.checkpoints import CheckpointManager, non_finite
+from ganscale.training.determinism import use_deterministic_kernels
 from ganscale.training.distribute import gather_objects
-from ganscale.training.evaluating import Evaluator
+from ganscale.training.evaluator import Evaluator
 from ganscale.training.guard import Guard
 from ganscale.training.inputs import HostInputs, InputPreparer, PackedInputs, StepVariant
-from ganscale.training.kernels import use_exact_kernels
 from ganscale.training.labelled import LabelledPool
 from ganscale.training.outputs import Outputs
 from ganscale.training.precision import Precision
@@ -85,7 +85,7 @@ def train(
     # for each process.
     if world.device == "cpu":
         torch.set_num_threads(config.launch.threads_per_worker)
-    use_exact_kernels(world.torch_device)
+    use_deterministic_kernels(world.torch_device)
     with warnings.catch_warnings(), own_stream(world.torch_device):
         # Of gradients with a dimension of size 1, whose strides mean nothing.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
@@ -341,7 +341,7 @@ class Trainer:
         """Report the end when the last checkpoint is durable."""
         self._report_checkpoints(wait=True)
         # A run ends well only if what it ends with can be loaded again.
-        self.checkpoints.require_durable(self.state.nimg)
+        self.checkpoints.raise_if_last_write_failed(self.state.nimg)
         kind = "stop" if reason else "end"
         self.outputs.event(kind, nimg=self.state.nimg, step=self.state.step, reason=reason)
         return TrainResult(self.state.nimg, reason)

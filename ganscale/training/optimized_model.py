@@ -20,14 +20,14 @@ __all__ = ["OptimizedModel"]
 
 
 class OptimizedModel:
-    """A network that learns: forward through `network`, then `backward`, then `step`.
+    """A network that learns: forward through `ddp_module`, then `backward`, then `step`.
 
-    `module` owns the weights; use it where no gradient of this network is wanted. `network` is the
-    same in its DDP wrapper, so that `backward` averages the gradients over ranks.
+    `module` owns the weights; use it where no gradient of this network is wanted. `ddp_module` is
+    the same in its DDP wrapper, so that `backward` averages the gradients over ranks.
     """
 
     module: nn.Module
-    network: DistributedDataParallel
+    ddp_module: DistributedDataParallel
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class OptimizedModel:
         lr: Schedule | None = None,
         clip_weights: float | None = None,
     ) -> None:
-        self.module, self.network = distribute(model, world)
+        self.module, self.ddp_module = distribute(model, world)
         self.config = config
         self.lr_schedule = lr or config.lr
         self.clip_weights = clip_weights
@@ -118,7 +118,7 @@ class OptimizedModel:
         """Forget a forward or backward that was begun and not ended; weights and state stay."""
         self.optimizer.zero_grad()
         # The other ranks may not have to, so without asking them.
-        self.network = wrap_in_ddp(self.module, init_sync=False)
+        self.ddp_module = wrap_in_ddp(self.module, init_sync=False)
         self.scaler.recover()
 
     def state_dict(self) -> dict[str, Any]:

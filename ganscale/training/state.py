@@ -44,7 +44,7 @@ class TrainingState:
         self.previous_nimg = 0
         """The position before the last step."""
         self.done = False
-        """Whether this is the end of the run, which callbacks are run at in any case."""
+        """Whether this is the end of the run, where every callback is run."""
         self.checkpoint_requested = False
         """Whether a checkpoint is due for other reasons than the position: the clock, a stop."""
         self.next_row: dict[str, float] = {}

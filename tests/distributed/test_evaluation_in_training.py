@@ -12,7 +12,7 @@ from ganscale.config import Config
 from ganscale.errors import ConfigError
 from ganscale.generation.snapshot import load_generator
 from ganscale.run_directory import RunDirectory
-from ganscale.training import evaluating, loop
+from ganscale.training import evaluator, loop
 from ganscale.world import World
 from tests.conftest import MakeConfig
 from tests.support.ranks import run_ranks
@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
 
 def _train(world: World, config: Config) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluating, "open_extractor", lambda name: SmallExtractor())
+        patch.setattr(evaluator, "open_extractor", lambda name: SmallExtractor())
         patch.setenv("GANSCALE_CACHE", str(config.run_dir.parent / "cache"))
         loop.train(config, world)
 

@@ -38,7 +38,7 @@ from ganscale.tracking.dashboard import (
     definition,
     workspace,
 )
-from ganscale.training import evaluating
+from ganscale.training import evaluator
 from ganscale.training.loop import train
 from ganscale.world import World, process_group
 from tests.support.ranks import free_port
@@ -229,7 +229,7 @@ def received(procedural_shards: Path, tmp_path_factory: Any) -> dict[str, Receiv
     results: dict[str, Received] = {}
     with pytest.MonkeyPatch.context() as patch, process_group(world):
         patch.setenv("GANSCALE_CACHE", str(storage / "cache"))
-        patch.setattr(evaluating, "open_extractor", lambda name: ScoringExtractor())
+        patch.setattr(evaluator, "open_extractor", lambda name: ScoringExtractor())
         for method, changes in METHODS.items():
             results[method] = Received()
             patch.setattr(wandb_sink, "_Helper", lambda *_, to=results[method], **__: to)

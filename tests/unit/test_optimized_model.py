@@ -31,7 +31,7 @@ def _model(precision: str) -> OptimizedModel:
 
 
 def _update(model: OptimizedModel, factor: float) -> torch.Tensor:
-    model.backward(model.network(torch.ones(2, 3)).sum() * factor)
+    model.backward(model.ddp_module(torch.ones(2, 3)).sum() * factor)
     lr, beta2 = (torch.tensor(value, dtype=torch.float64) for value in (0.1, 0.999))
     return model.step(Rates(lr, beta2))
 

@@ -16,7 +16,7 @@ from ganscale.training.inputs import LocalBatch, Rates
 from ganscale.training.loop import Trainer
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
-from ganscale.training.steps.adversarial_inputs import penalty_weights
+from ganscale.training.steps.adversarial_schedules import penalty_weights
 from ganscale.training.steps.gan import Gan
 from ganscale.world import World, process_group
 from tests.conftest import MakeConfig
@@ -185,7 +185,7 @@ def updated(
 ) -> tuple[OptimizedModel, torch.Tensor]:
     """A model of two weights after an update on the gradient (3, 4), and the gradient's norm."""
     model = OptimizedModel(nn.Linear(2, 1, bias=False), config, FP32, World(), **options)
-    model.backward(model.network(torch.tensor([[3.0, 4.0]])).sum())
+    model.backward(model.ddp_module(torch.tensor([[3.0, 4.0]])).sum())
     lr, beta2 = (torch.tensor(s.at(nimg), dtype=torch.float64) for s in (config.lr, config.beta2))
     return model, model.step(Rates(lr, beta2))
 

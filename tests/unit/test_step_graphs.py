@@ -14,7 +14,7 @@ import torch
 
 from ganscale.config import Config
 from ganscale.training.build import load_shards
-from ganscale.training.kernels import use_exact_kernels
+from ganscale.training.determinism import use_deterministic_kernels
 from ganscale.training.loop import Trainer
 from ganscale.training.step_graphs import Capture, StepRunner, own_stream
 from ganscale.world import World, process_group
@@ -187,7 +187,7 @@ def test_a_step_that_cannot_be_captured_leaves_no_trace(
 @pytest.mark.parametrize("case", CASES)
 def test_cuda_graphs_have_the_bits_of_launched_steps(make_config: MakeConfig, case: str) -> None:
     world = World(device="cuda:0")
-    use_exact_kernels(world.torch_device)
+    use_deterministic_kernels(world.torch_device)
     states = []
     for mode in ("off", "on"):
         config = make_config(**CASES[case], training__cuda_graphs=mode)

@@ -18,7 +18,7 @@ from ganscale.models.autoencoder import sampled
 from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
-from ganscale.training.steps.adversarial_inputs import adversarial_draws
+from ganscale.training.steps.adversarial_schedules import adversarial_draws
 from ganscale.training.steps.discriminator import DiscriminatorTrainer, Samples, orthogonal_loss
 from ganscale.training.steps.generator import generator_loss
 from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
@@ -89,7 +89,7 @@ class Bigan(TrainingMethod):
         """One update of generator and encoder, who make each other's pairs alike."""
         # A fresh posterior sample and fresh latents: the pairs of the discriminator's phase belong
         # to a graph that was not recorded.
-        real, fake = self._make_pairs(self.pairs.network, inputs, "G")
+        real, fake = self._make_pairs(self.pairs.ddp_module, inputs, "G")
         loss = generator_loss(self.discriminator, inputs, real, fake, real_learns=True)
         orthogonal = orthogonal_loss(self.pairs.module, self.config.penalty.orthogonal)
         self.pairs.backward(loss + orthogonal)

@@ -30,7 +30,7 @@ from ganscale.training.distribute import global_mean, sum_over_ranks
 from ganscale.training.inputs import LocalBatch, StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
-from ganscale.training.steps.adversarial_inputs import augmentation_named
+from ganscale.training.steps.adversarial_schedules import augmentation_named
 from ganscale.world import World
 
 __all__ = [
@@ -162,7 +162,7 @@ class DiscriminatorTrainer:
         # Update.
         grad_norm = self.model.step(inputs.rates("D"))
         # Only now, so that this step was augmented and anchored by what earlier steps have seen.
-        logits = self._follow_logits(inputs, real_logits.detach(), fake_logits.detach())
+        logits = self._update_ada_and_lecam(inputs, real_logits.detach(), fake_logits.detach())
         return {
             "loss_D": loss.detach(),
             "real_logits": logits[0],
@@ -181,7 +181,7 @@ class DiscriminatorTrainer:
         """
         # A forward through the DDP wrapper prepares its reducer for a backward that reaches these
         # weights; the generator's backward does not, so it takes the bare module.
-        network = self.model.network if learns else self.model.module
+        network = self.model.ddp_module if learns else self.model.module
 
         def logits(images: Tensor) -> Tensor:
             values: Tensor = network(self.augment(inputs, purpose, images), condition)
@@ -203,7 +203,7 @@ class DiscriminatorTrainer:
         with self.precision.autocast(), frozen(self.model.module):
             return middle_features(self.model.module, samples.images, samples.condition)
 
-    def _follow_logits(self, inputs: StepInputs, real: Tensor, fake: Tensor) -> Tensor:
+    def _update_ada_and_lecam(self, inputs: StepInputs, real: Tensor, fake: Tensor) -> Tensor:
         """Update ADA and LeCam; returns this rank's part of the mean real and fake logits, (3,)."""
         real, fake = real.float(), fake.float()
         # One tensor, so that ADA and LeCam cost a single all-reduce together.
@@ -213,7 +213,9 @@ class DiscriminatorTrainer:
         if self.ada is None and self.lecam is None:
             return local
         means = sum_over_ranks(local) / self.world_size
-        # A step that is skipped for non-finite gradients must leave no trace here either.
+        # Logits that are not finite make gradients that are not, so this step is skipped, and it
+        # must leave no trace here either. (A step that is skipped because finite logits have
+        # gradients beyond fp16 counts: what was seen of the images holds.)
         is_finite = means.isfinite().all()
         if self.lecam is not None:
             # Moving towards where they are leaves the anchors in place.

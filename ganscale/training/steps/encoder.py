@@ -20,7 +20,7 @@ from ganscale.models import build_discriminator, build_encoder
 from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
-from ganscale.training.steps.adversarial_inputs import adversarial_draws
+from ganscale.training.steps.adversarial_schedules import adversarial_draws
 from ganscale.training.steps.discriminator import (
     DiscriminatorTrainer,
     orthogonal_loss,
@@ -113,7 +113,7 @@ class InDomainEncoder(TrainingMethod):
         """One update of the encoder: likelihoods of pixels and features, adversarial loss."""
         batch = inputs.batch
         with self.precision.autocast():
-            fake_images = self.inverse.network(batch.real_images, batch.labels)
+            fake_images = self.inverse.ddp_module(batch.real_images, batch.labels)
         real, fake = real_and_fake(batch, fake_images)
         # Equation 2 of the paper weighs features against pixels by a constant. Here each has the
         # variance that maximises its likelihood, so neither has to be tuned.

@@ -13,7 +13,7 @@ from ganscale.models import build_discriminator, build_generator
 from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
-from ganscale.training.steps.adversarial_inputs import adversarial_draws
+from ganscale.training.steps.adversarial_schedules import adversarial_draws
 from ganscale.training.steps.discriminator import DiscriminatorTrainer, real_and_fake
 from ganscale.training.steps.generator import update_generator
 from ganscale.training.steps.method import PhaseUpdate, TrainingMethod

@@ -12,7 +12,7 @@ from torch import Tensor
 from ganscale.training.distribute import kth_largest
 from ganscale.training.inputs import StepInputs
 from ganscale.training.optimized_model import OptimizedModel
-from ganscale.training.steps.adversarial_inputs import uses_top_k
+from ganscale.training.steps.adversarial_schedules import uses_top_k
 from ganscale.training.steps.discriminator import (
     DiscriminatorTrainer,
     Samples,
@@ -33,7 +33,7 @@ def update_generator(
 
     # Forward.
     with discriminator.precision.autocast():
-        fake_images = generator.network(inputs.noise["G z"], batch.labels)
+        fake_images = generator.ddp_module(inputs.noise["G z"], batch.labels)
 
     # Loss.
     real, fake = real_and_fake(batch, fake_images)

@@ -19,7 +19,7 @@ from ganscale.generation.snapshot import OTHERS
 from ganscale.training.inputs import StepContext, StepInputs, StepVariant, scalar
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
-from ganscale.training.steps.adversarial_inputs import adversarial_schedules, penalty_weights
+from ganscale.training.steps.adversarial_schedules import adversarial_schedules, penalty_weights
 from ganscale.training.steps.discriminator import DiscriminatorTrainer
 from ganscale.training.watchdog import Phase
 from ganscale.world import World

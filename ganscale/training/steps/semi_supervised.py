@@ -21,7 +21,7 @@ from ganscale.training.distribute import sum_over_ranks
 from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
-from ganscale.training.steps.adversarial_inputs import adversarial_draws, augmentation_draw
+from ganscale.training.steps.adversarial_schedules import adversarial_draws, augmentation_draw
 from ganscale.training.steps.discriminator import (
     DiscriminatorTrainer,
     Samples,
@@ -110,7 +110,7 @@ class SemiSupervised(TrainingMethod):
         images = flip_and_shift(batch.labelled.images, inputs.noise["labelled augmentation"])
         with self.precision.autocast():
             # Through the wrapper, so that this forward's gradients are averaged with the others'.
-            logits = self.discriminator.model.network(images, classes=True)
+            logits = self.discriminator.model.ddp_module(images, classes=True)
         num_correct = (logits.argmax(1) == labels).float().sum()
         loss = cross_entropy(logits, labels, reduction="sum")
         return loss * batch.loss_weight, num_correct * batch.loss_weight
@@ -122,7 +122,7 @@ class SemiSupervised(TrainingMethod):
         DDP averages is that of the distance.
         """
         with self.precision.autocast():
-            fake_images = self.generator.network(inputs.noise["G z"])
+            fake_images = self.generator.ddp_module(inputs.noise["G z"])
         fake_mean = self._mean_features(inputs, "G fake", fake_images)
         with torch.no_grad():
             real_mean = self._mean_features(inputs, "G real", inputs.batch.real_images)

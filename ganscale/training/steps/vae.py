@@ -51,7 +51,7 @@ class Vae(TrainingMethod):
         """One update of encoder and generator on the negative bound, in nats per dimension."""
         batch = inputs.batch
         with self.precision.autocast():
-            encoded = self.autoencoder.network(
+            encoded = self.autoencoder.ddp_module(
                 batch.real_images, inputs.noise["posterior"], batch.labels
             )
         likelihood = reconstruction_likelihood(batch, batch.real_images, encoded.images)

@@ -21,7 +21,7 @@ from ganscale.models.autoencoder import Autoencoder, Encoded
 from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
-from ganscale.training.steps.adversarial_inputs import adversarial_draws
+from ganscale.training.steps.adversarial_schedules import adversarial_draws
 from ganscale.training.steps.discriminator import (
     DiscriminatorTrainer,
     Samples,
@@ -92,7 +92,7 @@ class VaeGan(TrainingMethod):
     def update_autoencoder(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
         """One update of encoder and generator: likelihood of features, KL, adversarial loss."""
         batch = inputs.batch
-        encoded = self._encode(self.autoencoder.network, inputs, "G")
+        encoded = self._encode(self.autoencoder.ddp_module, inputs, "G")
         assert encoded.fakes is not None
         real, fake = real_and_fake(batch, encoded.fakes)
         # Equation 7: how likely the features of the real images are under those of the

@@ -10,13 +10,13 @@ import os
 
 import torch
 
-__all__ = ["use_exact_kernels"]
+__all__ = ["use_deterministic_kernels"]
 
 # What cuBLAS asks of those who want its sums in one order; read when it first works.
 _CUBLAS_WORKSPACE = ":4096:8"
 
 
-def use_exact_kernels(device: torch.device) -> None:
+def use_deterministic_kernels(device: torch.device) -> None:
     """For the rest of this process; where an operation has no such kernel, torch says so."""
     if device.type != "cuda":
         return
