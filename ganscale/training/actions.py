@@ -20,7 +20,7 @@ from ganscale.tracking.step_times import StepTimes
 from ganscale.tracking.workers import WorkerStats, merged
 from ganscale.training.callbacks import Callback, Rollback
 from ganscale.training.checkpoints import CheckpointManager
-from ganscale.training.distribute import gather_objects, sum_over_ranks
+from ganscale.training.collectives import gather_objects, sum_over_ranks
 from ganscale.training.evaluator import Evaluator
 from ganscale.training.guard import Guard
 from ganscale.training.outputs import Outputs

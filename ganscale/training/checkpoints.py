@@ -35,7 +35,7 @@ from ganscale.data.storage import RetryPolicy
 from ganscale.errors import CheckpointError, GanscaleError
 from ganscale.json_lines import add_missing_lines
 from ganscale.run_directory import RunDirectory
-from ganscale.training.distribute import broadcast_bytes
+from ganscale.training.collectives import broadcast_bytes
 from ganscale.world import World
 
 __all__ = ["CheckpointManager", "non_finite", "retry"]

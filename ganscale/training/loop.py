@@ -38,8 +38,8 @@ from ganscale.training.build import (
 )
 from ganscale.training.callbacks import Callback, Rollback
 from ganscale.training.checkpoints import CheckpointManager, non_finite
+from ganscale.training.collectives import gather_objects
 from ganscale.training.determinism import use_deterministic_kernels
-from ganscale.training.distribute import gather_objects
 from ganscale.training.evaluator import Evaluator
 from ganscale.training.guard import Guard
 from ganscale.training.inputs import HostInputs, InputPreparer, PackedInputs, StepVariant

@@ -12,8 +12,8 @@ from torch import nn
 
 from ganscale.config import Config
 from ganscale.run_directory import RunDirectory
+from ganscale.training.batch_statistics import GlobalBatchNorm2d
 from ganscale.training.build import load_shards
-from ganscale.training.distribute import GlobalBatchNorm2d
 from ganscale.training.inputs import HostInputs
 from ganscale.training.loop import Trainer
 from ganscale.world import World

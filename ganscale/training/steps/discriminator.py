@@ -26,7 +26,7 @@ from ganscale.objectives.penalties import (
     orthogonal_penalty,
 )
 from ganscale.training.adaptive import AdaController, LecamAnchors
-from ganscale.training.distribute import global_mean, sum_over_ranks
+from ganscale.training.collectives import global_mean, sum_over_ranks
 from ganscale.training.inputs import LocalBatch, StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ganscale.training.distribute import kth_largest
+from ganscale.training.collectives import kth_largest
 from ganscale.training.inputs import StepInputs
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.steps.adversarial_schedules import uses_top_k

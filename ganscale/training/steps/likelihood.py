@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ganscale.objectives.reconstruction import gaussian_kl, gaussian_nll
-from ganscale.training.distribute import sum_over_ranks
+from ganscale.training.collectives import sum_over_ranks
 from ganscale.training.inputs import LocalBatch
 
 __all__ = ["Likelihood", "posterior_kl", "reconstruction_likelihood"]

@@ -17,7 +17,7 @@ from ganscale.config import Config, SemiSupervisedMethod
 from ganscale.generation.latents import Draw
 from ganscale.models import build_classifier, build_generator
 from ganscale.models.classifying import ClassifyingDiscriminator
-from ganscale.training.distribute import sum_over_ranks
+from ganscale.training.collectives import sum_over_ranks
 from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
