@@ -88,6 +88,8 @@ def _methods(config: Config) -> Iterator[str]:
             f"objective.name={config.objective.name} has no form in which the encoder learns too: "
             "set objective.name=nonsaturating for method.name=bigan"
         )
+    if name != "gan" and config.training.shared_fakes:
+        yield f"training.shared_fakes is for method.name=gan, not {name}: set it to false"
     if name in ("vae-gan", "encoder") and config.training.compile:
         yield f"training.compile hides the features that method.name={name} needs: set it to false"
 

@@ -211,6 +211,8 @@ class TrainingConfig(Section):
     launched kernel by kernel, with a warning; with on it ends the run."""
     discriminator_steps: int = Field(1, ge=1)
     """Discriminator updates for each update of the generator; each takes a batch."""
+    shared_fakes: bool = False
+    """Update both networks from one batch of fakes, which saves a forward of the generator."""
     ema_halflife_kimg: Annotated[Schedule, within(0)] = Schedule.constant(10.0)
     """Half-life of the averaged generator's weights; 0 follows the generator at once."""
     extra_ema_halflives_kimg: tuple[Annotated[float, Field(gt=0)], ...] = ()

@@ -36,6 +36,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "penalty": {"r1": 0.7, "r2": 0.3},
     },
     "top k": {"objective": {"top_k": 0.5}},
+    "shared fakes": {"training": {"shared_fakes": True}},
     "gradient normalisation": {"penalty": {"gradient_normalisation": True}},
     "finite differences": {"penalty": {"r1": 0.7, "r2": 0.3, "form": "finite_difference"}},
     "dragan, consistency, lecam, orthogonal": {
@@ -111,7 +112,8 @@ def _gradients(world: World) -> dict[str, dict[str, bytes]]:
     labels = (torch.arange(BATCH_SIZE) * 7 % 10).to(device)
     slots = torch.arange(world.rank, BATCH_SIZE, world.world_size)
     for name, sections in CASES.items():
-        config = Config(training={"batch_size": BATCH_SIZE}, **sections, **STILL)
+        training = {"batch_size": BATCH_SIZE, **sections.get("training", {})}
+        config = Config(**{**sections, **STILL, "training": training})
         precision = Precision.resolve("fp32", device)
         method = METHODS[config.method.name](config, _networks(config), precision, world)
         torch.manual_seed(8)  # not 7, where rounding moves a ReLU of sngan over its kink

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -132,6 +133,36 @@ def test_top_k_learns_from_the_best_half_alone() -> None:
     torch.testing.assert_close(statistics["loss_G"], loss.detach())
     for gradient, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("model", ["dcgan", "r3gan", "stylegan2-classes"])
+def test_shared_fakes_are_those_of_equal_latents_at_one_forward(model: str) -> None:
+    weights, num_forwards = [], []
+    for shared in (False, True):
+        config = configured(model, training={"shared_fakes": shared})
+        gan, batch = gan_and_batch(config)
+        forwards: list[int] = []
+        gan.generator.module.register_forward_hook(lambda *_, count=forwards: count.append(1))
+        inputs, variant = step_inputs(gan, batch)
+        assert ("G z" in inputs.noise) is not shared
+        noise = {**inputs.noise, "G z": inputs.noise["D z"]}
+        gan.step(replace(inputs, noise=noise), variant)
+        parameters = [p for m in gan.models.values() for p in m.module.parameters()]
+        weights.append([p.detach().clone() for p in parameters])
+        num_forwards.append(len(forwards))
+    assert num_forwards == [2, 1]
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+def test_with_shared_fakes_a_step_of_the_discriminator_alone_records_no_gradients() -> None:
+    training = {"shared_fakes": True, "discriminator_steps": 2}
+    gan, batch = gan_and_batch(configured(training=training))
+    inputs, variant = step_inputs(gan, batch, discriminator_steps=2)
+    assert not variant.generator_turn
+    before = [p.detach().clone() for p in gan.generator.module.parameters()]
+    gan.step(inputs, variant)
+    assert all(map(torch.equal, gan.generator.module.parameters(), before))
+    assert gan._shared_fakes is None
 
 
 def test_the_generators_update_gives_the_discriminator_no_gradients() -> None:

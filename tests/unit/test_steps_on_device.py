@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "gradient normalisation": {"penalty": {"gradient_normalisation": True}},
     "fp16": {"training": {"precision": "fp16"}},
+    "shared fakes": {"training": {"shared_fakes": True}},
     "vae": {"method": {"name": "vae"}},
     "vae-gan": {"method": {"name": "vae-gan"}},
     "bigan": {"method": {"name": "bigan"}},

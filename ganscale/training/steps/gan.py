@@ -37,6 +37,8 @@ class Gan(TrainingMethod):
         )
         self.models = {"G": self.generator, "D": self.discriminator.model}
         self.statistics = (*self.discriminator.statistics, "loss_G", "grad_norm_G")
+        # Of a step in which both networks are updated from one batch of fakes, between the two.
+        self._shared_fakes: Tensor | None = None
 
     @staticmethod
     def networks(config: Config) -> dict[str, nn.Module]:
@@ -44,7 +46,10 @@ class Gan(TrainingMethod):
         return {"generator": build_generator(spec), "discriminator": build_discriminator(spec)}
 
     def draws(self, variant: StepVariant) -> dict[str, Draw]:
-        return self.latent_draws(variant, "z") | adversarial_draws(self.config, variant)
+        latents = self.latent_draws(variant, "z")
+        if self.config.training.shared_fakes:
+            latents.pop("G z", None)
+        return latents | adversarial_draws(self.config, variant)
 
     def phases(self, variant: StepVariant) -> list[PhaseUpdate]:
         phases: list[PhaseUpdate] = [("discriminator", self.update_discriminator)]
@@ -53,15 +58,24 @@ class Gan(TrainingMethod):
         return phases
 
     def update_discriminator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
-        """One update of the discriminator on fakes of its own latents."""
+        """One update of the discriminator; the generator's comes after it."""
         batch = inputs.batch
-        # The bare module: without gradients there is nothing for DDP to average. Fakes take the
-        # labels of the real images, so a class is as frequent on both sides.
-        with self.precision.autocast(), torch.no_grad():
-            fake_images = self.generator.module(inputs.noise["D z"], batch.labels)
+        shared = variant.generator_turn and self.config.training.shared_fakes
+        # Where the generator learns from these fakes too, DDP has to see the forward. Without
+        # gradients there is nothing for it to average. Fakes take the labels of the real images, so
+        # a class is as frequent on both sides.
+        generator = self.generator.ddp_module if shared else self.generator.module
+        with self.precision.autocast(), torch.set_grad_enabled(shared):
+            fake_images = generator(inputs.noise["D z"], batch.labels)
+        self._shared_fakes = fake_images if shared else None
         real, fake = real_and_fake(batch, fake_images)
         return self.discriminator.update(inputs, variant, real, fake)
 
     def update_generator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
-        """One update of the generator on latents of its own, against the updated discriminator."""
-        return update_generator(self.generator, self.discriminator, inputs)
+        """One update of the generator against the updated discriminator.
+
+        Its fakes are those that the discriminator has just learned from if `shared_fakes` says so,
+        else of latents of its own.
+        """
+        fake_images, self._shared_fakes = self._shared_fakes, None
+        return update_generator(self.generator, self.discriminator, inputs, fake_images)

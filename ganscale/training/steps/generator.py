@@ -26,14 +26,21 @@ __all__ = ["generator_loss", "top_k_weights", "update_generator"]
 
 
 def update_generator(
-    generator: OptimizedModel, discriminator: DiscriminatorTrainer, inputs: StepInputs
+    generator: OptimizedModel,
+    discriminator: DiscriminatorTrainer,
+    inputs: StepInputs,
+    fake_images: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """One update of a generator(z, labels) on latents of its own; returns statistics, each ()."""
+    """One update of a generator(z, labels); returns statistics, each ().
+
+    `fake_images` (n, C, H, W) are of a forward through `generator.ddp_module`; None draws new ones.
+    """
     batch = inputs.batch
 
     # Forward.
-    with discriminator.precision.autocast():
-        fake_images = generator.ddp_module(inputs.noise["G z"], batch.labels)
+    if fake_images is None:
+        with discriminator.precision.autocast():
+            fake_images = generator.ddp_module(inputs.noise["G z"], batch.labels)
 
     # Loss.
     real, fake = real_and_fake(batch, fake_images)
