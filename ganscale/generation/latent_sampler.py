@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ganscale.errors import ConfigError
 from ganscale.generation.latents import seeded_labels, seeded_latents
 from ganscale.generation.pictures import as_pictures
-from ganscale.generation.sampler import FORWARD_ROWS, SampleableGenerator
+from ganscale.generation.sampler import SampleableGenerator
 from ganscale.generation.truncation import truncated_latents, truncated_styles
 
 __all__ = ["LatentSampler"]
@@ -101,9 +101,10 @@ class LatentSampler:
     def draw_styles(self, w: Tensor) -> Tensor:
         """Images of styles, (n, w_dim) or one for each layer, (n, num_layers, w_dim)."""
         images = []
-        for part in w.split(FORWARD_ROWS):
+        num_rows = self.generator.forward_rows
+        for part in w.split(num_rows):
             with ExitStack() as stack:
-                stack.enter_context(_styled(self.model, _padded(part)))
+                stack.enter_context(_styled(self.model, _padded(part, num_rows)))
                 # The hooks replace whatever the model makes of z and labels.
                 z = torch.zeros(len(part), self.generator.z_dim)
                 images.append(self._forward(self.model, z, self.classes([0] * len(part))))
@@ -123,13 +124,14 @@ class LatentSampler:
     def _forward(self, module: nn.Module, z: Tensor, classes: Tensor | None) -> Tensor:
         device = next(self.model.parameters()).device
         outputs = []
-        for start in range(0, len(z), FORWARD_ROWS):
-            rows = _padded(z[start : start + FORWARD_ROWS]).to(device)
+        num_rows = self.generator.forward_rows
+        for start in range(0, len(z), num_rows):
+            rows = _padded(z[start : start + num_rows], num_rows).to(device)
             # Ignored where classes are mixed: the hook replaces what their embedding returns.
-            labels = torch.zeros(FORWARD_ROWS, dtype=torch.int64, device=device)
+            labels = torch.zeros(num_rows, dtype=torch.int64, device=device)
             with ExitStack() as stack:
                 if classes is not None:
-                    weights = _padded(classes[start : start + FORWARD_ROWS]).to(device)
+                    weights = _padded(classes[start : start + num_rows], num_rows).to(device)
                     stack.enter_context(_mixed_classes(self.model, weights))
                 outputs.append(module(rows, labels)[: len(z) - start])
         return torch.cat(outputs)
@@ -158,8 +160,8 @@ class LatentSampler:
         return self._means[key]
 
 
-def _padded(rows: Tensor) -> Tensor:
-    return torch.cat([rows, rows.new_zeros(FORWARD_ROWS - len(rows), *rows.shape[1:])])
+def _padded(rows: Tensor, num_rows: int) -> Tensor:
+    return torch.cat([rows, rows.new_zeros(num_rows - len(rows), *rows.shape[1:])])
 
 
 @contextmanager

@@ -11,11 +11,22 @@ from torch import Tensor, nn
 from ganscale.data.values import PIXELS, ValueRange
 from ganscale.generation.latents import seeded_labels, seeded_latents
 
-__all__ = ["FORWARD_ROWS", "SampleableGenerator", "diversity", "to_uint8"]
+__all__ = ["SampleableGenerator", "diversity", "rows_per_forward", "to_uint8"]
 
-FORWARD_ROWS = 16
-"""Every forward has this many rows. Kernels choose their arithmetic by the batch size, so otherwise
-an image would depend on how many are drawn with it."""
+_CPU_ROWS = 16
+_GPU_ROWS = 512
+"""Of images up to 32x32; of larger ones as many as have as many pixels."""
+
+
+def rows_per_forward(device_type: str, resolution: int) -> int:
+    """How many images every forward has: 16 on the CPU; 512 of 32x32 and 16 of 256x256 on a GPU.
+
+    The number is fixed, and what is missing is filled up: kernels choose their arithmetic by the
+    batch size, so otherwise an image would depend on how many are drawn with it.
+    """
+    if device_type == "cpu":
+        return _CPU_ROWS
+    return max(_CPU_ROWS, _GPU_ROWS * 32**2 // max(32, resolution) ** 2)
 
 
 class SampleableGenerator:
@@ -34,6 +45,7 @@ class SampleableGenerator:
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.values = values
+        self.resolution: int = spec["resolution"]
         self.z_dim: int = spec["z_dim"]
         self.num_classes: int = spec["num_classes"]
         """0 for a generator that takes no labels."""
@@ -57,8 +69,15 @@ class SampleableGenerator:
             raise ValueError("expected at least one seed")
         z = seeded_latents(seeds, self.z_dim)
         labels = self._labels(seeds, label)
-        parts = zip(z.split(FORWARD_ROWS), labels.split(FORWARD_ROWS), strict=True)
-        return torch.cat([self._rows(*part) for part in parts])
+        rows = self.forward_rows
+        parts = zip(z.split(rows), labels.split(rows), strict=True)
+        # One copy for all: each waits for the device.
+        return torch.cat([self._rows(*part) for part in parts]).cpu()
+
+    @property
+    def forward_rows(self) -> int:
+        """The images of every forward on the device where the generator is."""
+        return rows_per_forward(next(self.model.parameters()).device.type, self.resolution)
 
     def _labels(self, seeds: list[int], label: int | None) -> Tensor:
         if label is not None and not 0 <= label < self.num_classes:
@@ -72,11 +91,11 @@ class SampleableGenerator:
     def _rows(self, z: Tensor, labels: Tensor) -> Tensor:
         device = next(self.model.parameters()).device
         # Padding rows change no other: in evaluation mode nothing looks across the batch.
-        padding = FORWARD_ROWS - len(z)
+        padding = self.forward_rows - len(z)
         z = torch.cat([z, torch.zeros(padding, self.z_dim)])
         labels = torch.cat([labels, torch.zeros(padding, dtype=torch.int64)])
-        images: Tensor = self.model(z.to(device), labels.to(device))[: FORWARD_ROWS - padding]
-        return self.values.from_network(images).cpu()
+        images: Tensor = self.model(z.to(device), labels.to(device))[: len(z) - padding]
+        return self.values.from_network(images)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -25,9 +25,10 @@ from ganscale.generation.latents import (
     uniform,
 )
 from ganscale.generation.pictures import as_pictures, cubehelix, save_grid
-from ganscale.generation.sampler import SampleableGenerator, diversity, to_uint8
+from ganscale.generation.sampler import SampleableGenerator, diversity, rows_per_forward, to_uint8
 from ganscale.generation.snapshot import save_snapshot
 from ganscale.models import build_discriminator, build_generator
+from tests.support.devices import on_each_device
 
 SPEC = DcganModel(z_dim=16, base_channels=8).model_dump()
 CPU = torch.device("cpu")
@@ -75,13 +76,20 @@ def test_a_seeds_latent_does_not_depend_on_its_neighbours() -> None:
     )
 
 
-def test_a_seeds_image_does_not_depend_on_its_batch() -> None:
+@on_each_device
+def test_a_seeds_image_does_not_depend_on_its_batch(device: str) -> None:
     torch.manual_seed(0)
-    generator = SampleableGenerator(build_generator(SPEC), spec=SPEC, info={})
+    generator = SampleableGenerator(build_generator(SPEC).to(device), spec=SPEC, info={})
     alone = generator.sample_seeds([4711])[0]
-    for others in (3, 16, 33):
+    for others in (3, 16, 33, *([511, 700] if device != "cpu" else [])):
         images = generator.sample_seeds([*range(others), 4711])
         assert torch.equal(images[-1], alone)
+
+
+def test_forwards_have_as_many_rows_as_the_device_is_for() -> None:
+    sides = (16, 32, 64, 128, 256, 1024)
+    assert [rows_per_forward("cuda", side) for side in sides] == [512, 512, 128, 32, 16, 16]
+    assert {rows_per_forward("cpu", side) for side in sides} == {16}
 
 
 def test_a_seed_decides_the_label_unless_one_is_asked_for() -> None:
