@@ -21,6 +21,20 @@ MakeConfig = Callable[..., Config]
 Verb = Callable[..., tuple[int, str, str]]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the rooms of long tests first, for each of two processes that take half of them each.
+
+    What is left for the end are unit tests, which a process that is done takes from the other.
+    """
+    rooms: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        rooms.setdefault(item.path.relative_to(Path(__file__).parent).parts[0], []).append(item)
+    first, units = rooms.pop("integration", []), rooms.pop("unit", [])
+    second = [item for room in rooms.values() for item in room]
+    middle = max(0, len(items) // 2 - len(first))
+    items[:] = [*first, *units[:middle], *second, *units[middle:]]
+
+
 @pytest.fixture(scope="session")
 def procedural_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """500 procedural images in 12 shards of 41 or 42: divides by 2, 3 and 4 workers, unevenly."""

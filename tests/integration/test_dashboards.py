@@ -88,6 +88,12 @@ def exporting_node() -> Iterator[tuple[str, int]]:
         )
         assert node.stdout is not None
         assert any("Ray runtime started" in line for line in node.stdout)
+        # A process that finds no agent of the node's within half a minute never exports anything.
+        deadline = time.time() + 180
+        while not scraped(metrics_port):
+            assert node.poll() is None
+            assert time.time() < deadline, "the node's agent answers nobody"
+            time.sleep(1)
         yield f"127.0.0.1:{port}", metrics_port
         for process in psutil.Process(node.pid).children(recursive=True):
             process.kill()

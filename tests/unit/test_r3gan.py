@@ -195,7 +195,7 @@ def test_both_players_are_their_layers_by_hand(resolution: int, num_classes: int
     torch.testing.assert_close(generator(z, labels), images)
 
     x = stages_by_hand(conv2d(images, discriminator.from_image.weight), discriminator.stages)
-    *blocks, basis, _ = discriminator.last
+    *blocks, basis = discriminator.last
     x = stages_by_hand(x, blocks)
     assert x.shape == (2, 32, 4, 4)
     features = (x * basis.weight[:, 0]).sum(dim=(2, 3))
