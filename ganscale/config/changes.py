@@ -33,11 +33,12 @@ MAY_CHANGE_ON_RESUME = (
     "data.prefetch_batches",
     "data.store_",
     "training.total_kimg",
+    "training.cuda_graphs",
 )
 """Beginnings of the names of settings that a run may be resumed with other values of.
 
-They decide where and how long a run trains, and what is observed of it. All others decide its
-weights. A run that was renamed or moved is the same run; that its shards are the same is checked by
+They decide where, how fast and how long a run trains, and what is observed of it. All others decide
+its weights. A run that was renamed or moved is the same run; that its shards are the same is checked by
 their digest.
 """
 
