@@ -13,7 +13,10 @@ from tests.conftest import MakeConfig
 from tests.support.runs import final_digest, read_rows, start_ranks, wait_all, wait_for_rows
 
 
-@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "world_size",
+    [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)],
+)
 def test_resumed_weights_are_bit_identical(make_config: MakeConfig, world_size: int) -> None:
     settings = {
         "training__total_kimg": 1.2,

@@ -39,7 +39,7 @@ def test_who_is_behind_or_silent_is_waited_for() -> None:
     assert laggards(same, silent=set()) == [0, 1]
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_stopped_rank_is_named_and_the_others_end_at_the_time_out(
     make_config: MakeConfig, stopped: int
 ) -> None:

@@ -100,7 +100,7 @@ def _until_begun(runs: list[Logged]) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("moment", ["begin", "middle", "end"])
+@pytest.mark.parametrize("moment", ["begin", pytest.param("middle", marks=pytest.mark.slow), "end"])
 def test_a_server_in_trouble_is_told_of_and_delays_nothing(online: Any, moment: str) -> None:
     """Three servers that hang, refuse and fail, at the same time."""
     faults: tuple[WandbFault, ...] = get_args(WandbFault)

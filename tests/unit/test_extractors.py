@@ -84,6 +84,7 @@ def test_without_weights_and_network_the_offline_one_is_taken() -> None:
         found.logits(features)
 
 
+@pytest.mark.slow
 def test_the_offline_one_knows_what_images_show(cifar10_shards: Path) -> None:
     images = ImagesOfShards(ShardSet.load(cifar10_shards))
     features = open_extractor("efficientnet-lite0").features(images.read(np.arange(900)))

@@ -53,7 +53,7 @@ class PseudoInverse(nn.Module):
 
 
 def linear(num_classes: int = 0) -> SampleableGenerator:
-    spec = {"z_dim": Z_DIM, "num_classes": num_classes}
+    spec = {"z_dim": Z_DIM, "num_classes": num_classes, "resolution": 8}
     return SampleableGenerator(Linear(num_classes), spec=spec, info={})
 
 

@@ -83,7 +83,7 @@ class Paints(nn.Module):
 
 
 def pair(name: str, value: float, judge: nn.Module, num_classes: int = 0) -> GanPair:
-    spec = {"z_dim": 2, "num_classes": num_classes}
+    spec = {"z_dim": 2, "num_classes": num_classes, "resolution": 8}
     info = {"classes": ["ant", "bee"][:num_classes]}
     generator = SampleableGenerator(Paints(value), spec=spec, info=info)
     return GanPair(name, 1000, generator, ScoringDiscriminator(judge, num_classes), name, {})
