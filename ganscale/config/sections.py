@@ -6,7 +6,7 @@ cannot work are in `combinations`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
 
@@ -195,6 +195,11 @@ class OptimizerConfig(Section):
     """Largest magnitude of the discriminator's weights (Wasserstein GAN: 0.01)."""
 
 
+def _on_or_off(value: Any) -> Any:
+    """YAML reads on and off as booleans."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 class TrainingConfig(Section):
     """Length of the run, batch size, precision and averaged weights."""
 
@@ -206,7 +211,7 @@ class TrainingConfig(Section):
     """auto is fp16 with gradient scaling on CUDA and fp32 on CPU."""
     compile: bool = False
     """Compile both networks with torch.compile."""
-    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    cuda_graphs: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_or_off)] = "auto"
     """Capture steps on CUDA as graphs and replay them. With auto a step that cannot be captured is
     launched kernel by kernel, with a warning; with on it ends the run."""
     discriminator_steps: int = Field(1, ge=1)

@@ -321,6 +321,13 @@ def test_the_length_is_a_whole_number_of_batches(
     assert Config().with_changes(changes).total_nimg == total_nimg
 
 
+@pytest.mark.parametrize("value", ["auto", "on", "off"])
+def test_on_and_off_are_words_in_yaml_and_on_the_command_line(value: str) -> None:
+    config = load_config("quickstart", [f"training.cuda_graphs={value}"])
+    assert config.training.cuda_graphs == value
+    assert Config(**yaml.safe_load(config.to_yaml())).training.cuda_graphs == value
+
+
 def test_there_are_at_most_96_fields() -> None:
     names = list(field_names())
     assert len(names) == len(set(names))
