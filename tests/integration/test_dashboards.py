@@ -68,6 +68,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "model.num_classes": 10,
     },
 }
+# Ray starts a node and a run for these, which takes minutes on a machine that is busy.
+pytestmark = pytest.mark.timeout(1200)
 METRICS = list(get_args(MetricName))
 NOT_ON_A_CPU = {"ray_ganscale_worker_gpu_memory_gib"}
 
@@ -145,7 +147,7 @@ def run(
         stderr=subprocess.PIPE,
         text=True,
     )
-    wanted, found, deadline = prometheus_names() - NOT_ON_A_CPU, scraped(port), time.time() + 180
+    wanted, found, deadline = prometheus_names() - NOT_ON_A_CPU, scraped(port), time.time() + 600
     while not wanted <= set(found):
         assert driver.poll() is None, driver.communicate()[1]
         assert time.time() < deadline, f"not exported: {sorted(wanted - set(found))}"

@@ -106,7 +106,7 @@ class DiscriminatorTrainer:
         """
         batch, schedules = inputs.batch, inputs.schedules
         penalties = {name: PENALTIES[name] for name in variant.penalties}
-        # Fakes are detached: whatever made them learns in its own phase, from fakes of its own.
+        # Fakes are detached: whatever made them learns in its own phase.
         # Both sides are leaves of this graph. They require a gradient only where a penalty of this
         # variant differentiates by them: otherwise every backward would go on through the first
         # layer and the augmentation for nothing.
