@@ -47,6 +47,11 @@ class RunDirectory:
         return self.root / "stacks"
 
     @property
+    def report(self) -> Path:
+        """The page of `ganscale report`."""
+        return self.root / "report.html"
+
+    @property
     def wandb_run_id(self) -> Path:
         """The id of the run in W&B, the same for all its attempts."""
         return self.root / "wandb_run_id"

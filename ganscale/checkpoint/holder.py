@@ -30,10 +30,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-import psutil
-
 from ganscale.checkpoint.storage_backends import StorageBackend
 from ganscale.periodic import PeriodicThread
+from ganscale.processes import machine_id, process_start
 
 __all__ = ["BEAT_SECONDS", "SILENT_SECONDS", "Heartbeat", "Holder", "Session"]
 
@@ -74,9 +73,9 @@ class Holder:
         return cls(
             session=secrets.token_hex(8),
             host=socket.gethostname(),
-            machine=_machine(),
+            machine=machine_id(),
             pid=pid,
-            process_start=_process_start(pid) or "",
+            process_start=process_start(pid) or "",
             since=round(time.time(), 3),
             run_dir=str(run_dir),
         )
@@ -106,8 +105,8 @@ class Holder:
             return False
         # The id alone is not enough, since the system reuses ids; with the time of the start it
         # names one process for good, and no waiting is needed.
-        if self.machine == _machine():
-            return _process_start(self.pid) == self.process_start
+        if self.machine == machine_id():
+            return process_start(self.pid) == self.process_start
         if time.time() - _time_of(seen) > SILENT_SECONDS + CLOCK_TOLERANCE_SECONDS:
             return False
         report(
@@ -172,35 +171,3 @@ def _time_of(beat: bytes) -> float:
     with suppress(ValueError, KeyError, TypeError):
         return float(json.loads(beat)["time"])
     return time.time()
-
-
-def _machine() -> str:
-    """Differs between boots, hosts and containers with process ids of their own.
-
-    A host's name would not do: containers often share names, and after a reboot all ids are new.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux
-        return socket.gethostname()
-
-
-def _process_start(pid: int) -> str | None:
-    """When a process began, in a unit that no change of the clock affects; None if it is gone.
-
-    A zombie, which only waits for its parent, is gone.
-    """
-    try:
-        # The name, in parentheses, may contain spaces; after it come state and 18 other fields.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
-    except OSError:
-        if Path("/proc/self/stat").exists():
-            return None
-    try:  # no Linux
-        process = psutil.Process(pid)
-        gone = process.status() == psutil.STATUS_ZOMBIE
-        return None if gone else f"{process.create_time():.2f}"
-    except psutil.NoSuchProcess:
-        return None

@@ -29,6 +29,7 @@ from ganscale.cli import (  # noqa: F401
     rate,
     recognise,
     reconstruct,
+    run_report,
     shards,
     sweep,
     training,

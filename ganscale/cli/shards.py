@@ -163,6 +163,32 @@ def shards_info(root: Annotated[str, typer.Argument(help="Folder or URL of the s
     _print_shards(ShardSet.load(root))
 
 
+@shards_app.command(
+    "show", epilog="Example: ganscale shards show data/cifar10-train --num 64 --out real.png"
+)
+def shards_show(
+    root: Annotated[str, typer.Argument(help="Folder or URL of the set.")],
+    num: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which images.")] = 0,
+    out: Annotated[Path, typer.Option(help="A grid as .png or .jpg.")] = Path("real.png"),
+) -> None:
+    """Draw some of a set's images as a grid, to look at beside generated ones."""
+    import numpy as np
+
+    from ganscale.data.reader import ShardImages
+    from ganscale.data.shards import ShardSet
+    from ganscale.generation.pictures import as_pictures, save_grid
+
+    shard_set = ShardSet.load(root)
+    num = min(num, shard_set.num_samples)
+    chosen = np.random.default_rng(seed).choice(shard_set.num_samples, num, replace=False)
+    images = ShardImages(shard_set).read(np.sort(chosen))
+    if images.damaged:
+        raise images.damaged[0]
+    save_grid(as_pictures(images.pixels, shard_set.values), out)
+    typer.echo(f"wrote {num} images of {root} to {out}")
+
+
 def _split_names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",")]
 

@@ -16,11 +16,12 @@ from typing import Any, Self
 from ganscale.json_lines import read_lines
 from ganscale.run_directory import RunDirectory
 
-__all__ = ["History", "effective"]
+__all__ = ["BEGINNINGS", "History", "Row", "effective"]
 
 Row = Mapping[str, Any]
 
-_BEGINNINGS = ("start", "resume", "rollback")
+BEGINNINGS = ("start", "resume", "rollback")
+"""Events that begin an attempt."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,15 @@ class History:
     @classmethod
     def read(cls, run_dir: RunDirectory) -> Self:
         """From the run's files; missing ones are empty."""
-        events = read_lines(run_dir.events)
-        starts = {e["attempt"]: e["nimg"] for e in events if e["event"] in _BEGINNINGS}
+        return cls.of(read_lines(run_dir.metrics), read_lines(run_dir.events))
+
+    @classmethod
+    def of(cls, rows: Iterable[Row], events: Iterable[Row]) -> Self:
+        """From all rows and events that the attempts have written, in the order of the files."""
+        events = list(events)
+        starts = {e["attempt"]: e["nimg"] for e in events if e["event"] in BEGINNINGS}
         placed = [event for event in events if "attempt" in event and "nimg" in event]
-        return cls(effective(read_lines(run_dir.metrics), starts), effective(placed, starts))
+        return cls(effective(rows, starts), effective(placed, starts))
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """(nimg, value) wherever the metric was logged and finite."""

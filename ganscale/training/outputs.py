@@ -16,6 +16,7 @@ from ganscale.generation.pictures import as_pictures, save_grid
 from ganscale.generation.sampler import SampleableGenerator, diversity
 from ganscale.generation.snapshot import OTHERS, save_snapshot
 from ganscale.json_lines import read_lines
+from ganscale.provenance import provenance
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.history import History
 from ganscale.tracking.logs import log_event, log_row
@@ -84,6 +85,7 @@ class Outputs:
             precision=precision,
             device=self.world.device,
             wandb=mode,
+            **provenance(self.world.device),
             **({"copied_from": copied_from} if copied_from else {}),
         )
 

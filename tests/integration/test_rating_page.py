@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,28 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from ganscale.rating.answers import read_answers
+from tests.support.browsers import chromium
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 NUM = 20
 WAIT_SECONDS = 60
-FLAGS = (
-    "headless",
-    "no-sandbox",
-    "disable-gpu",
-    "disable-quic",
-    "disable-dev-shm-usage",
-    "no-first-run",
-    "disable-background-networking",
-    "disable-component-update",
-    "disable-sync",
-    "window-size=1000,800",
-)
 
 
 @pytest.fixture
@@ -53,15 +40,8 @@ def images(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Chrome]:
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("NO BROWSER: the rating page is NOT tested (needs chromium and chromedriver)")
-    options = ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for flag in (*FLAGS, f"user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(f"--{flag}")
-    chrome = Chrome(options, ChromeService(DRIVER))
-    yield chrome
-    chrome.quit()
+    with chromium(tmp_path / "profile") as chrome:
+        yield chrome
 
 
 def command(*arguments: object) -> list[str]:

@@ -16,6 +16,7 @@ import pytest
 from ganscale.checkpoint import Attempt, CheckpointStore, Heartbeat, Holder, RunInUse, Session
 from ganscale.checkpoint import holder as module
 from ganscale.launch.held_run import HeldRun
+from ganscale.processes import process_start
 from tests.support.attempts import saved_at
 
 
@@ -76,7 +77,7 @@ def test_a_second_start_on_the_same_machine_is_refused_while_the_first_lives(
     store: CheckpointStore, here: Holder, tmp_path: Path
 ) -> None:
     with sleeping_process() as process:
-        start_of_process = module._process_start(process.pid)
+        start_of_process = process_start(process.pid)
         assert start_of_process is not None
         first = replace(here, pid=process.pid, process_start=start_of_process)
         begin(store, first)
@@ -85,10 +86,10 @@ def test_a_second_start_on_the_same_machine_is_refused_while_the_first_lives(
             start(store, tmp_path)
         assert sorted(store.backend.files()) == before
         process.kill()
-        while module._process_start(process.pid):  # until it is a zombie: nobody has waited for it
+        while process_start(process.pid):  # until it is a zombie: nobody has waited for it
             time.sleep(0.01)
         assert start(store, tmp_path).number == 2
-    assert module._process_start(process.pid) is None
+    assert process_start(process.pid) is None
 
 
 def test_another_process_with_the_same_id_is_not_the_holder(

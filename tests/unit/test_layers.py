@@ -14,12 +14,22 @@ import ganscale
 PACKAGE = Path(ganscale.__file__).parent
 
 LAYERS = (
-    ("errors", "config", "world", "run_directory", "atomic_files", "json_lines", "periodic"),
+    (
+        "errors",
+        "config",
+        "world",
+        "processes",
+        "provenance",
+        "run_directory",
+        "atomic_files",
+        "json_lines",
+        "periodic",
+    ),
     ("data", "models", "objectives", "augment", "ema", "tracking", "metrics"),
     ("generation", "checkpoint"),
     ("evaluation",),
     ("training",),
-    ("launch", "rating"),
+    ("launch", "rating", "report"),
     ("cli", "doctor", "__main__"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
@@ -157,4 +167,18 @@ def test_the_order_and_the_configuration_need_no_torch() -> None:
 
 def test_the_command_line_loads_neither_torch_nor_ray() -> None:
     code = "import ganscale.cli, sys; assert not {'torch', 'ray'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_report_reads_files_and_needs_no_code_that_trains() -> None:
+    lower = ("config", "errors", "tracking", *LAYERS[0])
+    lazy_and_eager = {
+        found.name
+        for module in MODULES
+        if part_of(module) == "report"
+        for found in imports_in(module)
+        if part_of(found.name) not in (None, "report", *lower)
+    }
+    assert not lazy_and_eager
+    code = "import ganscale.report, sys; assert not {'torch', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
