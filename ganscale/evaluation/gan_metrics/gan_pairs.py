@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ganscale.checkpoint import CheckpointStore, SavedFiles
 from ganscale.config import Config, load_config
 from ganscale.data.shards import ShardSet
+from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import CheckpointError, DataError
 from ganscale.evaluation.image_sets import ImageSet
 from ganscale.evaluation.run_references import RunReference
@@ -48,6 +49,8 @@ class ScoringDiscriminator:
 
     model: nn.Module
     num_classes: int = 0
+    values: ValueRange = PIXELS
+    """What the values of images mean."""
 
     @torch.no_grad()
     def logits(self, images: Tensor, labels: Tensor | None) -> Tensor:
@@ -57,10 +60,10 @@ class ScoringDiscriminator:
         all classes.
 
         Args:
-            images: uint8, (N, C, H, W), on the discriminator's device.
+            images: stored values, (N, C, H, W), on the discriminator's device.
             labels: int64 (N,); None where they are not known.
         """
-        scaled = images.float() / 127.5 - 1
+        scaled = self.values.to_network(images)
         if labels is not None or not self.num_classes:
             return self._logits(scaled, labels)
         # Real and generated images get the same treatment. Any one label would be wrong for most
