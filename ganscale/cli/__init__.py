@@ -18,6 +18,7 @@ import typer
 
 # Importing them adds their subcommands.
 from ganscale.cli import (  # noqa: F401
+    averages,
     bench,
     checkpoints,
     compare,

@@ -82,7 +82,7 @@ def save_snapshot(
 
 
 def load_generator(path: str | Path, *, device: str = "cpu") -> SampleableGenerator:
-    """Load a snapshot: a .safetensors file, or the newest one in a run's folder.
+    """Load a snapshot: a .safetensors file, or the newest one of a run or of one of its averages.
 
     Raises `CheckpointError` when there is none or it cannot be read.
     """
@@ -171,12 +171,15 @@ def _sha256(weights: Mapping[str, Tensor]) -> str:
 def snapshot_file(path: Path) -> Path:
     """The snapshot that a path means: the file itself, or the newest of a run's folder.
 
-    Raises `CheckpointError` when there is none.
+    The folder of one of the run's averages, such as RUN/snapshots/ema-100, means that average's
+    newest. Raises `CheckpointError` when there is none.
     """
     if path.is_file():
         return path
     # Names contain the position with leading zeros, so the last name is the newest.
     snapshots = sorted(RunDirectory(path).snapshots.glob("*.safetensors"))
+    if not snapshots and path.parent.name == RunDirectory(path).snapshots.name:
+        snapshots = sorted(path.glob("*.safetensors"))
     if not snapshots:
         raise CheckpointError(
             f"no snapshot at {path}: expected a .safetensors file or the folder of a run "

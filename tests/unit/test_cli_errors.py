@@ -36,6 +36,7 @@ VERBS = (
     ("checkpoint", "list"),
     ("checkpoint", "verify"),
     ("evaluate",),
+    ("averages",),
     ("tournament",),
     ("stability",),
     ("rate",),
