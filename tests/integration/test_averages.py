@@ -103,6 +103,16 @@ def test_a_run_with_one_average_has_nothing_to_choose_from(
     assert "training.extra_ema_halflives_kimg=[100, 1000]" in err
 
 
+def test_a_reference_of_too_few_images_is_refused_before_the_work(
+    verb: Verb, run: Config, tmp_path: Path
+) -> None:
+    code, _, err = verb("averages", run.run_dir, "--extractor", "efficientnet-lite0")
+    assert code == 1
+    assert "too few for the 1280 features of efficientnet-lite0" in err
+    assert "--metrics kid" in err
+    assert len(err.splitlines()) == 1
+
+
 def test_an_average_that_draws_one_image_only_is_reported_and_others_are_measured(
     procedural_shards: Path, tmp_path: Path
 ) -> None:

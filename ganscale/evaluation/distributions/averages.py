@@ -99,9 +99,16 @@ def compare_averages(
             progress.
 
     Raises:
-        DataError: of images that cannot be compared with the reference, or if no average has a
-            distance.
+        DataError: the reference has too few images, or of another shape; no average has a distance.
     """
+    # Before any features are extracted, which may take long.
+    if len(reference) <= extractor.num_features:
+        raise DataError(
+            f"{reference.description}: too few for the {extractor.num_features} features of "
+            f"{extractor.name}, as a Frechet distance needs more images than features: measure the "
+            "snapshots of the averages one by one, ganscale evaluate --snapshot FILE --metrics kid "
+            "from 1,000 images on, prdc with fewer"
+        )
     cache = cache or FeatureCache()
     plan = plan_reference(
         reference, extractor, world, num_rows=0, cache=cache, start_task=start_task
