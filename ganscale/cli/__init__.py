@@ -25,6 +25,7 @@ from ganscale.cli import (  # noqa: F401
     dashboard,
     evaluate,
     explore,
+    export,
     images,
     jobs,
     rate,

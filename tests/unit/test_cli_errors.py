@@ -37,6 +37,7 @@ VERBS = (
     ("checkpoint", "verify"),
     ("evaluate",),
     ("averages",),
+    ("export",),
     ("tournament",),
     ("stability",),
     ("rate",),
