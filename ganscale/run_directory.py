@@ -67,6 +67,21 @@ class RunDirectory:
         # Padded, so that the order of the names is the order of the positions.
         return folder / f"nimg-{nimg:012d}.safetensors"
 
+    def averages_at(self, nimg: int) -> dict[str, Path]:
+        """The snapshots of all averages after `nimg` real images, by name; "" is the main one.
+
+        `best`, which is a copy of the main one at an earlier position, is not among them.
+        """
+        names = ["", *sorted(path.name for path in self.snapshots.glob("ema-*"))]
+        paths = {name: self.snapshot(nimg, name) for name in names}
+        return {name: path for name, path in paths.items() if path.is_file()}
+
+    def snapshot_positions(self) -> list[int]:
+        """The positions of the main average's snapshots, in real images, ascending."""
+        return sorted(
+            int(path.stem.removeprefix("nimg-")) for path in self.snapshots.glob("nimg-*")
+        )
+
     def sample_grid(self, nimg: int) -> Path:
         """The picture drawn after `nimg` real images."""
         return self.root / "samples" / f"kimg-{nimg / 1000:09.3f}.png"

@@ -18,12 +18,14 @@ import typer
 
 # Importing them adds their subcommands.
 from ganscale.cli import (  # noqa: F401
+    averages,
     bench,
     checkpoints,
     compare,
     dashboard,
     evaluate,
     explore,
+    export,
     images,
     jobs,
     rate,

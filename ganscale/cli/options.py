@@ -19,6 +19,7 @@ __all__ = [
     "ConfigSource",
     "DegradationTask",
     "Device",
+    "Fit",
     "JsonFile",
     "Label",
     "Layout",
@@ -34,6 +35,7 @@ __all__ = [
 
 Split = Literal["train", "test"]
 Layout = Literal["auto", "top-folders", "leaf-folders", "flat", "tars"]
+Fit = Literal["crop", "pad"]
 DegradationTask = Literal["identity", "inpaint", "superres", "denoise", "deblur", "colourise"]
 RatingTask = Literal["realness", "preference"]
 

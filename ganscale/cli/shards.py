@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ganscale.cli.app import app, stderr_console
-from ganscale.cli.options import Layout, Split
+from ganscale.cli.options import Fit, Layout, Split
 from ganscale.errors import DataError
 
 if TYPE_CHECKING:
@@ -65,13 +65,23 @@ def shards_build(
     num_streams: _NumStreams = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only so many images.")] = None,
     resolution: Annotated[
-        int | None, typer.Option(min=1, help="Resize the shorter side and crop the centre.")
+        int | None, typer.Option(min=1, help="Side in pixels to which images are resized.")
     ] = None,
+    fit: Annotated[
+        Fit,
+        typer.Option(
+            help="With --resolution, of images that are not square: crop cuts out the centre, pad "
+            "adds borders of the --background."
+        ),
+    ] = "crop",
     img_channels: Annotated[
         Literal["1", "3", "4"] | None, typer.Option(help="Convert to gray, RGB or RGBA.")
     ] = None,
     background: Annotated[
-        str, typer.Option(help="Background colour when --img-channels 1 or 3 removes transparency.")
+        str,
+        typer.Option(
+            help="Colour of borders, and below what is transparent with --img-channels 1 or 3."
+        ),
     ] = "white",
     value_range: _ValueRange = None,
     class_names: _ClassNames = None,
@@ -103,6 +113,7 @@ def shards_build(
             # Choices of an option are texts.
             img_channels=None if img_channels is None else int(img_channels),
             background=background,
+            fit=fit,
             value_range=value_range,
             class_names=_split_names(class_names),
             progress=progress,

@@ -22,7 +22,7 @@ __all__ = ["PRESETS"]
 PRESETS = (
     "quickstart, dcgan-cifar10, sngan-cifar10, biggan-cifar10, stylegan2-ada-cifar10, "
     "r3gan-cifar10, r3gan-small, vae-cifar10, vae-gan-cifar10, encoder-cifar10, bigan-cifar10, "
-    "semi-supervised-cifar10, spectrograms-small"
+    "semi-supervised-cifar10, spectrograms-small, photos-64, photos-128, photos-256"
 )
 
 

@@ -15,7 +15,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from ganscale.data.images import CHANNELS, Normalised
+from ganscale.data.images import CHANNELS, Fit, Normalised
 from ganscale.errors import DataError
 
 __all__ = ["decode_npy", "encode_npy", "normalised_npy"]
@@ -41,6 +41,7 @@ def normalised_npy(
     resolution: int | None = None,
     img_channels: int | None = None,
     background: str = "white",
+    fit: Fit = "crop",
 ) -> Normalised:
     """An array of floats as an npy file of float32 to train on, and its values.
 
@@ -50,6 +51,7 @@ def normalised_npy(
             out. None leaves the size alone.
         img_channels: what the array must have; channels of arrays are not converted.
         background: of no use to arrays, which have no transparency.
+        fit: "crop"; arrays have no value that stands for nothing, so they are not padded.
 
     Raises:
         DataError: not readable, of another type or shape, or with values that are not finite.
@@ -61,6 +63,8 @@ def normalised_npy(
         raise DataError(
             f"is an array of {channels} channels; --img-channels converts images, not arrays"
         )
+    if fit == "pad":
+        raise DataError("is an array of floats; --fit pad is for images")
     if resolution is not None and (height, width) != (resolution, resolution):
         array = _fitted(array, resolution)
     # Byte for byte, if that is possible: the same input gives the same shards, whatever numpy

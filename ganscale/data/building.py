@@ -31,6 +31,7 @@ from PIL import ImageColor
 
 from ganscale.data.channel_stats import ChannelStats
 from ganscale.data.encodings import PNG, Encoding
+from ganscale.data.images import Fit
 from ganscale.data.labels import check_labels, named_classes, numbered_classes
 from ganscale.data.order import keyed_permutation
 from ganscale.data.shard_writer import MAKE_ALIKE, BuiltShard, Recipe, build_shard, read_shard
@@ -65,6 +66,7 @@ def build_shards(
     resolution: int | None = None,
     img_channels: int | None = None,
     background: str = "white",
+    fit: Fit = "crop",
     value_range: tuple[float, float] | None = None,
     class_names: Sequence[str] | None = None,
     progress: Progress = lambda num_samples: None,
@@ -79,10 +81,12 @@ def build_shards(
         num_streams: streams of the order, which bound the number of workers; default: as many as
             shards, at most 64.
         limit: use only so many images, evenly taken from the source.
-        resolution: resize the shorter side to this with anti-aliasing and cut out the centre; None
-            takes only images of one size, square and a power of two.
+        resolution: resize to this with anti-aliasing; None takes only images of one size, square
+            and a power of two.
         img_channels: 1, 3 or 4 converts; None takes only images that agree.
-        background: colour below what is transparent where that is converted to 1 or 3 channels.
+        background: colour below what is transparent where that is converted to 1 or 3 channels, and
+            of the borders that `fit` adds.
+        fit: "crop" cuts the centre out of an image that is not square, "pad" adds borders to it.
         value_range: of arrays of floats, which values become -1 and 1 to the networks; None takes
             the set's least and greatest. The shards have all values as they are.
         class_names: names in the order of labels, in place of the source's.
@@ -97,6 +101,8 @@ def build_shards(
     source = open_source(spec)
     ids = _spread(len(source), limit)
     _check_colour(background)
+    if fit == "pad" and resolution is None:
+        raise ConfigError("--fit pad adds borders to images that are resized: give --resolution")
     classes = named_classes(source.classes, class_names)
     num_shards = default_num_shards(len(ids)) if num_shards is None else num_shards
     if not 1 <= num_shards <= len(ids):
@@ -107,7 +113,7 @@ def build_shards(
     # that the order's windows, which see few shards at a time, mix them. The key has no seed: the
     # shards of a set are the same for everybody.
     dealt = [ids[i] for i in keyed_permutation(len(ids), "shards")]
-    recipe = Recipe(spec, resolution, img_channels, background, source.fingerprint)
+    recipe = Recipe(spec, resolution, img_channels, background, fit, source.fingerprint)
     if source.left_out:
         notify(f"Left out: {source.left_out}")
     out.parent.mkdir(parents=True, exist_ok=True)

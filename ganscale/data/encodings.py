@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ganscale.data.arrays import decode_npy, normalised_npy
-from ganscale.data.images import Normalised, decode, normalised_png
+from ganscale.data.images import Fit, Normalised, decode, normalised_png
 
 __all__ = ["ENCODINGS", "NPY", "PNG", "Encoding"]
 
@@ -27,6 +27,7 @@ class _Normalise(Protocol):
         resolution: int | None = None,
         img_channels: int | None = None,
         background: str = "white",
+        fit: Fit = "crop",
     ) -> Normalised: ...
 
 

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,11 +21,13 @@ from PIL import ExifTags, Image, ImageOps
 
 from ganscale.errors import DataError
 
-__all__ = ["CHANNELS", "Normalised", "decode", "normalised_png"]
+__all__ = ["CHANNELS", "Fit", "Normalised", "decode", "normalised_png"]
 
 CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 """Channels of the image modes that can be trained on, by Pillow's name."""
 _MODES = {channels: mode for mode, channels in CHANNELS.items()}
+Fit = Literal["crop", "pad"]
+"""What becomes of an image that is not square."""
 _MAX_PIXELS = 2**26
 # By the PNG specification: the colour type for a number of channels, the chunk at the end with its
 # CRC, and the greatest number of a row's filter.
@@ -68,6 +70,7 @@ def normalised_png(
     resolution: int | None = None,
     img_channels: int | None = None,
     background: str = "white",
+    fit: Fit = "crop",
 ) -> Normalised:
     """An image of any kind as a PNG to train on; one that needs no change stays byte for byte.
 
@@ -77,11 +80,14 @@ def normalised_png(
 
     Args:
         data: an image in any format that Pillow reads.
-        resolution: side in pixels; the shorter side is resized to it with anti-aliasing and the
-            centre is cut out. None leaves the size alone.
+        resolution: side in pixels, to which the image is resized with anti-aliasing. None leaves
+            the size alone.
         img_channels: 1, 3 or 4; None keeps gray, RGB and RGBA. For 1 and 3, what is transparent is
             composited on the background.
         background: a colour as Pillow names it, such as "white" or "#808080".
+        fit: what happens to an image that is not square: with "crop" its shorter side is resized
+            and the centre is cut out; with "pad" its longer side is, and what is missing has the
+            colour of the background.
 
     Raises:
         DataError: not readable, too large, or of a mode that is not told what to become; the caller
@@ -100,7 +106,11 @@ def normalised_png(
             changed = _converted(changed, img_channels, background, changes)
             if resolution is not None and changed.size != (resolution, resolution):
                 size = (resolution, resolution)
-                changed = ImageOps.fit(changed, size, method=Image.Resampling.LANCZOS)
+                method = Image.Resampling.LANCZOS
+                if fit == "pad":
+                    changed = ImageOps.pad(changed, size, method=method, color=background)
+                else:
+                    changed = ImageOps.fit(changed, size, method=method)
             pixels = np.asarray(changed)
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f"cannot be decoded: {_first_line(error)}") from None

@@ -23,7 +23,7 @@ import webdataset as wds
 from ganscale.atomic_files import replacing
 from ganscale.data.channel_stats import ChannelStats
 from ganscale.data.encodings import ENCODINGS, NPY, PNG, Encoding
-from ganscale.data.images import Normalised
+from ganscale.data.images import Fit, Normalised
 from ganscale.data.shards import SAMPLE_DTYPE, Samples, Shard
 from ganscale.data.sources import Source, SourceSpec, open_source
 from ganscale.data.tally import Tally
@@ -43,6 +43,7 @@ class Recipe:
     resolution: int | None
     img_channels: int | None
     background: str
+    fit: Fit
     fingerprint: str
     """Of the source's content."""
 
@@ -52,6 +53,7 @@ class Recipe:
             resolution=self.resolution,
             img_channels=self.img_channels,
             background=self.background,
+            fit=self.fit,
         )
 
 
@@ -172,7 +174,7 @@ class _Summary:
             if height != width or height & (height - 1):
                 raise DataError(
                     f"is {width}x{height}; expected square images, a power of two. "
-                    "To resize and crop: ganscale shards build --resolution 32"
+                    "To resize and crop: ganscale shards build --resolution 32 (or --fit pad)"
                 )
             self.shape, self.encoding = (channels, height, width), encoding
             self.example = image

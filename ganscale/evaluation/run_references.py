@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from ganscale.config import load_config
+from ganscale.config import Config, load_config
 from ganscale.errors import ConfigError
 from ganscale.run_directory import RunDirectory
 
-__all__ = ["RunReference", "containing_run", "default_reference"]
+__all__ = ["RunReference", "containing_run", "default_reference", "due_by"]
 
 
 @dataclass(frozen=True)
@@ -62,3 +63,11 @@ def default_reference(subject: str) -> str:
     if shards is None:
         raise ConfigError(f"{subject} is not part of a run that names its data: give --reference")
     return shards
+
+
+def due_by(kimg: float, config: Config) -> int:
+    """The position of the first step that reaches `kimg`, in images."""
+    # Positions are multiples of the batch size, so what is due at `kimg` is written by the step
+    # that passes it.
+    batch_size = config.training.batch_size
+    return math.ceil(1000 * kimg / batch_size) * batch_size

@@ -23,6 +23,8 @@ from ganscale.generation.truncation import truncated_latents, truncated_styles
 
 __all__ = ["LatentSampler"]
 
+Label = int | list[int] | None
+"""A class for all images, one for each of them, or those that the seeds decide."""
 _MEAN_SEEDS = 1024
 """The number of latents that the mean of w is estimated from."""
 
@@ -64,19 +66,24 @@ class LatentSampler:
             return seeded_latents(seeds, self.generator.z_dim)
         return truncated_latents(seeds, self.generator.z_dim, threshold=self.truncation_psi)
 
-    def classes(self, seeds: list[int], label: int | None = None) -> Tensor | None:
-        """Each seed's class, or `label` for all, as weights (n, num_classes); None without."""
-        if label is not None and not 0 <= label < self.num_classes:
-            known = f"0 to {self.num_classes - 1}" if self.num_classes else "no labels"
-            raise ConfigError(f"label {label}: this generator takes {known}")
-        if not self.num_classes:
-            return None
-        labels = seeded_labels(seeds, self.num_classes)
-        if label is not None:
-            labels = torch.full_like(labels, label)
+    def classes(self, seeds: list[int], label: Label = None) -> Tensor | None:
+        """Each seed's class as weights (n, num_classes); None for a generator without classes.
+
+        `label` is the class of all seeds, or of each of them in turn. Raises `ConfigError` for one
+        that the generator does not know.
+        """
+        if label is None:
+            if not self.num_classes:
+                return None
+            labels = seeded_labels(seeds, self.num_classes)
+        else:
+            labels = torch.tensor(label).expand(len(seeds))
+            for unknown in labels[(labels < 0) | (labels >= self.num_classes)].tolist():
+                known = f"0 to {self.num_classes - 1}" if self.num_classes else "no labels"
+                raise ConfigError(f"label {unknown}: this generator takes {known}")
         return F.one_hot(labels, self.num_classes).float()
 
-    def sample_seeds(self, seeds: list[int], *, label: int | None = None) -> Tensor:
+    def sample_seeds(self, seeds: list[int], *, label: Label = None) -> Tensor:
         """One image for each seed, (n, C, H, W) of the generator's values."""
         return self.draw(self.latents(seeds), self.classes(seeds, label))
 

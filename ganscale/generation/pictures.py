@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ganscale.atomic_files import replacing
@@ -20,6 +23,7 @@ __all__ = [
     "as_pictures",
     "check_format",
     "cubehelix",
+    "grid_columns",
     "lay_out",
     "save_grid",
     "write_animation",
@@ -79,11 +83,14 @@ def lay_out(images: Tensor, *, scale: int = 1, padding: int = 2) -> Tensor:
     return sheet
 
 
-def write_picture(image: Tensor, path: Path) -> None:
-    """Write uint8 (C, H, W) with 1, 3 or 4 channels as a PNG. Raises `ConfigError` for others."""
+def write_picture(image: Tensor, path: Path, *, text: Mapping[str, str] = {}) -> None:
+    """Write uint8 (C, H, W) with 1, 3 or 4 channels as a PNG. Raises `ConfigError` for others.
+
+    `text` is stored in the file by keyword, beside the pixels.
+    """
     if path.suffix != ".png":
         raise ConfigError(f"--out {path}: expected a name that ends in .png")
-    write_grid(image, path)
+    write_grid(image, path, text=text)
 
 
 def check_format(path: Path, channels: int) -> None:
@@ -95,29 +102,47 @@ def check_format(path: Path, channels: int) -> None:
         )
 
 
-def write_grid(image: Tensor, path: Path) -> None:
+def write_grid(image: Tensor, path: Path, *, text: Mapping[str, str] = {}) -> None:
     """Write uint8 (C, H, W) with 1, 3 or 4 channels, atomically.
 
-    The suffix of `path` chooses the format (`GRID_FORMATS`, PNG for another one). Raises
-    `ConfigError` for RGBA as JPEG.
+    The suffix of `path` chooses the format (`GRID_FORMATS`, PNG for another one). A PNG also holds
+    `text` by keyword; JPEG has no such fields. Raises `ConfigError` for RGBA as JPEG.
     """
     check_format(path, image.shape[0])
     image_format = GRID_FORMATS.get(path.suffix.lower(), "PNG")
-    # Pillow's defaults for JPEG halve the colour resolution, which blurs images this small.
-    options = {"quality": 95, "subsampling": 0} if image_format == "JPEG" else {}
+    options: dict[str, Any] = {}
+    if image_format == "JPEG":
+        # Pillow's defaults halve the colour resolution, which blurs images this small.
+        options = {"quality": 95, "subsampling": 0}
+    elif text:
+        options["pnginfo"] = information = PngInfo()
+        for keyword, value in text.items():
+            information.add_text(keyword, value)
     with replacing(path, fsync=False) as file:
         _pillow(image).save(file, format=image_format, **options)
 
 
-def save_grid(images: Tensor, path: Path, *, columns: int | None = None, padding: int = 1) -> None:
+def grid_columns(num_images: int) -> int:
+    """Images of a row of a grid that is nearly square."""
+    return max(1, round(math.sqrt(num_images)))
+
+
+def save_grid(
+    images: Tensor,
+    path: Path,
+    *,
+    columns: int | None = None,
+    padding: int = 1,
+    text: Mapping[str, str] = {},
+) -> None:
     """Write uint8 images (N, C, H, W) as one picture, as `write_grid` does.
 
     The grid is nearly square unless `columns` says otherwise.
     """
     from torchvision.utils import make_grid
 
-    columns = columns or max(1, round(len(images) ** 0.5))
-    write_grid(make_grid(images, nrow=columns, padding=padding), path)
+    columns = columns or grid_columns(len(images))
+    write_grid(make_grid(images, nrow=columns, padding=padding), path, text=text)
 
 
 def write_array(values: Tensor, path: Path) -> None:

@@ -2,8 +2,9 @@
 
 A snapshot is one safetensors file: the averaged generator's weights, those of its encoder if it has
 one, and as JSON metadata the model's description, the sha256 of the weights and, where images are
-arrays of floats, which values -1 and 1 stand for. Loading executes no stored code, and refuses
-weights that do not have their sha256; snapshots of earlier versions have none.
+arrays of floats, which values -1 and 1 stand for. Weights in half precision are loaded as fp32.
+Loading executes no stored code, and refuses weights that do not have their sha256; snapshots of
+earlier versions have none.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def save_snapshot(
     classes: Sequence[str] = (),
     others: Mapping[str, nn.Module] | None = None,
     values: ValueRange = PIXELS,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a generator, its description and other networks to `path`, atomically.
 
@@ -65,11 +67,14 @@ def save_snapshot(
         classes: names of the training set's classes by label.
         others: further networks, by their names in `OTHERS`.
         values: the values of the generator's images.
+        about: what people should know of it, as plain values: licence, figures, date.
     """
     info: dict[str, Any] = {"model": spec, "nimg": nimg, "version": ganscale.__version__}
     info["classes"] = list(classes)
     if (stored_values := values.to_json()) is not None:
         info["values"] = stored_values
+    if about:
+        info["about"] = dict(about)
     state = dict(model.state_dict())
     for kind, network in (others or {}).items():
         assert kind in OTHERS
@@ -82,7 +87,7 @@ def save_snapshot(
 
 
 def load_generator(path: str | Path, *, device: str = "cpu") -> SampleableGenerator:
-    """Load a snapshot: a .safetensors file, or the newest one in a run's folder.
+    """Load a snapshot: a .safetensors file, or the newest one of a run or of one of its averages.
 
     Raises `CheckpointError` when there is none or it cannot be read.
     """
@@ -171,12 +176,15 @@ def _sha256(weights: Mapping[str, Tensor]) -> str:
 def snapshot_file(path: Path) -> Path:
     """The snapshot that a path means: the file itself, or the newest of a run's folder.
 
-    Raises `CheckpointError` when there is none.
+    The folder of one of the run's averages, such as RUN/snapshots/ema-100, means that average's
+    newest. Raises `CheckpointError` when there is none.
     """
     if path.is_file():
         return path
     # Names contain the position with leading zeros, so the last name is the newest.
     snapshots = sorted(RunDirectory(path).snapshots.glob("*.safetensors"))
+    if not snapshots and path.parent.name == RunDirectory(path).snapshots.name:
+        snapshots = sorted(path.glob("*.safetensors"))
     if not snapshots:
         raise CheckpointError(
             f"no snapshot at {path}: expected a .safetensors file or the folder of a run "

@@ -151,10 +151,17 @@ def test_a_damaged_record_costs_its_shard_and_no_more(
 
 @pytest.mark.usefixtures("in_threads")
 @pytest.mark.parametrize(
-    "other", [{"num_shards": 3}, {"limit": 30}, {"resolution": 8}, {"img_channels": 1}]
+    "other",
+    [
+        {"num_shards": 3},
+        {"limit": 30},
+        {"resolution": 8},
+        {"img_channels": 1},
+        {"resolution": 8, "fit": "pad"},
+    ],
 )
 def test_what_another_build_left_is_not_used(
-    image_folder: Path, tmp_path: Path, other: dict[str, int]
+    image_folder: Path, tmp_path: Path, other: dict[str, Any]
 ) -> None:
     spec = SourceSpec("files", str(image_folder))
     out = tmp_path / "set"
@@ -450,6 +457,17 @@ def test_a_wrong_number_of_streams_is_refused_before_hours_of_building(tmp_path:
             progress=counts.append,
         )
     assert counts == []
+
+
+@pytest.mark.usefixtures("in_threads")
+def test_borders_are_for_images_that_are_resized(
+    image_folder: Path, array_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="--fit pad .* give --resolution"):
+        build_shards(SourceSpec("files", str(image_folder)), tmp_path / "set", fit="pad")
+    arrays = SourceSpec("files", str(array_folder))
+    with pytest.raises(DataError, match="array of floats; --fit pad is for images"):
+        build_shards(arrays, tmp_path / "set", resolution=8, fit="pad", num_shards=1)
 
 
 @pytest.mark.usefixtures("in_threads")

@@ -36,6 +36,8 @@ VERBS = (
     ("checkpoint", "list"),
     ("checkpoint", "verify"),
     ("evaluate",),
+    ("averages",),
+    ("export",),
     ("tournament",),
     ("stability",),
     ("rate",),

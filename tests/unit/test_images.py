@@ -370,6 +370,32 @@ def test_the_centre_is_what_remains() -> None:
     assert np.array_equal(found, pixels[:, :, 32:64])
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "box"),
+    [(40, 20, (0, 4, 16, 12)), (20, 40, (4, 0, 12, 16)), (64, 16, (0, 6, 16, 10))],
+)
+@pytest.mark.parametrize("background", ["white", "#804020"])
+def test_with_borders_nothing_is_cut_off(
+    width: int, height: int, box: tuple[int, int, int, int], background: str
+) -> None:
+    image = image_of(noise(3, height, width))
+    _, pixels = normalised_png(encoded(image), resolution=16, fit="pad", background=background)
+    left, top, right, bottom = box
+    inside = np.asarray(image.resize((right - left, bottom - top), Image.Resampling.LANCZOS))
+    assert np.array_equal(pixels[:, top:bottom, left:right].transpose(1, 2, 0), inside)
+    colour = np.array(Image.new("RGB", (1, 1), background))[0, 0]
+    outside = np.ones((16, 16), dtype=bool)
+    outside[top:bottom, left:right] = False
+    assert outside.any()
+    assert (colour == pixels[:, outside].T).all()
+
+
+def test_square_images_have_no_borders() -> None:
+    data = encoded(image_of(noise(3, 20, 20)))
+    _, padded = normalised_png(data, resolution=16, fit="pad")
+    assert np.array_equal(padded, normalised_png(data, resolution=16)[1])
+
+
 def test_shrinking_is_anti_aliased() -> None:
     board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)[None]
     _, found = normalised_png(encoded(image_of(board)), resolution=16)

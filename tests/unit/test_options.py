@@ -8,7 +8,7 @@ import pytest
 
 from ganscale.cli import options
 from ganscale.cli.options import parse_integers, parse_names
-from ganscale.data import layout
+from ganscale.data import images, layout
 from ganscale.errors import ConfigError
 from ganscale.generation.degradations import TASKS
 from ganscale.rating.questions import Task
@@ -19,6 +19,7 @@ from ganscale.rating.questions import Task
     [
         (options.Split, get_args(layout.Split)),
         (options.Layout, get_args(layout.Layout)),
+        (options.Fit, get_args(images.Fit)),
         (options.DegradationTask, TASKS),
         (options.RatingTask, get_args(Task)),
     ],

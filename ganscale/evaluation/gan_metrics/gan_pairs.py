@@ -13,7 +13,6 @@ its own run's generator. At this threshold it errs on both equally often.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,11 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ganscale.checkpoint import CheckpointStore, SavedFiles
-from ganscale.config import Config, load_config
+from ganscale.config import load_config
 from ganscale.data.shards import ShardSet
+from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import CheckpointError, DataError
 from ganscale.evaluation.image_sets import ImageSet
-from ganscale.evaluation.run_references import RunReference
+from ganscale.evaluation.run_references import RunReference, due_by
 from ganscale.generation.sampler import SampleableGenerator
 from ganscale.models import build_discriminator, build_generator
 from ganscale.run_directory import RunDirectory
@@ -48,6 +48,8 @@ class ScoringDiscriminator:
 
     model: nn.Module
     num_classes: int = 0
+    values: ValueRange = PIXELS
+    """What the values of images mean."""
 
     @torch.no_grad()
     def logits(self, images: Tensor, labels: Tensor | None) -> Tensor:
@@ -57,10 +59,10 @@ class ScoringDiscriminator:
         all classes.
 
         Args:
-            images: uint8, (N, C, H, W), on the discriminator's device.
+            images: stored values, (N, C, H, W), on the discriminator's device.
             labels: int64 (N,); None where they are not known.
         """
-        scaled = images.float() / 127.5 - 1
+        scaled = self.values.to_network(images)
         if labels is not None or not self.num_classes:
             return self._logits(scaled, labels)
         # Real and generated images get the same treatment. Any one label would be wrong for most
@@ -131,7 +133,7 @@ def _load(text: str, device: str) -> GanPair:
         {"storage": str(root.parent), "name": root.name}
     )
     store = CheckpointStore(config.checkpoints)
-    files = store.newest(up_to=None if kimg is None else _due_by(kimg, config))
+    files = store.newest(up_to=None if kimg is None else due_by(kimg, config))
     if files is None:
         there = ", ".join(f"{name.nimg / 1000:g}" for name in sorted(store.lineage()))
         raise CheckpointError(
@@ -206,11 +208,3 @@ def _classes(shards: str) -> list[str]:
         return list(ShardSet.load(shards).classes)
     except DataError:
         return []
-
-
-def _due_by(kimg: float, config: Config) -> int:
-    """The position of the first step that reaches `kimg`."""
-    # Positions are multiples of the batch size, so a checkpoint that is due at `kimg` is written by
-    # the step that passes it.
-    batch_size = config.training.batch_size
-    return math.ceil(1000 * kimg / batch_size) * batch_size

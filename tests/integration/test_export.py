@@ -1,0 +1,180 @@
+"""`ganscale export`: the file, its images, its card, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import ganscale
+from ganscale.config import Config
+from ganscale.errors import DataError
+from ganscale.generation.export import export_generator, image_difference
+from ganscale.generation.sampler import SampleableGenerator
+from ganscale.generation.snapshot import save_snapshot
+from ganscale.models import build_generator
+from ganscale.run_directory import RunDirectory
+from tests.conftest import MakeConfig, Verb
+from tests.support.small_models import SMALL_MODELS
+
+SPECS = {
+    name: Config().with_changes({"model": model}).model.model_dump()
+    for name, model in SMALL_MODELS.items()
+}
+
+
+def generator_of(name: str) -> SampleableGenerator:
+    torch.manual_seed(0)
+    spec = SPECS[name]
+    info = {"model": spec, "nimg": 5000, "classes": []}
+    return SampleableGenerator(build_generator(spec), spec=spec, info=info)
+
+
+@pytest.mark.parametrize("name", SMALL_MODELS)
+def test_every_architecture_is_exported_and_draws_the_same_to_the_eye(
+    tmp_path: Path, name: str
+) -> None:
+    generator, path = generator_of(name), tmp_path / "small.safetensors"
+    difference = export_generator(
+        generator, path, about={"licence": "CC0-1.0"}, max_difference=8, num_images=40
+    )
+    loaded = ganscale.load_generator(path)
+    pixels = (generator.sample(40).int() - loaded.sample(40).int()).abs()
+    assert difference.largest == pytest.approx(int(pixels.max()))
+    assert difference.mean == pytest.approx(float(pixels.double().mean()))
+    assert loaded.info["about"] == {"licence": "CC0-1.0"}
+    stored = load_file(path)
+    assert {t.dtype for t in stored.values() if t.ndim > 1} == {torch.float16}
+    assert all(p.dtype == torch.float32 for p in loaded.model.parameters())
+    original = generator.model.state_dict()
+    for key, tensor in stored.items():
+        # Half precision has 11 significant bits; vectors are not rounded at all.
+        tolerance = 2.0**-11 if tensor.ndim > 1 else 0.0
+        torch.testing.assert_close(
+            tensor.double(), original[key].double(), rtol=tolerance, atol=2.0**-24
+        )
+
+
+class Scaled(nn.Module):
+    """The latent as an image, times a matrix of one number."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[weight]]))
+
+    def forward(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return (z * self.weight)[:, :, None, None]
+
+
+def test_the_difference_is_that_of_the_values() -> None:
+    spec = {"resolution": 1, "z_dim": 1, "num_classes": 0}
+    dark, bright = (
+        SampleableGenerator(Scaled(weight), spec=spec, info={}) for weight in (0.0, 9e9)
+    )
+    difference = image_difference(dark, bright, 50)
+    # Every pixel is 128 in one and 0 or 255 in the other.
+    assert difference.largest == 128
+    assert 127 <= difference.mean <= 128
+
+
+def test_a_generator_that_rounding_changes_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    generator = generator_of("dcgan")
+    with pytest.raises(DataError, match="half precision changes this generator's images"):
+        export_generator(generator, path, about={}, max_difference=-1)
+    assert not path.exists()
+    first = next(p for p in generator.model.parameters() if p.ndim > 1)
+    first.data.flatten()[0] = 1e6
+    with pytest.raises(DataError, match="beyond the range of half precision"):
+        export_generator(generator, path, about={}, max_difference=8)
+    assert not path.exists()
+
+
+@pytest.fixture
+def run(make_config: MakeConfig) -> Config:
+    """A run of a conditional SNGAN with a snapshot of random weights."""
+    config = make_config(model=SMALL_MODELS["sngan-classes"])
+    run_dir = RunDirectory(config.run_dir)
+    run_dir.root.mkdir(parents=True)
+    run_dir.config.write_text(config.to_yaml())
+    torch.manual_seed(0)
+    spec = config.model.model_dump()
+    classes = [f"kind {n}" for n in range(10)]
+    path = run_dir.snapshot(160)
+    save_snapshot(path, build_generator(spec), spec=spec, nimg=160, classes=classes)
+    return config
+
+
+def figures_of(snapshot: Path, file: Path) -> Path:
+    protocol = {
+        "extractor": "inception-v3",
+        "extractor_digest": "abc",
+        "samples": f"50000 samples of {snapshot}, seeds from 0",
+        "num_samples": 50000,
+        "reference": "somewhere",
+        "num_reference": 50000,
+        "reference_statistics": "extracted",
+    }
+    metrics = {"fid": {"value": 12.345678, "low": 12.0, "high": 12.6}}
+    file.write_text(json.dumps({"protocol": protocol, "metrics": metrics}))
+    return file
+
+
+def test_the_card_says_what_was_measured_and_how(verb: Verb, run: Config, tmp_path: Path) -> None:
+    snapshot = RunDirectory(run.run_dir).snapshot(160)
+    figures = figures_of(snapshot, tmp_path / "evaluation.json")
+    out = tmp_path / "given" / "classes.safetensors"
+    options = ("--out", out, "--evaluation", figures, "--licence", "CC0-1.0")
+    code, text, err = verb("export", run.run_dir, *options)
+    assert code == 0, err
+    assert f"wrote {out}" in text
+    card = out.with_suffix(".md").read_text()
+    for words in (
+        "# classes",
+        "| trained on | 160 real images |",
+        "| metrics | fid 12.35 |",
+        "extractor inception-v3, num_samples 50000",
+        "| licence | CC0-1.0 |",
+        "10: kind 0, kind 1",
+        "name: sngan",
+        "values differ by",
+    ):
+        assert words in card
+    info = ganscale.load_generator(out).info
+    assert info["about"]["metrics"] == {"fid": 12.345678}
+    # Smaller by about a half: nearly all of it is matrices.
+    assert out.stat().st_size < 0.65 * snapshot.stat().st_size
+    code, _, err = verb("sample", out, "--per-class", 1, "--out", tmp_path / "grid.png")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--out", "card.md"), "expected a name that ends in .safetensors"),
+        (
+            ("--out", "a.safetensors", "--evaluation", "broken.json"),
+            "is not what ganscale evaluate",
+        ),
+        (("--out", "a.safetensors", "--evaluation", "other.json"), "is of 50000 samples of"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    verb: Verb,
+    run: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.json").write_text("{}")
+    figures_of(Path("elsewhere.safetensors"), Path("other.json"))
+    code, _, err = verb("export", run.run_dir, *options)
+    assert code == 2
+    assert message in err
+    assert not Path("a.safetensors").exists()
