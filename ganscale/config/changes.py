@@ -34,6 +34,7 @@ MAY_CHANGE_ON_RESUME = (
     "data.store_",
     "training.total_kimg",
     "training.cuda_graphs",
+    "training.micro_batch_size",
 )
 """Beginnings of the names of settings that a run may be resumed with other values of.
 

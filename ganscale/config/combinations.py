@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["impossible"]
 
 _LIPSCHITZ_MODELS = ("sngan", "biggan")
+_BATCH_NORM_MODELS = ("dcgan", "sngan", "biggan")
+_ENCODER_METHODS = ("vae", "vae-gan", "encoder", "bigan")
 
 
 def impossible(config: Config) -> Iterator[str]:
@@ -29,6 +31,7 @@ def impossible(config: Config) -> Iterator[str]:
     yield from _objectives(config)
     yield from _augmentation(config)
     yield from _evaluation(config)
+    yield from _micro_batches(config)
 
 
 def _lengths(config: Config) -> Iterator[str]:
@@ -178,4 +181,44 @@ def _evaluation(config: Config) -> Iterator[str]:
         yield (
             "checkpoint.best_metric=fid needs evaluations: set evaluation.every_kimg, with "
             "fid among evaluation.metrics"
+        )
+
+
+def _micro_batches(config: Config) -> Iterator[str]:
+    """What makes one sample's loss depend on the others of its batch, which parts do not see."""
+    size, model, method = config.training.micro_batch_size, config.model.name, config.method.name
+    if size is None:
+        return
+    setting = f"training.micro_batch_size={size}"
+    # All of these are taken over the global batch, so more workers change no result.
+    whole = "leave it null, and take more workers (launch.num_workers) if memory is short"
+    if model in _BATCH_NORM_MODELS:
+        yield (
+            f"{setting} would change what model.name={model} learns, whose batch norm takes its "
+            f"statistics from the whole batch: {whole}, or set model.name=r3gan"
+        )
+    if method in _ENCODER_METHODS:
+        yield (
+            f"{setting} would change what method.name={method} learns, since the batch norm of "
+            f"encoders takes its statistics from the whole batch: {whole}"
+        )
+    if model == "stylegan2" and method == "gan":
+        yield (
+            f"{setting} would change what model.name=stylegan2 learns, whose discriminator looks "
+            f"at the deviation of the whole batch: {whole}, or set model.name=r3gan"
+        )
+    if config.objective.name == "relativistic_average":
+        yield (
+            f"{setting} cannot be with objective.name=relativistic_average, which compares with "
+            f"the mean of the whole batch: set objective.name=relativistic, or {whole}"
+        )
+    if config.objective.top_k != Schedule.constant(1.0):
+        yield (
+            f"{setting} cannot be with objective.top_k, which chooses from the whole batch: leave "
+            f"objective.top_k, or {whole}"
+        )
+    if config.training.shared_fakes:
+        yield (
+            f"{setting} saves no memory with training.shared_fakes=true, which keeps the "
+            "generator's forward of the whole batch: set training.shared_fakes=false"
         )

@@ -205,6 +205,9 @@ class TrainingConfig(Section):
 
     batch_size: int = Field(128, ge=1)
     """Global batch: real images a step over all workers."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Most images of one forward and backward on a worker, whose gradients add up to those of the
+    batch; null takes all of a worker's images at once."""
     total_kimg: float = Field(2500.0, gt=0)
     """Length of the run in thousands of real images."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -14,6 +14,7 @@ from collections.abc import Generator, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -97,10 +98,14 @@ class Labelled:
     labels: Tensor
     """int64 (n,)"""
 
+    def __getitem__(self, rows: slice) -> Labelled:
+        """Some of them."""
+        return Labelled(self.images[rows], self.labels[rows])
+
 
 @dataclass(frozen=True)
 class LocalBatch:
-    """This rank's part of one global batch, of any size.
+    """This rank's part of one global batch, of any size; or a micro-batch of that part.
 
     Losses are summed over the samples and multiplied by `loss_weight`, so that the gradient that
     DDP averages over W ranks is that of the mean over the global batch of B.
@@ -123,6 +128,16 @@ class LocalBatch:
         """This rank's values (n,) at their places of the global batch, (B,); `fill` elsewhere."""
         return values.new_full((self.global_size,), fill).index_copy(0, self.slots, values)
 
+    def __getitem__(self, rows: slice) -> LocalBatch:
+        """Some of the samples, with the loss weight of all: their losses add up to the batch's."""
+        return replace(
+            self,
+            real_images=self.real_images[rows],
+            labels=None if self.labels is None else self.labels[rows],
+            slots=self.slots[rows],
+            labelled=None if self.labelled is None else self.labelled[rows],
+        )
+
 
 class Rates(NamedTuple):
     """An optimizer's rates in one step, each ()."""
@@ -141,6 +156,29 @@ class StepInputs:
     """Random numbers by purpose, each (n, ...): latents, augmentation rows, noise of penalties."""
     schedules: Mapping[str, Tensor]
     """Values that follow the position, each (): learning rates, penalty weights, ..."""
+    micro_batch_size: int | None = None
+    """The most samples that go through a network at once; None is all of this rank's."""
+
+    @cached_property
+    def micro_batches(self) -> tuple[StepInputs, ...]:
+        """These inputs in parts of at most `micro_batch_size` samples, as even as possible.
+
+        A loss is a sum over samples, and no sample's random numbers depend on another, so gradients
+        and statistics of the parts add up to those of the whole. There is always one part at least;
+        how many there are follows from shapes, and may differ between ranks.
+        """
+        num_samples = len(self.batch.slots)
+        num_parts = max(1, math.ceil(num_samples / (self.micro_batch_size or num_samples or 1)))
+        ends = [num_samples * number // num_parts for number in range(num_parts + 1)]
+        return tuple(self[start:end] for start, end in itertools.pairwise(ends))
+
+    def __getitem__(self, rows: slice) -> StepInputs:
+        """The inputs of some of the samples."""
+        return replace(
+            self,
+            batch=self.batch[rows],
+            noise={purpose: numbers[rows] for purpose, numbers in self.noise.items()},
+        )
 
     def rates(self, letter: str) -> Rates:
         """Those of the network with this letter."""
@@ -301,6 +339,7 @@ class InputPreparer:
             ),
             noise=noise,
             schedules=_with_prefix(tensors, "schedules/"),
+            micro_batch_size=self.config.training.micro_batch_size,
         )
 
     def _ema_weights(self, context: StepContext) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.utils import get_total_norm
 
 from ganscale.config import OptimizerConfig, Schedule
 from ganscale.training.distribute import distribute, wrap_in_ddp
-from ganscale.training.inputs import Rates
+from ganscale.training.inputs import Rates, StepInputs
 from ganscale.training.precision import Precision
 from ganscale.training.scheduled_adam import ScheduledAdam
 from ganscale.world import World
@@ -22,6 +23,7 @@ __all__ = ["OptimizedModel"]
 class OptimizedModel:
     """A network that learns: forward through `ddp_module`, then `backward`, then `step`.
 
+    The first two are done for each of `micro_batches(inputs)`, the last once for all of them.
     `module` owns the weights; use it where no gradient of this network is wanted. `ddp_module` is
     the same in its DDP wrapper, so that `backward` averages the gradients over ranks.
     """
@@ -73,6 +75,18 @@ class OptimizedModel:
             )
         self.scaler = precision.scaler()
         self.num_skips = torch.zeros((), dtype=torch.int64, device=world.torch_device)
+
+    def micro_batches(self, inputs: StepInputs) -> Iterator[StepInputs]:
+        """The inputs in parts, for a forward and a backward of each.
+
+        Gradients add up in the weights. The ranks average them once, in the last part's backward.
+        """
+        *others, last = inputs.micro_batches
+        for part in others:
+            # Around the forward too, where DDP decides whether the backward will communicate.
+            with self.ddp_module.no_sync():
+                yield part
+        yield last
 
     def backward(self, loss: Tensor) -> None:
         """Scaled backward; meanwhile gradients are averaged over the ranks."""

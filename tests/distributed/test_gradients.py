@@ -5,23 +5,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from torch import nn
 
-from ganscale.config import Config
-from ganscale.models import build_discriminator, build_encoder, build_generator
-from ganscale.training.inputs import Labelled, LocalBatch
-from ganscale.training.precision import Precision
-from ganscale.training.steps import METHODS, TrainingMethod
 from ganscale.world import World, process_group
+from tests.support.gradients import StepResult, relative_difference, steps_of_cases
 from tests.support.ranks import run_ranks
 from tests.support.small_models import SMALL_MODELS
-from tests.support.steps import local_batch, step_inputs
 
-BATCH_SIZE = 10
-STILL = {"optimizer": {"eps": 1e6}}  # updates too small to matter to who learns next
 PENALTIES: dict[str, dict[str, Any]] = {
     "no penalty": {},
     "R1": {"r1": 0.7},
@@ -91,73 +81,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def _networks(config: Config) -> dict[str, nn.Module]:
-    torch.manual_seed(config.seed)
-    spec = config.model.model_dump()
-    kind = METHODS[config.method.name]
-    if config.method.name != "encoder":
-        return kind.networks(config)
-    return {
-        "generator": build_generator(spec),
-        "encoder": build_encoder(spec),
-        "discriminator": build_discriminator(spec),
-    }
-
-
-def _gradients(world: World) -> dict[str, dict[str, bytes]]:
-    """Each player's gradient in one step of every case, on a rank that has every W-th sample."""
-    found, device = {}, world.torch_device
-    generator = torch.Generator().manual_seed(5)
-    images = (torch.rand(BATCH_SIZE, 3, 16, 16, generator=generator) * 2 - 1).to(device)
-    labels = (torch.arange(BATCH_SIZE) * 7 % 10).to(device)
-    slots = torch.arange(world.rank, BATCH_SIZE, world.world_size)
-    for name, sections in CASES.items():
-        training = {"batch_size": BATCH_SIZE, **sections.get("training", {})}
-        config = Config(**{**sections, **STILL, "training": training})
-        precision = Precision.resolve("fp32", device)
-        method = METHODS[config.method.name](config, _networks(config), precision, world)
-        torch.manual_seed(8)  # not 7, where rounding moves a ReLU of sngan over its kink
-        for model in method.models.values():
-            for parameter in model.module.parameters():  # zeros of an initialisation hide much
-                parameter.data.add_(0.1 * torch.randn(parameter.shape).to(device))
-        discriminator = method.discriminator
-        if discriminator is not None and discriminator.lecam is not None:
-            discriminator.lecam.values.copy_(torch.tensor([0.3, -0.2]))
-        batch = local_batch(
-            images[slots],
-            labels[slots] if config.generator_spec["num_classes"] else None,
-            slots=slots,
-            global_size=BATCH_SIZE,
-            world_size=world.world_size,
-            labelled=Labelled(images.flip(0)[slots], labels[slots]),
-        )
-        found[name] = _gradients_of_step(method, batch)
-    return found
-
-
-def _gradients_of_step(method: TrainingMethod, batch: LocalBatch) -> dict[str, bytes]:
-    """By the models' letters."""
-    found: dict[str, bytes] = {}
-    for letter, model in method.models.items():
-        model.optimizer.register_step_pre_hook(functools.partial(_record, found, letter))
-    method.step(*step_inputs(method, batch, seed=3, nimg=640))
-    assert found.keys() == method.models.keys()
-    return found
-
-
-def _record(
-    found: dict[str, bytes], letter: str, optimizer: torch.optim.Optimizer, *_: object
-) -> None:
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
-    parts = [p.grad for p in weights if p.requires_grad]
-    assert all(part is not None for part in parts)
-    gradient = torch.cat([part.flatten() for part in parts if part is not None])
-    found[letter] = gradient.cpu().numpy().tobytes()
-
-
 @functools.cache
-def _of_world(world_size: int) -> list[dict[str, dict[str, bytes]]]:
-    return run_ranks(world_size, _gradients)
+def _of_world(world_size: int) -> list[dict[str, StepResult]]:
+    return run_ranks(world_size, steps_of_cases, CASES)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
@@ -167,25 +93,21 @@ def test_gradients_are_those_of_one_process(case: str, world_size: int) -> None:
     rtol = 1e-4 if "finite differences" in case else 1e-5
     (alone,) = _of_world(1)
     for rank in _of_world(world_size):
-        for player, expected in alone[case].items():
-            wanted = np.frombuffer(expected, dtype=np.float32).astype(np.float64)
-            difference = np.frombuffer(rank[case][player], dtype=np.float32) - wanted
-            assert np.linalg.norm(wanted) > 1e-3
-            assert np.linalg.norm(difference) <= rtol * np.linalg.norm(wanted)
+        for player, expected in alone[case].gradients.items():
+            assert relative_difference(rank[case].gradients[player], expected) <= rtol
 
 
 @functools.cache
-def _of_device(device: str) -> dict[str, dict[str, bytes]]:
+def _of_device(device: str) -> dict[str, StepResult]:
     world = World(device=device)
     with process_group(world):
-        return _gradients(world)
+        return steps_of_cases(world, CASES)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_on_cuda_are_the_cpus(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", "ieee")
-    for player, expected in _of_device("cpu")[case].items():
-        wanted = np.frombuffer(expected, dtype=np.float32).astype(np.float64)
-        found = np.frombuffer(_of_device("cuda:0")[case][player], dtype=np.float32)
-        assert np.linalg.norm(found - wanted) <= 1e-3 * np.linalg.norm(wanted)
+    for player, expected in _of_device("cpu")[case].gradients.items():
+        found = _of_device("cuda:0")[case].gradients[player]
+        assert relative_difference(found, expected) <= 1e-3

@@ -143,6 +143,34 @@ def test_a_combination_trains_resumes_exactly_and_samples(
     assert images.float().std() > 0
 
 
+MICRO_BATCHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "r3gan": ("r3gan", {"objective.name": "relativistic", "penalty": {"r1": 0.1, "r2": 0.1}}),
+    "semi-supervised": (
+        "stylegan2-classes",
+        {"method": {"name": "semi-supervised", "labels": 20}, "training.discriminator_steps": 2},
+    ),
+}
+
+
+@on_each_device
+@pytest.mark.parametrize("case", MICRO_BATCHED)
+def test_a_run_in_micro_batches_resumes_exactly_and_in_others(
+    make_config: MakeConfig, shards_16: Path, world: World, case: str
+) -> None:
+    model, changes = MICRO_BATCHED[case]
+    split = {**changes, "training.micro_batch_size": 6}  # of batches of 16: 5, 5 and 6
+    whole = combination(make_config, shards_16, model, split, training__total_kimg=0.048)
+    first = whole.with_changes({"name": "parts", "training.total_kimg": 0.032})
+    train(whole, world)
+    train(first, world)
+    train(first.with_changes({"training.total_kimg": 0.048}), world)
+    assert final_digest(first) == final_digest(whole)
+    # Another size changes no more than rounding, so a run may go on with it.
+    more = {"training.total_kimg": 0.064, "training.micro_batch_size": None}
+    train(first.with_changes(more), world)
+    assert final_digest(first)[0] == 64
+
+
 def drawn(seed: int) -> tuple[str, tuple[dict[str, Any], ...]]:
     """A random combination."""
     choose = random.Random(seed).choice

@@ -64,6 +64,7 @@ def step_inputs(
         batch=batch,
         noise={name: value.to(device) for name, value in noise.items()},
         schedules={name: v.to(device) for name, v in method.schedules(context).items()},
+        micro_batch_size=method.config.training.micro_batch_size,
     )
     return inputs, variant
 

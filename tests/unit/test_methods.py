@@ -192,13 +192,13 @@ def test_labels_are_learnt_by_cross_entropy_beside_the_adversarial_loss() -> Non
     method, batch = method_and_batch({"name": "semi-supervised", "labels": 20}, CLASSES)
     assert isinstance(method, SemiSupervised)
     inputs, variant = step_inputs(method, batch)
-    loss, accuracy = method.supervised_loss(inputs)
+    loss, statistics = method.supervised_loss(inputs)
     assert batch.labelled is not None
     # The images are flipped and shifted: the loss is near that of the images as they are.
     logits = method.discriminator.model.module(batch.labelled.images, classes=True)
     chosen = logits.log_softmax(1)[torch.arange(BATCH_SIZE), batch.labelled.labels]
     assert loss.item() == pytest.approx(-chosen.mean().item(), rel=0.2)
-    assert 0 <= accuracy <= 1
+    assert 0 <= statistics["accuracy"] <= 1
 
     parameters = list(method.discriminator.model.module.parameters())
     alone = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
@@ -206,11 +206,13 @@ def test_labels_are_learnt_by_cross_entropy_beside_the_adversarial_loss() -> Non
     for name in ("adversarial", "both"):
         method, batch = method_and_batch({"name": "semi-supervised", "labels": 20}, CLASSES)
         inputs, variant = step_inputs(method, batch)
-        extra_loss = method.supervised_loss(inputs)[0] if name == "both" else 0.0
-        real, fake = batch.real_images, torch.zeros_like(batch.real_images)
+        real, fake = Samples(batch.real_images), Samples(torch.zeros_like(batch.real_images))
         with recorded_gradients(method.discriminator.model) as recorded:
             method.discriminator.update(
-                inputs, variant, Samples(real), Samples(fake), extra_loss=extra_loss
+                inputs,
+                variant,
+                lambda _, samples=(real, fake): samples,
+                extra_loss=method.supervised_loss if name == "both" else None,
             )
         gradients[name] = torch.cat([g.flatten() for g in recorded])
     difference = gradients["both"] - gradients["adversarial"]

@@ -39,6 +39,11 @@ CASES: dict[str, dict[str, Any]] = {
         "optimizer__beta2": {"start": 0.9, "end": 0.99, "kimg": 1, "shape": "cosine"},
         "optimizer__lr": {"start": 1e-3, "end": 1e-4, "kimg": 1, "shape": "linear"},
     },
+    "micro-batches": {
+        "model": {"name": "r3gan", "base_channels": 16, "blocks_per_stage": 1},
+        "penalty__r1": 0.1,
+        "training__micro_batch_size": 6,
+    },
     "vae-gan": {"method__name": "vae-gan"},
     "semi-supervised": {
         "model__num_classes": 10,

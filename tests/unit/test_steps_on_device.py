@@ -46,11 +46,23 @@ CASES: dict[str, dict[str, Any]] = {
     "gradient normalisation": {"penalty": {"gradient_normalisation": True}},
     "fp16": {"training": {"precision": "fp16"}},
     "shared fakes": {"training": {"shared_fakes": True}},
+    "micro-batches, ADA and LeCam, lazy penalties": {
+        "model": SMALL_MODELS["r3gan"],
+        "objective": {"name": "relativistic"},
+        "augment": {"name": "ada", "target": 0.6},
+        "penalty": {"r1": MOVING, "r2": 0.1, "lecam": 0.1, "orthogonal": 1e-3, "interval": 2},
+        "training": {"micro_batch_size": 3, "discriminator_steps": 2},
+    },
     "vae": {"method": {"name": "vae"}},
     "vae-gan": {"method": {"name": "vae-gan"}},
     "bigan": {"method": {"name": "bigan"}},
     "encoder": {"method": {"name": "encoder", "generator": "built here"}},
     "semi-supervised": {"model": CLASSES, "method": {"name": "semi-supervised", "labels": 20}},
+    "semi-supervised, micro-batches": {
+        "model": SMALL_MODELS["stylegan2-classes"],
+        "method": {"name": "semi-supervised", "labels": 20},
+        "training": {"micro_batch_size": 3},
+    },
     "labels alone": {
         "model": CLASSES,
         "method": {"name": "semi-supervised", "labels": 20, "adversarial": 0},

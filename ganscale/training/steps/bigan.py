@@ -81,9 +81,12 @@ class Bigan(TrainingMethod):
 
     def update_discriminator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
         """One update of the discriminator on pairs (x, E(x)) and (G(z), z)."""
-        with torch.no_grad():
-            real, fake = self._make_pairs(self.pairs.module, inputs, "D")
-        return self.discriminator.update(inputs, variant, real, fake)
+
+        @torch.no_grad()
+        def make_samples(part: StepInputs) -> tuple[Samples, Samples]:
+            return self._make_pairs(self.pairs.module, part, "D")
+
+        return self.discriminator.update(inputs, variant, make_samples)
 
     def update_pairs(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
         """One update of generator and encoder, who make each other's pairs alike."""

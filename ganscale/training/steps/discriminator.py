@@ -7,7 +7,7 @@ comes in `StepInputs`, and detached statistics on the device come out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,10 +31,12 @@ from ganscale.training.inputs import LocalBatch, StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
 from ganscale.training.steps.adversarial_schedules import augmentation_named
+from ganscale.training.steps.statistics import summed
 from ganscale.world import World
 
 __all__ = [
     "DiscriminatorTrainer",
+    "PartLoss",
     "Samples",
     "center_logits",
     "flip_and_shift",
@@ -52,6 +54,10 @@ class Samples:
     """(n, C, H, W)"""
     condition: Tensor | None = None
     """Labels, int64 (n,), or latents, (n, z_dim); None for images alone."""
+
+
+PartLoss = Callable[[StepInputs], tuple[Tensor, dict[str, Tensor]]]
+"""The loss of some samples of a batch and its detached statistics, each () and a sum over them."""
 
 
 def real_and_fake(batch: LocalBatch, fake_images: Tensor) -> tuple[Samples, Samples]:
@@ -93,16 +99,40 @@ class DiscriminatorTrainer:
         self,
         inputs: StepInputs,
         variant: StepVariant,
-        real: Samples,
-        fake: Samples,
+        make_samples: Callable[[StepInputs], tuple[Samples, Samples]],
         *,
-        extra_loss: Tensor | float = 0.0,
+        extra_loss: PartLoss | None = None,
         loss_factor: float = 1.0,
     ) -> dict[str, Tensor]:
-        """One update on real samples and as many fakes, which are constants here.
+        """One update on real samples and as many fakes, which `make_samples` makes of inputs.
 
         It minimises `loss_factor` times the adversarial loss with its penalties, plus `extra_loss`.
         Returns statistics, each (); averaged over ranks they are those of the global batch.
+        """
+        # The orthogonal penalty depends on the weights alone, so it is the same on every rank and
+        # needs no factor W / B; each micro-batch takes an equal part of it.
+        orthogonal = self.config.penalty.orthogonal / len(inputs.micro_batches)
+
+        def learn(part: StepInputs) -> dict[str, Tensor]:
+            # Forward, losses and backward; DDP averages the gradients over the ranks.
+            extra, statistics = (0.0, {}) if extra_loss is None else extra_loss(part)
+            loss, own_statistics = self.loss(part, variant, *make_samples(part))
+            weights = self.model.module
+            self.model.backward(loss_factor * loss + extra + orthogonal_loss(weights, orthogonal))
+            return statistics | own_statistics
+
+        statistics = summed([learn(part) for part in self.model.micro_batches(inputs)])
+        grad_norm = self.model.step(inputs.rates("D"))
+        # Only now, so that this step was augmented and anchored by what earlier steps have seen.
+        self._update_ada_and_lecam(inputs, statistics, statistics.pop("real_signs"))
+        return statistics | {"grad_norm_D": grad_norm}
+
+    def loss(
+        self, inputs: StepInputs, variant: StepVariant, real: Samples, fake: Samples
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The adversarial loss with its penalties, (), and statistics, each ().
+
+        All are sums over these samples, times W / B. The samples are constants here.
         """
         batch, schedules = inputs.batch, inputs.schedules
         penalties = {name: PENALTIES[name] for name in variant.penalties}
@@ -153,21 +183,12 @@ class DiscriminatorTrainer:
         total = loss
         for name, mean in means.items():
             total = total + schedules[f"penalty/{name}"] * mean
-
-        # Backward; DDP averages the gradients over the ranks. The orthogonal penalty depends on the
-        # weights alone, so it is the same on every rank and needs no factor W / B.
-        orthogonal = orthogonal_loss(self.model.module, self.config.penalty.orthogonal)
-        self.model.backward(loss_factor * total + extra_loss + orthogonal)
-
-        # Update.
-        grad_norm = self.model.step(inputs.rates("D"))
-        # Only now, so that this step was augmented and anchored by what earlier steps have seen.
-        logits = self._update_ada_and_lecam(inputs, real_logits.detach(), fake_logits.detach())
-        return {
+        real_values, fake_values = real_logits.detach().float(), fake_logits.detach().float()
+        return total, {
             "loss_D": loss.detach(),
-            "real_logits": logits[0],
-            "fake_logits": logits[1],
-            "grad_norm_D": grad_norm,
+            "real_logits": real_values.sum() * batch.loss_weight,
+            "fake_logits": fake_values.sum() * batch.loss_weight,
+            "real_signs": real_values.sign().sum() * batch.loss_weight,
             **{f"penalty_{name}": mean.detach() for name, mean in means.items()},
         }
 
@@ -203,15 +224,15 @@ class DiscriminatorTrainer:
         with self.precision.autocast(), frozen(self.model.module):
             return middle_features(self.model.module, samples.images, samples.condition)
 
-    def _update_ada_and_lecam(self, inputs: StepInputs, real: Tensor, fake: Tensor) -> Tensor:
-        """Update ADA and LeCam; returns this rank's part of the mean real and fake logits, (3,)."""
-        real, fake = real.float(), fake.float()
-        # One tensor, so that ADA and LeCam cost a single all-reduce together.
-        sums = torch.stack([real.sum(), fake.sum(), real.sign().sum()])
-        local = sums * inputs.batch.loss_weight
+    def _update_ada_and_lecam(
+        self, inputs: StepInputs, statistics: Mapping[str, Tensor], real_signs: Tensor
+    ) -> None:
+        """Update ADA and LeCam by this rank's part of the mean logits and signs, each ()."""
         # Nothing has to be known within the step then; the log averages over ranks once a row.
         if self.ada is None and self.lecam is None:
-            return local
+            return
+        # One tensor, so that ADA and LeCam cost a single all-reduce together.
+        local = torch.stack([statistics["real_logits"], statistics["fake_logits"], real_signs])
         means = sum_over_ranks(local) / self.world_size
         # Logits that are not finite make gradients that are not, so this step is skipped, and it
         # must leave no trace here either. (A step that is skipped because finite logits have
@@ -224,7 +245,6 @@ class DiscriminatorTrainer:
             # The sign of inf is finite, so it is the mean logits that give such a step away.
             mean_sign = torch.where(is_finite, means[2], 0.0)
             self.ada.update(mean_sign, inputs.schedules["ada_p_step"])
-        return local
 
     def extra_metrics(self, nimg: int) -> dict[str, float]:
         """What a row of metrics has of it besides its statistics; reads from the device."""

@@ -23,6 +23,7 @@ from ganscale.training.precision import Precision
 from ganscale.training.steps.adversarial_schedules import adversarial_draws
 from ganscale.training.steps.discriminator import (
     DiscriminatorTrainer,
+    Samples,
     orthogonal_loss,
     real_and_fake,
 )
@@ -103,11 +104,14 @@ class InDomainEncoder(TrainingMethod):
 
     def update_discriminator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
         """One update of the discriminator on reconstructions."""
-        batch = inputs.batch
-        with self.precision.autocast(), torch.no_grad():
-            fake_images = self.inverse.module(batch.real_images, batch.labels)
-        real, fake = real_and_fake(batch, fake_images)
-        return self.discriminator.update(inputs, variant, real, fake)
+
+        @torch.no_grad()
+        def make_samples(part: StepInputs) -> tuple[Samples, Samples]:
+            with self.precision.autocast():
+                fake_images = self.inverse.module(part.batch.real_images, part.batch.labels)
+            return real_and_fake(part.batch, fake_images)
+
+        return self.discriminator.update(inputs, variant, make_samples)
 
     def update_encoder(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
         """One update of the encoder: likelihoods of pixels and features, adversarial loss."""

@@ -14,7 +14,7 @@ from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
 from ganscale.training.steps.adversarial_schedules import adversarial_draws
-from ganscale.training.steps.discriminator import DiscriminatorTrainer, real_and_fake
+from ganscale.training.steps.discriminator import DiscriminatorTrainer, Samples, real_and_fake
 from ganscale.training.steps.generator import update_generator
 from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
 from ganscale.world import World
@@ -59,17 +59,19 @@ class Gan(TrainingMethod):
 
     def update_discriminator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
         """One update of the discriminator; the generator's comes after it."""
-        batch = inputs.batch
         shared = variant.generator_turn and self.config.training.shared_fakes
         # Where the generator learns from these fakes too, DDP has to see the forward. Without
         # gradients there is nothing for it to average. Fakes take the labels of the real images, so
         # a class is as frequent on both sides.
         generator = self.generator.ddp_module if shared else self.generator.module
-        with self.precision.autocast(), torch.set_grad_enabled(shared):
-            fake_images = generator(inputs.noise["D z"], batch.labels)
-        self._shared_fakes = fake_images if shared else None
-        real, fake = real_and_fake(batch, fake_images)
-        return self.discriminator.update(inputs, variant, real, fake)
+
+        def make_samples(part: StepInputs) -> tuple[Samples, Samples]:
+            with self.precision.autocast(), torch.set_grad_enabled(shared):
+                fake_images = generator(part.noise["D z"], part.batch.labels)
+            self._shared_fakes = fake_images if shared else None
+            return real_and_fake(part.batch, fake_images)
+
+        return self.discriminator.update(inputs, variant, make_samples)
 
     def update_generator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
         """One update of the generator against the updated discriminator.

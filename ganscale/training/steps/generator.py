@@ -21,6 +21,7 @@ from ganscale.training.steps.discriminator import (
     orthogonal_loss,
     real_and_fake,
 )
+from ganscale.training.steps.statistics import summed
 
 __all__ = ["generator_loss", "top_k_weights", "update_generator"]
 
@@ -33,25 +34,31 @@ def update_generator(
 ) -> dict[str, Tensor]:
     """One update of a generator(z, labels); returns statistics, each ().
 
-    `fake_images` (n, C, H, W) are of a forward through `generator.ddp_module`; None draws new ones.
+    `fake_images` (n, C, H, W) are of a forward of all inputs through `generator.ddp_module`; None
+    draws new ones, those of one micro-batch at a time.
     """
-    batch = inputs.batch
+    assert fake_images is None or len(inputs.micro_batches) == 1, "combinations.py refuses it"
+    # Each micro-batch takes an equal part of the penalty on the weights.
+    orthogonal = discriminator.config.penalty.orthogonal / len(inputs.micro_batches)
 
-    # Forward.
-    if fake_images is None:
-        with discriminator.precision.autocast():
-            fake_images = generator.ddp_module(inputs.noise["G z"], batch.labels)
+    def learn(part: StepInputs) -> dict[str, Tensor]:
+        # Forward.
+        images = fake_images
+        if images is None:
+            with discriminator.precision.autocast():
+                images = generator.ddp_module(part.noise["G z"], part.batch.labels)
 
-    # Loss.
-    real, fake = real_and_fake(batch, fake_images)
-    loss = generator_loss(discriminator, inputs, real, fake)
+        # Loss.
+        real, fake = real_and_fake(part.batch, images)
+        loss = generator_loss(discriminator, part, real, fake)
 
-    # Penalty and backward; DDP averages the gradients over the ranks.
-    orthogonal = orthogonal_loss(generator.module, discriminator.config.penalty.orthogonal)
-    generator.backward(loss + orthogonal)
+        # Penalty and backward; DDP averages the gradients over the ranks.
+        generator.backward(loss + orthogonal_loss(generator.module, orthogonal))
+        return {"loss_G": loss.detach()}
 
     # Update.
-    return {"loss_G": loss.detach(), "grad_norm_G": generator.step(inputs.rates("G"))}
+    statistics = summed([learn(part) for part in generator.micro_batches(inputs)])
+    return statistics | {"grad_norm_G": generator.step(inputs.rates("G"))}
 
 
 def generator_loss(

@@ -30,6 +30,7 @@ from ganscale.training.steps.discriminator import (
     orthogonal_loss,
 )
 from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
+from ganscale.training.steps.statistics import summed
 from ganscale.world import World
 
 __all__ = ["SemiSupervised"]
@@ -82,27 +83,38 @@ class SemiSupervised(TrainingMethod):
 
     def update_classifier(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
         """One update of the classifier, on labels and, with `adversarial`, on real and fake."""
+        if not self.adversarial:
+            return self._learn_labels(inputs)
+
+        @torch.no_grad()
+        def make_samples(part: StepInputs) -> tuple[Samples, Samples]:
+            with self.precision.autocast():
+                fake_images = self.generator.module(part.noise["D z"])
+            return Samples(part.batch.real_images), Samples(fake_images)
+
         # Labelled, real and fake images go through in three forwards and one backward: the sum of
         # the supervised and the adversarial loss is one objective with one optimizer.
-        loss, accuracy = self.supervised_loss(inputs)
-        statistics = {"cross_entropy": loss.detach(), "accuracy": accuracy}
-        classifier = self.discriminator.model
-        if not self.adversarial:
-            classifier.backward(loss)
-            return statistics | {"grad_norm_D": classifier.step(inputs.rates("D"))}
-        with self.precision.autocast(), torch.no_grad():
-            fake_images = self.generator.module(inputs.noise["D z"])
-        return statistics | self.discriminator.update(
+        return self.discriminator.update(
             inputs,
             variant,
-            Samples(inputs.batch.real_images),
-            Samples(fake_images),
-            extra_loss=loss,
+            make_samples,
+            extra_loss=self.supervised_loss,
             loss_factor=self.adversarial,
         )
 
-    def supervised_loss(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of this rank's labelled images, flipped and shifted; and the accuracy."""
+    def _learn_labels(self, inputs: StepInputs) -> dict[str, Tensor]:
+        classifier = self.discriminator.model
+
+        def learn(part: StepInputs) -> dict[str, Tensor]:
+            loss, statistics = self.supervised_loss(part)
+            classifier.backward(loss)
+            return statistics
+
+        statistics = summed([learn(part) for part in classifier.micro_batches(inputs)])
+        return statistics | {"grad_norm_D": classifier.step(inputs.rates("D"))}
+
+    def supervised_loss(self, inputs: StepInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of labelled images, flipped and shifted, and statistics; each ()."""
         batch = inputs.batch
         assert batch.labelled is not None
         labels = batch.labelled.labels
@@ -112,8 +124,9 @@ class SemiSupervised(TrainingMethod):
             # Through the wrapper, so that this forward's gradients are averaged with the others'.
             logits = self.discriminator.model.ddp_module(images, classes=True)
         num_correct = (logits.argmax(1) == labels).float().sum()
-        loss = cross_entropy(logits, labels, reduction="sum")
-        return loss * batch.loss_weight, num_correct * batch.loss_weight
+        loss = cross_entropy(logits, labels, reduction="sum") * batch.loss_weight
+        accuracy = num_correct * batch.loss_weight
+        return loss, {"cross_entropy": loss.detach(), "accuracy": accuracy}
 
     def update_generator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
         """One update of the generator on the squared distance of mean features.
@@ -121,23 +134,39 @@ class SemiSupervised(TrainingMethod):
         Each rank differentiates its own images' part in the global mean, so that the gradient that
         DDP averages is that of the distance.
         """
-        with self.precision.autocast():
-            fake_images = self.generator.ddp_module(inputs.noise["G z"])
-        fake_mean = self._mean_features(inputs, "G fake", fake_images)
-        with torch.no_grad():
-            real_mean = self._mean_features(inputs, "G real", inputs.batch.real_images)
+        orthogonal = self.config.penalty.orthogonal / len(inputs.micro_batches)
+        for part in self.generator.micro_batches(inputs):
+            fake_mean = self._fake_mean(part, self.generator.ddp_module)
+            if part is inputs.micro_batches[0]:
+                difference = self._difference(inputs, fake_mean.detach())
             # The gradient of ||m||^2 is 2 m dm: m is a constant of the global batch here, and only
-            # this rank's part of dm is differentiated.
-            difference = sum_over_ranks(fake_mean - real_mean) / self.world_size
-        orthogonal = orthogonal_loss(self.generator.module, self.config.penalty.orthogonal)
-        self.generator.backward(2 * (difference @ fake_mean) + orthogonal)
+            # this part of dm is differentiated.
+            loss = 2 * (difference @ fake_mean)
+            self.generator.backward(loss + orthogonal_loss(self.generator.module, orthogonal))
         return {
             "loss_G": difference.square().sum(),
             "grad_norm_G": self.generator.step(inputs.rates("G")),
         }
 
+    @torch.no_grad()
+    def _difference(self, inputs: StepInputs, first_fake_mean: Tensor) -> Tensor:
+        """Mean features of fake images minus those of real ones, (C,), of the global batch."""
+        # All of the batch goes into the first part's loss already. That part's forward is kept for
+        # its backward; the others are forwarded here without one, and later once more.
+        generator, parts = self.generator.module, inputs.micro_batches
+        fake = [first_fake_mean, *(self._fake_mean(part, generator) for part in parts[1:])]
+        real = [self._mean_features(part, "G real", part.batch.real_images) for part in parts]
+        local = torch.stack(fake).sum(0) - torch.stack(real).sum(0)
+        return sum_over_ranks(local) / self.world_size
+
+    def _fake_mean(self, inputs: StepInputs, generator: nn.Module) -> Tensor:
+        """(C,), of fake images."""
+        with self.precision.autocast():
+            fake_images = generator(inputs.noise["G z"])
+        return self._mean_features(inputs, "G fake", fake_images)
+
     def _mean_features(self, inputs: StepInputs, purpose: str, images: Tensor) -> Tensor:
-        """(C,), of this rank's images; averaged over ranks they are those of the global batch."""
+        """(C,), of some images; summed over parts and averaged over ranks those of the batch."""
         classifier = self.discriminator.model.module
         assert isinstance(classifier, ClassifyingDiscriminator)
         with self.precision.autocast(), frozen(classifier):

@@ -82,12 +82,14 @@ class VaeGan(TrainingMethod):
 
     def update_discriminator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
         """One update of the discriminator on images decoded from both kinds of latents."""
-        batch = inputs.batch
-        with torch.no_grad():
-            fake_images = self._encode(self.autoencoder.module, inputs, "D").fakes
-        assert fake_images is not None
-        real, fake = real_and_fake(batch, fake_images)
-        return self.discriminator.update(inputs, variant, real, fake)
+
+        @torch.no_grad()
+        def make_samples(part: StepInputs) -> tuple[Samples, Samples]:
+            fake_images = self._encode(self.autoencoder.module, part, "D").fakes
+            assert fake_images is not None
+            return real_and_fake(part.batch, fake_images)
+
+        return self.discriminator.update(inputs, variant, make_samples)
 
     def update_autoencoder(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
         """One update of encoder and generator: likelihood of features, KL, adversarial loss."""
