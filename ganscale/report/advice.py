@@ -7,7 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
+from ganscale.config import Config
+from ganscale.errors import ConfigError
 from ganscale.report.curves import Point
 from ganscale.report.runs import Run
 from ganscale.report.status import Status, remaining
@@ -22,35 +25,29 @@ _ALARMS = {
     "non_finite": (
         "A loss or a gradient was not finite",
         "Lower the learning rate, or clip gradients, in a run of another name.",
-        "optimizer.clip_norm=1",
     ),
     "scale_collapse": (
         "The loss scale collapsed under fp16",
         "bf16 needs no scaling where the GPU has it.",
-        "training.precision=bf16",
     ),
     "exploding": (
         "Gradients exploded",
         "Clip them, or lower the learning rate, in a run of another name.",
-        "optimizer.clip_norm=1",
     ),
     "vanishing": (
         "Gradients vanished",
         "A penalty keeps the discriminator from being sure of everything.",
-        "penalty.r1=0.1",
     ),
     "stuck": (
         "One network has won",
         "A penalty or augmentation weakens a discriminator that is too sure.",
-        "penalty.r1=0.1",
     ),
     "collapse": (
         "The generated images became alike",
         "Augmentation or a penalty often prevents it; another seed sometimes does.",
-        "augment.name=diffaugment augment.p=1",
     ),
 }
-"""By the guard's kind of alarm: what it says, what helps, and the settings of a new run."""
+"""By the guard's kind of alarm: what it says, and what helps."""
 
 
 @dataclass(frozen=True)
@@ -110,15 +107,17 @@ def _of_alarms(run: Run) -> Iterator[Advice]:
     newest = {str(alarm.get("kind")): alarm for alarm in run.of_kind("alarm")}
     place = shlex.quote(run.place)
     for kind, alarm in newest.items():
-        title, remedy, settings = _ALARMS.get(kind, ("The guard raised an alarm", "", ""))
+        title, remedy = _ALARMS.get(kind, ("The guard raised an alarm", ""))
         at = kimg(alarm["nimg"]) if "nimg" in alarm else "an unknown position"
+        text = f"At {at}: {alarm.get('message', '')}. {remedy} docs/training.md has the choices."
+        changes = {} if run.config is None else _remedy(kind, run.config)
         command = ""
-        if settings and run.config is not None:
+        if changes:
+            settings = " ".join(f"{name}={value}" for name, value in changes.items())
             name = shlex.quote(f"name={run.root.name}-2")
             command = f"ganscale train --config {place}/config.yaml {name} {settings}"
-        text = f"At {at}: {alarm.get('message', '')}. {remedy} docs/training.md has the choices."
         yield Advice(title, text, command)
-    if newest and run.config is not None and run.config.guard.policy == "warn":
+    if newest and run.config is not None and run.config.guard.policy != "rollback":
         yield Advice(
             "Let the guard go back by itself",
             "It then continues from the last healthy checkpoint with other latents "
@@ -127,13 +126,33 @@ def _of_alarms(run: Run) -> Iterator[Advice]:
         )
 
 
+def _remedy(kind: str, config: Config) -> dict[str, Any]:
+    """Settings of a new run that may do better; empty where the run has them, or cannot."""
+    changes: dict[str, Any] = {}
+    if kind in ("non_finite", "exploding") and config.optimizer.clip_norm is None:
+        changes = {"optimizer.clip_norm": 1}
+    if kind == "scale_collapse":
+        changes = {"training.precision": "bf16"}
+    if kind in ("vanishing", "stuck") and not config.penalty.twice_differentiated:
+        changes = {"penalty.r1": 0.1}
+    if kind == "collapse":
+        changes = {"seed": config.seed + 1}
+        if config.augment.name == "none":
+            changes = {"augment.name": "diffaugment", "augment.p": 1}
+    try:
+        config.with_changes(changes)
+    except ConfigError:  # a combination that cannot work, such as penalties under compile
+        return {}
+    return changes
+
+
 def _of_events(run: Run) -> Iterator[Advice]:
     counts = Counter(event["event"] for event in run.events)
     place = shlex.quote(run.place)
     if counts["checkpoint_failed"]:
         yield Advice(
             "Look at the checkpoints",
-            f"{counts['checkpoint_failed']} could not be written: "
+            f"{counted(counts['checkpoint_failed'], 'checkpoint')} could not be written: "
             f"{run.of_kind('checkpoint_failed')[-1].get('message', '')}. "
             "docs/faults.md, Checkpoints.",
             f"ganscale checkpoint list {place}",

@@ -454,6 +454,29 @@ def test_a_run_that_the_guard_ended_has_failed_with_its_message(tmp_path: Path) 
     assert any("docs/faults.md" in item.text for item in advice(run))
 
 
+@pytest.mark.parametrize(
+    ("kind", "preset", "settings"),
+    [
+        ("collapse", "dcgan-cifar10", "augment.name=diffaugment augment.p=1"),
+        ("collapse", "r3gan-small", "seed=1"),
+        ("stuck", "dcgan-cifar10", "penalty.r1=0.1"),
+        ("stuck", "r3gan-small", ""),
+        ("exploding", "sngan-cifar10", "optimizer.clip_norm=1"),
+    ],
+)
+def test_a_remedy_is_a_run_that_can_be_trained_and_differs(
+    kind: str, preset: str, settings: str, tmp_path: Path
+) -> None:
+    alarm = {"time": BEGAN + 20, "event": "alarm", "attempt": 1, "nimg": 64, "kind": kind}
+    config = load_config(preset)
+    run = write_run(tmp_path / "run", [row(1)], [begin(), alarm, end(2)], config=config)
+    expected = f"ganscale train --config {run}/config.yaml name=run-2 {settings}"
+    commands = [item.command for item in advice(run)]
+    assert (expected in commands) == bool(settings)
+    assert not any(c.startswith("ganscale train") for c in commands) or settings
+    load_config(run / "config.yaml", ["name=run-2", *settings.split()])
+
+
 def test_a_resumed_run_is_no_longer_stopped(tmp_path: Path) -> None:
     stop = {**end(400), "event": "stop", "reason": "interrupted"}
     rows = [row(s) for s in range(16, 400, 16)]
