@@ -8,6 +8,7 @@ so that one process runs the very code that many run.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
-__all__ = ["World", "check_cuda", "launched_rank", "process_group"]
+__all__ = ["World", "check_cuda", "is_device_shared", "launched_rank", "process_group"]
 
 
 @dataclass(frozen=True)
@@ -114,19 +116,65 @@ def process_group(world: World, *, timeout_seconds: float = 600.0) -> Iterator[N
         return
     if world.device.startswith("cuda"):
         torch.cuda.set_device(world.torch_device)
-    # Both with CUDA: objects, such as rows and requests, are exchanged by way of the host.
-    backend = "cpu:gloo,cuda:nccl" if world.device.startswith("cuda") else "gloo"
-    # A group without a store of its own meets at MASTER_ADDR, which a single process has not, and a
-    # fixed port there would clash with a second run on the machine.
-    store = dist.HashStore() if world.world_size == 1 else None  # type: ignore[attr-defined]
+    timeout = timedelta(seconds=timeout_seconds)
+    store = _meeting_point(world, timeout)
     dist.init_process_group(
-        backend,
+        _backend(world, store),
         store=store,
         rank=world.rank,
         world_size=world.world_size,
-        timeout=timedelta(seconds=timeout_seconds),
+        timeout=timeout,
     )
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _meeting_point(world: World, timeout: timedelta) -> Store:
+    """Where the ranks find each other: at MASTER_ADDR, or in memory for a single one."""
+    from torch import distributed as dist
+
+    # A single process has no MASTER_ADDR, and a fixed port would clash with a second run on the
+    # machine.
+    if world.world_size == 1:
+        return dist.HashStore()  # type: ignore[attr-defined]
+    url = "env://"
+    found = dist.rendezvous(url, world.rank, world.world_size, timeout=timeout)  # type: ignore[attr-defined]
+    store: Store = next(found)[0]
+    store.set_timeout(timeout)
+    return dist.PrefixStore("ganscale", store)  # type: ignore[attr-defined]
+
+
+def _backend(world: World, store: Store) -> str:
+    """What exchanges tensors: gloo those of the host, NCCL those on GPUs.
+
+    NCCL refuses ranks that share a GPU. Then gloo takes tensors on the GPU as well, by way of the
+    host, on all ranks.
+    """
+    if not world.device.startswith("cuda"):
+        return "gloo"
+    if not is_device_shared(_device_name(world), world, store):
+        return "cpu:gloo,cuda:nccl"
+    if world.is_main:
+        warnings.warn(
+            "several ranks compute on one GPU: they exchange tensors by way of the host, which is "
+            "slow, and their steps are not captured as CUDA graphs",
+            stacklevel=4,
+        )
+    return "cpu:gloo,cuda:gloo"
+
+
+def is_device_shared(name: str, world: World, store: Store) -> bool:
+    """Whether any two ranks have named the same device; all ranks call this with their own."""
+    # Each rank's index is no sign of it: a launcher may show every rank a device 0 of its own.
+    store.set(f"device/{world.rank}", name)
+    names = [store.get(f"device/{rank}") for rank in range(world.world_size)]
+    return len({*names}) < world.world_size
+
+
+def _device_name(world: World) -> str:
+    """A name of this rank's GPU that no other GPU of any machine has."""
+    import torch
+
+    return str(torch.cuda.get_device_properties(world.torch_device).uuid)

@@ -6,7 +6,9 @@
 Each line of the file is one measurement: images per second through the whole of training (reader,
 random numbers, averages, rows), milliseconds by part, peak memory; and of a few profiled steps how
 long the GPU stood idle, how many kernels ran, how often the host launched something and how often
-it waited. One that fails is reported and the next one goes on. Needs no Ray and no W&B.
+it waited. One that fails is reported and the next one goes on. Needs no Ray and no W&B. The table
+is the one in RESULTS.md. `ganscale bench train --compare` measures one configuration in the same
+ways, in turns; `benchmarks.gpu.peers` measures other projects' steps.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from ganscale.config import Config, load_config
 from ganscale.errors import ConfigError
 from ganscale.json_lines import read_lines
-from ganscale.training.benchmark import bench_training
+from ganscale.training.benchmark import CUDA_VARIANTS, Variant, bench_training
 from ganscale.training.build import load_shards
 from ganscale.training.determinism import use_deterministic_kernels
 from ganscale.training.loop import Trainer
@@ -42,11 +44,7 @@ PRESETS: dict[str, list[str]] = {
     "r3gan-small": [],
     "r3gan-cifar10": ["training.batch_size=256"],
 }
-MODES: dict[str, list[str]] = {
-    "launched": ["training.cuda_graphs=off"],
-    "captured": ["training.cuda_graphs=on"],
-    "captured, compiled": ["training.cuda_graphs=on", "training.compile=true"],
-}
+MODES = {variant.name: variant for variant in CUDA_VARIANTS}
 WARM_UP_STEPS, PROFILED_STEPS = 40, 16
 _LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cudaGraphLaunch")
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
@@ -70,10 +68,11 @@ def main() -> None:
         parser.error("--shards and --out, or --table")
     for preset in arguments.presets:
         for mode in arguments.modes:
-            overrides = [f"data.shards={arguments.shards}", *PRESETS[preset], *MODES[mode]]
+            overrides = [f"data.shards={arguments.shards}", *PRESETS[preset]]
             row: dict[str, Any] = {"preset": preset, "mode": mode, "overrides": overrides[1:]}
             try:
-                row |= measured(overrides, preset, arguments.device, arguments.seconds)
+                config = load_config(preset, overrides)
+                row |= measured(config, MODES[mode], arguments.device, arguments.seconds)
             except ConfigError as error:  # such as compiling what is differentiated twice
                 row["refused"] = str(error)
             except Exception as error:
@@ -84,9 +83,9 @@ def main() -> None:
                 file.write(json.dumps(row) + "\n")
 
 
-def measured(overrides: list[str], preset: str, device: str, seconds: float) -> dict[str, Any]:
+def measured(config: Config, variant: Variant, device: str, seconds: float) -> dict[str, Any]:
     """What one configuration gives on a device."""
-    config = load_config(preset, overrides).with_changes({"launch.num_workers": 1})
+    config = config.with_changes({**variant.changes, "launch.num_workers": 1})
     world = World(device=device)
     speed = bench_training(config, world, seconds=seconds)
     row = {"device": device_name(device), "torch": torch.__version__, **asdict(speed)}
@@ -146,18 +145,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, a row a measurement; the newest of each preset and mode."""
     newest = {(row["preset"], row["mode"]): row for row in rows}
     lines = [
-        "| preset | steps | precision | batch | images/s | GPU idle | launches | waits | memory |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| preset | steps | precision | batch | images/s | ms a step | its D, its G | GPU idle "
+        "| launches | waits | memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (preset, mode), row in newest.items():
         if "images_per_second" not in row:
             reason = row.get("refused") or row.get("error", "")
-            lines.append(f"| {preset} | {mode} | {reason} | | | | | | |")
+            lines.append(f"| {preset} | {mode} | {reason} | | | | | | | | |")
             continue
         idle, memory = row["gpu_idle_share"], row["peak_memory_gib"]
+        # A replayed step is one part, so only launched ones tell D's time from G's.
+        phases = [row["parts"].get(name) for name in ("discriminator", "generator")]
+        both = ", ".join(f"{1000 * part:.1f}" for part in phases if part is not None)
         lines.append(
             f"| {preset} | {mode} | {row['precision']} | {row['batch_size']} "
             f"| {row['images_per_second']:,.0f} "
+            f"| {1000 * row['batch_size'] / row['images_per_second']:.2f} | {both} "
             f"| {'' if idle is None else f'{100 * idle:.0f} %'} "
             f"| {row['launches_per_step']:.0f} | {row['waits_per_step']:.1f} "
             f"| {'' if memory is None else f'{memory:.1f} GiB'} |"

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ganscale.cli.app import app, stderr_console, write_json
 from ganscale.cli.options import ConfigSource, Device, JsonFile, Overrides
 
+if TYPE_CHECKING:
+    from ganscale.config import Config
+    from ganscale.world import World
+
 __all__: list[str] = []
+
+_PHASES = ("discriminator", "generator")
 
 bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
@@ -53,7 +60,8 @@ def bench_data(
 @bench_app.command(
     "train",
     epilog="Example: ganscale bench train --config stylegan2-ada-cifar10 launch.use_gpu=true "
-    "training.precision=fp16 data.shards=data/cifar10-train",
+    "training.precision=fp16 data.shards=data/cifar10-train. "
+    "With --compare: ganscale bench train --compare --config dcgan-cifar10 --rounds 5 --seconds 20",
 )
 def bench_train(
     overrides: Overrides = None,
@@ -61,6 +69,17 @@ def bench_train(
     seconds: Annotated[
         float, typer.Option(min=1, help="How long to train; at least thirty steps.")
     ] = 30.0,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Measure the ways to run it here in turns: on a GPU launched, captured and "
+            "compiled steps, on the CPU one thread and all, compiled or not; and a plain loop.",
+        ),
+    ] = False,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="How many times --compare measures each of them.")
+    ] = 3,
     json_file: JsonFile = None,
 ) -> None:
     """Measure a configuration's training on one device: images per second, and time by part."""
@@ -76,6 +95,9 @@ def bench_train(
     # The benchmark trains in this process; how runs scale is not its subject.
     settings = settings.with_changes({"launch.num_workers": 1})
     world = World.detect("cuda" if settings.launch.use_gpu else "cpu")
+    if compare:
+        _compare(settings, world, name=config, seconds=seconds, rounds=rounds, file=json_file)
+        return
     with console.status(f"training for {seconds:g} s or thirty steps"):
         speed = bench_training(settings, world, seconds=seconds)
     typer.echo(f"{config}  {speed.precision}  batch {speed.batch_size}  {world.device}")
@@ -85,3 +107,65 @@ def bench_train(
     if speed.peak_memory_gib is not None:
         typer.echo(f"{'peak memory':16} {speed.peak_memory_gib:10.2f} GiB")
     write_json(json_file, asdict(speed))
+
+
+def _compare(
+    config: Config, world: World, *, name: str, seconds: float, rounds: int, file: Path | None
+) -> None:
+    """Measure the variants of a configuration, print a table of them, write all of it as JSON."""
+    import torch
+
+    from ganscale.training.benchmark import compare_variants, speed_variants
+    from ganscale.training.precision import Precision
+
+    console = stderr_console()
+    device = world.torch_device
+    results = compare_variants(
+        config,
+        world,
+        speed_variants(config, device),
+        seconds=seconds,
+        rounds=rounds,
+        report=lambda text: console.print(text, highlight=False),
+    )
+    rows = [result.summary() for result in results]
+    precision = Precision.resolve(config.training.precision, device).name
+    batch_size = config.training.batch_size
+    typer.echo(
+        f"{name}  {precision}  batch {batch_size}  {world.device}  "
+        f"medians of {rounds} round(s) of {seconds:g} s"
+    )
+    header = ("images/s", "least", "most", "ratio", "ms a step", "D ms", "G ms", "GiB")
+    typer.echo(f"{'':24}" + "".join(f"{title:>11}" for title in header))
+    for row in rows:
+        typer.echo(f"{row['variant']:24}{_cells(row, batch_size)}")
+    write_json(
+        file,
+        {
+            "config": name,
+            "precision": precision,
+            "batch_size": batch_size,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "torch": torch.__version__,
+            "seconds": seconds,
+            "variants": rows,
+        },
+    )
+
+
+def _cells(row: dict[str, Any], batch_size: int) -> str:
+    """The figures of one variant in columns, or why there are none."""
+    if row["images_per_second"] is None:
+        return f"   {row['obstacle']}"
+    speed, parts, ratio = row["images_per_second"], row["parts"], row["ratio"]
+    cells = [
+        *(f"{value:,.1f}" for value in (speed, min(row["rounds"]), max(row["rounds"]))),
+        "" if ratio is None else f"{ratio:.2f}",
+        f"{1000 * batch_size / speed:,.2f}",
+        # A replayed step is one part; the plain loop does not measure its parts.
+        *(f"{1000 * parts[name]:,.2f}" if name in parts else "" for name in _PHASES),
+        "" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.2f}",
+    ]
+    return "".join(f"{cell:>11}" for cell in cells) + (
+        f"   then: {row['obstacle']}" if row["obstacle"] else ""
+    )

@@ -1,30 +1,47 @@
 """How fast a configuration trains on one device: the training loop itself, for some seconds.
 
 What is measured is what a run would log about itself, data path and averages included. There is no
-second loop that could be faster than the real one.
+second loop that could be faster than the real one. A comparison measures the ways in which the
+device can run the same configuration in turns, so that what else the machine does meanwhile meets
+all of them alike.
 """
 
 from __future__ import annotations
 
+import gc
+import math
+import os
 import statistics
 import tempfile
 import threading
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ganscale.config import Config
+from ganscale.errors import ConfigError
 from ganscale.json_lines import read_lines
 from ganscale.run_directory import RunDirectory
 from ganscale.training.loop import train
+from ganscale.training.plain_loop import PlainLoop, plain_loop_obstacle
 from ganscale.training.precision import Precision
 from ganscale.training.stopping import StopRequest
 from ganscale.world import World, process_group
 
-__all__ = ["TrainingSpeed", "bench_training"]
+__all__ = [
+    "CUDA_VARIANTS",
+    "TrainingSpeed",
+    "Variant",
+    "VariantSpeeds",
+    "bench_training",
+    "compare_variants",
+    "speed_variants",
+]
 
-_STEPS_IN_A_ROW = 10
+_MIN_STEPS_IN_A_ROW = 10
 _WARM_UP_ROWS = 2
 """Kernels are chosen, caches filled, compiled code made."""
 _POLL_SECONDS = 0.1
@@ -37,7 +54,7 @@ class TrainingSpeed:
     precision: str
     batch_size: int
     images_per_second: float
-    """Median over rows of ten steps; of real images, each of which is in one step."""
+    """Median over rows of ten steps or a few more; of real images, each of which is in one step."""
     parts: dict[str, float]
     """Mean seconds of a step's parts: data_wait, discriminator, generator, ..."""
     peak_memory_gib: float | None
@@ -45,14 +62,138 @@ class TrainingSpeed:
     num_rows: int
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A way to run a configuration."""
+
+    name: str
+    changes: Mapping[str, Any]
+    """Dotted names of settings and the values that make this variant."""
+    is_plain: bool = False
+    """Measure `PlainLoop` in place of ganscale's training."""
+
+
+CUDA_VARIANTS = (
+    Variant("launched", {"training.cuda_graphs": "off", "training.compile": False}),
+    Variant("captured", {"training.cuda_graphs": "on", "training.compile": False}),
+    Variant("captured, compiled", {"training.cuda_graphs": "on", "training.compile": True}),
+)
+
+
+@dataclass
+class VariantSpeeds:
+    """What the rounds of a comparison measured of one variant."""
+
+    variant: Variant
+    images_per_second: list[float] = field(default_factory=list)
+    """One value a round, unless there is an `obstacle`."""
+    ratios: list[float] = field(default_factory=list)
+    """Of these to the first variant's in the same round; empty where that one has none."""
+    last: TrainingSpeed | None = None
+    """All that the last round measured; None for the plain loop."""
+    obstacle: str = ""
+    """Why it could not be measured, or cannot be."""
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON has it: every round's value, medians, and the parts of a step in seconds."""
+        is_measured = bool(self.images_per_second)
+        return {
+            "variant": self.variant.name,
+            "changes": dict(self.variant.changes),
+            "images_per_second": statistics.median(self.images_per_second) if is_measured else None,
+            "ratio": statistics.median(self.ratios) if self.ratios else None,
+            "rounds": self.images_per_second,
+            "parts": self.last.parts if self.last else {},
+            "peak_memory_gib": self.last.peak_memory_gib if self.last else None,
+            "obstacle": self.obstacle,
+        }
+
+
+def speed_variants(config: Config, device: torch.device) -> list[Variant]:
+    """The ways in which `device` can run the configuration, the one to compare with first.
+
+    On CUDA steps that are launched kernel by kernel, captured, and captured with compiled networks;
+    on the CPU one thread and all of the machine's, each with compiled networks as well. In the end
+    the plain loop, where it can train this configuration.
+    """
+    if device.type == "cuda":
+        variants = list(CUDA_VARIANTS)
+        plain = {}
+    else:
+        # Those that this process may run on, which in a container may be fewer than there are.
+        num_cores = len(os.sched_getaffinity(0))
+        names = {1: "one thread"} | ({num_cores: f"{num_cores} threads"} if num_cores > 1 else {})
+        variants = [
+            Variant(
+                f"{name}, compiled" if compiled else name,
+                {"launch.threads_per_worker": num_threads, "training.compile": compiled},
+            )
+            for compiled in (False, True)
+            for num_threads, name in names.items()
+        ]
+        plain = {"launch.threads_per_worker": 1}
+    plain_name = "plain loop" if device.type == "cuda" else "plain loop, one thread"
+    return [*variants, Variant(plain_name, plain, is_plain=True)]
+
+
+def compare_variants(
+    config: Config,
+    world: World,
+    variants: Sequence[Variant],
+    *,
+    seconds: float,
+    rounds: int,
+    report: Callable[[str], None] = lambda text: None,
+) -> list[VariantSpeeds]:
+    """Measure all variants for `seconds` each, one after the other, and that `rounds` times.
+
+    A variant that the configuration rules out, or that fails, is left out from then on and says
+    why. `report` is told what is being measured.
+    """
+    results = [VariantSpeeds(variant) for variant in variants]
+    for number in range(1, rounds + 1):
+        reference: float | None = None
+        for place, result in enumerate(results):
+            if result.obstacle:
+                continue
+            report(f"round {number} of {rounds}: {result.variant.name}")
+            try:
+                speed = _measure(config, world, result, seconds)
+            except ConfigError as error:  # such as compiling what is differentiated twice
+                result.obstacle = str(error)
+                continue
+            # Whatever a variant meets, such as no memory or no compiler, is a result of its own and
+            # no reason to lose those of the others.
+            except Exception as error:
+                traceback.print_exc()
+                result.obstacle = f"{type(error).__name__}: {error}".split("\n")[0][:300]
+                continue
+            result.images_per_second.append(speed)
+            reference = speed if place == 0 else reference
+            if reference is not None:
+                result.ratios.append(speed / reference)
+    return results
+
+
+def _measure(config: Config, world: World, result: VariantSpeeds, seconds: float) -> float:
+    """Images a second of one variant in one round."""
+    changed = config.with_changes(result.variant.changes)
+    if result.variant.is_plain:
+        if obstacle := plain_loop_obstacle(changed):
+            raise ConfigError(obstacle)
+        return PlainLoop(changed, world).images_per_second(seconds)
+    result.last = bench_training(changed, world, seconds=seconds)
+    return result.last.images_per_second
+
+
 def bench_training(config: Config, world: World, *, seconds: float) -> TrainingSpeed:
     """Train for `seconds`, or longer if thirty steps take longer, in a folder that is deleted.
 
     Checkpoints, pictures and W&B are left out. The time counts from the start of training, but
     what comes before the first step, and compiling, are not in what is measured: of the rows of
-    ten steps the first two are left out.
+    about ten steps the first two are left out.
     """
-    kimg = _STEPS_IN_A_ROW * config.training.batch_size / 1000
+    kimg = _steps_in_a_row(config) * config.training.batch_size / 1000
     with tempfile.TemporaryDirectory() as folder:
         # What is done between steps is put off beyond any run: only the steps are measured.
         config = config.with_changes(
@@ -80,8 +221,7 @@ def bench_training(config: Config, world: World, *, seconds: float) -> TrainingS
             stop.reason = "interrupted"
 
         clock = threading.Thread(target=stop_when_measured, name="bench")
-        if world.device != "cpu":
-            torch.cuda.reset_peak_memory_stats()
+        _forget_earlier_runs(config, world)
         clock.start()
         try:
             with process_group(world, timeout_seconds=config.launch.timeout_seconds):
@@ -90,6 +230,28 @@ def bench_training(config: Config, world: World, *, seconds: float) -> TrainingS
             ended.set()
             clock.join()
         return _summary(config, world, read_lines(metrics)[_WARM_UP_ROWS:])
+
+
+def _steps_in_a_row(config: Config) -> int:
+    """At least ten, and whole cycles of the generator's turns and of lazy penalties.
+
+    Otherwise some rows would have more of the costly steps than others, and their median would be
+    the speed of neither.
+    """
+    cycle = math.lcm(config.training.discriminator_steps, config.penalty.interval)
+    return cycle * math.ceil(_MIN_STEPS_IN_A_ROW / cycle)
+
+
+def _forget_earlier_runs(config: Config, world: World) -> None:
+    """Make the measurement one of a fresh process, as far as memory and compiled code go."""
+    if config.training.compile:
+        # torch counts how often a function was compiled anew, for each new network, and after some
+        # times runs it without compiling, which would then be measured.
+        torch.compiler.reset()
+    # Networks of an earlier run are in cycles of references; they would count as this one's memory.
+    gc.collect()
+    if world.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _summary(config: Config, world: World, rows: list[dict[str, Any]]) -> TrainingSpeed:

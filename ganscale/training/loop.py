@@ -46,7 +46,7 @@ from ganscale.training.inputs import HostInputs, InputPreparer, PackedInputs, St
 from ganscale.training.labelled import LabelledPool
 from ganscale.training.outputs import Outputs
 from ganscale.training.precision import Precision
-from ganscale.training.step_graphs import CudaCapture, StepRunner, own_stream
+from ganscale.training.step_graphs import StepRunner, choose_capture, own_stream
 from ganscale.training.stopping import (
     RankRequests,
     StopConsensus,
@@ -212,6 +212,9 @@ class Trainer:
 
     def _begin(self, reason: Literal["resume", "rollback"], up_to: int | None = None) -> None:
         """Begin an attempt, from the newest checkpoint (at most at `up_to`) or from nothing."""
+        # First, as it may refuse the configuration.
+        graphs = self.config.training.cuda_graphs
+        capture = choose_capture(graphs, self.world.torch_device)
         # A rollback, too, builds everything anew and then loads: no state can be left behind by
         # what went wrong.
         precision = Precision.resolve(self.config.training.precision, self.world.torch_device)
@@ -241,13 +244,11 @@ class Trainer:
             num_rollbacks=num_rollbacks,
             labelled=self.labelled,
         )
-        graphs = self.config.training.cuda_graphs
-        device = self.world.torch_device
         self.steps = StepRunner(
             self._update,
-            device,
+            self.world.torch_device,
             enter=self._enter,
-            capture=CudaCapture() if device.type == "cuda" and graphs != "off" else None,
+            capture=capture,
             must_capture=graphs == "on",
             recover=self.state.method.recover,
         )

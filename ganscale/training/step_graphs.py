@@ -13,14 +13,24 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
+from torch import distributed as dist
 
+from ganscale.errors import ConfigError
 from ganscale.training.inputs import HostInputs, PackedInputs, StepVariant
 from ganscale.training.watchdog import Phase
 
-__all__ = ["Capture", "CudaCapture", "Graph", "StepRunner", "Update", "own_stream"]
+__all__ = [
+    "Capture",
+    "CudaCapture",
+    "Graph",
+    "StepRunner",
+    "Update",
+    "choose_capture",
+    "own_stream",
+]
 
 _STEPS_BEFORE_CAPTURE = 3
 """Of each form: they make what is made once, such as moments, filters and workspaces."""
@@ -63,6 +73,25 @@ class CudaCapture:
         ):
             step()
         return graph
+
+
+def choose_capture(mode: Literal["auto", "on", "off"], device: torch.device) -> Capture | None:
+    """What captures steps on the device of the process group; None where each is launched anew.
+
+    `mode` is `training.cuda_graphs`. Raises `ConfigError` if it is "on" and they cannot be captured
+    because ranks share a GPU.
+    """
+    if device.type != "cuda" or mode == "off":
+        return None
+    # Gloo copies tensors to the host and waits for them there, which no graph can replay.
+    if "cuda:nccl" in dist.get_backend_config():
+        return CudaCapture()
+    if mode == "on":
+        raise ConfigError(
+            "training.cuda_graphs=on, but ranks share a GPU and exchange tensors by way of the "
+            "host: give each rank a GPU of its own, or set training.cuda_graphs=auto"
+        )
+    return None
 
 
 def own_stream(device: torch.device) -> AbstractContextManager[object]:

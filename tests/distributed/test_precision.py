@@ -66,9 +66,12 @@ def _overflow_on_one_rank(world: World, config: Config) -> dict[str, list[float]
     return seen
 
 
-def test_overflow_on_one_rank_skips_that_player_on_all(make_config: MakeConfig) -> None:
+@on_each_device
+def test_overflow_on_one_rank_skips_that_player_on_all(
+    make_config: MakeConfig, device: str
+) -> None:
     config = make_config(training__precision="fp16", training__batch_size=8, launch__num_workers=2)
-    first, second = run_ranks(2, _overflow_on_one_rank, config)
+    first, second = run_ranks(2, _overflow_on_one_rank, config, device=device)
     assert first == second
     scale = first["D"][0]
     assert first["D"] == [scale, 0, scale / 2, 1, scale / 2, 1]

@@ -18,6 +18,7 @@ from ganscale.training.inputs import HostInputs
 from ganscale.training.loop import Trainer
 from ganscale.world import World
 from tests.conftest import MakeConfig
+from tests.support.devices import on_each_device
 from tests.support.ranks import run_ranks
 from tests.support.runs import read_rows
 
@@ -100,16 +101,18 @@ def _local_batch_norm(world: World, counts: tuple[int, ...]) -> list[list[float]
     torch.manual_seed(0)
     everything = torch.randn(SHAPE, dtype=torch.float64).float() * 3 + 1
     start = sum(counts[: world.rank])
-    module = GlobalBatchNorm2d(SHAPE[1])
-    grads = _batch_norm_gradients(module, everything[start : start + counts[world.rank]].clone())
+    module = GlobalBatchNorm2d(SHAPE[1]).to(world.torch_device)
+    own = everything[start : start + counts[world.rank]].to(world.torch_device, copy=True)
+    grads = _batch_norm_gradients(module, own)
     assert module.running_mean is not None
     assert module.running_var is not None
     state = [module.running_mean, module.running_var]
     return [t.detach().flatten().double().tolist() for t in [*grads, *state]]
 
 
+@on_each_device
 @pytest.mark.parametrize("counts", [(11,), (5, 6), (1, 7, 3), (4, 0, 7)])
-def test_batch_norm_is_that_of_the_global_batch(counts: tuple[int, ...]) -> None:
+def test_batch_norm_is_that_of_the_global_batch(counts: tuple[int, ...], device: str) -> None:
     """First and second order against torch's own batch norm in one process, shares of any size."""
     torch.manual_seed(0)
     everything = torch.randn(SHAPE, dtype=torch.float64).float() * 3 + 1
@@ -117,7 +120,7 @@ def test_batch_norm_is_that_of_the_global_batch(counts: tuple[int, ...]) -> None
     expected = [g.detach() for g in _batch_norm_gradients(reference, everything)]
     assert reference.running_mean is not None
     assert reference.running_var is not None
-    results = run_ranks(len(counts), _local_batch_norm, counts)
+    results = run_ranks(len(counts), _local_batch_norm, counts, device=device)
 
     def total(place: int) -> torch.Tensor:
         return functools.reduce(torch.add, [torch.tensor(r[place]) for r in results])
@@ -134,18 +137,19 @@ def test_batch_norm_is_that_of_the_global_batch(counts: tuple[int, ...]) -> None
 
 def _after_an_overflow(world: World) -> list[list[float]]:
     torch.manual_seed(world.rank)
-    module = GlobalBatchNorm2d(2)
-    module(torch.randn(4, 2, 3, 3))
+    module = GlobalBatchNorm2d(2).to(world.torch_device)
+    module(torch.randn(4, 2, 3, 3).to(world.torch_device))
     before = [buffer.double().flatten().tolist() for buffer in module.buffers()]
-    overflowed = torch.randn(4, 2, 3, 3).half()
+    overflowed = torch.randn(4, 2, 3, 3).to(world.torch_device).half()
     overflowed[0, 1] = float("inf") if world.rank else 0.0
     assert not module(overflowed)[:, 1].isfinite().all()
     return before + [buffer.double().flatten().tolist() for buffer in module.buffers()]
 
 
-def test_an_overflow_leaves_nothing_in_running_statistics() -> None:
+@on_each_device
+def test_an_overflow_leaves_nothing_in_running_statistics(device: str) -> None:
     """Of one rank, in one channel: the step is skipped on all, and so are its statistics."""
-    first, second = run_ranks(2, _after_an_overflow)
+    first, second = run_ranks(2, _after_an_overflow, device=device)
     assert first == second
     assert first[:3] == first[3:]
     assert first[2] == [1.0]

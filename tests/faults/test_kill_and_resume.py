@@ -14,11 +14,20 @@ from tests.support.runs import final_digest, read_rows, start_ranks, wait_all, w
 
 
 @pytest.mark.parametrize(
-    "world_size",
-    [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)],
+    ("world_size", "use_gpu"),
+    [
+        pytest.param(1, False, marks=pytest.mark.slow),
+        (2, False),
+        pytest.param(3, False, marks=pytest.mark.slow),
+        # On a machine with one GPU both ranks share it.
+        pytest.param(2, True, marks=pytest.mark.gpu),
+    ],
 )
-def test_resumed_weights_are_bit_identical(make_config: MakeConfig, world_size: int) -> None:
+def test_resumed_weights_are_bit_identical(
+    make_config: MakeConfig, world_size: int, use_gpu: bool
+) -> None:
     settings = {
+        "launch__use_gpu": use_gpu,
         "training__total_kimg": 1.2,
         "checkpoint__every_kimg": 0.08,
         "samples__every_kimg": 0.4,

@@ -1,16 +1,28 @@
-"""How fast a configuration trains, by the loop's own rows."""
+"""How fast a configuration trains, by the loop's own rows, and the ways to run it compared."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from ganscale.cli import main
-from ganscale.training.benchmark import bench_training
+from ganscale.config import load_config
+from ganscale.training import benchmark
+from ganscale.training.benchmark import (
+    Variant,
+    bench_training,
+    compare_variants,
+    speed_variants,
+)
 from ganscale.world import World
 from tests.conftest import MakeConfig
+
+ONE_THREAD = Variant("one thread", {"launch.threads_per_worker": 1})
+PLAIN = Variant("plain loop", {"launch.threads_per_worker": 1}, is_plain=True)
 
 
 def test_a_configuration_is_trained_for_some_seconds_and_leaves_nothing(
@@ -29,6 +41,19 @@ def test_thirty_steps_are_measured_however_short_the_time(make_config: MakeConfi
     assert bench_training(make_config(), World(), seconds=0.001).num_rows >= 1
 
 
+@pytest.mark.parametrize(
+    ("preset", "steps"),
+    [
+        ("dcgan-cifar10", 10),
+        ("sngan-cifar10", 10),  # 5 discriminator steps for one of the generator
+        ("biggan-cifar10", 12),  # 4
+        ("stylegan2-ada-cifar10", 16),  # a lazy penalty at every 16th
+    ],
+)
+def test_each_row_has_as_many_costly_steps_as_the_others(preset: str, steps: int) -> None:
+    assert benchmark._steps_in_a_row(load_config(preset, [])) == steps
+
+
 def test_the_verb_prints_and_writes_what_was_measured(
     procedural_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -41,3 +66,83 @@ def test_the_verb_prints_and_writes_what_was_measured(
     assert exit_.value.code == 0
     assert "images/s" in capsys.readouterr().out
     assert json.loads(out.read_text())["images_per_second"] > 0
+
+
+def test_variants_are_measured_in_turns_and_those_that_fail_say_why(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    refused = Variant("refused", {"training.discriminator_steps": 0})
+    failing = Variant("failing", {"data.shards": str(tmp_path / "gone")})
+    told: list[str] = []
+    results = compare_variants(
+        make_config(),
+        World(),
+        [ONE_THREAD, refused, failing, PLAIN],
+        seconds=0.2,
+        rounds=2,
+        report=told.append,
+    )
+    assert told == [
+        *(f"round 1 of 2: {name}" for name in ("one thread", "refused", "failing", "plain loop")),
+        *(f"round 2 of 2: {name}" for name in ("one thread", "plain loop")),
+    ]
+    trained, refused_, failing_, plain = [result.summary() for result in results]
+    assert "discriminator_steps" in refused_["obstacle"]
+    assert "gone" in failing_["obstacle"]
+    assert refused_["images_per_second"] is failing_["images_per_second"] is None
+    assert trained["ratio"] == 1
+    assert trained["parts"]["generator"] > 0
+    for first, second in zip(trained["rounds"], plain["rounds"], strict=True):
+        assert math.isfinite(first)
+        assert math.isfinite(second)
+    by_round = [b / a for a, b in zip(trained["rounds"], plain["rounds"], strict=True)]
+    assert plain["ratio"] == pytest.approx(sum(by_round) / 2)
+
+
+def test_a_gpu_is_compared_by_how_steps_are_launched_and_a_cpu_by_its_threads(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    names = [variant.name for variant in speed_variants(config, torch.device("cuda:0"))]
+    assert names == ["launched", "captured", "captured, compiled", "plain loop"]
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(6)))
+    on_cpu = speed_variants(config, torch.device("cpu"))
+    assert [variant.changes["launch.threads_per_worker"] for variant in on_cpu] == [1, 6, 1, 6, 1]
+    assert [v.changes.get("training.compile") for v in on_cpu] == [False, False, True, True, None]
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3})
+    assert len(speed_variants(config, torch.device("cpu"))) == 3
+
+
+def test_the_verb_compares(
+    procedural_shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Without the compiled ones, which take a minute of a compiler's time.
+    monkeypatch.setattr(benchmark, "speed_variants", lambda config, device: [ONE_THREAD, PLAIN])
+    out = tmp_path / "speed.json"
+    with pytest.raises(SystemExit) as exit_:
+        main(
+            ["bench", "train", "--compare", f"data.shards={procedural_shards}"]
+            + ["model.base_channels=4", "penalty.r1=1"]
+            + ["--seconds", "1", "--rounds", "1", "--json", str(out)]
+        )
+    assert exit_.value.code == 0
+    report = json.loads(out.read_text())
+    trained, plain = report["variants"]
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].startswith("quickstart  fp32  batch 64  cpu  medians of 1 round(s) of 1 s")
+    assert f"{trained['images_per_second']:,.1f}" in table[2]
+    assert f"{1000 * 64 / trained['images_per_second']:,.2f}" in table[2]
+    assert f"{1000 * trained['parts']['discriminator']:,.2f}" in table[2]
+    assert plain["obstacle"] in table[3]
+    assert plain["obstacle"] == "the plain loop has no penalties"
+
+
+@pytest.mark.slow
+def test_compiled_networks_are_compiled_anew_in_each_round(make_config: MakeConfig) -> None:
+    compiled = Variant("compiled", {"training.compile": True})
+    (result,) = compare_variants(make_config(), World(), [compiled], seconds=1, rounds=2)
+    assert not result.obstacle
+    assert len(result.images_per_second) == 2

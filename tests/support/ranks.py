@@ -25,10 +25,13 @@ def free_port() -> int:
         return port
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, device: str = "cpu"
+) -> list[Any]:
     """`function(world, *args)` on every rank, in a gloo group; the results in rank order.
 
-    Results must be plain Python (no tensors). Raises `RuntimeError` with the rank's traceback.
+    With `device="cuda:0"` all ranks compute on that one GPU. Results must be plain Python (no
+    tensors). Raises `RuntimeError` with the rank's traceback.
     """
     results: Queue[tuple[int, Any, str | None]] = FORKED.Queue()
     # The server's environment is that of the test which came first.
@@ -40,7 +43,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     }
     processes = [
         FORKED.Process(
-            target=_rank_main, args=(rank, variables, results, function, args), daemon=True
+            target=_rank_main,
+            args=(World(rank, rank, world_size, device), variables, results, function, args),
+            daemon=True,
         )
         for rank in range(world_size)
     ]
@@ -62,7 +67,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
 
 
 def _rank_main(
-    rank: int,
+    world: World,
     variables: dict[str, str],
     results: Queue[tuple[int, Any, str | None]],
     function: Callable[..., Any],
@@ -72,10 +77,9 @@ def _rank_main(
 
     torch.set_num_threads(1)
     os.environ.clear()
-    os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
-    world = World.detect("cpu")
+    os.environ.update(variables, RANK=str(world.rank), LOCAL_RANK=str(world.rank))
     try:
         with process_group(world, timeout_seconds=60):
-            results.put((rank, function(world, *args), None))
+            results.put((world.rank, function(world, *args), None))
     except Exception:
-        results.put((rank, None, traceback.format_exc()))
+        results.put((world.rank, None, traceback.format_exc()))
