@@ -50,7 +50,7 @@ def status_of(run: Run) -> Status:
         return Status("stopped", f"It was stopped ({last.get('reason') or 'no reason noted'}).")
     if _is_alive(run):
         waits = last is not None and last["event"] == "waiting"
-        return Status("running", "It waits for workers." if waits else "It was training.")
+        return Status("running", "It waits for workers." if waits else "Its process is alive.")
     if last is not None and last["event"] in ("fault", "group_lost"):
         return Status("failed", _sentence(str(last.get("message", ""))))
     alarms = run.of_kind("alarm")
