@@ -59,9 +59,9 @@ SECTIONS = {
 }
 TINY: dict[str, list[str]] = {
     "r3gan": ["model.base_channels=32", "training.precision=fp32"],
-    "sngan": ["model.base_channels=32"],
+    "sngan": ["model.base_channels=16"],
     "biggan": ["model.base_channels=8"],
-    "stylegan2-ada": ["penalty.interval=2"],
+    "stylegan2-ada": ["model.base_channels=32", "penalty.interval=2"],
 }
 """ganscale's side of `--tiny`; the peers' is in `peer_steps`."""
 
