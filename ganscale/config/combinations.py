@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["impossible"]
 
-_LIPSCHITZ_MODELS = ("sngan", "biggan")
+_LIPSCHITZ_MODELS = ("sndcgan", "sngan", "biggan")
 
 
 def impossible(config: Config) -> Iterator[str]:
