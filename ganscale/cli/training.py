@@ -20,9 +20,10 @@ __all__ = ["PRESETS"]
 
 # A list here, since reading the folder would load the configuration for `ganscale --help`.
 PRESETS = (
-    "quickstart, dcgan-cifar10, sngan-cifar10, biggan-cifar10, stylegan2-ada-cifar10, "
-    "r3gan-cifar10, r3gan-small, vae-cifar10, vae-gan-cifar10, encoder-cifar10, bigan-cifar10, "
-    "semi-supervised-cifar10, spectrograms-small, photos-64, photos-128, photos-256"
+    "quickstart, dcgan-cifar10, speedrun-cifar10, sngan-cifar10, biggan-cifar10, "
+    "stylegan2-ada-cifar10, r3gan-cifar10, r3gan-small, photos-64, photos-128, photos-256, "
+    "vae-cifar10, vae-gan-cifar10, encoder-cifar10, bigan-cifar10, semi-supervised-cifar10, "
+    "spectrograms-small"
 )
 
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["impossible"]
 
-_LIPSCHITZ_MODELS = ("sngan", "biggan")
-_BATCH_NORM_MODELS = ("dcgan", "sngan", "biggan")
+_LIPSCHITZ_MODELS = ("sndcgan", "sngan", "biggan")
+_BATCH_NORM_MODELS = ("dcgan", "sndcgan", "sngan", "biggan")
 _ENCODER_METHODS = ("vae", "vae-gan", "encoder", "bigan")
 
 

@@ -13,6 +13,7 @@ __all__ = [
     "DcganModel",
     "ModelConfig",
     "R3ganModel",
+    "SndcganModel",
     "SnganModel",
     "Stylegan2Model",
 ]
@@ -42,6 +43,15 @@ class DcganModel(_ModelSection):
     """Size of the latent."""
     base_channels: int = Field(64, ge=1)
     """Width next to the image; it doubles with every halving of the resolution."""
+
+
+class SndcganModel(_ModelSection):
+    """Miyato et al. 2018: strided convolutions, spectral norm, projection."""
+
+    name: Literal["sndcgan"] = "sndcgan"
+    z_dim: int = Field(128, ge=1)
+    base_channels: int = Field(64, ge=1)
+    """Width next to the image; it doubles with every halving of the resolution, up to 8 times."""
 
 
 class SnganModel(_ModelSection):
@@ -94,6 +104,7 @@ def _name(value: Any) -> Any:
 ModelConfig = Annotated[
     Annotated[DcganModel, Tag("dcgan")]
     | Annotated[SnganModel, Tag("sngan")]
+    | Annotated[SndcganModel, Tag("sndcgan")]
     | Annotated[BigganModel, Tag("biggan")]
     | Annotated[R3ganModel, Tag("r3gan")]
     | Annotated[Stylegan2Model, Tag("stylegan2")],

@@ -137,6 +137,7 @@ _WEIGHTS: dict[str, Callable[[nn.Module, int], Tensor]] = {
     "biggan": _of_biggan,
     "dcgan": _of_dcgan,
     "r3gan": _of_linear,
+    "sndcgan": _of_linear,
     "sngan": _of_linear,
     "stylegan2": _of_stylegan2,
 }

@@ -20,6 +20,7 @@ from ganscale.models.dcgan import DcganDiscriminator, DcganGenerator
 from ganscale.models.encoder import Encoder
 from ganscale.models.joint import JointDiscriminator
 from ganscale.models.r3gan import R3ganDiscriminator, R3ganGenerator
+from ganscale.models.sndcgan import SndcganDiscriminator, SndcganGenerator
 from ganscale.models.sngan import SnganDiscriminator, SnganGenerator
 from ganscale.models.stylegan2 import Stylegan2Discriminator, Stylegan2Generator
 
@@ -49,6 +50,7 @@ MODELS = {
     "biggan": Architecture(BigganGenerator, BigganDiscriminator),
     "dcgan": Architecture(DcganGenerator, DcganDiscriminator),
     "r3gan": Architecture(R3ganGenerator, R3ganDiscriminator),
+    "sndcgan": Architecture(SndcganGenerator, SndcganDiscriminator),
     "sngan": Architecture(SnganGenerator, SnganDiscriminator),
     "stylegan2": Architecture(Stylegan2Generator, Stylegan2Discriminator),
 }

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ganscale.models.layers import at_least_fp32
 
-__all__ = ["ConditionalBatchNorm2d", "ProjectionHead", "one_hot"]
+__all__ = ["ClassBatchNorm2d", "ConditionalBatchNorm2d", "ProjectionHead", "one_hot"]
 
 
 def one_hot(labels: Tensor | None, num_classes: int) -> Tensor:
@@ -43,6 +43,25 @@ class ConditionalBatchNorm2d(nn.Module):
         normalised: Tensor = self.norm(x)
         # Around 1: a condition that says nothing leaves the map as it is.
         return normalised * (1 + gain) + bias
+
+
+class ClassBatchNorm2d(nn.Module):
+    """Batch norm, with each class's own gain and bias where there are classes."""
+
+    def __init__(self, num_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm: nn.Module = nn.BatchNorm2d(num_features)
+        if num_classes:
+            embeddings = [nn.Embedding(num_classes, num_features) for _ in range(2)]
+            for embedding in embeddings:
+                # Gain 1 and bias 0 for every class: at the start the norm is an unconditional one.
+                nn.init.zeros_(embedding.weight)
+            self.norm = ConditionalBatchNorm2d(num_features, *embeddings)
+        self.conditional = num_classes > 0
+
+    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        normalised: Tensor = self.norm(x, labels) if self.conditional else self.norm(x)
+        return normalised
 
 
 class ProjectionHead(nn.Module):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ganscale.models.conditioning import ConditionalBatchNorm2d, ProjectionHead
+from ganscale.models.conditioning import ClassBatchNorm2d, ProjectionHead
 from ganscale.models.layers import spectral_norm
 from ganscale.models.residual import DownBlock, UpBlock, width_at
 
@@ -39,7 +39,7 @@ class SnganGenerator(nn.Module):
         while size < resolution:
             size *= 2
             out = width_at(size, 2 * base_channels)
-            norms = _Norm(width, num_classes), _Norm(out, num_classes)
+            norms = ClassBatchNorm2d(width, num_classes), ClassBatchNorm2d(out, num_classes)
             self.blocks.append(UpBlock(width, out, *norms))
             width = out
         self.last = nn.Sequential(
@@ -90,25 +90,6 @@ class SnganDiscriminator(nn.Module):
         features = x.sum(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
         logits: Tensor = self.head(features, labels)
         return logits
-
-
-class _Norm(nn.Module):
-    """Batch norm, with each class's own gain and bias where there are classes."""
-
-    def __init__(self, num_features: int, num_classes: int) -> None:
-        super().__init__()
-        self.norm: nn.Module = nn.BatchNorm2d(num_features)
-        if num_classes:
-            embeddings = [nn.Embedding(num_classes, num_features) for _ in range(2)]
-            for embedding in embeddings:
-                # Gain 1 and bias 0 for every class: at the start the norm is an unconditional one.
-                nn.init.zeros_(embedding.weight)
-            self.norm = ConditionalBatchNorm2d(num_features, *embeddings)
-        self.conditional = num_classes > 0
-
-    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        normalised: Tensor = self.norm(x, labels) if self.conditional else self.norm(x)
-        return normalised
 
 
 _WEIGHTED = (nn.Conv2d, nn.Linear, nn.Embedding)

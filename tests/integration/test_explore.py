@@ -8,13 +8,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ganscale.config.models import BigganModel, DcganModel, R3ganModel, SnganModel, Stylegan2Model
+from ganscale.config.models import (
+    BigganModel,
+    DcganModel,
+    R3ganModel,
+    SndcganModel,
+    SnganModel,
+    Stylegan2Model,
+)
 from ganscale.generation.snapshot import load_generator, save_snapshot
 from ganscale.models import build_generator
 from tests.conftest import Verb
 
 MODELS = {
     "dcgan": DcganModel(z_dim=16, base_channels=8),
+    "sndcgan": SndcganModel(z_dim=16, base_channels=8, num_classes=3),
     "sngan": SnganModel(z_dim=16, base_channels=8, num_classes=3),
     "biggan": BigganModel(z_dim=16, base_channels=8, num_classes=3),
     "r3gan": R3ganModel(z_dim=16, base_channels=16, num_classes=3, blocks_per_stage=1),
@@ -70,7 +78,7 @@ def test_animations_have_all_frames(
         assert movie.size == (32, 32)
 
 
-@pytest.mark.parametrize("name", ["sngan", "biggan", "r3gan", "stylegan2"])
+@pytest.mark.parametrize("name", ["sndcgan", "sngan", "biggan", "r3gan", "stylegan2"])
 def test_classes_are_passed_through(verb: Verb, snapshots: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "classes.png"
     arguments = ("--mode", "class", "--seeds", "7,8", "--frames", 2, "--scale", 1, "--out", out)

@@ -9,13 +9,21 @@ import pytest
 import torch
 from torch import nn
 
-from ganscale.config.models import BigganModel, DcganModel, R3ganModel, SnganModel, Stylegan2Model
+from ganscale.config.models import (
+    BigganModel,
+    DcganModel,
+    R3ganModel,
+    SndcganModel,
+    SnganModel,
+    Stylegan2Model,
+)
 from ganscale.errors import ConfigError
 from ganscale.generation.directions import closed_form_directions, first_weight
 from ganscale.models import build_generator
 
 MODELS = [
     DcganModel(z_dim=16, base_channels=8),
+    SndcganModel(z_dim=16, base_channels=8),
     SnganModel(z_dim=16, base_channels=8),
     BigganModel(z_dim=16, base_channels=8, num_classes=3),
     R3ganModel(z_dim=16, base_channels=16, num_classes=3, blocks_per_stage=1),
