@@ -28,8 +28,8 @@ _PROTOCOL = (
 
 
 @app.command(
-    epilog="Example: ganscale evaluate --run runs/r3gan-small --num 50000 --json evaluation.json; "
-    "ganscale export runs/r3gan-small --out cifar10.safetensors --evaluation evaluation.json"
+    epilog="Example: ganscale export runs/r3gan-small --out cifar10.safetensors --evaluation "
+    "evaluation.json    (which ganscale evaluate --json writes)"
 )
 def export(
     path: Snapshot,

@@ -47,8 +47,8 @@ def plain_loop_obstacle(config: Config) -> str:
         or config.optimizer.clip_weights is not None,
         "arrays of floats": load_shards(config).values != PIXELS,
     }
-    found = [name for name, applies in obstacles.items() if applies]
-    return f"the plain loop has no {' and no '.join(found)}" if found else ""
+    missing = [name for name, applies in obstacles.items() if applies]
+    return f"the plain loop has no {' and no '.join(missing)}" if missing else ""
 
 
 class PlainLoop:

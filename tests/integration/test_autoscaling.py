@@ -50,9 +50,8 @@ IN_THE_HEAD = {
     os.geteuid() != 0 or shutil.which("unshare") is None,
     reason="NOT CHECKED: a cluster that starts nodes of its own needs a container, thus root",
 )
-@pytest.mark.parametrize(
-    ("workers", "kimg"), [pytest.param("2", 1.0, marks=pytest.mark.slow), ("[1,2]", 6.0)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "kimg"), [("2", 1.0), ("[1,2]", 6.0)])
 def test_a_run_is_given_nodes_that_were_not_there(
     workers: str, kimg: float, make_config: MakeConfig, tmp_path: Path
 ) -> None:
