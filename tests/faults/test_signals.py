@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
-from subprocess import Popen
 
 from ganscale.run_directory import RunDirectory
 from tests.conftest import MakeConfig
+from tests.support.processes import Command
 from tests.support.runs import final_digest, read_rows, start_ranks, wait_all, wait_for_rows
 
 
-def end_of(processes: list[Popen[str]], timeout: float = 60) -> list[int]:
+def end_of(processes: list[Command], timeout: float = 60) -> list[int | None]:
     for process in processes:
         process.communicate(timeout=timeout)
     return [process.returncode for process in processes]

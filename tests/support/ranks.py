@@ -6,11 +6,11 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
 from multiprocessing.queues import Queue
 from typing import Any
 
 from ganscale.world import World, process_group
+from tests.support.processes import FORKED
 
 __all__ = ["free_port", "run_ranks"]
 
@@ -30,12 +30,17 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
 
     Results must be plain Python (no tensors). Raises `RuntimeError` with the rank's traceback.
     """
-    context = get_context("spawn")
-    results: Queue[tuple[int, Any, str | None]] = context.Queue()
-    port = free_port()
+    results: Queue[tuple[int, Any, str | None]] = FORKED.Queue()
+    # The server's environment is that of the test which came first.
+    variables = {
+        **os.environ,
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     processes = [
-        context.Process(
-            target=_rank_main, args=(rank, world_size, port, results, function, args), daemon=True
+        FORKED.Process(
+            target=_rank_main, args=(rank, variables, results, function, args), daemon=True
         )
         for rank in range(world_size)
     ]
@@ -58,8 +63,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
 
 def _rank_main(
     rank: int,
-    world_size: int,
-    port: int,
+    variables: dict[str, str],
     results: Queue[tuple[int, Any, str | None]],
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -67,13 +71,8 @@ def _rank_main(
     import torch
 
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    os.environ.clear()
+    os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
     world = World.detect("cpu")
     try:
         with process_group(world, timeout_seconds=60):

@@ -15,6 +15,7 @@ from typing import Any
 
 from ganscale.checkpoint import CheckpointStore
 from ganscale.config import Config
+from tests.support.processes import Command
 from tests.support.ranks import free_port
 
 __all__ = [
@@ -43,39 +44,37 @@ def final_digest(config: Config) -> tuple[int, str]:
     return files.meta["nimg"], files.meta["tensors_sha256"]
 
 
-def start_ranks(config: Config, world_size: int) -> list[subprocess.Popen[str]]:
-    """`ganscale train` as `world_size` processes, as torchrun would start them."""
+def start_ranks(config: Config, world_size: int) -> list[Command]:
+    """`ganscale train` as `world_size` processes, with the environment that torchrun gives them."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     file = config.run_dir.parent / f"{config.name}.yaml"
     file.write_text(config.with_changes({"launch.num_workers": world_size}).to_yaml())
     port = free_port()
     return [
-        subprocess.Popen(
-            [sys.executable, "-m", "ganscale", "train", "--config", str(file)],
-            env={
-                **os.environ,
+        Command(
+            "train",
+            "--config",
+            str(file),
+            variables={
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world_size),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             },
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for rank in range(world_size)
     ]
 
 
-def wait_all(processes: list[subprocess.Popen[str]], timeout: float = 180) -> None:
+def wait_all(processes: list[Command], timeout: float = 180) -> None:
     """Wait until all have ended well; the error output of one that has not is in the failure."""
     for process in processes:
         _, errors = process.communicate(timeout=timeout)
         assert process.returncode == 0, errors
 
 
-def wait_for_rows(path: Path, count: int, process: subprocess.Popen[str]) -> None:
+def wait_for_rows(path: Path, count: int, process: subprocess.Popen[str] | Command) -> None:
     """Wait until a file has `count` complete lines, while `process` lives."""
     deadline = time.monotonic() + 120
     while len(read_rows(path)) < count:
