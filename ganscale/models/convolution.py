@@ -20,6 +20,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ganscale.models.input_gradients import are_parameters_wanted
+
 __all__ = ["Conv2d", "conv2d", "conv_transpose2d"]
 
 
@@ -103,6 +105,8 @@ class _Convolution(torch.autograd.Function):
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
         by_x, by_weight, by_bias, _ = ctx.needs_input_grad
+        if not are_parameters_wanted():
+            by_weight = by_bias = False
         return (
             _InputGradient.apply(gradient, x, weight, ctx.geometry) if by_x else None,
             _WeightGradient.apply(gradient, x, weight, ctx.geometry) if by_weight else None,

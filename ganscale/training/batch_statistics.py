@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from ganscale.models.input_gradients import are_parameters_wanted
 from ganscale.models.layers import MinibatchStd, at_least_fp32
 from ganscale.training.collectives import sum_over_ranks, sum_over_ranks_with_gradient
 
@@ -77,15 +78,12 @@ class _BatchNorm(torch.autograd.Function):
         if torch.is_grad_enabled():
             # A gradient that is differentiated in its turn, as R1's is: by operations that PyTorch
             # knows the derivatives of.
-            inputs = [tensor for tensor in (x, weight, bias) if tensor is not None]
-            needed = [tensor for tensor in inputs if tensor.requires_grad]
+            inputs = (x, weight, bias) if are_parameters_wanted() else (x, None, None)
+            needed = [t for t in inputs if t is not None and t.requires_grad]
             y = _composed(x, weight, bias, ctx.eps)
             results = iter(torch.autograd.grad(y, needed, gradient, create_graph=True))
             return (
-                *(
-                    next(results) if tensor is not None and tensor.requires_grad else None
-                    for tensor in (x, weight, bias)
-                ),
+                *(next(results) if t is not None and t.requires_grad else None for t in inputs),
                 None,
             )
         values, gradient = at_least_fp32(x), at_least_fp32(gradient)
