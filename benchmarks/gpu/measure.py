@@ -1,4 +1,4 @@
-"""Measure training with the presets on one GPU: steps launched, captured, compiled.
+"""Measure training with the presets on one GPU: steps launched or captured, compiled or not.
 
     python -m benchmarks.gpu.measure --shards data/cifar10-train --out gpu.json
     python -m benchmarks.gpu.measure --table gpu.json         # as a table of Markdown
@@ -43,9 +43,10 @@ PRESETS: dict[str, list[str]] = {
     "r3gan-cifar10": ["training.batch_size=256"],
 }
 MODES: dict[str, list[str]] = {
-    "launched": ["training.cuda_graphs=off"],
-    "captured": ["training.cuda_graphs=on"],
-    "captured, compiled": ["training.cuda_graphs=on", "training.compile=true"],
+    "launched": ["training.cuda_graphs=off", "training.compile=off"],
+    "launched, compiled": ["training.cuda_graphs=off", "training.compile=on"],
+    "captured": ["training.cuda_graphs=on", "training.compile=off"],
+    "captured, compiled": ["training.cuda_graphs=on", "training.compile=on"],
 }
 WARM_UP_STEPS, PROFILED_STEPS = 40, 16
 _LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cudaGraphLaunch")
@@ -74,7 +75,7 @@ def main() -> None:
             row: dict[str, Any] = {"preset": preset, "mode": mode, "overrides": overrides[1:]}
             try:
                 row |= measured(overrides, preset, arguments.device, arguments.seconds)
-            except ConfigError as error:  # such as compiling what is differentiated twice
+            except ConfigError as error:  # such as a machine without a compiler
                 row["refused"] = str(error)
             except Exception as error:
                 traceback.print_exc()

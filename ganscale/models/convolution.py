@@ -53,11 +53,19 @@ def conv_transpose2d(
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` with an integer stride and padding, by `conv2d` of this module."""
+    """`nn.Conv2d` with an integer stride and padding, by `conv2d` of this module.
+
+    With `adds_bias=False` it only owns its bias, for `bias_leaky_relu` to add.
+    """
+
+    def __init__(self, *arguments: Any, adds_bias: bool = True, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.adds_bias = adds_bias
 
     def forward(self, x: Tensor) -> Tensor:
         (stride, _), (padding, _) = self.stride, cast(tuple[int, int], self.padding)
-        return conv2d(x, self.weight, self.bias, stride=stride, padding=padding, groups=self.groups)
+        bias = self.bias if self.adds_bias else None
+        return conv2d(x, self.weight, bias, stride=stride, padding=padding, groups=self.groups)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,16 @@ import ganscale
 PACKAGE = Path(ganscale.__file__).parent
 
 LAYERS = (
-    ("errors", "config", "world", "run_directory", "atomic_files", "json_lines", "periodic"),
+    (
+        "errors",
+        "config",
+        "world",
+        "run_directory",
+        "atomic_files",
+        "json_lines",
+        "periodic",
+        "user_cache",
+    ),
     ("data", "models", "objectives", "augment", "ema", "tracking", "metrics"),
     ("generation", "checkpoint"),
     ("evaluation",),
