@@ -39,6 +39,11 @@ class Ema:
         for average, current in zip(self.model.parameters(), model.parameters(), strict=True):
             average.lerp_(current, weight)
         # Copied and not averaged, as in StyleGAN2-ADA's code; some are counters, which have no
-        # average.
+        # average. One launch for all of a type, where spectral norm has two buffers a layer.
+        buffers: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for kept, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
-            kept.copy_(buffer)
+            copies, sources = buffers.setdefault(buffer.dtype, ([], []))
+            copies.append(kept)
+            sources.append(buffer)
+        for copies, sources in buffers.values():
+            torch._foreach_copy_(copies, sources)

@@ -1,4 +1,4 @@
-"""Measure training with the presets on one GPU: steps launched, captured, compiled.
+"""Measure training with the presets on one GPU: steps launched or captured, compiled or not.
 
     python -m benchmarks.gpu.measure --shards data/cifar10-train --out gpu.json
     python -m benchmarks.gpu.measure --table gpu.json         # as a table of Markdown
@@ -73,7 +73,7 @@ def main() -> None:
             try:
                 config = load_config(preset, overrides)
                 row |= measured(config, MODES[mode], arguments.device, arguments.seconds)
-            except ConfigError as error:  # such as compiling what is differentiated twice
+            except ConfigError as error:  # such as a machine without a compiler
                 row["refused"] = str(error)
             except Exception as error:
                 traceback.print_exc()

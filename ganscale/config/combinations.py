@@ -93,8 +93,6 @@ def _methods(config: Config) -> Iterator[str]:
         )
     if name != "gan" and config.training.shared_fakes:
         yield f"training.shared_fakes is for method.name=gan, not {name}: set it to false"
-    if name in ("vae-gan", "encoder") and config.training.compile:
-        yield f"training.compile hides the features that method.name={name} needs: set it to false"
 
 
 def _semi_supervised(config: Config) -> Iterator[str]:
@@ -154,11 +152,6 @@ def _objectives(config: Config) -> Iterator[str]:
         yield (
             f"penalty.gradient_normalisation together with penalty.{penalty.gradient_names[0]} "
             "would need third derivatives: use one of them"
-        )
-    if config.training.compile and penalty.twice_differentiated:
-        yield (
-            "training.compile cannot differentiate a gradient again: set training.compile=false, "
-            "or penalty.form=finite_difference for r1 and r2"
         )
 
 

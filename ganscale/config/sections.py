@@ -212,8 +212,9 @@ class TrainingConfig(Section):
     """Length of the run in thousands of real images."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto is fp16 with gradient scaling on CUDA and fp32 on CPU."""
-    compile: bool = False
-    """Compile both networks with torch.compile."""
+    compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_or_off)] = "auto"
+    """Compile elementwise work into one kernel a pass. With auto where it pays, for R3GAN and
+    StyleGAN2 on CUDA, with a warning if it cannot be; with on that ends the run."""
     cuda_graphs: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_or_off)] = "auto"
     """Capture steps on CUDA as graphs and replay them. With auto a step that cannot be captured is
     launched kernel by kernel, with a warning; with on it ends the run."""

@@ -20,6 +20,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ganscale.models.input_gradients import are_parameters_wanted
+
 __all__ = ["Conv2d", "conv2d", "conv_transpose2d"]
 
 
@@ -51,11 +53,19 @@ def conv_transpose2d(
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` with an integer stride and padding, by `conv2d` of this module."""
+    """`nn.Conv2d` with an integer stride and padding, by `conv2d` of this module.
+
+    With `adds_bias=False` it only owns its bias, for `bias_leaky_relu` to add.
+    """
+
+    def __init__(self, *arguments: Any, adds_bias: bool = True, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.adds_bias = adds_bias
 
     def forward(self, x: Tensor) -> Tensor:
         (stride, _), (padding, _) = self.stride, cast(tuple[int, int], self.padding)
-        return conv2d(x, self.weight, self.bias, stride=stride, padding=padding, groups=self.groups)
+        bias = self.bias if self.adds_bias else None
+        return conv2d(x, self.weight, bias, stride=stride, padding=padding, groups=self.groups)
 
 
 @dataclass(frozen=True)
@@ -103,6 +113,8 @@ class _Convolution(torch.autograd.Function):
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
         by_x, by_weight, by_bias, _ = ctx.needs_input_grad
+        if not are_parameters_wanted():
+            by_weight = by_bias = False
         return (
             _InputGradient.apply(gradient, x, weight, ctx.geometry) if by_x else None,
             _WeightGradient.apply(gradient, x, weight, ctx.geometry) if by_weight else None,

@@ -16,10 +16,10 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import leaky_relu
 
 from ganscale.models.conditioning import ProjectionHead, one_hot
 from ganscale.models.convolution import Conv2d
+from ganscale.models.fused import bias_leaky_relu
 from ganscale.models.layers import FullPrecision, binomial_filter, downsample, upsample
 from ganscale.models.residual import width_at
 
@@ -158,8 +158,8 @@ class _Block(nn.Module):
         super().__init__()
         inner = _EXPANSION * channels
         groups = inner // _GROUP_CHANNELS
-        self.expand = Conv2d(channels, inner, 1)
-        self.mix = Conv2d(inner, inner, 3, padding=1, groups=groups)
+        self.expand = Conv2d(channels, inner, 1, adds_bias=False)
+        self.mix = Conv2d(inner, inner, 3, padding=1, groups=groups, adds_bias=False)
         self.contract = Conv2d(inner, channels, 1, bias=False)
         fixup = num_blocks ** (-1 / (2 * _LAYERS_PER_BLOCK - 2))
         for conv in (self.expand, self.mix):
@@ -170,8 +170,8 @@ class _Block(nn.Module):
         nn.init.zeros_(self.contract.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = leaky_relu(self.expand(x), _SLOPE)
-        h = leaky_relu(self.mix(h), _SLOPE)
+        h = bias_leaky_relu(self.expand(x), self.expand.bias, _SLOPE)
+        h = bias_leaky_relu(self.mix(h), self.mix.bias, _SLOPE)
         contracted: Tensor = self.contract(h)
         return x + contracted
 

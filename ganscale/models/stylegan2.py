@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ganscale.models.conditioning import one_hot
 from ganscale.models.convolution import conv2d, conv_transpose2d
+from ganscale.models.fused import bias_leaky_relu, scaled_sum
 from ganscale.models.layers import (
     FullPrecision,
     MinibatchStd,
@@ -217,8 +218,8 @@ class EqualisedConv2d(nn.Module):
 class _Activation(nn.Module):
     """Leaky ReLU with gain sqrt(2), which about keeps the variance, within half precision."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return (F.leaky_relu(x, _SLOPE) * math.sqrt(2)).clamp(-_CLAMP, _CLAMP)
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return bias_leaky_relu(x, bias, _SLOPE, gain=math.sqrt(2), limit=_CLAMP)
 
 
 class _Mapping(nn.Module):
@@ -282,7 +283,7 @@ class _ModulatedLayer(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         x = self.conv(x, w, self.taps if self.up else None, demodulate=True)
-        activated: Tensor = self.activation(x + self.bias.to(x.dtype))
+        activated: Tensor = self.activation(x, self.bias)
         return activated
 
 
@@ -331,8 +332,7 @@ class _ConvLayer(nn.Module):
         self.activation = _Activation()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        activated: Tensor = self.activation(x + self.bias.to(x.dtype))
+        activated: Tensor = self.activation(self.conv(x), self.bias)
         return activated
 
 
@@ -355,8 +355,7 @@ class _ResidualBlock(nn.Module):
         self.skip = EqualisedConv2d(in_channels, out_channels, 1, down=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        total: Tensor = self.main(x) + self.skip(x)
-        return total / math.sqrt(2)
+        return scaled_sum(self.main(x), self.skip(x), math.sqrt(2))
 
 
 def _up_conv2d(x: Tensor, weight: Tensor, taps: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from ganscale.models.elementwise import elementwise
+from ganscale.models.input_gradients import are_parameters_wanted
 from ganscale.models.layers import MinibatchStd, at_least_fp32
 from ganscale.training.collectives import sum_over_ranks, sum_over_ranks_with_gradient
 
@@ -68,7 +70,7 @@ class _BatchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, mean, scale, count)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var, count)
-        return _scaled(values, mean, scale, weight, bias).to(x.dtype), mean, var, count
+        return _normalised(values, mean, scale, weight, bias, x.dtype), mean, var, count
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -77,15 +79,12 @@ class _BatchNorm(torch.autograd.Function):
         if torch.is_grad_enabled():
             # A gradient that is differentiated in its turn, as R1's is: by operations that PyTorch
             # knows the derivatives of.
-            inputs = [tensor for tensor in (x, weight, bias) if tensor is not None]
-            needed = [tensor for tensor in inputs if tensor.requires_grad]
+            inputs = (x, weight, bias) if are_parameters_wanted() else (x, None, None)
+            needed = [t for t in inputs if t is not None and t.requires_grad]
             y = _composed(x, weight, bias, ctx.eps)
             results = iter(torch.autograd.grad(y, needed, gradient, create_graph=True))
             return (
-                *(
-                    next(results) if tensor is not None and tensor.requires_grad else None
-                    for tensor in (x, weight, bias)
-                ),
+                *(next(results) if t is not None and t.requires_grad else None for t in inputs),
                 None,
             )
         values, gradient = at_least_fp32(x), at_least_fp32(gradient)
@@ -96,10 +95,9 @@ class _BatchNorm(torch.autograd.Function):
         factor = scale if weight is None else scale * weight
         slope = -factor * scale * sums[0]
         shift = -factor * sums[1] - slope * mean
-        by_x = torch.addcmul(_channels(shift), values, _channels(slope))
-        by_x = by_x.addcmul_(gradient, _channels(factor)).to(x.dtype)
+        coefficients = _channels(slope), _channels(factor), _channels(shift)
         return (
-            by_x,
+            _linear(values, gradient, *coefficients, x.dtype),
             by_weight if weight is not None else None,
             by_bias if bias is not None else None,
             None,
@@ -110,16 +108,35 @@ def _composed(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
     """The same as `_BatchNorm`, of operations that can be differentiated to any order."""
     values = at_least_fp32(x)
     mean, var, _ = _global_statistics(values)
-    return _scaled(values, mean, torch.rsqrt(var + eps), weight, bias).to(x.dtype)
+    return _normalised(values, mean, torch.rsqrt(var + eps), weight, bias, x.dtype)
 
 
-def _scaled(
-    values: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None
+def _normalised(
+    values: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """(values - mean) scale weight + bias, in one pass over the map."""
     factor = scale if weight is None else scale * weight
     shift = -mean * factor if bias is None else bias - mean * factor
-    return torch.addcmul(_channels(shift), values, _channels(factor))
+    return _affine(values, _channels(factor), _channels(shift), dtype)
+
+
+@elementwise
+def _affine(x: Tensor, factor: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor x + shift."""
+    return torch.addcmul(shift, x, factor).to(dtype)
+
+
+@elementwise
+def _linear(
+    x: Tensor, gradient: Tensor, slope: Tensor, factor: Tensor, shift: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """slope x + factor gradient + shift."""
+    return torch.addcmul(shift, x, slope).addcmul_(gradient, factor).to(dtype)
 
 
 def _channels(values: Tensor) -> Tensor:

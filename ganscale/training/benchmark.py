@@ -74,9 +74,9 @@ class Variant:
 
 
 CUDA_VARIANTS = (
-    Variant("launched", {"training.cuda_graphs": "off", "training.compile": False}),
-    Variant("captured", {"training.cuda_graphs": "on", "training.compile": False}),
-    Variant("captured, compiled", {"training.cuda_graphs": "on", "training.compile": True}),
+    Variant("launched", {"training.cuda_graphs": "off", "training.compile": "off"}),
+    Variant("captured", {"training.cuda_graphs": "on", "training.compile": "off"}),
+    Variant("captured, compiled", {"training.cuda_graphs": "on", "training.compile": "on"}),
 )
 
 
@@ -112,8 +112,8 @@ class VariantSpeeds:
 def speed_variants(config: Config, device: torch.device) -> list[Variant]:
     """The ways in which `device` can run the configuration, the one to compare with first.
 
-    On CUDA steps that are launched kernel by kernel, captured, and captured with compiled networks;
-    on the CPU one thread and all of the machine's, each with compiled networks as well. In the end
+    On CUDA steps that are launched kernel by kernel, captured, and captured with compiled kernels;
+    on the CPU one thread and all of the machine's, each with compiled kernels as well. In the end
     the plain loop, where it can train this configuration.
     """
     if device.type == "cuda":
@@ -125,10 +125,10 @@ def speed_variants(config: Config, device: torch.device) -> list[Variant]:
         names = {1: "one thread"} | ({num_cores: f"{num_cores} threads"} if num_cores > 1 else {})
         variants = [
             Variant(
-                f"{name}, compiled" if compiled else name,
+                f"{name}, compiled" if compiled == "on" else name,
                 {"launch.threads_per_worker": num_threads, "training.compile": compiled},
             )
-            for compiled in (False, True)
+            for compiled in ("off", "on")
             for num_threads, name in names.items()
         ]
         plain = {"launch.threads_per_worker": 1}
@@ -159,7 +159,7 @@ def compare_variants(
             report(f"round {number} of {rounds}: {result.variant.name}")
             try:
                 speed = _measure(config, world, result, seconds)
-            except ConfigError as error:  # such as compiling what is differentiated twice
+            except ConfigError as error:  # such as a machine without a compiler
                 result.obstacle = str(error)
                 continue
             # Whatever a variant meets, such as no memory or no compiler, is a result of its own and
@@ -221,7 +221,7 @@ def bench_training(config: Config, world: World, *, seconds: float) -> TrainingS
             stop.reason = "interrupted"
 
         clock = threading.Thread(target=stop_when_measured, name="bench")
-        _forget_earlier_runs(config, world)
+        _forget_earlier_runs(world)
         clock.start()
         try:
             with process_group(world, timeout_seconds=config.launch.timeout_seconds):
@@ -242,12 +242,8 @@ def _steps_in_a_row(config: Config) -> int:
     return cycle * math.ceil(_MIN_STEPS_IN_A_ROW / cycle)
 
 
-def _forget_earlier_runs(config: Config, world: World) -> None:
-    """Make the measurement one of a fresh process, as far as memory and compiled code go."""
-    if config.training.compile:
-        # torch counts how often a function was compiled anew, for each new network, and after some
-        # times runs it without compiling, which would then be measured.
-        torch.compiler.reset()
+def _forget_earlier_runs(world: World) -> None:
+    """Make the measurement one of a fresh process, as far as memory goes."""
     # Networks of an earlier run are in cycles of references; they would count as this one's memory.
     gc.collect()
     if world.device != "cpu":

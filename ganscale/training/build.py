@@ -54,16 +54,12 @@ def build_state(config: Config, precision: Precision, world: World) -> TrainingS
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "weights"))
         networks = kind.networks(config)
-    # Averages copy the networks before they are compiled, distributed and moved: a plain module is
-    # what samples and snapshots need.
+    # Averages copy the networks before they are distributed and moved: a plain module is what
+    # samples and snapshots need.
     averaged = nn.ModuleDict({name: networks[name] for name in AVERAGED if name in networks})
     emas = {name: Ema(averaged) for name in ema_halflives(config, 0)}
     for ema in emas.values():
         ema.model.to(world.torch_device)
-    if config.training.compile:
-        # In place, so that names in state dictionaries stay what they are without compilation.
-        for network in networks.values():
-            network.compile()
     method = kind(config, networks, precision, world)
     return TrainingState(method, averaged, emas, world)
 

@@ -39,6 +39,7 @@ from ganscale.training.build import (
 from ganscale.training.callbacks import Callback, Rollback
 from ganscale.training.checkpoints import CheckpointManager, non_finite
 from ganscale.training.collectives import gather_objects
+from ganscale.training.compilation import kernel_compiler
 from ganscale.training.determinism import use_deterministic_kernels
 from ganscale.training.evaluator import Evaluator
 from ganscale.training.guard import Guard
@@ -195,7 +196,8 @@ class Trainer:
         """All that a step does on the device; from the same tensors it computes the same bits."""
         state = self.state
         inputs = self.inputs.unpack(packed)
-        statistics = state.method.step(inputs, variant, enter)
+        with self.kernels:
+            statistics = state.method.step(inputs, variant, enter)
         enter("average")
         # Added up on the device: a loss is read by the host once a row and not once a step.
         state.means.add({f"train/{name}": value for name, value in statistics.items()})
@@ -244,6 +246,7 @@ class Trainer:
             num_rollbacks=num_rollbacks,
             labelled=self.labelled,
         )
+        self.kernels = kernel_compiler(self.config, self.world.torch_device)
         self.steps = StepRunner(
             self._update,
             self.world.torch_device,

@@ -24,6 +24,7 @@ LAYERS = (
         "atomic_files",
         "json_lines",
         "periodic",
+        "user_cache",
     ),
     ("data", "models", "objectives", "augment", "ema", "tracking", "metrics"),
     ("generation", "checkpoint"),

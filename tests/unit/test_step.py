@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from torch import nn
 
 from ganscale.config import AugmentConfig, Config, OptimizerConfig, Schedule
+from ganscale.models import elementwise
 from ganscale.training.adaptive import AdaController, LecamAnchors, ada_p_step
 from ganscale.training.build import build_state, load_shards
 from ganscale.training.inputs import LocalBatch, Rates
@@ -276,22 +278,35 @@ def test_the_generator_learns_at_every_so_manieth_step(make_config: MakeConfig) 
     assert trainer.state.nimg == 6 * config.training.batch_size
 
 
-@pytest.mark.parametrize("model", ["dcgan", pytest.param("r3gan", marks=pytest.mark.slow)])
+def refuse(error: Exception) -> NoReturn:
+    raise error
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["r3gan", *(pytest.param(name, marks=pytest.mark.slow) for name in ("stylegan2", "sngan"))],
+)
 @on_each_device
-def test_compiled_models_have_the_same_losses(
-    make_config: MakeConfig, model: str, device: str
+def test_compiled_steps_have_the_same_losses_and_gradients(
+    model: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = []
-    for compiled in (False, True):
-        config = configured(
-            model,
-            training={"compile": compiled},
-            penalty={"r1": 0.1, "form": "finite_difference"},
-        )
+    kernels: dict[object, object] = {}
+    monkeypatch.setattr(elementwise, "_kernels", kernels)
+    losses, gradients = [], []
+    for compiler in (nullcontext(), elementwise.KernelCompiler(refuse)):
+        config = configured(model, penalty={"r1": 0.1, "r2": 0.1, "lecam": 0.1})
         gan, batch = gan_and_batch(config, precision=FP32, device=device)
-        statistics = gan.step(*step_inputs(gan, batch))
-        names = ("loss_D", "loss_G", "penalty_r1_finite_difference")
+        with (
+            recorded_gradients(gan.models["G"]) as of_generator,
+            recorded_gradients(gan.models["D"]) as of_discriminator,
+            compiler,
+        ):
+            statistics = gan.step(*step_inputs(gan, batch))
+        names = ("loss_D", "loss_G", "penalty_r1", "penalty_r2", "penalty_lecam")
         losses.append(torch.stack([statistics[name] for name in names]))
-        if compiled:
-            assert gan.discriminator.model.module._compiled_call_impl is not None
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-6)
+        gradients.append([*of_generator, *of_discriminator])
+    assert kernels
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+    largest = max(float(gradient.abs().max()) for gradient in gradients[0])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * largest)

@@ -189,13 +189,17 @@ def test_a_step_that_cannot_be_captured_leaves_no_trace(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compiled", ["off", "on"])
 @pytest.mark.parametrize("case", CASES)
-def test_cuda_graphs_have_the_bits_of_launched_steps(make_config: MakeConfig, case: str) -> None:
+def test_cuda_graphs_have_the_bits_of_launched_steps(
+    make_config: MakeConfig, case: str, compiled: str
+) -> None:
     world = World(device="cuda:0")
     use_deterministic_kernels(world.torch_device)
     states = []
     for mode in ("off", "on"):
-        config = make_config(**CASES[case], training__cuda_graphs=mode)
+        modes = {"training__cuda_graphs": mode, "training__compile": compiled}
+        config = make_config(**CASES[case], **modes)
         with process_group(world), own_stream(world.torch_device):
             trainer = Trainer(config, world, load_shards(config))
             for _ in range(200):

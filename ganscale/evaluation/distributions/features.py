@@ -12,7 +12,6 @@ images have to go through the network.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import time
 import warnings
@@ -41,6 +40,7 @@ from ganscale.evaluation.image_sets import ImageSet
 from ganscale.evaluation.image_views import Subset
 from ganscale.metrics.extractors import FeatureExtractor, as_rgb
 from ganscale.metrics.statistics import Moments, check_features
+from ganscale.user_cache import user_cache
 from ganscale.world import World
 
 __all__ = [
@@ -53,7 +53,6 @@ __all__ = [
     "plan_reference",
 ]
 
-CACHE_ENV = "GANSCALE_CACHE"
 _ROWS = 50
 """The number of images of every forward; an incomplete group is filled with black images. Kernels
 choose their arithmetic by the batch size, so the features of an image would depend on its group's
@@ -186,8 +185,7 @@ class FeatureCache:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        default = os.environ.get(CACHE_ENV) or Path.home() / ".cache" / "ganscale"
-        self.folder = Path(folder or default).expanduser() / "features"
+        self.folder = (folder or user_cache()).expanduser() / "features"
         self._content: dict[str, str] = {}
 
     def extract(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ganscale.config import Config
 from ganscale.models.activations import middle_features
+from ganscale.models.input_gradients import input_gradients_only
 from ganscale.objectives.adversarial import OBJECTIVES, Objective
 from ganscale.objectives.penalties import (
     PENALTIES,
@@ -175,10 +176,12 @@ class DiscriminatorTrainer:
                 perturb=lambda images: flip_and_shift(images, inputs.noise["perturb"]),
                 anchors=None if self.lecam is None else self.lecam.values,
             )
-            means = {
-                name: penalty.value(penalty_inputs).sum() * batch.loss_weight
-                for name, penalty in penalties.items()
-            }
+            # The backwards inside them are asked for gradients of images alone.
+            with input_gradients_only():
+                means = {
+                    name: penalty.value(penalty_inputs).sum() * batch.loss_weight
+                    for name, penalty in penalties.items()
+                }
         # A penalty's weight is a tensor: a number would be a constant of a captured graph.
         total = loss
         for name, mean in means.items():
@@ -208,9 +211,10 @@ class DiscriminatorTrainer:
             values: Tensor = network(self.augment(inputs, purpose, images), condition)
             return values
 
-        if self.config.penalty.gradient_normalisation:
-            return gradient_normalised(logits, self.precision.inner_scale)
-        return logits
+        if not self.config.penalty.gradient_normalisation:
+            return logits
+        normalised = gradient_normalised(logits, self.precision.inner_scale)
+        return input_gradients_only()(normalised)
 
     def augment(self, inputs: StepInputs, purpose: str, images: Tensor) -> Tensor:
         """Images as the discriminator sees them in this step."""
