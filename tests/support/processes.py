@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class Command:
         descriptor, name = tempfile.mkstemp(prefix="stderr-")
         os.close(descriptor)
         self._errors = Path(name)
+        weakref.finalize(self, os.unlink, name)
         self._process = FORKED.Process(
             target=_main,
             # The server's environment and folder are those of the test that started it.
