@@ -105,7 +105,8 @@ def bench_train(
     for name, mean in speed.parts.items():
         typer.echo(f"{name:16} {1000 * mean:10.2f} ms a step")
     if speed.peak_memory_gib is not None:
-        typer.echo(f"{'peak memory':16} {speed.peak_memory_gib:10.2f} GiB")
+        total = f"of {speed.device_memory_gib:.2f} GiB"
+        typer.echo(f"{'peak memory':16} {speed.peak_memory_gib:10.2f} {total}")
     write_json(json_file, asdict(speed))
 
 

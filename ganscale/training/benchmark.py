@@ -22,10 +22,11 @@ from typing import Any
 import torch
 
 from ganscale.config import Config
-from ganscale.errors import ConfigError
+from ganscale.errors import ConfigError, GanscaleError
 from ganscale.json_lines import read_lines
 from ganscale.run_directory import RunDirectory
 from ganscale.training.loop import train
+from ganscale.training.memory import out_of_memory_message
 from ganscale.training.plain_loop import PlainLoop, plain_loop_obstacle
 from ganscale.training.precision import Precision
 from ganscale.training.stopping import StopRequest
@@ -59,6 +60,8 @@ class TrainingSpeed:
     """Mean seconds of a step's parts: data_wait, discriminator, generator, ..."""
     peak_memory_gib: float | None
     """Of the GPU; None on the CPU."""
+    device_memory_gib: float | None
+    """All that the GPU has; None on the CPU."""
     num_rows: int
 
 
@@ -191,7 +194,7 @@ def bench_training(config: Config, world: World, *, seconds: float) -> TrainingS
 
     Checkpoints, pictures and W&B are left out. The time counts from the start of training, but
     what comes before the first step, and compiling, are not in what is measured: of the rows of
-    about ten steps the first two are left out.
+    about ten steps the first two are left out. Raises `GanscaleError` if the device is too small.
     """
     kimg = _steps_in_a_row(config) * config.training.batch_size / 1000
     with tempfile.TemporaryDirectory() as folder:
@@ -226,6 +229,9 @@ def bench_training(config: Config, world: World, *, seconds: float) -> TrainingS
         try:
             with process_group(world, timeout_seconds=config.launch.timeout_seconds):
                 train(config, world, stop)
+        except torch.OutOfMemoryError:
+            message = out_of_memory_message(config, world.device, _device_memory_gib(world))
+            raise GanscaleError(message) from None
         finally:
             ended.set()
             clock.join()
@@ -264,5 +270,12 @@ def _summary(config: Config, world: World, rows: list[dict[str, Any]]) -> Traini
             for name in parts
         },
         peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+        device_memory_gib=_device_memory_gib(world),
         num_rows=len(rows),
     )
+
+
+def _device_memory_gib(world: World) -> float | None:
+    if world.device == "cpu":
+        return None
+    return float(torch.cuda.get_device_properties(world.torch_device).total_memory / 2**30)

@@ -153,13 +153,16 @@ def test_each_form_of_a_step_has_its_graph(make_config: MakeConfig) -> None:
     assert len(graphs) == 2  # lazy steps are those in which the generator has no turn
 
 
-@pytest.mark.parametrize("must_capture", [False, True])
+@pytest.mark.parametrize(
+    ("must_capture", "micro_batch_size"), [(False, None), (False, 6), (True, None)]
+)
 def test_a_step_that_cannot_be_captured_leaves_no_trace(
-    make_config: MakeConfig, must_capture: bool
+    make_config: MakeConfig, must_capture: bool, micro_batch_size: int | None
 ) -> None:
     """It fails in the middle of a backward, as one that is out of memory does."""
     config = make_config(
         model={"name": "r3gan", "base_channels": 16, "blocks_per_stage": 1},
+        training__micro_batch_size=micro_batch_size,
     )
     tried = []
 

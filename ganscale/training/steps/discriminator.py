@@ -115,7 +115,7 @@ class DiscriminatorTrainer:
         orthogonal = self.config.penalty.orthogonal / len(inputs.micro_batches)
 
         def learn(part: StepInputs) -> dict[str, Tensor]:
-            # Forward, losses and backward; DDP averages the gradients over the ranks.
+            # Forward, losses and backward; DDP averages the gradients over ranks in the last one.
             extra, statistics = (0.0, {}) if extra_loss is None else extra_loss(part)
             loss, own_statistics = self.loss(part, variant, *make_samples(part))
             weights = self.model.module
