@@ -99,7 +99,7 @@ def saved_for_backward(method: TrainingMethod, num_images: int) -> dict[str, int
 
     for model in method.models.values():
         model.scaler = _StopAtBackward()
-    found: dict[str, int] = {}
+    activations: dict[str, int] = {}
     with mode:
         inputs, variant = _inputs(method, num_images)
         for phase, update in method.phases(variant):
@@ -109,8 +109,8 @@ def saved_for_backward(method: TrainingMethod, num_images: int) -> dict[str, int
             except _BackwardReached:
                 # Whatever the graph has let go of is gone here too; views of one storage are one.
                 sizes = {_storage(h.tensor): h.tensor.untyped_storage().nbytes() for h in holders}
-                found[phase] = sum(size for key, size in sizes.items() if key not in weights)
-    return found
+                activations[phase] = sum(size for key, size in sizes.items() if key not in weights)
+    return activations
 
 
 def out_of_memory_message(config: Config, device: str, total_gib: float | None) -> str:

@@ -17,7 +17,7 @@ from ganscale.generation.snapshot import load_generator
 from ganscale.training.benchmark import TrainingSpeed
 from tests.support.small_extractor import SmallExtractor
 
-SPEED = TrainingSpeed("fp32", 16, 160.0, {}, None, 3)
+SPEED = TrainingSpeed("fp32", 16, 160.0, {}, None, None, 3)
 """Images of ten steps of a tenth of a second."""
 
 Run = Callable[..., list[dict[str, Any]]]

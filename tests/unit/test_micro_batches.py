@@ -141,7 +141,9 @@ def test_gradients_in_fp16_are_added_up_at_one_scale() -> None:
         )
     for letter, exact in results[0].items():
         for half in results[1:]:
-            assert (half[letter] - exact).norm() < 2e-2 * exact.norm()
+            # What half precision itself loses here, whole or in parts, is 2.4 %; gradients that
+            # were added up at different scales would be off by the factor between these, 2 or more.
+            assert (half[letter] - exact).norm() < 4e-2 * exact.norm()
 
 
 @pytest.mark.parametrize("bad", range(BATCH_SIZE))
