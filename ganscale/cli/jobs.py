@@ -58,8 +58,10 @@ def submit(
     ] = None,
     secret: Annotated[
         list[str] | None,
-        typer.Option(help="NAME of a variable that the head has and workers need; its value does not travel "
-            "with the job."),
+        typer.Option(
+            help="NAME of a variable that the head has and workers need; its value does not travel "
+            "with the job."
+        ),
     ] = None,
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="Do not follow the job's output.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import zipfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
