@@ -59,8 +59,8 @@ def submit(
     secret: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME of a variable that the head has and workers need; its value does not travel "
-            "with the job."
+            help="NAME of a variable that the head has and workers need; "
+            "its value does not travel with the job."
         ),
     ] = None,
     no_wait: Annotated[

@@ -50,8 +50,8 @@ _LOOKS_SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSW|CREDENTIAL", re.IGNORECASE)
 class Submission:
     """What is to run, with what environment.
 
-    `environment` is there for anybody to see on the cluster. `secrets` are names alone, of variables
-    of the head's own environment that the run's workers get as well.
+    `environment` is there for anybody to see on the cluster. `secrets` are names alone, of
+    variables of the head's own environment that the run's workers get as well.
     """
 
     config: Config

@@ -1,8 +1,8 @@
 """A Ray Train worker: the training loop, and what it tells Ray and hears from it.
 
 Rows of metrics reach Ray through `ray.train.report`, and a notice that a node will be taken away
-comes from `ray.train.get_preemption_info`. Both wait for all workers of the group, so a thread calls
-them, in the same order on every rank, and training waits for neither.
+comes from `ray.train.get_preemption_info`. Both wait for all workers of the group, so a thread
+calls them, in the same order on every rank, and training waits for neither.
 """
 
 from __future__ import annotations
