@@ -74,7 +74,8 @@ def _has_room(groups: list[PlacementGroup]) -> int:
     """How many of the groups have their resources, within the time that Ray takes to tell."""
     deadline = time.monotonic() + _ANSWER_SECONDS
     while True:
-        num = sum(placement_group_table(group)["state"] == "CREATED" for group in groups)
+        states = [placement_group_table(group)["state"] for group in groups]
+        num = states.count("CREATED")
         if num == len(groups) or time.monotonic() > deadline:
             return num
         time.sleep(_POLL_SECONDS)
