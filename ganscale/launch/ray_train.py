@@ -11,13 +11,13 @@ from __future__ import annotations
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, WorkerGroupError
 from ray.util import remove_placement_group
@@ -25,6 +25,7 @@ from ray.util import remove_placement_group
 from ganscale.config import Config
 from ganscale.errors import GanscaleError
 from ganscale.launch.driver_actor import Messages, marked, start_driver_actor
+from ganscale.launch.fault_callback import FaultCallback, first_cause
 from ganscale.launch.held_run import HeldRun
 from ganscale.launch.places import Places
 from ganscale.launch.ray_cluster import cluster, require_capacity, resources_text, worker_takes
@@ -172,7 +173,7 @@ class RayWorkers:
         """The error that ends the run, or a `Failure` after which another group may go on."""
         if isinstance(error, WorkerGroupError) and error.worker_failures:
             faults = self._num_restarts_by_ray() + 1
-            return Failure(_first_cause(error.worker_failures), faults=faults)
+            return Failure(first_cause(error.worker_failures), faults=faults)
         if isinstance(error, PreemptionError):
             return Failure("a node was taken away", faults=0)
         if isinstance(error, TrainingFailedError | RayError):
@@ -216,7 +217,7 @@ class RayWorkers:
                     controller_failure_limit=0,
                     max_preemption_failures=0,
                 ),
-                callbacks=[_Faults(messages)],
+                callbacks=[FaultCallback(messages)],
             ),
         )
 
@@ -229,31 +230,3 @@ def _release_places(messages: Messages) -> None:
     with suppress(RayError):
         if (places := messages.get("places")) is not None:
             remove_placement_group(places)
-
-
-class _Faults(UserCallback):  # type: ignore[misc]
-    """Tells the driver of faults, from Ray's controller, which outlives the workers and may be on
-    any host: what happened, and that the group has lost its places until it has started again.
-    """
-
-    def __init__(self, messages: Messages) -> None:
-        self._messages = messages
-        self._faults: list[str] = []
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        self._faults.append(_first_cause(worker_exceptions))
-        with suppress(RayError):  # an error here would end the run
-            self._messages.put("faults", self._faults)
-            self._messages.put("places", None)
-
-
-def _first_cause(failures: Mapping[int, Exception]) -> str:
-    """What happened, in one line. Who lost touch with a worker says less than who was lost."""
-    # Ray's exceptions for errors of a worker are texts with the traceback, of which the last line
-    # is the error itself.
-    causes = [(rank, str(e).strip().splitlines()[-1], e) for rank, e in sorted(failures.items())]
-    own = [cause for cause in causes if "Connection" not in cause[1]]
-    rank, text, error = (own or causes)[0]
-    if type(error).__name__ == "WorkerHealthCheckFailedError":
-        return f"rank {rank} is gone"
-    return f"rank {rank}: {' '.join(text.split())[:300]}"

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
@@ -20,17 +20,18 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.util import get_current_placement_group
 from rich.console import Console
 
-from ganscale.checkpoint import Session, Superseded
 from ganscale.config import Config, load_config
 from ganscale.errors import GanscaleError
 from ganscale.launch.driver_actor import Messages, copied_to_driver
-from ganscale.launch.ray_metrics import RayMetrics
-from ganscale.launch.start import run_session, settled
 from ganscale.tracking.logs import to_stderr
 from ganscale.tracking.sinks import NullSink, Row
-from ganscale.training.loop import train
-from ganscale.training.stopping import StopRequest, TrainResult
 from ganscale.world import World
+
+# Ray's controller imports this module as well, and waits for what it imports: what trains is
+# imported by the functions that train.
+if TYPE_CHECKING:
+    from ganscale.checkpoint import Session
+    from ganscale.training.stopping import StopRequest, TrainResult
 
 __all__ = ["train_loop_per_worker", "train_worker"]
 
@@ -62,6 +63,9 @@ def train_loop_per_worker(settings: Mapping[str, Any]) -> TrainResult:
     be on storage that all nodes share, or `checkpoint.location` a URL. Shards are built first where
     `data.shards` is not set. Raises what `ganscale.train` raises.
     """
+    from ganscale.launch.start import run_session, settled
+    from ganscale.training.stopping import StopRequest
+
     changes = {name: value for name, value in settings.items() if name != "config"}
     chosen = settings["config"]
     config = chosen if isinstance(chosen, Config) else load_config(chosen)
@@ -86,6 +90,9 @@ def train_worker(settings: Mapping[str, Any]) -> TrainResult | None:
 
     Returns where training ended; None if an earlier group ended with an error of the run itself.
     """
+    from ganscale.checkpoint import Superseded
+    from ganscale.training.stopping import StopRequest
+
     messages: Messages = settings["messages"]
     os.environ.update(ray.get(messages.actor.secrets.remote()))
     if messages.get("error"):
@@ -115,6 +122,9 @@ def train_worker(settings: Mapping[str, Any]) -> TrainResult | None:
 
 
 def _train(config: Config, world: World, stop: StopRequest, session: Session | None) -> TrainResult:
+    from ganscale.launch.ray_metrics import RayMetrics
+    from ganscale.training.loop import train
+
     rows = _LatestRow()
     sinks = [RayMetrics(config.name, config.total_nimg), rows] if world.is_main else []
     with _reporting(rows, stop):
