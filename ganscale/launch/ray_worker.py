@@ -7,10 +7,13 @@ calls them, in the same order on every rank, and training waits for neither.
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -57,8 +60,9 @@ def train_loop_per_worker(settings: Mapping[str, Any]) -> TrainResult:
             scaling_config=ScalingConfig(num_workers=2),
             run_config=RunConfig(failure_config=FailureConfig(max_failures=3)),
         )
-        result = trainer.fit()  # result.metrics is the last row, result.return_value where it ended
+        result = trainer.fit()  # result.metrics: the last row; result.return_value: where it ended
 
+    `result.checkpoint` holds `ganscale.json`, which says where the run and its checkpoint are.
     A worker group that Ray starts again goes on from the newest checkpoint. The run's folder has to
     be on storage that all nodes share, or `checkpoint.location` a URL. Shards are built first where
     `data.shards` is not set. Raises what `ganscale.train` raises.
@@ -125,9 +129,9 @@ def _train(config: Config, world: World, stop: StopRequest, session: Session | N
     from ganscale.launch.ray_metrics import RayMetrics
     from ganscale.training.loop import train
 
-    rows = _LatestRow()
+    rows = _Rows()
     sinks = [RayMetrics(config.name, config.total_nimg), rows] if world.is_main else []
-    with _reporting(rows, stop):
+    with _reporting(config, rows, stop):
         return train(config, world, stop, sinks, session)
 
 
@@ -139,30 +143,27 @@ def _listen(messages: Messages, stop: StopRequest, done: threading.Event) -> Non
                 stop.reason = reason
 
 
-class _LatestRow(NullSink):
-    """The newest row that has not been reported."""
+class _Rows(NullSink):
+    """The newest row, on rank 0."""
 
     def __init__(self) -> None:
-        self._row: Row | None = None
+        self.newest: Row = {}
+        self.is_new = False
 
     def log(self, row: Row) -> None:
-        self._row = row
-
-    def take(self) -> Row | None:
-        """The row, once; None if there is none since the last time."""
-        row, self._row = self._row, None
-        return row
+        self.newest, self.is_new = row, True
 
 
 @contextmanager
-def _reporting(rows: _LatestRow, stop: StopRequest) -> Iterator[None]:
+def _reporting(config: Config, rows: _Rows, stop: StopRequest) -> Iterator[None]:
     """Report to Ray while the block runs, and ask to stop before a node is taken away.
 
-    After a block that has ended well the last row is reported as well.
+    After a block that has ended well the last row is reported once more, with a checkpoint of Ray's
+    that names ours: a `Result` of Ray Train shows the metrics of its newest checkpoint only.
     """
     ended = threading.Event()
     thread = threading.Thread(
-        target=_report, args=(rows, stop, ended), name="ray-report", daemon=True
+        target=_report, args=(config, rows, stop, ended), name="ray-report", daemon=True
     )
     thread.start()
     yield
@@ -171,16 +172,31 @@ def _reporting(rows: _LatestRow, stop: StopRequest) -> Iterator[None]:
     thread.join(_LAST_REPORT_SECONDS)
 
 
-def _report(rows: _LatestRow, stop: StopRequest, ended: threading.Event) -> None:
+def _report(config: Config, rows: _Rows, stop: StopRequest, ended: threading.Event) -> None:
     with suppress(RayError):  # the group is being torn down
         while True:
             is_over = ended.wait(_REPORT_SECONDS)
-            row = rows.take()
             # Rank 0 has the rows, and all have to report at the same time.
-            has_row, is_over = broadcast_from_rank_zero((row is not None, is_over))
-            if has_row:
-                ray.train.report(dict(row or {}))
+            is_new, is_over = broadcast_from_rank_zero((rows.is_new, is_over))
+            rows.is_new = False
+            if is_over:
+                with _pointer(config) as pointer:
+                    ray.train.report(dict(rows.newest), pointer if rows.newest else None)
+                return
+            if is_new:
+                ray.train.report(dict(rows.newest))
             if ray.train.get_preemption_info() is not None and not stop.reason:
                 stop.reason = "regroup"
-            if is_over:
-                return
+
+
+@contextmanager
+def _pointer(config: Config) -> Iterator[ray.train.Checkpoint]:
+    """A checkpoint of Ray's that says where ours is."""
+    from ganscale.checkpoint import CheckpointStore
+
+    store = CheckpointStore(config.checkpoints)
+    newest = next((store.where(name) for name in store.lineage()), None)
+    with tempfile.TemporaryDirectory() as folder:
+        text = json.dumps({"run": str(config.run_dir), "checkpoint": newest})
+        Path(folder, "ganscale.json").write_text(text)
+        yield ray.train.Checkpoint.from_directory(folder)

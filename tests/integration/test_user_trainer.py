@@ -41,6 +41,9 @@ def test_rows_reach_ray_and_weights_are_those_of_ganscale_train(
     assert {"nimg", "step", "train/loss_D", "train/loss_G"} <= shared
     assert all(told["metrics"][name] == rows[-1][name] for name in shared)
 
+    (newest,) = (by_hand.run_dir / "checkpoints").glob(f"nimg-*{rows[-1]['nimg']}-*")
+    assert told["pointer"] == {"run": str(by_hand.run_dir), "checkpoint": str(newest)}
+
     expected = config.with_changes({"training.total_kimg": STEPS_KIMG})
     wait_all(start_ranks(expected, 2))
     assert final_digest(by_hand) == final_digest(expected)

@@ -40,7 +40,7 @@ def trainer(settings: dict[str, Any], storage: Path, **options: Any) -> TorchTra
 def main() -> None:
     """Train once by hand, then two learning rates by a Tuner."""
     config, storage = sys.argv[1], Path(sys.argv[2])
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     settings = {"config": config, "storage": str(storage), "training.total_kimg": STEPS_KIMG}
     result = trainer({**settings, "name": "by-hand"}, storage).fit()
 
@@ -50,15 +50,18 @@ def main() -> None:
         trainer({**settings, **rates, "name": name}, storage, callbacks=callbacks).fit()
 
     tuner = tune.Tuner(
-        tune.with_resources(trial, {"CPU": 0}),
+        tune.with_resources(trial, {"CPU": 1}),
         param_space={"optimizer.lr": tune.grid_search([1e-4, 1e-3])},
         tune_config=tune.TuneConfig(max_concurrent_trials=1),
         run_config=tune.RunConfig(storage_path=str(storage / "tune"), verbose=0),
     )
     trials = tuner.fit()
+    with result.checkpoint.as_directory() as folder:
+        pointer = json.loads(Path(folder, "ganscale.json").read_text())
     print(
         json.dumps(
             {
+                "pointer": pointer,
                 "ended_at": result.return_value.nimg,
                 "metrics": result.metrics,
                 "errors": trials.num_errors,
