@@ -70,6 +70,18 @@ def resume(
     _run(settings, take_over=take_over)
 
 
+@app.command(epilog="Example: ganscale presets")
+def presets() -> None:
+    """List the presets: the model, losses, batch size and length of each."""
+    from ganscale.config.preset_table import PRESET_COLUMNS, preset_rows
+
+    rows = [PRESET_COLUMNS, *preset_rows()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        typer.echo("  ".join(cells).rstrip())
+
+
 @app.command(epilog="Example: ganscale doctor --storage runs")
 def doctor(
     storage: Annotated[Path, typer.Option(help="Folder in which runs would be written.")] = Path(
