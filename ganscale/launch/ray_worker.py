@@ -52,18 +52,22 @@ def train_loop_per_worker(settings: Mapping[str, Any]) -> TrainResult:
     file that all nodes have, or a `Config`; all other keys are fields to change. The workers are
     the trainer's, so `launch.num_workers`, `launch.use_gpu` and `launch.backend` follow from it.
 
-        trainer = TorchTrainer(
-            ganscale.ray.train_loop_per_worker,
-            train_loop_config={
-                "config": "dcgan-cifar10", "name": "mine", "training.total_kimg": 200
-            },
-            scaling_config=ScalingConfig(num_workers=2),
-            run_config=RunConfig(failure_config=FailureConfig(max_failures=3)),
-        )
-        result = trainer.fit()  # result.metrics: the last row; result.return_value: where it ended
+    Example:
+        >>> import ganscale.ray
+        >>> from ray.train import FailureConfig, RunConfig, ScalingConfig
+        >>> from ray.train.torch import TorchTrainer
+        >>>
+        >>> trainer = TorchTrainer(
+        ...     ganscale.ray.train_loop_per_worker,
+        ...     train_loop_config={"config": "dcgan-cifar10", "name": "mine"},
+        ...     scaling_config=ScalingConfig(num_workers=2),
+        ...     run_config=RunConfig(failure_config=FailureConfig(max_failures=3)),
+        ... )
+        >>> result = trainer.fit()
 
-    `result.checkpoint` holds `ganscale.json`, which says where the run and its checkpoint are.
-    A worker group that Ray starts again goes on from the newest checkpoint. The run's folder has to
+    `result.metrics` is the last row, `result.return_value` says where training ended, and
+    `result.checkpoint` holds `ganscale.json`, which says where the run and its checkpoint are. A
+    worker group that Ray starts again goes on from the newest checkpoint. The run's folder has to
     be on storage that all nodes share, or `checkpoint.location` a URL. Shards are built first where
     `data.shards` is not set. Raises what `ganscale.train` raises.
     """
