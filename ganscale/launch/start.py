@@ -26,7 +26,8 @@ from ganscale.launch.documents import Copy, recall, store_copy
 from ganscale.launch.held_run import HeldRun, hold
 from ganscale.launch.supervisor import Supervisor
 from ganscale.run_directory import RunDirectory
-from ganscale.tracking.console import RunFollower, counting, describe_event
+from ganscale.tracking.console import counting
+from ganscale.tracking.live_view import RunFollower, describe_event
 from ganscale.tracking.sinks import EventLog
 from ganscale.training.build import check_against_shards, load_shards
 from ganscale.training.callbacks import Callback
