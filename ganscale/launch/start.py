@@ -24,7 +24,6 @@ from ganscale.data.storage import RetryPolicy, is_url
 from ganscale.errors import CheckpointError, ConfigError, GanscaleError
 from ganscale.launch.documents import Copy, recall, store_copy
 from ganscale.launch.held_run import HeldRun, hold
-from ganscale.launch.secrets import receive
 from ganscale.launch.supervisor import Supervisor
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.console import counting
@@ -76,7 +75,6 @@ def start(
             f"callbacks are run in this process, but launch.backend={config.launch.backend}: "
             "set launch.backend=inprocess"
         )
-    receive()
     if launched_rank():  # torchrun starts many, of which one speaks
         console = Console(quiet=True)
     config = settled(config, console)
