@@ -122,8 +122,7 @@ def _changes(before: dict[str, int], after: dict[str, int]) -> list[dict[str, in
             old = {n for n, i in before.items() if i == inode and n not in after}
             renamed |= old
             changes.append({name: inode, **dict.fromkeys(old)})
-    for name in sorted(before.keys() - after.keys() - renamed):
-        changes.append({name: None})
+    changes.extend({name: None} for name in sorted(before.keys() - after.keys() - renamed))
     return changes
 
 
