@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from netrc import NetrcParseError, netrc
@@ -86,16 +86,14 @@ def _refused() -> Iterator[str]:
             try:
                 Settings().update_from_env_vars({name: value})
             except Exception as error:  # wandb's UsageError, pydantic's and Python's ValueError
-                is_plain = not isinstance(error, ValidationError)
-                rule = str(error) if is_plain else "; ".join(e["msg"] for e in error.errors())
+                rule = str(error)
+                if isinstance(error, ValidationError):
+                    rule = "; ".join(problem["msg"] for problem in error.errors())
                 shown = "" if "KEY" in name else f"={value!r}"
                 yield f"{name}{shown}: {' '.join(rule.split()).rstrip('.')}"
-    own = (
-        lambda: resolve_mode("auto"),
-        artifacts_to_log,
-        *(partial(seconds, n) for n in _TIMEOUTS),
-    )
-    for check in own:
+    checks: list[Callable[[], object]] = [partial(resolve_mode, "auto"), artifacts_to_log]
+    checks += [partial(seconds, name) for name in _TIMEOUTS]
+    for check in checks:
         try:
             check()
         except ConfigError as error:

@@ -61,7 +61,7 @@ class WandbSink(NullSink):
         self._log = root / "wandb" / "process.log"
         self._closing_seconds = seconds("WANDB_FINISH_TIMEOUT") + _MARGIN_SECONDS
         self._settings: dict[str, Any] = {
-            "root": str(root),
+            "root": str(root.absolute()),
             "project": project,
             "mode": mode,
             "config": dict(config),
@@ -97,7 +97,7 @@ class WandbSink(NullSink):
             said, _ = self._process.communicate()
         self._pass_on(said)
         if self._process.returncode:
-            self._report(f"{self._how_it_ended()}; the run is whole in metrics.jsonl")
+            self._report(f"{self._how_it_ended(self._process)}; the run is whole in metrics.jsonl")
         self._files.close()
 
     def _note(self, path: Path, **what: Any) -> None:
@@ -110,15 +110,20 @@ class WandbSink(NullSink):
         for line in said.decode().splitlines():
             self._report(line)
 
-    def _how_it_ended(self) -> str:
-        code = self._process.returncode  # negative for the signal that killed it
+    def _how_it_ended(self, process: subprocess.Popen[bytes]) -> str:
+        code = process.returncode  # negative for the signal that killed it
         return f"W&B's process ended too early (code {code}, its log is {self._log})"
 
     def _replace(self) -> None:
-        said, _ = self._process.communicate()
+        ended = self._process
+        try:
+            self._start()
+        except OSError as error:  # no memory for a process; it is tried again
+            self._report(f"W&B's process could not be started: {error}")
+            return
+        said, _ = ended.communicate()
         self._pass_on(said)
-        self._report(f"{self._how_it_ended()}: another one goes on where it stopped")
-        self._start()
+        self._report(f"{self._how_it_ended(ended)}: another one goes on where it stopped")
 
     def _start(self) -> None:
         self._next_start = time.monotonic() + _RESTART_SECONDS
