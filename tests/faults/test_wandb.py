@@ -68,13 +68,13 @@ Begin = Callable[..., Run]
 
 @pytest.fixture
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short timeouts, so that tests are."""
+    """Short timeouts, for servers that let them pass."""
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
-    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "3")
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "1")
 
 
 @pytest.fixture
-def begin(tmp_path: Path, impatience: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Begin]:
+def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Begin]:
     """Begins a run, on a server if one is given; no process may be left of it at the end."""
     monkeypatch.setattr(wandb_sink, "_RESTART_SECONDS", 0.0)
     others = set(psutil.Process().children(recursive=True))  # of tests before, in one process
@@ -106,7 +106,9 @@ def _history(file: Path) -> list[dict[str, Any]]:
     return [r["history"]["item"] for r in _records(file) if r["type"] == "history"]
 
 
-def test_a_server_in_trouble_costs_nothing_and_gets_all_rows_later(begin: Begin) -> None:
+def test_a_server_in_trouble_costs_nothing_and_gets_all_rows_later(
+    begin: Begin, impatience: None
+) -> None:
     """Three servers at the same time: one hangs from the beginning, the others fail later."""
     with ExitStack() as stack:
         servers = [stack.enter_context(wandb_server()) for _ in range(3)]
@@ -137,7 +139,10 @@ def test_a_server_in_trouble_costs_nothing_and_gets_all_rows_later(begin: Begin)
             assert [row["step"] for row in server.rows] == list(range(20))
 
 
-def test_rows_reach_a_server_that_comes_back_while_the_run_goes_on(begin: Begin) -> None:
+def test_rows_reach_a_server_that_comes_back_while_the_run_goes_on(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
     with wandb_server() as server:
         server.fault = "500"
         run = begin("back", server)
@@ -204,6 +209,7 @@ def test_after_a_kill_another_process_goes_on_and_no_row_is_lost(begin: Begin, v
 def test_a_wandb_that_stands_still_is_left_and_the_next_attempt_logs_what_it_lacks(
     begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "1")
     monkeypatch.setattr(wandb_sink, "_MARGIN_SECONDS", 1.0)
     run = begin("stopped")
     run.log(range(3))
