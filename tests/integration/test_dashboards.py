@@ -250,7 +250,7 @@ def received(procedural_shards: Path, tmp_path_factory: Any) -> dict[str, Receiv
 def _log_to_wandb(root: Path, run: Received) -> None:
     """What W&B's process does with the folder of a run."""
     picture = min(root.glob("samples/*.png"))
-    line = {"time": 0, "picture": "samples", "path": str(picture), "nimg": 32}
+    line = {"time": 1.0, "picture": "samples", "path": str(picture), "nimg": 32}
     write_bytes(root / wandb_sink.FILES, encode_line(line))
     write_text(root / wandb_sink.POSITIONS, json.dumps(dict.fromkeys(wandb_sink.FOLLOWED, 0)))
     told: list[str] = []
