@@ -19,26 +19,14 @@ from ganscale.generation.snapshot import save_snapshot
 from ganscale.models import build_generator
 from ganscale.run_directory import RunDirectory
 from tests.conftest import MakeConfig, Verb
-from tests.support.small_models import SMALL_MODELS
-
-SPECS = {
-    name: Config().with_changes({"model": model}).model.model_dump()
-    for name, model in SMALL_MODELS.items()
-}
-
-
-def generator_of(name: str) -> SampleableGenerator:
-    torch.manual_seed(0)
-    spec = SPECS[name]
-    info = {"model": spec, "nimg": 5000, "classes": []}
-    return SampleableGenerator(build_generator(spec), spec=spec, info=info)
+from tests.support.small_models import SMALL_MODELS, small_generator
 
 
 @pytest.mark.parametrize("name", SMALL_MODELS)
 def test_every_architecture_is_exported_and_draws_the_same_to_the_eye(
     tmp_path: Path, name: str
 ) -> None:
-    generator, path = generator_of(name), tmp_path / "small.safetensors"
+    generator, path = small_generator(name), tmp_path / "small.safetensors"
     difference = export_generator(
         generator, path, about={"licence": "CC0-1.0"}, max_difference=8, num_images=40
     )
@@ -83,7 +71,7 @@ def test_the_difference_is_that_of_the_values() -> None:
 
 def test_a_generator_that_rounding_changes_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    generator = generator_of("dcgan")
+    generator = small_generator("dcgan")
     with pytest.raises(DataError, match="half precision changes this generator's images"):
         export_generator(generator, path, about={}, max_difference=-1)
     assert not path.exists()
