@@ -30,7 +30,7 @@ def test_every_architecture_is_exported_and_draws_the_same_to_the_eye(
     difference = export_generator(
         generator, path, about={"licence": "CC0-1.0"}, max_difference=8, num_images=40
     )
-    loaded = ganscale.load_generator(path)
+    loaded = ganscale.Generator.from_pretrained(path)
     pixels = (generator.sample(40).int() - loaded.sample(40).int()).abs()
     assert difference.largest == pytest.approx(int(pixels.max()))
     assert difference.mean == pytest.approx(float(pixels.double().mean()))
@@ -132,7 +132,7 @@ def test_the_card_says_what_was_measured_and_how(verb: Verb, run: Config, tmp_pa
         "values differ by",
     ):
         assert words in card
-    info = ganscale.load_generator(out).info
+    info = ganscale.Generator.from_pretrained(out).info
     assert info["about"]["metrics"] == {"fid": 12.345678}
     # Smaller by about a half: nearly all of it is matrices.
     assert out.stat().st_size < 0.65 * snapshot.stat().st_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ from ganscale.generation.sampler import SampleableGenerator
 from tests.support.small_models import SMALL_MODELS, small_generator
 
 ABOUT = {"licence": "CC0-1.0"}
+# Every family, with classes where it knows any; tracing a second form of one takes seconds.
+TWICE = ("sngan", "stylegan2")
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow) if name in TWICE else name for name in SMALL_MODELS
+]
 
 
 def inputs_of(generator: SampleableGenerator, num_images: int) -> dict[str, Tensor]:
@@ -42,8 +48,10 @@ def images_of(generator: SampleableGenerator, inputs: dict[str, Tensor]) -> Tens
     return images
 
 
-@pytest.mark.parametrize("name", SMALL_MODELS)
-def test_a_program_makes_the_images_of_the_network(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_a_program_makes_the_images_of_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     generator, path = small_generator(name), tmp_path / "small.pt2"
     difference = export_program(generator, path, about=ABOUT)
     assert difference.largest <= 255 * TORCH_EXPORT_TOLERANCE
@@ -55,10 +63,14 @@ def test_a_program_makes_the_images_of_the_network(tmp_path: Path, name: str) ->
             program(**inputs), images_of(generator, inputs), rtol=0, atol=2 * TORCH_EXPORT_TOLERANCE
         )
     check_description(json.loads(extra["ganscale"]), generator)
+    monkeypatch.chdir(tmp_path)
+    check_usage(generator, path)
 
 
-@pytest.mark.parametrize("name", SMALL_MODELS)
-def test_onnx_makes_the_images_of_the_network(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_onnx_makes_the_images_of_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     generator, path = small_generator(name), tmp_path / "small.onnx"
     difference = export_onnx(generator, path, about=ABOUT)
     assert difference.largest <= 255 * ONNX_TOLERANCE
@@ -76,11 +88,20 @@ def test_onnx_makes_the_images_of_the_network(tmp_path: Path, name: str) -> None
         )
     metadata = session.get_modelmeta().custom_metadata_map
     check_description(json.loads(metadata["ganscale"]), generator)
+    monkeypatch.chdir(tmp_path)
+    check_usage(generator, path)
 
 
 def check_description(info: dict[str, Any], generator: SampleableGenerator) -> None:
     assert info["model"] == generator.info["model"]
     assert (info["nimg"], info["about"]) == (5000, ABOUT)
+
+
+def check_usage(generator: SampleableGenerator, path: Path) -> None:
+    """The lines on the card draw images in the folder of the file."""
+    names: dict[str, Any] = {}
+    exec(graph_usage(generator, path), names)
+    assert tuple(names["images"].shape) == (16, 3, 16, 16)
 
 
 @pytest.mark.parametrize("export", [export_program, export_onnx])
@@ -107,19 +128,6 @@ def test_a_graph_with_other_images_leaves_no_file(
 def test_without_onnx_the_message_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ConfigError, match=r"onnxruntime: pip install 'ganscale\[onnx\]'"):
         export_onnx(small_generator("dcgan"), tmp_path / "a.onnx", about={})
-
-
-@pytest.mark.parametrize("name", ["dcgan", "sndcgan-classes"])
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
-def test_the_usage_on_the_card_draws_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, suffix: str
-) -> None:
-    generator, path = small_generator(name), tmp_path / f"small{suffix}"
-    (export_program if suffix == ".pt2" else export_onnx)(generator, path, about={})
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(graph_usage(generator, path), names)
-    assert tuple(names["images"].shape) == (16, 3, 16, 16)
