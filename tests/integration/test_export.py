@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,9 +143,54 @@ def test_the_card_says_what_was_measured_and_how(verb: Verb, run: Config, tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("file_format", "name", "words"),
+    [
+        ("torch-export", "given.pt2", 'torch.export.load("given.pt2")'),
+        ("onnx", "given.onnx", 'onnxruntime.InferenceSession("given.onnx")'),
+    ],
+)
+def test_a_graph_has_a_card_with_the_lines_that_run_it(
+    verb: Verb,
+    run: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file_format: str,
+    name: str,
+    words: str,
+) -> None:
+    out = tmp_path / name
+    code, text, err = verb("export", run.run_dir, "--format", file_format, "--out", out)
+    assert code == 0, err
+    assert f"wrote {out}" in text
+    assert "of 20 images the values differ by" in text
+    card = (tmp_path / "given.md").read_text()
+    for fact in (words, "MB in full precision; of 20 images", "| trained on | 160 real images |"):
+        assert fact in card
+    monkeypatch.chdir(tmp_path)
+    (lines,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    assert tuple(names["images"].shape) == (16, 3, 16, 16)
+
+
+def test_the_card_has_the_figures_that_the_run_recorded(
+    verb: Verb, run: Config, tmp_path: Path
+) -> None:
+    run_dir = RunDirectory(run.run_dir)
+    values = json.loads(figures_of(run_dir.snapshot(160), tmp_path / "figures.json").read_text())
+    event = {"time": 1.0, "event": "evaluation", "attempt": 1, "nimg": 160, **values}
+    run_dir.events.write_text(json.dumps(event) + "\n")
+    out = tmp_path / "given.safetensors"
+    code, _, err = verb("export", run_dir.root, "--out", out)
+    assert code == 0, err
+    assert "| metrics | fid 12.35 |" in out.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--out", "card.md"), "expected a name that ends in .safetensors"),
+        (("--out", "a.safetensors", "--format", "onnx"), "expected a name that ends in .onnx"),
         (
             ("--out", "a.safetensors", "--evaluation", "broken.json"),
             "is not what ganscale evaluate",

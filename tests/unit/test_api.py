@@ -228,7 +228,8 @@ def test_arrays_keep_their_units_and_become_pictures_in_colours(tmp_path: Path) 
     save_snapshot(path, build_generator(spec), spec=spec, nimg=1, values=decibels)
     generator = ganscale.Generator.from_pretrained(path)
     array = generator(2, output_type="np")
-    assert (array.dtype, array.shape) == (np.float32, (2, 16, 16, 1))
+    assert array.dtype == np.float32
+    assert array.shape == (2, 16, 16, 1)
     assert -80 <= array.min() < array.max() <= 0
     tensor = generator(2, output_type="pt")
     assert np.array_equal(tensor.movedim(1, -1).numpy(), array)
@@ -344,7 +345,8 @@ def test_notebooks_show_a_grid(generator: ganscale.Generator) -> None:
     assert grid.size == (2 * 17 + 1, 3 * 17 + 1)
     for number, image in enumerate(images):
         left, top = 1 + number % 2 * 17, 1 + number // 2 * 17
-        assert np.array_equal(np.array(grid.crop((left, top, left + 16, top + 16))), image)
+        part = grid.crop((left, top, left + 16, top + 16))
+        assert np.array_equal(np.array(part), np.array(image))
     assert images.grid(columns=6).size == (6 * 17 + 1, 18)
     assert type(images)()._repr_png_() is None
     shown = generator._repr_html_()
