@@ -64,7 +64,7 @@ def export(
     """
     from ganscale.generation.export import export_generator, write_card
     from ganscale.generation.graph_export import export_onnx, export_program, graph_usage
-    from ganscale.generation.model_card import recipe_of, recorded_figures, usage_of
+    from ganscale.generation.model_card import recipe_of, recorded_evaluation, usage_of
     from ganscale.generation.snapshot import load_generator, snapshot_file
     from ganscale.run_directory import containing_run
 
@@ -78,7 +78,7 @@ def export(
     if evaluation is not None:
         about |= _measured(evaluation, snapshot)
     elif "metrics" not in about:
-        about |= recorded_figures(snapshot, generator.info["nimg"])
+        about |= recorded_evaluation(snapshot, generator.info["nimg"])
     if licence is not None:
         about["licence"] = licence
     about["exported"] = f"{date.today().isoformat()} by ganscale {__version__}"
@@ -104,11 +104,11 @@ def export(
 
 def _measured(file: Path, snapshot: Path) -> dict[str, Any]:
     """The metrics of the snapshot and their protocol, from a file of `evaluate --json`."""
-    from ganscale.generation.model_card import figures_of
+    from ganscale.generation.model_card import evaluation_summary
 
     try:
         values = json.loads(file.read_text())
-        figures = figures_of(values)
+        summary = evaluation_summary(values)
         samples = values["protocol"]["samples"]
     except (ValueError, KeyError, TypeError):
         raise ConfigError(
@@ -118,4 +118,4 @@ def _measured(file: Path, snapshot: Path) -> dict[str, Any]:
     of_file = re.fullmatch(r"\d+ samples of (.*), seeds from \d+", samples)
     if of_file is None or Path(of_file[1]).resolve() != snapshot.resolve():
         raise ConfigError(f"--evaluation {file} is of {samples}, not of {snapshot}")
-    return figures
+    return summary

@@ -31,11 +31,11 @@ from ganscale.generation import hub
 from ganscale.generation.latent_sampler import LatentSampler
 from ganscale.generation.model_card import (
     card_text,
-    figures_of,
+    evaluation_summary,
     frechet_distance_of,
     hub_header,
     recipe_of,
-    recorded_figures,
+    recorded_evaluation,
     usage_of,
 )
 from ganscale.generation.pictures import as_pictures, as_pillow, make_grid
@@ -239,7 +239,7 @@ class Generator(SampleableGenerator):
         return int(self.info["nimg"])
 
     @cached_property
-    def figures(self) -> dict[str, Any]:
+    def evaluation(self) -> dict[str, Any]:
         """The metrics that are known of it, `metrics`, and how they were measured, `protocol`.
 
         They are from its file, or from the run whose folder the file is in. Empty if there are
@@ -248,7 +248,7 @@ class Generator(SampleableGenerator):
         about: Mapping[str, Any] = self.info.get("about", {})
         if "metrics" in about:
             return {name: about[name] for name in ("metrics", "protocol") if name in about}
-        return {} if self.path is None else recorded_figures(self.path, self.nimg)
+        return {} if self.path is None else recorded_evaluation(self.path, self.nimg)
 
     def save_pretrained(
         self,
@@ -341,7 +341,7 @@ class Generator(SampleableGenerator):
             more = " ..." if len(self.classes) > _MAX_CLASSES else ""
             yield f"{self.num_classes} classes" + (f" ({' '.join(names)}{more})" if names else "")
         yield f"trained on {self.nimg / 1000:,.6g} kimg"
-        if (distance := frechet_distance_of(self.figures)) is not None:
+        if (distance := frechet_distance_of(self.evaluation)) is not None:
             yield "{} {:.4g}".format(*distance)
 
     def _sampler(self, truncation: float | None) -> LatentSampler:
@@ -371,7 +371,7 @@ class Generator(SampleableGenerator):
     def _about(self, licence: str | None, evaluation: _Evaluated | None) -> dict[str, Any]:
         """What goes into the file and onto the card beside the description."""
         about = dict(self.info.get("about", {}))
-        about |= self.figures if evaluation is None else figures_of(evaluation.to_json())
+        about |= self.evaluation if evaluation is None else evaluation_summary(evaluation.to_json())
         if licence is not None:
             about["licence"] = licence
         about["exported"] = f"{date.today().isoformat()} by ganscale {__version__}"

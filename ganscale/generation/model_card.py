@@ -19,11 +19,11 @@ from ganscale.tracking.history import History
 
 __all__ = [
     "card_text",
-    "figures_of",
+    "evaluation_summary",
     "frechet_distance_of",
     "hub_header",
     "recipe_of",
-    "recorded_figures",
+    "recorded_evaluation",
     "usage_of",
 ]
 
@@ -90,7 +90,7 @@ def hub_header(generator: SampleableGenerator, licence: str | None) -> str:
     return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n"
 
 
-def figures_of(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+def evaluation_summary(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of an evaluation and their protocol, for `about`.
 
     `evaluation` is what `Evaluation.to_json` returns. Raises `KeyError` or `TypeError` for others.
@@ -102,7 +102,7 @@ def figures_of(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def recorded_figures(snapshot: Path, nimg: int) -> dict[str, Any]:
+def recorded_evaluation(snapshot: Path, nimg: int) -> dict[str, Any]:
     """The figures that a snapshot's run has recorded of it, for `about`; empty if it has none.
 
     Those that `ganscale evaluate --run` has added come first, then those of training.
@@ -119,7 +119,7 @@ def recorded_figures(snapshot: Path, nimg: int) -> dict[str, Any]:
     events = [e for e in history.events if e["event"] == "evaluation" and e["nimg"] == nimg]
     afterwards = [event for event in events if "protocol" in event and event.get("metrics")]
     if afterwards:
-        return figures_of(afterwards[-1])
+        return evaluation_summary(afterwards[-1])
     # Training puts the figures into the next row, which may be of a later position.
     row = next((row for row in history.rows if row["nimg"] >= nimg and "step" in row), None)
     if not events or row is None:
@@ -132,9 +132,9 @@ def recorded_figures(snapshot: Path, nimg: int) -> dict[str, Any]:
     return {"metrics": metrics, "protocol": {"measured": "during training"}} if metrics else {}
 
 
-def frechet_distance_of(figures: Mapping[str, Any]) -> tuple[str, float] | None:
-    """The name and value of the Frechet distance among figures, such as ("fid", 12.3), or None."""
-    for name, value in figures.get("metrics", {}).items():
+def frechet_distance_of(evaluation: Mapping[str, Any]) -> tuple[str, float] | None:
+    """Name and value of the Frechet distance of an evaluation, such as ("fid", 12.3), or None."""
+    for name, value in evaluation.get("metrics", {}).items():
         if name == "fid" or (name.startswith("fd_") and "infinity" not in name):
             return name, value
     return None

@@ -296,10 +296,10 @@ def test_the_card_has_what_the_run_recorded(run_folder: Path, tmp_path: Path) ->
     ):
         assert words in body
     # The figures are of the newest position; the best snapshot is of an earlier one.
-    assert ganscale.Run(run_folder).generator("best").figures == {}
+    assert ganscale.Run(run_folder).generator("best").evaluation == {}
 
 
-def test_figures_of_a_later_evaluation_go_first(run_folder: Path) -> None:
+def test_a_later_evaluation_goes_first(run_folder: Path) -> None:
     file = RunDirectory(run_folder).events
     event = {
         "time": 2.0,
@@ -310,9 +310,9 @@ def test_figures_of_a_later_evaluation_go_first(run_folder: Path) -> None:
         "metrics": {"fid": {"value": 38.25, "low": 38, "high": 39}},
     }
     file.write_text(file.read_text() + json.dumps(event) + "\n")
-    figures = ganscale.Run(run_folder).generator().figures
-    assert figures["metrics"] == {"fid": 38.25}
-    assert figures["protocol"]["num_samples"] == 50000
+    evaluation = ganscale.Run(run_folder).generator().evaluation
+    assert evaluation["metrics"] == {"fid": 38.25}
+    assert evaluation["protocol"]["num_samples"] == 50000
 
 
 def test_a_generator_is_not_saved_over_a_run(run_folder: Path) -> None:
@@ -424,6 +424,11 @@ def test_what_the_hub_refuses_is_one_line(
         ganscale.Generator.from_pretrained("me/mine")
     with pytest.raises(CheckpointError, match="no snapshot at absent"):
         ganscale.Generator.from_pretrained("absent")
+    kind = create_autospec(huggingface_hub.HfApi)
+    kind.return_value.create_repo.side_effect = error
+    monkeypatch.setattr(huggingface_hub, "HfApi", kind)
+    with pytest.raises(ConfigError, match="me/mine cannot be uploaded: no network and no cache"):
+        generator.push_to_hub("me/mine")
     with pytest.raises(ConfigError, match="expected OWNER/NAME"):
         generator.push_to_hub("mine")
 
