@@ -43,7 +43,7 @@ class Run:
         >>>
         >>> run = ganscale.Run("runs/quickstart")
         >>> run.metrics.plot(x="nimg", y=["train/loss_D", "train/loss_G"])
-        >>> run.generator(average="best")(16).grid().save("best.png")
+        >>> run.generator()(16).grid().save("grid.png")
     """
 
     def __init__(self, path: str | Path) -> None:
