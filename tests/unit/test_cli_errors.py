@@ -298,7 +298,9 @@ def test_a_grid_has_the_format_of_its_suffix(
     workshop: Path, tmp_path: Path, suffix: str, verb: Verb
 ) -> None:
     out = tmp_path / f"grid{suffix}"
-    code, _, errors = verb("sample", workshop / "rgb.safetensors", "--num", 4, "--out", out)
+    code, _, errors = verb(
+        "sample", workshop / "rgb.safetensors", "--num", 4, "--scale", 1, "--out", out
+    )
     assert (code, errors) == (0, "")
     reference = load_generator(workshop / "rgb.safetensors").sample(4, seed=0)
     with Image.open(out) as picture:
