@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from ganscale.config import load_config
-from ganscale.data.storage import is_url
 from ganscale.errors import ConfigError
 from ganscale.evaluation.image_sets import GeneratedImages, ImageSet, open_images
 from ganscale.evaluation.image_views import Subset
@@ -24,6 +23,7 @@ from ganscale.evaluation.run_references import containing_run
 from ganscale.generation.snapshot import snapshot_file
 from ganscale.rating.questions import REAL
 from ganscale.run_directory import RunDirectory
+from ganscale.storage import is_url
 
 __all__ = ["Contestant", "default_reference", "encode_png", "open_contestant", "open_runs"]
 
