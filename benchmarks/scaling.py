@@ -12,7 +12,8 @@ The forms are measured in turns, `--rounds` times, each for `--seconds` after a 
 in both processes at once.
 
 A last round of each form has clocks around the collectives (`CollectiveTimes`), to say what the
-difference is made of. The model and its assumptions are in `scaling_model` and docs/scaling.md.
+difference is made of. The model and its assumptions are in `scaling_model` and
+docs/explanation/scaling.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A model of images/s on 1 to 1,024 GPUs; what it takes for granted is in docs/scaling.md.
+"""A model of images/s on 1 to 1,024 GPUs; docs/explanation/scaling.md has its assumptions.
 
 Measured are the seconds of a step on one H100 (replayed as a graph, without other ranks), and here
 on one core the seconds that the input thread needs for a row of random numbers. Counted, by taking

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["__version__", "load_generator", "train"]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load_generator(path: str | Path, *, device: str = "cpu") -> SampleableGenerator:

@@ -21,7 +21,7 @@ if [ "$(cat .venv/.installed 2> /dev/null || true)" != "$wanted" ]; then
   .venv/bin/python -m pip --version > /dev/null 2>&1 || "$PYTHON" -m venv --clear .venv ||
     fail "$PYTHON -m venv does not work (on Debian and Ubuntu: apt install python3-venv)."
   .venv/bin/python -m pip install -qq --disable-pip-version-check \
-    --constraint constraints.txt --editable ".[dev,fid]"
+    --constraint constraints.txt --editable ".[dev,docs,fid]"
   echo "$wanted" > .venv/.installed
 fi
 export PATH="$PWD/.venv/bin:$PATH"

@@ -18,11 +18,30 @@ if TYPE_CHECKING:
 __all__ = ["app", "scratch_folder", "stderr_console", "write_json"]
 
 
+_GROUPS = {
+    "Train": ("train", "resume", "presets", "sweep", "stability"),
+    "Look": ("watch", "report", "sample", "interpolate", "directions", "mix", "nearest"),
+    "Measure": ("evaluate", "averages", "compare", "tournament", "rate", "dashboard", "bench"),
+    "Use": ("reconstruct", "recognise", "export", "checkpoint"),
+    "Data": ("shards",),
+    "Cluster": ("submit", "job", "doctor"),
+}
+"""The verbs as `ganscale --help` lists them."""
+
+
 class _Commands(TyperGroup):
     """Commands that print their help, with exit code 0, when nothing follows their name."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, args or ["--help"])
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the verbs in groups, each with the first sentence of its help."""
+        width = max(map(len, self.commands))
+        for title, names in _GROUPS.items():
+            with formatter.section(title):
+                rows = [(f"{name:{width}}", _sentence(self.commands[name])) for name in names]
+                formatter.write_dl(rows)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         # The groups below, such as `shards`, are found here, so they need no class of their own.
@@ -30,6 +49,13 @@ class _Commands(TyperGroup):
         if isinstance(command, TyperGroup) and not rest:
             rest = ["--help"]
         return name, command, rest
+
+
+def _sentence(command: Any) -> str:
+    """The first sentence of a command's help."""
+    text = " ".join((command.help or "").split())
+    first, dot, _ = text.partition(". ")
+    return f"{first}." if dot else text
 
 
 app = typer.Typer(

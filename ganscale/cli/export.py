@@ -29,7 +29,7 @@ _PROTOCOL = (
 
 @app.command(
     epilog="Example: ganscale export runs/r3gan-small --out cifar10.safetensors --evaluation "
-    "evaluation.json    (which ganscale evaluate --json writes)"
+    "evaluation.json"
 )
 def export(
     path: Snapshot,

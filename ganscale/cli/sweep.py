@@ -24,7 +24,7 @@ def sweep(
 ) -> None:
     """Train many configurations on Ray Tune: halving (ASHA), populations, or each to its end.
 
-    The same command resumes a sweep that was interrupted. docs/sweeps.md describes the file.
+    The same command resumes a sweep that was interrupted. docs/how-to/sweeps.md describes the file.
     """
     from ganscale.config.sweep import Sweep
     from ganscale.tracking.wandb_settings import check_environment

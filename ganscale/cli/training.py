@@ -11,6 +11,7 @@ import typer
 
 from ganscale.cli.app import app, stderr_console
 from ganscale.cli.options import Overrides
+from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from ganscale.config import Config
@@ -68,6 +69,47 @@ def resume(
     settings = resume_config(run, parse_overrides(overrides or []))
     _check_environment(settings)
     _run(settings, take_over=take_over)
+
+
+@app.command(epilog="Example: ganscale watch runs/quickstart")
+def watch(
+    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    once: Annotated[
+        bool, typer.Option("--once", help="Show how it stands and exit, without waiting.")
+    ] = False,
+) -> None:
+    """Follow a run that trains elsewhere, until it ends; Ctrl-C stops watching, not the run."""
+    import time
+
+    from rich.console import Console
+
+    from ganscale.config import load_config
+    from ganscale.run_directory import RunDirectory
+    from ganscale.tracking.live_view import RunFollower, view
+
+    run_dir = RunDirectory(run.absolute())
+    if not run_dir.config.is_file():
+        raise ConfigError(f"{run} is not a run: it has no {run_dir.config.name}")
+    total, console = load_config(run_dir.config).total_nimg, Console()
+    follower = RunFollower(run_dir, total, console, from_start=True)
+    if once or follower.status.is_over:
+        console.print(view(follower.status, now=time.time()))
+        return
+    with follower:
+        while not follower.status.is_over:
+            time.sleep(0.3)
+
+
+@app.command(epilog="Example: ganscale presets")
+def presets() -> None:
+    """List the presets: the model, losses, batch size and length of each."""
+    from ganscale.config.preset_table import PRESET_COLUMNS, preset_rows
+
+    rows = [PRESET_COLUMNS, *preset_rows()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        typer.echo("  ".join(cells).rstrip())
 
 
 @app.command(epilog="Example: ganscale doctor --storage runs")

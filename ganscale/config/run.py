@@ -54,7 +54,7 @@ class Config(Section):
     """Everything that defines a run."""
 
     name: Annotated[str, AfterValidator(_valid_name)] = "run"
-    """Name of the run and of its folder."""
+    """Name of the run and of its folder: letters, digits, `.`, `_` and `-`, at most 128."""
     storage: str = "runs"
     """Folder that holds the runs."""
     seed: int = Field(0, ge=0)

@@ -299,7 +299,7 @@ class TrackingConfig(Section):
     ] = "auto"
     """auto, or nothing, is WANDB_MODE, else online where an API key is known, else offline."""
     project: Annotated[str, AfterValidator(valid_wandb_project)] = "ganscale"
-    """W&B project."""
+    """W&B project: 1 to 128 characters, none of which is one of `/ \\ # ? % :`."""
     log_every_kimg: float = Field(2.0, gt=0)
     """Distance between rows of metrics."""
 

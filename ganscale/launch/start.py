@@ -27,7 +27,8 @@ from ganscale.launch.secrets import receive
 from ganscale.launch.supervisor import Supervisor
 from ganscale.run_directory import RunDirectory
 from ganscale.storage import RetryPolicy, is_url, retry
-from ganscale.tracking.console import RunFollower, counting, describe_event
+from ganscale.tracking.console import counting
+from ganscale.tracking.live_view import RunFollower, describe_event
 from ganscale.tracking.sinks import EventLog
 from ganscale.training.build import check_against_shards, load_shards
 from ganscale.training.callbacks import Callback

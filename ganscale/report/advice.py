@@ -87,8 +87,8 @@ def _of_status(run: Run, status: Status) -> Iterator[Advice]:
     if status.kind == "failed":
         yield Advice(
             "Read the reason first",
-            f"{status.reason} docs/faults.md says what a run survives by itself and what it does "
-            "not. A fault that would recur ends every attempt.",
+            f"{status.reason} docs/explanation/faults.md says what a run survives by itself and "
+            "what it does not. A fault that would recur ends every attempt.",
         )
     if status.kind in ("stopped", "failed", "interrupted"):
         if run.has_checkpoint:
@@ -109,7 +109,7 @@ def _of_alarms(run: Run) -> Iterator[Advice]:
     for kind, alarm in newest.items():
         title, remedy = _ALARMS.get(kind, ("The guard raised an alarm", ""))
         at = kimg(alarm["nimg"]) if "nimg" in alarm else "an unknown position"
-        text = f"At {at}: {alarm.get('message', '')}. {remedy} docs/training.md has the choices."
+        text = f"At {at}: {alarm.get('message', '')}. {remedy} docs/troubleshooting.md says more."
         changes = {} if run.config is None else _remedy(kind, run.config)
         command = ""
         if changes:
@@ -121,7 +121,7 @@ def _of_alarms(run: Run) -> Iterator[Advice]:
         yield Advice(
             "Let the guard go back by itself",
             "It then continues from the last healthy checkpoint with other latents "
-            "(docs/faults.md, The guard).",
+            "(docs/explanation/faults.md, The guard).",
             f"ganscale resume {place} guard.policy=rollback",
         )
 
@@ -154,7 +154,7 @@ def _of_events(run: Run) -> Iterator[Advice]:
             "Look at the checkpoints",
             f"{counted(counts['checkpoint_failed'], 'checkpoint')} could not be written: "
             f"{run.of_kind('checkpoint_failed')[-1].get('message', '')}. "
-            "docs/faults.md, Checkpoints.",
+            "docs/explanation/faults.md, Checkpoints that cannot be written.",
             f"ganscale checkpoint list {place}",
         )
     if counts["stall"]:
@@ -164,19 +164,20 @@ def _of_events(run: Run) -> Iterator[Advice]:
             "See what a step waited for",
             f"{counted(counts['stall'], 'step')} took too long; the last one waited for rank "
             f"{ranks}. The stacks of all threads are in {stall.get('stacks', 'stacks/')} "
-            "(docs/faults.md, Hangs).",
+            "(docs/explanation/faults.md, Hangs).",
         )
     if counts["skip"] and run.config is not None and run.config.data.shards:
         yield Advice(
             "Check the shards",
-            "Damaged samples were left out (docs/data.md, Damage).",
+            "Damaged samples were left out (docs/how-to/prepare-data.md).",
             f"ganscale shards verify {shlex.quote(run.config.data.shards)}",
         )
     if counts["evaluation_failed"]:
         message = run.of_kind("evaluation_failed")[-1].get("message", "")
-        yield Advice("An evaluation failed", f"{message} (docs/evaluation.md).")
+        yield Advice("An evaluation failed", f"{message} (docs/how-to/evaluate.md).")
     if counts["wandb"]:
-        yield Advice("W&B", f"{run.of_kind('wandb')[-1].get('message', '')} (docs/tracking.md).")
+        message = run.of_kind("wandb")[-1].get("message", "")
+        yield Advice("W&B", f"{message} (docs/how-to/track.md).")
 
 
 def _of_speed(run: Run, parts: Mapping[str, Sequence[Point]]) -> Iterator[Advice]:
@@ -190,7 +191,7 @@ def _of_speed(run: Run, parts: Mapping[str, Sequence[Point]]) -> Iterator[Advice
     yield Advice(
         "Read data faster",
         f"Workers wait for data in {waiting / sum(means.values()):.0%} of a step. The command "
-        "compares the ways to read the set (docs/data.md, Caches).",
+        "compares the ways to read the set (docs/how-to/prepare-data.md).",
         f"ganscale bench data {shards}",
     )
 
@@ -201,19 +202,20 @@ def _of_result(run: Run) -> Iterator[Advice]:
         yield Advice(
             "Measure it",
             "FID, KID, precision and recall with intervals; the command says first how long it "
-            "takes (docs/evaluation.md).",
+            "takes (docs/how-to/evaluate.md).",
             f"ganscale evaluate --run {place}",
         )
     if run.snapshots and not any(run.root.glob("grid.*")):
         yield Advice(
             "Draw fresh samples",
-            "A seed is the same image every time (docs/exploring.md); the next report shows them.",
+            "A seed is the same image every time (docs/how-to/explore.md); the next report shows "
+            "them.",
             f"ganscale sample {place} --num 64 --seed 1000 --out {place}/grid.png",
         )
     if run.config is not None and run.config.method.name in ("vae", "vae-gan", "encoder", "bigan"):
         yield Advice(
             "Reconstruct images",
-            "The run has an encoder (docs/reconstruction.md); the report shows the result.",
+            "The run has an encoder (docs/how-to/reconstruct.md); the report shows the result.",
             f"ganscale reconstruct {place} --images TEST_IMAGES --out {place}/reconstructed",
         )
     if run.config is not None:

@@ -10,7 +10,7 @@ from itertools import groupby
 from ganscale.report.curves import Point, thinned
 from ganscale.report.runs import BEGINNINGS, Row, Run
 from ganscale.report.text import clock, counted, duration, kimg
-from ganscale.tracking.console import describe_event
+from ganscale.tracking.live_view import describe_event
 from ganscale.tracking.sinks import WRONG
 
 __all__ = [

@@ -133,7 +133,7 @@ def calls_and_states(template: Path, root: Path) -> tuple[list[int], list[Conten
     shutil.copytree(template, root)
     states: list[Contents] = []
     assert not run_until_call(
-        lambda: victim(root), math.inf, lambda _: states.append(contents(root))
+        lambda: victim(root), math.inf, lambda *_: states.append(contents(root))
     )
     states.append(contents(root))
     return list(range(1, len(states) + 1)), states

@@ -41,6 +41,7 @@ from ganscale.tracking.dashboard import (
 from ganscale.training import evaluator
 from ganscale.training.loop import train
 from ganscale.world import World, process_group
+from tests.support.documentation import DOCS, column_pattern, is_documented_column, table_names
 from tests.support.ranks import free_port
 from tests.support.small_extractor import SmallExtractor
 
@@ -71,6 +72,8 @@ METHODS: dict[str, dict[str, Any]] = {
 # Ray starts a node and a run for these, which takes minutes on a machine that is busy.
 pytestmark = pytest.mark.timeout(1200)
 METRICS = list(get_args(MetricName))
+ONLY_ON_A_GPU = {"gpu/peak_memory_gib", "time/step_seconds", "workers/RANK/gpu_memory_gib"}
+LOG_KEYS = DOCS / "reference" / "log-keys.md"
 NOT_ON_A_CPU = {"ray_ganscale_worker_gpu_memory_gib"}
 
 
@@ -285,6 +288,21 @@ def test_each_name_of_a_curve_is_logged_by_some_method(received: dict[str, Recei
     for curve in CURVES:
         if torch.cuda.is_available() or not curve.needs_gpu:
             assert set(curve.names) <= logged, curve.title
+
+
+def test_every_column_is_documented_and_every_documented_column_is_logged(
+    received: dict[str, Received],
+) -> None:
+    logged = {name for of_run in received.values() for name in of_run.columns}
+    assert [name for name in sorted(logged) if not is_documented_column(name)] == []
+    stale = {
+        name
+        for name in table_names(LOG_KEYS, "Columns of metrics.jsonl")
+        if not any(column_pattern(name).fullmatch(other) for other in logged)
+        # Which metrics there are depends on the extractor; their table is that of `evaluate`.
+        and not name.startswith("metrics/")
+    }
+    assert stale == (set() if torch.cuda.is_available() else ONLY_ON_A_GPU)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -120,7 +120,7 @@ def test_a_stopped_job_goes_on_to_the_bits_of_an_undisturbed_run_and_shows_no_se
     wait_all(start_ranks(expected, 2), timeout=280)
     rest = head.call("job", "logs", "mine", "--follow")
     assert rest.returncode == 0, rest.stdout
-    assert f"resume at {stop['nimg'] / 1000:g} kimg: 2 worker(s)" in rest.stdout
+    assert f"resume at {stop['nimg'] / 1000:g} kimg: 2 workers" in rest.stdout
     assert final_digest(config) == final_digest(expected)
 
     # What the driver's folder shows lies beside the checkpoints as well.

@@ -255,7 +255,7 @@ def test_of_torchruns_ranks_only_the_first_speaks(make_config: MakeConfig) -> No
         rank.terminate()
     first, second = [rank.communicate(timeout=60)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [143, 143]
-    assert "start at 0 kimg: 2 worker(s)" in first
+    assert "start at 0 kimg: 2 workers" in first
     assert first.count("SIGTERM: finishing the step") == 1
     assert second == ""
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 __all__ = ["FORKED", "Command"]
 
+# As the command sets it before it imports torch, which the server has done when it forks.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["torch._dynamo", "torchvision.io", "ganscale.training.loop"])
 

@@ -31,13 +31,14 @@ class PtraceRefused(RuntimeError):
 def run_until_call(
     action: Callable[[], object],
     number: float,
-    before_call: Callable[[int], object] = lambda number: None,
+    before_call: Callable[[int, int], object] = lambda number, pid: None,
 ) -> bool:
     """Fork, run `action` in the child and kill it just before its system call `number` (1, 2, ...).
 
-    False if it ended by itself before, without an error. `before_call` is called here while the
-    child stands before each of its calls up to that. Calls of other threads do not count and are
-    not stopped at, so `action` should start none. Raises `RuntimeError` if it raised.
+    False if it ended by itself before, without an error. `before_call` is called here, with the
+    number and the child's pid, while the child stands before each of its calls up to that. Calls of
+    other threads do not count and are not stopped at, so `action` should start none. Raises
+    `RuntimeError` if it raised.
     """
     child = os.fork()
     if child == 0:
@@ -68,7 +69,7 @@ def _be_traced(action: Callable[[], object]) -> None:
         os._exit(status)
 
 
-def _count(child: int, number: float, before_call: Callable[[int], object]) -> bool:
+def _count(child: int, number: float, before_call: Callable[[int, int], object]) -> bool:
     """Let a stopped child go on to its `number`-th call. Each call stops it on entry and return."""
     stops, deliver = 0, 0
     while True:
@@ -86,7 +87,7 @@ def _count(child: int, number: float, before_call: Callable[[int], object]) -> b
             continue
         stops += 1
         if stops % 2:
-            before_call(stops // 2 + 1)
+            before_call(stops // 2 + 1, child)
             if stops // 2 + 1 == number:
                 _end(child)
                 return True

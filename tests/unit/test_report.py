@@ -451,7 +451,7 @@ def test_a_run_that_the_guard_ended_has_failed_with_its_message(tmp_path: Path) 
     assert (status.kind, status.reason) == ("failed", "The loss of G is nan.")
     commands = [item.command for item in advice(run)]
     assert f"ganscale resume {run} guard.policy=rollback" in commands
-    assert any("docs/faults.md" in item.text for item in advice(run))
+    assert any("docs/explanation/faults.md" in item.text for item in advice(run))
 
 
 @pytest.mark.parametrize(
