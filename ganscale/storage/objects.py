@@ -225,8 +225,9 @@ class ObjectStore:
         try:
             yield
         except FileNotFoundError as error:
-            kind = "bucket" if "NoSuchBucket" in str(error) else "file"
-            raise MissingData(f"{self._url(name)}: no such {kind} in the store") from None
+            is_bucket = "NoSuchBucket" in str(error)
+            what = "no such bucket in the store" if is_bucket else "no such file in the store"
+            raise MissingData(f"{self._url(name)}: {what}") from None
         except AlreadyExistsError:
             raise FileExistsError(self._url(name)) from None
         except (PermissionDeniedError, UnauthenticatedError) as error:
