@@ -110,12 +110,15 @@ class ObjectStore:
         return False
 
     def create(self, name: str, data: bytes) -> bool:
+        def put() -> bool:
+            try:
+                obstore.put(self._client, name, data, mode="create")
+            except AlreadyExistsError:
+                return False
+            return True
+
         # After a lost answer the second try is refused by the first. Callers look at what is there.
-        try:
-            self._ask(name, lambda: obstore.put(self._client, name, data, mode="create"))
-        except FileExistsError:
-            return False
-        return True
+        return self._ask(name, put)
 
     def replace(self, name: str, pieces: Pieces) -> None:
         rest, head = iter(pieces), bytearray()
@@ -204,17 +207,12 @@ class ObjectStore:
         raise MissingData.cut_short(self._url(span.name), span, len(data))
 
     def _ask(self, name: str, action: Callable[[], Result]) -> Result:
-        for left in reversed(range(self._num_tries)):
-            try:
-                with self._naming(name):
-                    return action()
-            except FileExistsError:
-                raise
-            except OSError:
-                if not left:
-                    raise
-                time.sleep(self.policy.delay(1))
-        raise AssertionError("unreachable")
+        for _ in range(self._num_tries - 1):
+            with suppress(OSError), self._naming(name):
+                return action()
+            time.sleep(self.policy.delay(1))
+        with self._naming(name):
+            return action()
 
     def _url(self, name: str) -> str:
         return f"{self.location}/{name}" if name else self.location
@@ -228,8 +226,6 @@ class ObjectStore:
             is_bucket = "NoSuchBucket" in str(error)
             what = "no such bucket in the store" if is_bucket else "no such file in the store"
             raise MissingData(f"{self._url(name)}: {what}") from None
-        except AlreadyExistsError:
-            raise FileExistsError(self._url(name)) from None
         except (PermissionDeniedError, UnauthenticatedError) as error:
             raise StoreError(f"{self._url(name)} is refused: {_cause(error)}") from None
         except BaseError as error:
