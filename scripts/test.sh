@@ -27,4 +27,4 @@ fi
 ruff format --check .
 ruff check .
 mypy
-pytest -n logical --dist worksteal --durations 30 -m "not slow and not gpu" "$@"
+pytest -n 3 --dist worksteal --durations 30 -m "not slow and not gpu" "$@"

@@ -44,7 +44,7 @@ _INTERRUPTED = 130
 
 
 @app.command(
-    epilog="Example: WANDB_API_KEY=... ganscale submit --address http://HEAD:8265 "
+    epilog="Example: ganscale submit --address http://HEAD:8265 "
     "--config dcgan-cifar10 --secret WANDB_API_KEY data.shards=s3://bucket/cifar10-train "
     "checkpoint.location=s3://bucket/runs launch.num_workers=8"
 )
@@ -58,7 +58,10 @@ def submit(
     ] = None,
     secret: Annotated[
         list[str] | None,
-        typer.Option(help="NAME of a variable that is set here, and is neither shown nor stored."),
+        typer.Option(
+            help="NAME of a variable that the head has and workers need; "
+            "its value does not travel with the job."
+        ),
     ] = None,
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="Do not follow the job's output.")
@@ -70,13 +73,16 @@ def submit(
     """
     from ganscale.config import load_config
     from ganscale.launch.ray_jobs import Submission, connect, variables
-    from ganscale.launch.secrets import own
 
     submission = Submission(
-        load_config(config, overrides or []), variables(env or []), own(secret or [])
+        load_config(config, overrides or []), variables(env or []), secret or []
     )
     for name in submission.looking_secret:
-        typer.echo(f"ganscale: warning: {name} is shown on the cluster: --secret {name}", err=True)
+        typer.echo(
+            f"ganscale: warning: {name} is shown on the cluster: set it where the head is started, "
+            f"and use --secret {name}",
+            err=True,
+        )
     jobs = connect(address)
     job = jobs.submit(submission)
     # With --no-wait this line is the result; else the job's own output is.

@@ -137,8 +137,13 @@ def _check_environment(config: Config) -> None:
 
 def _run(config: Config, *, take_over: bool) -> None:
     from ganscale.launch.signals import EXIT_CODES
-    from ganscale.launch.start import start
     from ganscale.world import launched_rank
+
+    if config.launch.backend == "ray":
+        from ganscale.launch.ray_cluster import start_early
+
+        start_early(config)  # before torch is imported, which takes as long
+    from ganscale.launch.start import start
 
     result = start(config, stderr_console(), take_over=take_over)
     if launched_rank() == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,14 @@ import ray
 from ganscale.config import Config
 from ganscale.errors import ConfigError, GanscaleError
 
-__all__ = ["cluster", "num_fitting", "require_capacity", "resources_text", "worker_takes"]
+__all__ = [
+    "cluster",
+    "num_fitting",
+    "require_capacity",
+    "resources_text",
+    "start_early",
+    "worker_takes",
+]
 
 # Read by Ray Train: workers stay where paths are valid, a fault is noticed in a second, a worker
 # that does not answer is given up in time, a group that does not fit is not waited for.
@@ -28,13 +36,64 @@ _RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 # Read by a cluster that is started here; one that is joined has its own.
-_OWN_CLUSTER = {"RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled"}
+_OWN_CLUSTER = {
+    "RAY_worker_niceness": "0",
+    "RAY_AUTH_MODE": "disabled",
+    # Nobody takes this machine away with a notice, and the watcher is one more process to start.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+_INIT_OPTIONS: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 _ANSWER_SECONDS = 20.0
 """A head may be restarting; ray.init itself waits for minutes, with a page of warnings."""
 _CONNECT_SECONDS = 5.0
 # What a client of HTTP/2, and so of gRPC, says first: a fixed preface and an empty SETTINGS frame.
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _SETTINGS_FRAME = 4
+
+
+class _OwnRay:
+    """Ray on this machine, started by a thread while the caller does something else.
+
+    The thread lives as long as this process: the kernel ends Ray's processes with the thread that
+    started them.
+    """
+
+    def __init__(self) -> None:
+        self._is_up = threading.Event()
+        self._problem: BaseException | None = None
+        threading.Thread(target=self._start, name="ray-start", daemon=True).start()
+
+    def wait(self) -> None:
+        """Until Ray is up. Raises what its start raised."""
+        self._is_up.wait()
+        if self._problem is not None:
+            raise self._problem
+
+    def _start(self) -> None:
+        for name, value in {**_RAY_ENVIRONMENT, **_OWN_CLUSTER}.items():
+            os.environ.setdefault(name, value)
+        # There is no dashboard. Ray Train's cleaner of placement groups asks it all the time, waits
+        # for it in vain, and keeps a run from ending for 12 s. At an address where nothing listens
+        # it is refused at once; one that the user has set would be that of another cluster.
+        os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:1"
+        try:
+            # Without "local" Ray would join what was started here last, even if that is long gone.
+            ray.init(address="local", include_dashboard=False, **_INIT_OPTIONS)
+        except BaseException as error:
+            self._problem = error
+        self._is_up.set()
+        threading.Event().wait()
+
+
+_own_ray: _OwnRay | None = None
+
+
+def start_early(config: Config) -> None:
+    """Begin to start Ray where `cluster` will start it here, which takes some seconds."""
+    global _own_ray
+    is_own = not (config.launch.ray_address or os.environ.get("RAY_ADDRESS"))
+    if config.launch.backend == "ray" and is_own and _own_ray is None:
+        _own_ray = _OwnRay()
 
 
 @contextmanager
@@ -45,27 +104,28 @@ def cluster(address: str | None) -> Iterator[bool]:
     Uses the cluster at `address` or RAY_ADDRESS, else starts Ray here without a dashboard and ends
     it afterwards. Raises `GanscaleError` if no cluster answers at the address.
     """
-    if ray.is_initialized():
+    global _own_ray
+    if ray.is_initialized() and _own_ray is None:
         yield True
         return
     setting = "launch.ray_address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    for name, value in {**_RAY_ENVIRONMENT, **({} if address else _OWN_CLUSTER)}.items():
-        os.environ.setdefault(name, value)
     if address:
+        for name, value in _RAY_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         _require_answer(address, setting)
         try:
-            ray.init(address=address, **options)
+            ray.init(address=address, **_INIT_OPTIONS)
         except (ConnectionError, ValueError) as error:  # of "auto", or of no address at all
             reason = " ".join(str(error).split())[:200]
             raise GanscaleError(f"{setting}={address} cannot be joined: {reason}") from error
-    else:  # without "local" Ray would join what was started here last, even if that is long gone
-        ray.init(address="local", include_dashboard=False, **options)
+    else:
+        (_own_ray or _OwnRay()).wait()
     try:
         yield bool(address)
     finally:
         ray.shutdown()
+        _own_ray = None
 
 
 def worker_takes(config: Config) -> dict[str, float]:

@@ -29,7 +29,7 @@ import ganscale
 from ganscale.config import Config
 from ganscale.data.resolve_source import NAMED_SOURCES
 from ganscale.errors import ConfigError, GanscaleError
-from ganscale.launch.secrets import PLACE_VARIABLE, new_place, own, pack
+from ganscale.launch.secrets import NAMES_VARIABLE, own
 from ganscale.launch.signals import EXIT_CODES
 from ganscale.storage import is_url
 
@@ -42,7 +42,6 @@ _STOP_SECONDS = 3.0
 _ALIVE = ("PENDING", "RUNNING")
 _STOP_MARGIN_SECONDS = 30
 """Beyond `launch.grace_seconds`, after which a driver ends by itself."""
-_KEEP_SECONDS = 120.0
 _PATIENCE_SECONDS = 120.0
 _LOOKS_SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSW|CREDENTIAL", re.IGNORECASE)
 
@@ -51,12 +50,13 @@ _LOOKS_SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSW|CREDENTIAL", re.IGNORECASE)
 class Submission:
     """What is to run, with what environment.
 
-    `environment` is there for anybody to see on the cluster; `secrets` are not.
+    `environment` is there for anybody to see on the cluster. `secrets` are names alone, of
+    variables of the head's own environment that the run's workers get as well.
     """
 
     config: Config
     environment: Mapping[str, str] = field(default_factory=dict)
-    secrets: Mapping[str, str] = field(default_factory=dict)
+    secrets: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         data, checkpoint = self.config.data, self.config.checkpoint
@@ -140,7 +140,6 @@ class Jobs:
     def __init__(self, client: Any, address: str) -> None:
         self.address = address
         self._client = client
-        self._secrets_at = ""
 
     def submit(self, submission: Submission) -> Job:
         """Start a job. Raises `ConfigError` if one of that run is alive."""
@@ -156,12 +155,10 @@ class Jobs:
         grace = math.ceil(submission.config.launch.grace_seconds)
         environment[_STOP_VARIABLE] = str(grace + _STOP_MARGIN_SECONDS)
         if submission.secrets:
-            self._secrets_at = environment[PLACE_VARIABLE] = new_place()
+            environment[NAMES_VARIABLE] = ",".join(submission.secrets)
         with tempfile.TemporaryDirectory(prefix="ganscale-job-") as folder:
             package(submission.config, Path(folder))
             with readable(self.address):
-                if submission.secrets:
-                    self._leave(pack(submission.secrets))
                 # One that is submitted at the same time has the same id, and is refused by Ray.
                 job_id = self._client.submit_job(
                     entrypoint="python -m ganscale train --config config.yaml",
@@ -196,7 +193,8 @@ class Jobs:
 
         A connection that breaks is taken up again where it broke.
         """
-        self._wait_while_pending(job_id)
+        while self.get(job_id).status == "PENDING":
+            time.sleep(0.5)
         log, failed = _Log(write), 0.0
         while True:
             try:
@@ -230,25 +228,6 @@ class Jobs:
                 raise GanscaleError(f"{job.id} is still {found.status}, though asked to end")
             time.sleep(0.5)
         return found
-
-    def _wait_while_pending(self, job_id: str) -> None:
-        """Meanwhile keep the cluster from deleting the secrets that the job has not taken yet."""
-        kept = time.monotonic()
-        while self.get(job_id).status == "PENDING":
-            time.sleep(0.5)
-            if self._secrets_at and time.monotonic() - kept > _KEEP_SECONDS:
-                kept = time.monotonic()
-                with readable(self.address):
-                    self._client._do_request("GET", _package_path(self._secrets_at))
-
-    def _leave(self, data: bytes) -> None:
-        """Put secrets where Ray's head keeps packages; asking for one has it deleted in time."""
-        path = _package_path(self._secrets_at)
-        answer = self._client._do_request("PUT", path, data=data)
-        if answer.status_code == 200:
-            answer = self._client._do_request("GET", path)
-        if answer.status_code != 200:  # without its text, which may quote what was sent
-            raise GanscaleError(f"{self.address} does not take secrets (HTTP {answer.status_code})")
 
 
 class _Log:
@@ -320,10 +299,6 @@ def _last_line(error: Exception) -> str:
     """What a server's traceback says in the end."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__
-
-
-def _package_path(place: str) -> str:
-    return f"/api/packages/{place.replace('://', '/')}"
 
 
 def _number(jobs: Sequence[Job]) -> int:

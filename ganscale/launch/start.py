@@ -23,7 +23,6 @@ from ganscale.data.sources import SourceSpec, open_source
 from ganscale.errors import CheckpointError, ConfigError, GanscaleError
 from ganscale.launch.documents import Copy, recall, store_copy
 from ganscale.launch.held_run import HeldRun, hold
-from ganscale.launch.secrets import receive
 from ganscale.launch.supervisor import Supervisor
 from ganscale.run_directory import RunDirectory
 from ganscale.storage import RetryPolicy, is_url, retry
@@ -75,7 +74,6 @@ def start(
             f"callbacks are run in this process, but launch.backend={config.launch.backend}: "
             "set launch.backend=inprocess"
         )
-    receive()
     if launched_rank():  # torchrun starts many, of which one speaks
         console = Console(quiet=True)
     config = settled(config, console)

@@ -23,10 +23,9 @@ from rich.console import Console
 
 from ganscale.config.sweep import Population, Sweep
 from ganscale.errors import ConfigError, GanscaleError
-from ganscale.launch.home import home_of
+from ganscale.launch.driver_actor import Messages, start_driver_actor
 from ganscale.launch.ray_cluster import cluster
-from ganscale.launch.ray_train import tell
-from ganscale.launch.secrets import NAMES_VARIABLE, for_workers, receive
+from ganscale.launch.secrets import NAMES_VARIABLE, for_workers
 from ganscale.launch.signals import stopping_on_signals
 from ganscale.launch.start import settled
 from ganscale.launch.sweep_book import Book
@@ -60,7 +59,6 @@ def run_sweep(sweep: Sweep, console: Console) -> tuple[Book, str]:
 
     SIGTERM and Ctrl-C end it early, with a checkpoint of each trial.
     """
-    receive()
     sweep = replace(sweep, base=settled(sweep.base, console))
     book = Book(sweep)
     book.open()
@@ -97,8 +95,8 @@ def _environment(launch: Any) -> list[tuple[str, str]]:
 
 def _fit(book: Book, stop: StopRequest, changed: Callable[[str], None], *, is_joined: bool) -> None:
     """Let Tune run the trials; meanwhile pass on `stop`."""
-    token = secrets.token_hex(8)
-    options = _options(book, token, stop, changed, is_joined=is_joined)
+    messages = _messages(book.sweep.root)
+    options = _options(book, messages, stop, changed, is_joined=is_joined)
     problem: list[BaseException] = []
 
     def fit() -> None:
@@ -115,20 +113,25 @@ def _fit(book: Book, stop: StopRequest, changed: Callable[[str], None], *, is_jo
         thread.join(_POLL_SECONDS)
         if stop.reason != passed_on:
             passed_on = stop.reason
-            tell(token, "stop", passed_on)
+            messages.put("stop", passed_on)
     if problem:
         text = " ".join(str(problem[0]).split())[:300]
         raise GanscaleError(f"the sweep failed: {text}") from problem[0]
 
 
 def _options(
-    book: Book, token: str, stop: StopRequest, changed: Callable[[str], None], *, is_joined: bool
+    book: Book,
+    messages: Messages,
+    stop: StopRequest,
+    changed: Callable[[str], None],
+    *,
+    is_joined: bool,
 ) -> dict[str, Any]:
     """What Tune is to run: `tune.run`, as `Tuner` pickles all that it is given."""
     sweep = book.sweep
     file, launch = sweep.file, sweep.base.launch
     is_population = isinstance(file.scheduler, Population)
-    around = Surroundings(sweep, token, variables(), _home(sweep.root) if is_joined else None)
+    around = Surroundings(sweep, messages, variables(), is_joined)
     trials = [
         {
             "name": s.name,
@@ -142,7 +145,7 @@ def _options(
     by_head = _limited_by_head(sweep, is_joined=is_joined)
     return {
         "run_or_experiment": tune.with_resources(actor, _resources(sweep, limited_by_head=by_head)),
-        "name": token,
+        "name": messages.group,
         "storage_path": str(_tune_folder(book)),
         "config": {"trial": tune.grid_search(trials)},
         "scheduler": scheduler_for(book),
@@ -157,10 +160,11 @@ def _options(
     }
 
 
-def _home(root: Path) -> Any:
-    """This host for trials on others: it hands out secrets."""
+def _messages(root: Path) -> Messages:
+    """What this host and the trials say to each other; it hands out secrets as well."""
     given = for_workers()
-    return home_of(root, {**given, NAMES_VARIABLE: ",".join(given)} if given else {})
+    secret = {**given, NAMES_VARIABLE: ",".join(given)} if given else {}
+    return Messages(start_driver_actor(root, secret), secrets.token_hex(8))
 
 
 def _limited_by_head(sweep: Sweep, *, is_joined: bool) -> bool:

@@ -23,9 +23,10 @@ from ganscale.checkpoint import CheckpointStore
 from ganscale.config import Config
 from ganscale.config.sweep import Sweep
 from ganscale.errors import GanscaleError
+from ganscale.launch.driver_actor import Messages
 from ganscale.launch.local import train_here
 from ganscale.launch.ray_metrics import RayMetrics
-from ganscale.launch.ray_train import told, train_in_groups
+from ganscale.launch.ray_train import train_in_groups
 from ganscale.launch.start import run_session, supervisor_of
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.console import stderr_console
@@ -46,12 +47,12 @@ class Surroundings:
     """What all trials of a sweep share."""
 
     sweep: Sweep
-    token: str
-    """Under which the driver asks them to stop."""
+    messages: Messages
+    """With the driver, which asks them to stop and hands out secrets."""
     variables: dict[str, str]
     """W&B's, of the driver's environment."""
-    home: Any = None
-    """The driver's host, on a cluster that was there before; it hands out secrets."""
+    is_joined: bool
+    """Whether the cluster was there before."""
 
 
 def reports(
@@ -98,8 +99,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
         self._reports: list[tuple[float, float | None]] = []
         os.environ.update(surroundings.variables)
         os.environ.setdefault(GROUP_VARIABLE, sweep.file.name)
-        if surroundings.home is not None:
-            os.environ.update(ray.get(surroundings.home.secrets.remote()))
+        os.environ.update(ray.get(surroundings.messages.actor.secrets.remote()))
         self._become(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -115,7 +115,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
                 return self._report(*self._reports.pop(0))
             training = self._begun()
             is_over = training.join(_POLL_SECONDS)
-            if not is_over and told(self._around.token, "stop"):
+            if not is_over and self._around.messages.get("stop"):
                 training.halt()
                 is_over = True
             self._take_in(training, is_over=is_over)
@@ -146,7 +146,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
 
     def _begun(self) -> _Training:
         if self._training is None:
-            self._training = _Training(self._config, is_joined=self._around.home is not None)
+            self._training = _Training(self._config, is_joined=self._around.is_joined)
         return self._training
 
     def _take_in(self, training: _Training, *, is_over: bool) -> None:

@@ -64,7 +64,7 @@ def head(s3: str) -> Iterator[JobsHead]:
     ):
         for name in (*PLANTED, "AWS_ENDPOINT_URL", "WANDB_MODE"):
             patch.delenv(name, raising=False)
-        head = JobsHead(Path(folder), TOKEN, 2, AWS_ENDPOINT_URL=s3, **PLANTED)
+        head = JobsHead(Path(folder), TOKEN, 2, secrets=PLANTED, AWS_ENDPOINT_URL=s3)
         patch.undo()
         with head:
             yield head

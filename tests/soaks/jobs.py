@@ -75,10 +75,16 @@ def main() -> None:
         sys.exit(f"{hosts} exists: remove it, or choose another --storage")
     expected = newest(train_undisturbed(arguments))
     token = secrets.token_hex(16)
+    # Before the hosts start, which have them from their environment.
+    planted = {
+        "AWS_ACCESS_KEY_ID": f"planted{secrets.token_hex(8)}",
+        "AWS_SECRET_ACCESS_KEY": f"planted{secrets.token_hex(16)}",
+    }
+    os.environ |= planted
     with Network(hosts, spare=False, token=token) as network:
         network.attach("10.77.0.8")
         with _s3_server(network):
-            soak = Soak(network, arguments, token)
+            soak = Soak(network, arguments, token, planted)
             try:
                 soak.run()
                 soak.check(expected)
@@ -93,16 +99,19 @@ def main() -> None:
 class Soak:
     """The run, in three parts."""
 
-    def __init__(self, network: Network, arguments: argparse.Namespace, token: str) -> None:
+    def __init__(
+        self,
+        network: Network,
+        arguments: argparse.Namespace,
+        token: str,
+        planted: dict[str, str],
+    ) -> None:
         self.network = network
         self.problems: list[str] = []
         self.seconds: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
         self._began = time.monotonic()
-        self._planted = {
-            "AWS_ACCESS_KEY_ID": f"planted{secrets.token_hex(8)}",
-            "AWS_SECRET_ACCESS_KEY": f"planted{secrets.token_hex(16)}",
-        }
+        self._planted = planted
         self._token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
         self._place = {"AWS_ENDPOINT_URL": S3, "AWS_DEFAULT_REGION": "us-east-1"}
         os.environ |= {**self._planted, **self._place, **self._token}

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -22,17 +23,27 @@ class JobsHead:
     Args:
         folder: short, since Ray makes sockets in it.
         token: what it asks of those who want something.
+        secrets: of the head's environment, which submitters do not have.
         variables: of submitters' environment, which the head does not have.
     """
 
-    def __init__(self, folder: Path, token: str, num_cpus: int, **variables: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        token: str,
+        num_cpus: int,
+        *,
+        secrets: Mapping[str, str] | None = None,
+        **variables: str,
+    ) -> None:
         self.folder = folder
         self.url = f"http://127.0.0.1:{free_port()}"
         self._num_cpus = num_cpus
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # of a job's `python`
         auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-        self._own = {**os.environ, "PATH": path, **auth}
-        self.environment = {**self._own, **variables}
+        own = {**os.environ, "PATH": path, **auth}
+        self._own = {**own, **(secrets or {})}
+        self.environment = {**own, **variables}
 
     def __enter__(self) -> Self:
         options = {

@@ -18,9 +18,9 @@ from ganscale.checkpoint.files import saved_state
 from ganscale.config import Config, load_config
 from ganscale.errors import CheckpointError, ConfigError
 from ganscale.json_lines import add_missing_lines
-from ganscale.launch import home, start
+from ganscale.launch import driver_actor, start
 from ganscale.launch.documents import Copy, recall, store_copy
-from ganscale.launch.home import Home, marked
+from ganscale.launch.driver_actor import DriverActor, Messages, copied_to_driver, marked
 from ganscale.run_directory import RunDirectory
 from ganscale.storage import open_store
 from ganscale.world import World
@@ -100,7 +100,7 @@ def test_checkpoints_hidden_files_links_and_what_is_known_are_left_out(tmp_path:
     for name in (
         "checkpoints/nimg-000000000000-a0001/state.safetensors",
         "ray/token/x.json",
-        ".home-1234",
+        ".driver-1234",
         "samples/.kimg-2.png.tmp",
         "snapshots/old.safetensors",
         "snapshots/new.safetensors",
@@ -253,7 +253,7 @@ def other_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The driver's folder, reached through its actor."""
     monkeypatch.setattr("ray.get", lambda value: value)
     (tmp_path / "driver").mkdir()
-    real = Home(str(tmp_path / "driver"))
+    real = DriverActor(str(tmp_path / "driver"))
 
     class Handle:
         def __getattr__(self, name: str) -> Call:
@@ -265,14 +265,14 @@ def other_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_what_rank_0_writes_on_another_host_appears_in_the_driver_s_folder(
     tmp_path: Path, other_host: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(home, "_LINES_SECONDS", 0.01)
+    monkeypatch.setattr(driver_actor, "_LINES_SECONDS", 0.01)
     driver, worker = tmp_path / "driver", tmp_path / "worker"
     write(driver / "config.yaml", b"seed: 7\n")
     write(driver / "events.jsonl", b'{"event": "waiting"}\n')
     # Of another run that had the same name.
     for name in ("metrics.jsonl", "events.jsonl", "wandb_run_id", "snapshots/a.safetensors"):
         write(worker / name, b"stale\n")
-    with home.copied_home(other_host, worker, "token", World(0, 0, 2)):
+    with copied_to_driver(Messages(other_host, "token"), worker, World(0, 0, 2)):
         assert (worker / "config.yaml").read_bytes() == b"seed: 7\n"
         assert not (worker / "metrics.jsonl").exists()
         assert not (worker / "wandb_run_id").exists()
@@ -298,17 +298,15 @@ def test_nothing_is_copied_where_the_driver_sees_the_folder(
 ) -> None:
     driver = tmp_path / "driver"
     with marked(driver, "token"):
-        with home.copied_home(other_host, driver, "token", World(0, 0, 2)) as copy:
+        with copied_to_driver(Messages(other_host, "token"), driver, World(0, 0, 2)) as copy:
             assert copy is None
-        with home.copied_home(other_host, driver, "another", World(1, 0, 2)) as copy:
+        with copied_to_driver(Messages(other_host, "another"), driver, World(1, 0, 2)) as copy:
             assert isinstance(copy, Copy)
-        with home.copied_home(None, driver, "another", World(0, 0, 2)) as copy:
-            assert copy is None
     assert list(driver.iterdir()) == []
 
 
 def test_lines_whose_answer_was_lost_are_not_taken_twice(tmp_path: Path) -> None:
-    driver = Home(str(tmp_path))
+    driver = DriverActor(str(tmp_path))
     driver.append("a", "metrics.jsonl", 10, b"1\n2\n")
     driver.append("a", "metrics.jsonl", 10, b"1\n2\n")
     driver.append("a", "metrics.jsonl", 10, b"1\n2\n3\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import zipfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -55,10 +54,8 @@ class FakeClient:
     """Of the only job, one a look; the last one stays."""
     texts: list[list[str | Exception]] = field(default_factory=list)
     """Of the log, for each time that it is followed from its beginning."""
-    answers: dict[str, int] = field(default_factory=dict)
     sent: dict[str, Any] = field(default_factory=dict)
     packed: dict[str, bytes] = field(default_factory=dict)
-    requests: list[tuple[str, str, bytes | None]] = field(default_factory=list)
 
     def list_jobs(self) -> list[Any]:
         return self.jobs
@@ -89,10 +86,6 @@ class FakeClient:
                 raise text
             yield text
 
-    def _do_request(self, method: str, path: str, data: bytes | None = None) -> Any:
-        self.requests.append((method, path, data))
-        return SimpleNamespace(status_code=self.answers.get(method, 200), text=repr(data))
-
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,38 +106,16 @@ def test_the_code_and_the_configuration_are_sent_and_nothing_else() -> None:
     assert b"seed: 7" in client.packed["config.yaml"]
 
 
-def test_secrets_go_beside_the_job_and_not_into_it() -> None:
+def test_of_secrets_the_names_alone_go_with_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", PLANTED)
     client = FakeClient()
-    config = submission().config
-    given = Submission(config, {"PLAIN": "shown"}, {"WANDB_API_KEY": PLANTED})
+    given = Submission(submission().config, {"PLAIN": "shown"}, ["WANDB_API_KEY", "OTHER"])
     Jobs(client, ADDRESS).submit(given)
     shown = client.sent["runtime_env"]["env_vars"]
     assert shown["PLAIN"] == "shown"
+    assert shown[secrets.NAMES_VARIABLE] == "WANDB_API_KEY,OTHER"
     assert PLANTED not in repr(client.sent)
     assert not [name for name, data in client.packed.items() if PLANTED.encode() in data]
-    (put, get) = client.requests
-    place = shown[secrets.PLACE_VARIABLE].replace("gcs://", "/api/packages/gcs/")
-    assert put[:2] == ("PUT", place)
-    assert get == ("GET", place, None)  # which has Ray delete it in time
-    assert put[2] is not None
-    assert secrets.unpack(put[2]) == {"WANDB_API_KEY": PLANTED}
-    # What Ray quotes, in its answer and its log, of a package that it cannot store.
-    assert PLANTED not in repr(put[2][:15])
-
-
-def test_a_cluster_that_does_not_take_secrets_gets_no_job_and_is_not_quoted() -> None:
-    client = FakeClient(answers={"PUT": 500})
-    given = Submission(submission().config, {}, {"WANDB_API_KEY": PLANTED})
-    with pytest.raises(GanscaleError, match="does not take secrets .HTTP 500") as caught:
-        Jobs(client, ADDRESS).submit(given)
-    assert PLANTED not in str(caught.value)
-    assert not client.sent
-
-
-def test_each_job_has_another_place_for_its_secrets() -> None:
-    places = {secrets.new_place() for _ in range(100)}
-    assert len(places) == 100
-    assert all(len(place) > len("gcs://ganscale-.zip") + 30 for place in places)
 
 
 def test_the_values_of_secrets_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +124,7 @@ def test_the_values_of_secrets_come_from_the_environment(monkeypatch: pytest.Mon
     assert variables(["A=b=c", "GIVEN", "EMPTY="]) == {"A": "b=c", "GIVEN": PLANTED, "EMPTY": ""}
     monkeypatch.delenv("GIVEN")
     for ask in (secrets.own, variables):
-        with pytest.raises(ConfigError, match="GIVEN: not set here"):
+        with pytest.raises(ConfigError, match="GIVEN: not set in the environment"):
             ask(["GIVEN"])
 
 
@@ -165,6 +136,9 @@ def test_workers_get_what_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECOND", "2")
     monkeypatch.setenv("THIRD", "3")
     assert secrets.for_workers() == {"FIRST": "1", "SECOND": "2"}
+    monkeypatch.delenv("SECOND")
+    with pytest.raises(ConfigError, match="SECOND: not set .* submit --secret. names variables of"):
+        secrets.for_workers()
 
 
 def test_variables_that_look_secret_are_told_of() -> None:
@@ -190,7 +164,7 @@ def test_what_cannot_work_on_a_cluster_is_refused_here(
 
 def test_a_variable_is_either_plain_or_secret() -> None:
     with pytest.raises(ConfigError, match="BOTH: given both"):
-        Submission(submission().config, {"BOTH": "1"}, {"BOTH": "2"})
+        Submission(submission().config, {"BOTH": "1"}, ["BOTH"])
 
 
 @pytest.mark.parametrize("status", ["PENDING", "RUNNING"])
@@ -271,19 +245,6 @@ def test_a_cluster_that_is_gone_for_good_is_told_of(monkeypatch: pytest.MonkeyPa
         Jobs(client, ADDRESS).follow("mine-1", lambda text: None)
 
 
-@pytest.mark.usefixtures("quick")
-def test_secrets_of_a_job_that_waits_for_room_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_jobs, "_KEEP_SECONDS", 0.0)
-    client = FakeClient(statuses=["PENDING"] * 4 + ["RUNNING"] * 2 + ["SUCCEEDED"], texts=[[], []])
-    jobs = Jobs(client, ADDRESS)
-    jobs.submit(Submission(submission().config, {}, {"KEY": PLANTED}))
-    asked = len(client.requests)
-    jobs.follow("mine-1", lambda text: None)
-    again = client.requests[asked:]
-    assert len(again) >= 2
-    assert {request[:2] for request in again} == {("GET", client.requests[0][1])}
-
-
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -328,10 +289,3 @@ def test_a_clone_is_uploaded_without_data_runs_and_environment(tmp_path: Path) -
     with zipfile.ZipFile(package) as file:
         names = {name for name in file.namelist() if not name.endswith("/")}
     assert names == set(kept)
-
-
-def test_secrets_survive_the_way() -> None:
-    values = {"A": 'quotes " and\nlines', "B": "ä€"}
-    assert secrets.unpack(secrets.pack(values)) == values
-    with pytest.raises(GanscaleError, match="a form that this version cannot read"):
-        secrets.unpack(json.dumps(values).encode())

@@ -1,8 +1,8 @@
-"""The driver's host, as workers on other hosts reach it: an actor there, found by its handle.
+"""What a run's driver and its workers say to each other: an actor on the driver's host.
 
-It hands out the secrets that the driver was given, from its memory, and takes up what rank 0 writes
-into the run's folder where the driver does not see that folder. Whether it does is tried out: the
-driver leaves a file there, and rank 0 looks for it.
+It keeps the messages of driver and workers, hands out the secrets that the driver was given, from
+its memory, and takes up what rank 0 writes into the run's folder where the driver does not see that
+folder. Whether it does is tried out: the driver leaves a file there, and rank 0 looks for it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,46 @@ from ganscale.launch.documents import LINES, Copy
 from ganscale.run_directory import RunDirectory
 from ganscale.world import World
 
-__all__ = ["Home", "copied_home", "home_of", "marked"]
+__all__ = ["DriverActor", "Messages", "copied_to_driver", "marked", "start_driver_actor"]
 
 _AT_ONCE = ("config.yaml", "wandb_run_id", *LINES)
 _LINES_SECONDS, _FILES_SECONDS = 1.0, 10.0
 
 
-class Home:
+@dataclass(frozen=True)
+class Messages:
+    """What the driver and one group of workers leave for each other."""
+
+    actor: Any
+    """Handle of a `DriverActor`."""
+    group: str
+    """Which tells groups apart: one that was given up may live on for a while."""
+
+    def put(self, name: str, value: Any) -> None:
+        """Leave something, in place of what had that name. Raises `RayError` if it cannot."""
+        ray.get(self.actor.put_message.remote(self.group, name, value))
+
+    def get(self, name: str) -> Any:
+        """What was left under a name; None if nothing was. Raises `RayError` if it cannot."""
+        return ray.get(self.actor.message.remote(self.group, name))
+
+
+class DriverActor:
     """The driver's side; runs in a process of its own on the driver's host."""
 
     def __init__(self, root: str) -> None:
         self._root = Path(root)
+        self._messages: dict[tuple[str, str], Any] = {}
         self._secrets: dict[str, str] = {}
         self._taken: dict[tuple[str, str], int] = {}
+
+    def put_message(self, group: str, name: str, value: Any) -> None:
+        """Keep a message."""
+        self._messages[group, name] = value
+
+    def message(self, group: str, name: str) -> Any:
+        """A message, or None."""
+        return self._messages.get((group, name))
 
     def keep(self, secrets: dict[str, str]) -> None:
         """Remember secrets, in memory only."""
@@ -69,20 +97,20 @@ class Home:
             temporary.replace(path)
 
 
-def home_of(run_dir: Path, secrets: dict[str, str]) -> Any:
-    """Start a `Home` on this host, which ends with this driver."""
+def start_driver_actor(run_dir: Path, secrets: dict[str, str]) -> Any:
+    """Start a `DriverActor` on this host, which ends with this driver; returns its handle."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(Home).options(num_cpus=0, scheduling_strategy=here)
-    home = actor.remote(str(run_dir))
+    actor = ray.remote(DriverActor).options(num_cpus=0, scheduling_strategy=here)
+    handle = actor.remote(str(run_dir))
     if secrets:  # as the argument of a method, they go to the actor's process and nowhere else
-        ray.get(home.keep.remote(secrets))
-    return home
+        ray.get(handle.keep.remote(secrets))
+    return handle
 
 
 @contextmanager
-def marked(run_dir: Path, token: str) -> Iterator[None]:
+def marked(run_dir: Path, group: str) -> Iterator[None]:
     """Leave a mark in the run's folder for the time of the block."""
-    mark = _mark(run_dir, token)
+    mark = _mark(run_dir, group)
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
     try:
@@ -91,36 +119,37 @@ def marked(run_dir: Path, token: str) -> Iterator[None]:
         mark.unlink(missing_ok=True)
 
 
-def copied_home(
-    home: Any, run_dir: Path, token: str, world: World
+def copied_to_driver(
+    messages: Messages, run_dir: Path, world: World
 ) -> AbstractContextManager[object]:
     """Send what this worker writes to the driver's host, unless that sees it anyway.
 
     Rank 0 begins with the documents as the driver has them; the others send stacks of hangs only.
     """
-    if home is None or _mark(run_dir, token).is_file():
+    if _mark(run_dir, messages.group).is_file():
         return nullcontext()
+    driver = messages.actor
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
-        documents = ray.get(home.documents.remote())
+        documents = ray.get(driver.documents.remote())
         for name in _AT_ONCE:  # one that is here and not there is left from another run
             (run_dir / name).unlink(missing_ok=True)
             if name in documents:
                 (run_dir / name).write_bytes(documents[name])
     return Copy(
         run_dir,
-        _HomeCopy(home, run_dir),
+        _DriverCopy(driver, run_dir),
         lines_seconds=_LINES_SECONDS,
         files_seconds=_FILES_SECONDS,
         only=() if world.is_main else (RunDirectory(run_dir).stacks.name,),
     )
 
 
-class _HomeCopy:
+class _DriverCopy:
     """The copy on the driver's host."""
 
-    def __init__(self, home: Any, root: Path) -> None:
-        self._home = home
+    def __init__(self, driver: Any, root: Path) -> None:
+        self._driver = driver
         self._root = root
         self._sender = uuid.uuid4().hex
 
@@ -133,7 +162,7 @@ class _HomeCopy:
         with path.open("rb") as file:
             file.seek(start)
             lines = file.read(end - start)
-        ray.get(self._home.append.remote(self._sender, name, start, lines))
+        ray.get(self._driver.append.remote(self._sender, name, start, lines))
 
     def put(self, name: str, pieces: Iterable[bytes]) -> None:
         """Piece by piece; a file without a byte is one empty piece."""
@@ -141,12 +170,12 @@ class _HomeCopy:
         piece = next(pieces, b"")
         while True:
             following = next(pieces, None)
-            call = self._home.put.remote(name, piece, start=start, end=following is None)
+            call = self._driver.put.remote(name, piece, start=start, end=following is None)
             ray.get(call)
             if following is None:
                 return
             piece, start = following, False
 
 
-def _mark(run_dir: Path, token: str) -> Path:
-    return run_dir / f".home-{token}"
+def _mark(run_dir: Path, group: str) -> Path:
+    return run_dir / f".driver-{group}"

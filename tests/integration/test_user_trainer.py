@@ -1,0 +1,54 @@
+"""`ganscale.ray.train_loop_per_worker` in a TorchTrainer and a Tuner that a user has written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import MakeConfig
+from tests.support.runs import final_digest, read_rows, start_ranks, wait_all
+from tests.support.user_trainer import STEPS_KIMG
+
+
+@pytest.mark.timeout(300)
+def test_rows_reach_ray_and_weights_are_those_of_ganscale_train(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(name="plain", tracking__log_every_kimg=0.064)
+    file = tmp_path / "base.yaml"
+    file.write_text(config.to_yaml())
+    with tempfile.TemporaryDirectory(prefix="gs", ignore_cleanup_errors=True) as folder:
+        found = subprocess.run(
+            [sys.executable, "-m", "tests.support.user_trainer", str(file), str(tmp_path)],
+            env={**os.environ, "RAY_TMPDIR": folder},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+    assert found.returncode == 0, found.stderr
+    told = json.loads(found.stdout.splitlines()[-1])
+    by_hand = config.with_changes({"name": "by-hand", "storage": str(tmp_path)})
+    rows = read_rows(by_hand.run_dir / "metrics.jsonl")
+    assert told["ended_at"] == rows[-1]["nimg"] == round(1000 * STEPS_KIMG)
+    # What Ray has is the last row, but for the time at which the file got it.
+    shared = told["metrics"].keys() & rows[-1].keys()
+    assert {"nimg", "step", "train/loss_D", "train/loss_G"} <= shared
+    assert all(told["metrics"][name] == rows[-1][name] for name in shared)
+
+    (newest,) = (by_hand.run_dir / "checkpoints").glob(f"nimg-*{rows[-1]['nimg']}-*")
+    assert told["pointer"] == {"run": str(by_hand.run_dir), "checkpoint": str(newest)}
+
+    expected = config.with_changes({"training.total_kimg": STEPS_KIMG})
+    wait_all(start_ranks(expected, 2))
+    assert final_digest(by_hand) == final_digest(expected)
+
+    assert told["errors"] == 0
+    losses = {trial["lr"]: trial["metrics"]["train/loss_D"] for trial in told["trials"]}
+    assert losses.keys() == {1e-4, 1e-3}
+    assert losses[1e-4] != losses[1e-3]
