@@ -19,7 +19,6 @@ __all__ = [
     "Curve",
     "Pictures",
     "Section",
-    "Table",
     "definition",
     "report",
     "saved",
@@ -34,7 +33,7 @@ _AUTOENCODING = ("vae", "vae-gan", "encoder")
 _ALL = ("gan", "vae", "vae-gan", "encoder", "bigan", "semi-supervised")
 
 WITHOUT_PANEL = {
-    "step": "the axis over which W&B stores a run",
+    "step": "counts global batches, nimg their images",
     "nimg": "the horizontal axis of every panel",
     "attempt": "an attempt begins where faults/resume or faults/rollback steps up",
     "time/unix": "W&B stores the time of each row itself",
@@ -66,19 +65,12 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class Table:
-    """The newest table of a name."""
-
-    name: str
-
-
-@dataclass(frozen=True)
 class Section:
     """Panels that belong together."""
 
     name: str
     text: str
-    panels: tuple[Curve | Pictures | Table, ...]
+    panels: tuple[Curve | Pictures, ...]
 
 
 _FAULTS = Curve("faults so far", regex=r"faults/.*")
@@ -116,7 +108,6 @@ SECTIONS = (
                 regex=r"metrics/(inception_score|authenticity|c2st).*",
             ),
             Curve("diversity", ("metrics/diversity",)),
-            Table("evaluations"),
         ),
     ),
     Section("Samples", "The same latents as they learn.", (Pictures("samples"),)),
@@ -144,7 +135,7 @@ SECTIONS = (
             Curve("damaged samples left out", ("data/num_skipped",)),
         ),
     ),
-    Section("Faults", "What went wrong, and what was done.", (_FAULTS, Table("events"))),
+    Section("Faults", "What went wrong, and what was done.", (_FAULTS,)),
 )
 
 
@@ -211,12 +202,10 @@ def saved(entity: str | None, project: str, group: str | None) -> list[str]:
     return [one.save().url for one in made]
 
 
-def _panel(panel: Curve | Pictures | Table) -> Any:
+def _panel(panel: Curve | Pictures) -> Any:
     reports = _library("reports.v2")
     if isinstance(panel, Pictures):
         return reports.MediaBrowser(title=panel.name, media_keys=[panel.name], num_columns=2)
-    if isinstance(panel, Table):
-        return reports.WeavePanelSummaryTable(table_name=panel.name)
     return reports.LinePlot(
         title=panel.title,
         x="nimg",

@@ -1,43 +1,54 @@
-"""The process that holds a run's W&B run, so that nothing W&B does can hold or harm training.
+"""The process that logs a run to W&B, so that nothing W&B does can hold or harm training.
 
-    python -m ganscale.tracking.wandb_process < messages
+    python -m ganscale.tracking.wandb_process SETTINGS < pipe
 
-Reads a JSON object a line from standard input: first the settings of the run, then what to log,
-last {"do": "close"}. Answers on standard output, a JSON object a line: which mode the run is in,
-and what could not be done. It ends when the training process is gone. If W&B cannot be reached in
-time, it continues offline. If W&B cannot be used at all, it reports why and ends.
+It follows the files of the run's folder and logs them to an offline run, for which wandb asks no
+server. If the mode is online, a thread uploads that run while it grows, with `wandb beta sync
+--live`. How far the files were logged is kept in a file: a process that is killed loses nothing,
+its successor logs the last second once more.
 
-A process and not a thread: after a failed `wandb.init` wandb's service holds the run's id, its exit
-hooks wait for the network once more, and neither can be ended from within.
+SETTINGS is the JSON object that `WandbSink` makes. Anything on standard input says that the run has
+ended; an end without it, that the training process was killed. Messages for the user go to standard
+output, one a line.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import queue
 import re
+import select
 import signal
 import sys
 import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any
 
 import psutil
+import wandb
+from wandb.cli.cli import cli
 
-from ganscale.json_lines import encode_line
+from ganscale.atomic_files import write_bytes
+from ganscale.json_lines import end_of_lines, parse_lines
+from ganscale.run_directory import RunDirectory
+from ganscale.tracking.sinks import FAULTS, FaultCounts, Row
+from ganscale.tracking.wandb_settings import artifacts_to_log, seconds
+from ganscale.tracking.wandb_sink import POSITIONS
 
-__all__ = ["main"]
+__all__ = ["RunLog", "main"]
 
+_POLL_SECONDS = 1.0
 _FLUSH_SECONDS = 0.05
-"""wandb's own default of 15 s loses as much to a kill."""
-_UPLOAD_FAILED = "Fatal error while uploading"
-"""What wandb says, and says only on the terminal, where it has given up an upload."""
-_AGAIN_VARIABLE = "GANSCALE_WANDB_AGAIN"
-_SLOW = ("table", "artifact", "alert")
-"""What asks the server something and may wait for it, so that rows and pictures do not queue behind
-it: these run on a thread of their own."""
+"""wandb's own default of 15 s delays the curves, and loses as much to a kill."""
+_RETRY_SECONDS = 60.0
+"""Between two uploads, where the first one ended too early."""
+_ALERTS = ("alarm", "checkpoint_failed", "evaluation_failed", "rollback", "stall")
 
 
 def main() -> None:
@@ -46,211 +57,193 @@ def main() -> None:
     # then, and ends when the training process does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # Answers have standard output to themselves, whatever wandb prints.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    begun = os.environ.pop(_AGAIN_VARIABLE, "") or _first_line()
-    if not begun:
-        return
-    try:
-        holder = _Holder(json.loads(begun), answers)
-    except Exception as error:  # wandb refuses a setting; the disk is full
-        failure = f"it could not begin an offline run: {_brief(error)}"
-        _answer(answers, failure=failure, hopeless=True)
-        raise
-    for line in iter(sys.stdin.buffer.readline, b""):
-        message = json.loads(line)
-        if message["do"] == "close":
-            holder.finish()
-            return
-        holder.do(message)
-    holder.abandon()
+    say = partial(_say, os.dup(1))
+    os.dup2(2, 1)  # for what wandb prints
+    settings = json.loads(sys.argv[1])
+    run = _offline_run(settings)
+    folder = Path(run.settings.sync_dir)
+    core = next(child for child in psutil.Process().children() if child.name() == "wandb-core")
+    log = RunLog(Path(settings["root"]), run, say)
+    ending = threading.Event()
+    upload = threading.Thread(target=_upload, args=(folder, ending), daemon=True)
+    if settings["mode"] == "online":
+        upload.start()
+        threading.Timer(seconds("WANDB_INIT_TIMEOUT"), _check_upload, (folder, say)).start()
+    while not select.select([0], [], [], _POLL_SECONDS)[0]:
+        # Only now is it certain that what was logged a second ago is in wandb's file: a row that
+        # is sent to wandb-core while that dies goes unnoticed.
+        if core.status() == psutil.STATUS_ZOMBIE:
+            raise ConnectionError("wandb-core has ended")
+        log.keep_positions()
+        log.log_new()
+    is_closed = bool(os.read(0, 1))
+    signal.alarm(math.ceil(settings["closing_seconds"]))  # which ends what hangs from here on
+    log.log_new()
+    run.finish(exit_code=0 if is_closed else 1)
+    # After a kill the upload is left to the next process, which may have begun.
+    if upload.is_alive() and is_closed:
+        ending.set()
+        upload.join(seconds("WANDB_FINISH_TIMEOUT"))
+        if not _is_uploaded(folder):
+            say(f"W&B did not take all of the run in time: {_sync_later(folder)}")
+    if upload.is_alive():
+        time.sleep(_POLL_SECONDS)  # for the end of the file, as above
+        core.kill()
+    else:
+        wandb.teardown()  # which writes the end of the file
+    log.keep_positions()
 
 
-def _first_line() -> str:
-    """The first line and not a byte more: whoever takes this process's place reads the others."""
-    line = bytearray()
-    while (byte := os.read(0, 1)) not in (b"", b"\n"):
-        line += byte
-    return line.decode()
+def _offline_run(settings: Mapping[str, Any]) -> Any:
+    """An offline run with `nimg` as the horizontal axis."""
+    run_dir = RunDirectory(Path(settings["root"]))
+    run = wandb.init(
+        project=settings["project"],
+        config=settings["config"],
+        name=run_dir.name,
+        id=run_dir.wandb_run_id.read_text(),
+        group=os.environ.get("WANDB_RUN_GROUP") or run_dir.name,
+        job_type=os.environ.get("WANDB_JOB_TYPE") or "train",
+        mode="offline",
+        resume="allow",
+        settings=wandb.Settings(
+            x_transaction_log_flush_interval=_FLUSH_SECONDS,
+            x_stats_pid=settings["pid"],
+            x_label="rank-0",
+            silent=True,
+            console="off",
+        ),
+    )
+    # Not wandb's counter of rows, which cannot go back as a run does that resumes at an earlier
+    # position.
+    run.define_metric("nimg")
+    run.define_metric("*", step_metric="nimg")
+    return run
 
 
-class _Holder:
-    """The W&B run.
+class RunLog:
+    """Logs the files of the folder `root` to a W&B run; `say` takes messages for the user."""
 
-    Args:
-        settings: `init` for `wandb.init`, the seconds it may take, `mode`, and the training
-            process's `pid`, which system figures are of.
-        answers: where answers go.
-    """
+    def __init__(self, root: Path, run: Any, say: Callable[[str], None]) -> None:
+        self._root = root
+        self._run = run
+        self._say = say
+        self._positions = self._kept = json.loads((root / POSITIONS).read_text())
+        self._artifacts = artifacts_to_log()
+        self._nimg = 0
+        self._faults = FaultCounts()
+        for event in self._lines("events.jsonl", 0, self._positions["events.jsonl"]):
+            self._faults.add(event)
 
-    def __init__(self, settings: dict[str, Any], answers: TextIO) -> None:
-        import wandb
-
-        self._answers = answers
-        self._wandb = wandb
-        self._settings = settings
-        self._log_size = os.fstat(2).st_size
-        self.mode = settings["mode"]
-        if self.mode == "online":
+    def log_new(self) -> None:
+        """Log what has come since; raises `ConnectionError` if wandb-core has ended."""
+        ends = {name: end_of_lines(self._root / name, at) for name, at in self._positions.items()}
+        lines = [
+            x for name, at in self._positions.items() for x in self._lines(name, at, ends[name])
+        ]
+        # Events are first in `FOLLOWED`, and their time is rounded.
+        for line in sorted(lines, key=lambda line: round(line.get("time") or line["time/unix"], 3)):
             try:
-                self._run = self._init("online")
-            except Exception as error:  # wandb raises what it likes
-                self._go_offline(error)
+                self._log(line)
+            except ConnectionError:
+                raise
+            except Exception as error:  # a picture has been deleted; wandb raises what it likes
+                self._say(f"W&B: something was not logged ({type(error).__name__}: {error})")
+        self._positions = ends
+
+    def keep_positions(self) -> None:
+        """Note that all that was logged until now need not be logged again."""
+        if self._positions != self._kept:
+            write_bytes(self._root / POSITIONS, json.dumps(self._positions).encode(), fsync=False)
+            self._kept = self._positions
+
+    def _lines(self, name: str, start: int, end: int) -> list[dict[str, Any]]:
+        if start == end:
+            return []
+        with (self._root / name).open("rb") as file:
+            file.seek(start)
+            return parse_lines(file.read(end - start))
+
+    def _log(self, line: Row) -> None:
+        if "event" in line:
+            self._log_event(line)
+        elif "picture" in line:
+            picture = wandb.Image(line["path"], caption=f"{line['nimg'] / 1000:g} kimg")
+            self._run.log({line["picture"]: picture, "nimg": line["nimg"]})
+        elif "average" in line:
+            self._log_snapshot(line["average"], line["path"], line["nimg"])
         else:
-            self._run = self._init("offline")
-        self._slow: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self._slow_thread = threading.Thread(target=self._do_slow, daemon=True)
-        self._slow_thread.start()
-        self._report(mode=self.mode)
+            self._nimg = line["nimg"]
+            counts = {f"faults/{kind}": self._faults[kind] for kind in FAULTS}
+            self._run.log({**{k: v for k, v in line.items() if v is not None}, **counts})
 
-    def do(self, message: dict[str, Any]) -> None:
-        """Log something; what cannot be logged is reported."""
-        if message["do"] in _SLOW:
-            self._slow.put(message)
-        else:
-            self._do(message)
+    def _log_event(self, event: Row) -> None:
+        """Draw a fault over the curves, where its count steps up; send alerts of severe ones."""
+        if not self._faults.add(event):
+            return
+        kind = event["event"]
+        nimg = event.get("nimg", self._nimg)
+        self._run.log({f"faults/{kind}": self._faults[kind], "nimg": nimg})
+        if kind in _ALERTS:
+            text = str(event.get("message") or json.dumps(event))
+            self._run.alert(f"{self._root.name}: {kind}", text, level="WARN")
 
-    def finish(self) -> None:
-        """Wait for what is being uploaded, as long as the settings allow, and end."""
-        self._slow.put(None)
-        self._slow_thread.join(self._settings["seconds"]["finish"])
-        try:
-            self._run.finish()
-        except TimeoutError:
-            self._report(problem=self._not_uploaded("in time"))
-        except Exception as error:
-            self._report(problem=self._not_uploaded(f"({_brief(error)})"))
-        else:
-            if self.mode == "online" and self._gave_up():
-                self._report(problem=self._not_uploaded("(it failed)"))
-        if self.mode == "offline":  # nothing to ask the network; the file's end is still written
-            with suppress(Exception):
-                self._wandb.teardown()
-        self._report(closed=True)
-        _kill_service()
-        os._exit(0)  # wandb's own hooks would wait once more
-
-    def abandon(self) -> None:
-        """End after the training process has ended without closing: killed, perhaps to come back.
-
-        An offline file is completed. W&B finds out by itself that an online run has crashed, and
-        must not hear it from here when its successor has begun.
-        """
-        if self.mode == "offline":
-            with suppress(Exception):
-                self._run.finish(exit_code=1)
-                self._wandb.teardown()
-        os._exit(1)
-
-    def _init(self, mode: Literal["online", "offline"]) -> Any:
-        seconds = self._settings["seconds"]
-        run = self._wandb.init(
-            **self._settings["init"],
-            mode=mode,
-            resume="allow",
-            settings=self._wandb.Settings(
-                init_timeout=seconds["init"],
-                finish_timeout=seconds["finish"] if mode == "online" else 0,  # 0 is no limit
-                finish_timeout_raises=True,
-                x_transaction_log_flush_interval=_FLUSH_SECONDS,
-                x_stats_pid=self._settings["pid"],
-                x_label="rank-0",
-                silent=True,
-                console="off",
-            ),
-        )
-        # Rows have our own step as the horizontal axis: wandb's counter cannot go back, as a run
-        # does that resumes at an earlier position.
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
-        return run
-
-    def _go_offline(self, error: Exception) -> None:
-        """Become a new process that logs offline: wandb, once it has failed, holds the run's id."""
-        seconds = self._settings["seconds"]["init"]
-        self._report(
-            message=f"W&B could not be reached within {seconds:g} s ({_brief(error)}); the run is "
-            f"logged offline and can be uploaded later: {self._sync_command('offline-run')}",
-        )
-        _kill_service()
-        # By the environment and not by a pipe: standard input goes on to the new process, and the
-        # messages that were not read yet are still in it.
-        os.environ[_AGAIN_VARIABLE] = json.dumps({**self._settings, "mode": "offline"})
-        os.environ.pop("WANDB_SERVICE", None)
-        os.dup2(self._answers.fileno(), 1)
-        os.execv(sys.executable, [sys.executable, "-m", __spec__.name])
-
-    def _do_slow(self) -> None:
-        while (message := self._slow.get()) is not None:
-            self._do(message)
-
-    def _do(self, message: dict[str, Any]) -> None:
-        try:
-            getattr(self, f"_do_{message['do']}")(message)
-        except ConnectionError as error:  # to wandb's own process, not to the server
-            self._report(failure=f"wandb-core is gone: {_brief(error)}")
-            os._exit(1)
-        except Exception as error:
-            self._report(problem=f"W&B: {message['do']} was not logged ({_brief(error)})")
-
-    def _do_log(self, message: dict[str, Any]) -> None:
-        self._run.log(message["row"], commit=True)
-
-    def _do_picture(self, message: dict[str, Any]) -> None:
-        nimg = message["row"]["nimg"]
-        picture = self._wandb.Image(message["path"], caption=f"{nimg / 1000:g} kimg")
-        self._run.log({message["name"]: picture, **message["row"]}, commit=True)
-
-    def _do_table(self, message: dict[str, Any]) -> None:
-        table = self._wandb.Table(columns=message["columns"], data=message["data"])
-        self._run.log({message["name"]: table, **message["row"]}, commit=True)
-
-    def _do_artifact(self, message: dict[str, Any]) -> None:
-        artifact = self._wandb.Artifact(
-            re.sub(r"[^\w.-]", "-", message["name"]), type="model", metadata=message["metadata"]
-        )
-        artifact.add_file(message["path"], skip_cache=True)
-        self._run.log_artifact(artifact, aliases=message["aliases"])
-
-    def _do_alert(self, message: dict[str, Any]) -> None:
-        self._run.alert(message["title"], message["text"], level="WARN")
-
-    def _not_uploaded(self, why: str) -> str:
-        return (
-            f"W&B did not take all of the run {why}; it is whole in metrics.jsonl, and here: "
-            f"{self._sync_command('run')}"
-        )
-
-    def _sync_command(self, kind: str) -> str:
-        return f"wandb sync {self._settings['init']['dir']}/wandb/{kind}-*"
-
-    def _gave_up(self) -> bool:
-        """Whether wandb has said so since it was started; our error output is a file."""
-        with suppress(OSError), Path("/proc/self/fd/2").open("rb") as file:
-            file.seek(self._log_size)
-            return _UPLOAD_FAILED.encode() in file.read()
-        return False
-
-    def _report(self, **what: Any) -> None:
-        _answer(self._answers, **what)
+    def _log_snapshot(self, average: str, path: str, nimg: int) -> None:
+        """Make the snapshot a version of the run's model, if the user asked for that."""
+        is_best = average == "best"
+        if self._artifacts == "none" or (self._artifacts == "best" and not is_best):
+            return
+        name = self._root.name + ("" if is_best or not average else f"-{average}")
+        metadata = {"nimg": nimg, "average": average, "run": self._root.name}
+        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), "model", metadata=metadata)
+        artifact.add_file(path, skip_cache=True)
+        aliases = ["best" if is_best else "latest", f"kimg-{nimg / 1000:g}"]
+        self._run.log_artifact(artifact, aliases=aliases)
 
 
-def _answer(answers: TextIO, **what: Any) -> None:
-    with suppress(OSError):  # nobody hears it any more; what was sent before is still logged
-        answers.write(encode_line(what).decode())
+def _upload(folder: Path, ending: threading.Event) -> None:
+    """Upload an offline run while it grows, after those of earlier attempts.
+
+    wandb itself goes on asking a server that hangs, refuses or fails. What it gives up, such as a
+    key that is not accepted, is tried again after a pause.
+    """
+    others = set(folder.parent.glob(f"offline-run-*-{folder.name.rpartition('-')[2]}")) - {folder}
+    while not _is_uploaded(folder):
+        with suppress(Exception, SystemExit):  # it is in the process's log
+            # First, and to their end: the server counts rows on from there.
+            if waiting := [str(other) for other in sorted(others) if not _is_uploaded(other)]:
+                cli(["sync", *waiting], standalone_mode=False)
+            if all(map(_is_uploaded, others)):
+                cli(["beta", "sync", "--live", str(folder)], standalone_mode=False)
+        ending.wait(_RETRY_SECONDS)
 
 
-def _kill_service() -> None:
-    """End wandb's own process at once; asked to end, it would go on asking the network."""
-    for process in psutil.Process().children():
-        process.kill()
-        process.wait(10)
+def _check_upload(folder: Path, say: Callable[[str], None]) -> None:
+    # wandb writes this file when the server has answered.
+    if not any(folder.glob("*.wandb.syncstate")):
+        limit = seconds("WANDB_INIT_TIMEOUT")
+        say(f"W&B has not answered within {limit:g} s, and is asked on: {_sync_later(folder)}")
 
 
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+def _is_uploaded(folder: Path) -> bool:
+    """Whether wandb has marked an offline run as uploaded to its end."""
+    return any(folder.glob("*.wandb.synced"))
+
+
+def _sync_later(folder: Path) -> str:
+    return f"what it lacks can be uploaded later: wandb sync {folder.parent}/offline-run-*"
+
+
+def _say(answers: int, message: str) -> None:
+    """Tell the user, if anybody still listens."""
+    with suppress(OSError):
+        os.write(answers, f"{' '.join(message.split())}\n".encode())
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)  # at once: wandb's own hooks would wait for the network

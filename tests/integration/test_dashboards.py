@@ -13,19 +13,21 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import psutil
 import pytest
 import torch
+import wandb
 from torch import Tensor
 
+from ganscale.atomic_files import write_bytes, write_text
 from ganscale.cli import main
 from ganscale.config import Config
 from ganscale.config.sections import MetricName
+from ganscale.json_lines import encode_line
 from ganscale.launch import ray_metrics
 from ganscale.launch.ray_metrics import prometheus_names
 from ganscale.tracking import wandb_sink
@@ -34,10 +36,10 @@ from ganscale.tracking.dashboard import (
     WITHOUT_PANEL,
     Curve,
     Pictures,
-    Table,
     definition,
     workspace,
 )
+from ganscale.tracking.wandb_process import RunLog
 from ganscale.training import evaluator
 from ganscale.training.loop import train
 from ganscale.world import World, process_group
@@ -195,24 +197,17 @@ class ScoringExtractor(SmallExtractor):
         return features
 
 
-@dataclass
 class Received:
-    """What a W&B run gets, in place of the process that holds it."""
+    """What a W&B run gets, in place of one."""
 
-    columns: set[str] = field(default_factory=set)
-    pictures: set[str] = field(default_factory=set)
-    tables: set[str] = field(default_factory=set)
+    def __init__(self) -> None:
+        self.columns: set[str] = set()
+        self.pictures: set[str] = set()
 
-    def send(self, **message: Any) -> None:
-        if message["do"] == "log":
-            self.columns |= set(message["row"])
-        elif message["do"] == "picture":
-            self.pictures.add(message["name"])
-        elif message["do"] == "table":
-            self.tables.add(message["name"])
-
-    def close(self) -> None:
-        pass
+    def log(self, row: Mapping[str, Any]) -> None:
+        pictures = {name for name, value in row.items() if isinstance(value, wandb.Image)}
+        self.pictures |= pictures
+        self.columns |= set(row) - pictures
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +222,7 @@ def received(procedural_shards: Path, tmp_path_factory: Any) -> dict[str, Receiv
         "training.batch_size": 16,
         "training.total_kimg": 0.032,
         "samples.num_images": 4,
-        "tracking.wandb": "offline",
+        "tracking.wandb": "disabled",
         "tracking.log_every_kimg": 0.016,
         "launch.backend": "inprocess",
     }
@@ -243,7 +238,6 @@ def received(procedural_shards: Path, tmp_path_factory: Any) -> dict[str, Receiv
         patch.setattr(evaluator, "open_extractor", lambda name: ScoringExtractor())
         for method, changes in METHODS.items():
             results[method] = Received()
-            patch.setattr(wandb_sink, "_Helper", lambda *_, to=results[method], **__: to)
             config = Config().with_changes({**base, "name": method, **changes})
             if method == "encoder":
                 config = config.with_changes({"method.generator": str(storage / "gan")})
@@ -252,15 +246,25 @@ def received(procedural_shards: Path, tmp_path_factory: Any) -> dict[str, Receiv
                 config = config.with_changes(game)
             train(config, world)
             train(config.with_changes(longer), world)
+            _log_to_wandb(config.run_dir, results[method])
     return results
 
 
-def matches(panel: Curve | Pictures | Table, received: Received) -> set[str]:
+def _log_to_wandb(root: Path, run: Received) -> None:
+    """What W&B's process does with the folder of a run."""
+    picture = min(root.glob("samples/*.png"))
+    line = {"time": 1.0, "picture": "samples", "path": str(picture), "nimg": 32}
+    write_bytes(root / wandb_sink.FILES, encode_line(line))
+    write_text(root / wandb_sink.POSITIONS, json.dumps(dict.fromkeys(wandb_sink.FOLLOWED, 0)))
+    told: list[str] = []
+    RunLog(root, run, told.append).log_new()
+    assert told == []
+
+
+def matches(panel: Curve | Pictures, received: Received) -> set[str]:
     """The names among what was received that a panel shows."""
     if isinstance(panel, Pictures):
         return received.pictures & {panel.name}
-    if isinstance(panel, Table):
-        return received.tables & {panel.name}
     names = received.columns & set(panel.names)
     return names | {n for n in received.columns if re.fullmatch(panel.regex or "", n)}
 
@@ -280,7 +284,7 @@ def test_every_panel_shows_something_and_every_column_has_a_panel(
             assert names, panel.name
         shown |= names
     assert of_run.columns - shown == set(WITHOUT_PANEL)
-    assert shown >= of_run.pictures | of_run.tables
+    assert shown >= of_run.pictures
 
 
 def test_each_name_of_a_curve_is_logged_by_some_method(received: dict[str, Received]) -> None:
@@ -332,7 +336,7 @@ def test_the_definition_has_every_panel_and_no_server_is_asked(
     assert len(grids) == len(SECTIONS)
     for section in SECTIONS:
         for panel in section.panels:
-            if isinstance(panel, Pictures | Table):
+            if isinstance(panel, Pictures):
                 assert f'"{panel.name}"' in json.dumps(bank)
                 assert f'"{panel.name}"' in json.dumps(grids)
     for place in (found["workspace"]["section"]["runSets"], grids[0]["metadata"]["runSets"]):

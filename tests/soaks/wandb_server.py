@@ -131,6 +131,8 @@ def _train(config: Config, server: OpenWandb, *, kill: bool = False) -> float:
             "WANDB_BASE_URL": server.url,
             "WANDB_API_KEY": KEY,
             "WANDB_MODE": "online",
+            # A short run may end before wandb's pause of 15 s does.
+            "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1",
             "GANSCALE_WANDB_ARTIFACTS": "all",
         },
         stdout=subprocess.DEVNULL,

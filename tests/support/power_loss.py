@@ -122,8 +122,8 @@ def _changes(before: dict[str, int], after: dict[str, int]) -> list[dict[str, in
             old = {n for n, i in before.items() if i == inode and n not in after}
             renamed |= old
             changes.append({name: inode, **dict.fromkeys(old)})
-    removed = before.keys() - after.keys() - renamed
-    return [*changes, *({name: None} for name in removed)]
+    changes.extend({name: None} for name in sorted(before.keys() - after.keys() - renamed))
+    return changes
 
 
 def _synced_inode(pid: int) -> int | None:

@@ -1,7 +1,8 @@
 """What a W&B run needs of its server, as far as rows go, and what may go wrong there.
 
-Answers wandb's client (0.31) in the way that the real one does where a run is begun, streams rows
-and ends; what was streamed is kept. At any moment it can begin to hang, to refuse or to fail.
+Answers wandb's client (0.31) in the way that the real one does where a run is begun, resumed,
+streams rows and ends; what was streamed is kept. At any moment it can begin to hang, to refuse or
+to fail.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ _VIEWER = {
     "teams": {"edges": []},
 }
 _ANSWERS: dict[str, Any] = {
-    "RunResumeStatus": {"model": {**_PROJECT, "bucket": None}},
     "UpsertBucket": {"upsertBucket": {"bucket": _BUCKET, "inserted": True}},
     "CreateRunFiles": {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": []}},
     "Viewer": {"viewer": _VIEWER},
@@ -50,13 +50,42 @@ class WandbServer:
     fault: WandbFault | None = None
     asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     """GraphQL operations with their variables."""
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    """History, in the order in which it came."""
+    history: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Rows by `_step`, the client's count of them: a row that is sent again takes its own place."""
+    num_sent: int = 0
+    """Rows that came, those that were sent again included."""
     closed: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """History, in the order of its steps."""
+        return [row for _, row in sorted(self.history.copy().items())]
+
+    def bucket(self) -> dict[str, Any] | None:
+        """The run as a client that resumes it reads it; None before it was begun."""
+        if not any(name == "UpsertBucket" for name, _ in self.asked):
+            return None
+        tail = [json.dumps(row) for row in self.rows[-1:]]
+        return {
+            **_BUCKET,
+            "historyLineCount": len(self.history),
+            "eventsLineCount": 0,
+            "logLineCount": 0,
+            "historyTail": json.dumps(tail),
+            "eventsTail": "[]",
+            "summaryMetrics": "{}",
+            "wandbConfig": json.dumps({"t": 1}),
+            "tags": [],
+        }
+
     def settings(self) -> dict[str, str]:
-        """The environment in which wandb logs here."""
-        return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "WANDB_MODE": "online"}
+        """The environment in which wandb logs here, with its shortest pause between rows."""
+        return {
+            "WANDB_BASE_URL": self.url,
+            "WANDB_API_KEY": KEY,
+            "WANDB_MODE": "online",
+            "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1",  # less than 1 is taken for 15
+        }
 
 
 @contextmanager
@@ -97,11 +126,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _graphql(self, request: dict[str, Any]) -> Any:
         name = request.get("operationName", "")
         self.server_state.asked.append((name, request.get("variables") or {}))
+        if name == "RunResumeStatus":
+            return {"model": {**_PROJECT, "bucket": self.server_state.bucket()}}
         return _ANSWERS.get(name, {})
 
     def _take_rows(self, request: dict[str, Any]) -> None:
         history = request.get("files", {}).get("wandb-history.jsonl", {"content": []})
-        self.server_state.rows += [json.loads(line) for line in history["content"]]
+        rows = [json.loads(line) for line in history["content"]]
+        self.server_state.history |= {row["_step"]: row for row in rows}
+        self.server_state.num_sent += len(rows)
 
     def _answer(self, code: int, content: Any) -> None:
         data = json.dumps(content).encode()
