@@ -37,7 +37,8 @@ napoleon_numpy_docstring = False
 # documentation is not read while this one is built, for classes that are not public, and for
 # aliases that only annotations name.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(collections|pathlib|typing|torch|pydantic|rich|np|numpy)\..*"),
+    (r"py:.*", r"(collections|pathlib|typing|torch|pydantic|rich|np|numpy|pd|PIL)\..*"),
+    (r"py:.*", r"ganscale\.(generation\.(generator|sampler)|metrics\.extractors)\..*"),
     (r"py:.*", r"ganscale\.(models\.classifying|training\.(inputs|optimized_model))\..*"),
     (r"py:.*", r"ganscale\.training\.steps\.discriminator\..*"),
     (r"py:.*", r"(Any|Callable|Literal|Mapping|Module|Path|Self|Sequence|Tensor|optional)"),

@@ -1,32 +1,65 @@
 """ganscale trains GANs, VAEs, encoders and classifiers on images at cluster scale.
 
-`ganscale.train(config)` trains, `ganscale.load_generator(path).sample(16, seed=0)` draws from a
-trained generator; the command line does the rest. Importing this package loads neither torch nor
-ray.
+`ganscale.train(config)` trains, `ganscale.Run(folder)` looks at a run,
+`ganscale.Generator.from_pretrained(place)` draws images, and `ganscale.evaluate(images, reference)`
+measures them; the command line does the same and the rest. Importing this package loads neither
+torch nor ray: each name is loaded when it is first used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ganscale.config import Config
-    from ganscale.generation.sampler import SampleableGenerator
-    from ganscale.training.callbacks import Callback
+    from ganscale.evaluation.distributions.evaluate import Evaluation
+    from ganscale.evaluation.evaluate import evaluate
+    from ganscale.generation.generator import Generator
+    from ganscale.run import Run
+    from ganscale.training.callbacks import Callback, Rollback
     from ganscale.training.stopping import TrainResult
 
-__all__ = ["__version__", "load_generator", "train"]
+__all__ = [
+    "Callback",
+    "Config",
+    "Evaluation",
+    "Generator",
+    "Rollback",
+    "Run",
+    "TrainResult",
+    "__version__",
+    "evaluate",
+    "train",
+]
 
 __version__ = "0.2.0"
 
+_MODULES = {
+    "Callback": "ganscale.training.callbacks",
+    "Config": "ganscale.config",
+    "Evaluation": "ganscale.evaluation.distributions.evaluate",
+    "Generator": "ganscale.generation.generator",
+    "Rollback": "ganscale.training.callbacks",
+    "Run": "ganscale.run",
+    "TrainResult": "ganscale.training.stopping",
+    "evaluate": "ganscale.evaluation.evaluate",
+}
 
-def load_generator(path: str | Path, *, device: str = "cpu") -> SampleableGenerator:
-    """Load a snapshot file, or the newest snapshot of a run's folder, ready to sample from."""
-    from ganscale.generation import snapshot
+# Type checkers would take any name for a known one if they saw it.
+if not TYPE_CHECKING:
 
-    return snapshot.load_generator(path, device=device)
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(_MODULES[name]), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
 
 
 def train(
@@ -40,14 +73,17 @@ def train(
     Args:
         config: a configuration, the name of a preset, or the path of a YAML file.
         overrides: changes to a preset or a file, each `section.field=value`.
-        callbacks: objects that are run between steps, on every rank; they need
-            `launch.backend=inprocess`. `ganscale.training.callbacks.Callback` is their base class.
+        callbacks: objects of subclasses of `ganscale.Callback`, which are run between steps, on
+            every rank; they need `launch.backend=inprocess`.
+
+    Returns:
+        The position, in images, at which training ended, and the reason if it was not the end of
+        the run. Everything else is in the run's folder, `config.run_dir`, for `ganscale.Run`.
 
     Example:
         >>> import ganscale
-        >>> from ganscale.training.callbacks import Callback
         >>>
-        >>> class PrintPosition(Callback):
+        >>> class PrintPosition(ganscale.Callback):
         ...     every_kimg = 10.0
         ...
         ...     def run(self, state):

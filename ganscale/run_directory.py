@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["RunDirectory"]
+__all__ = ["RunDirectory", "containing_run"]
 
 
 @dataclass(frozen=True)
@@ -85,3 +85,12 @@ class RunDirectory:
     def sample_grid(self, nimg: int) -> Path:
         """The picture drawn after `nimg` real images."""
         return self.root / "samples" / f"kimg-{nimg / 1000:09.3f}.png"
+
+
+def containing_run(path: Path) -> RunDirectory | None:
+    """The run whose folder `path` is, or lies in at any depth; None if there is no such run."""
+    path = path.expanduser().absolute()
+    # A snapshot lies in snapshots/ or snapshots/best/ of its run, or wherever the user copied it
+    # to.
+    folders = (RunDirectory(folder) for folder in (path, *path.parents))
+    return next((run_dir for run_dir in folders if run_dir.config.is_file()), None)

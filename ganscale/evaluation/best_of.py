@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ganscale.errors import CheckpointError, ConfigError
 from ganscale.evaluation.gan_metrics.gan_pairs import GanPair, ScoringDiscriminator, load_gan_pairs
-from ganscale.evaluation.run_references import containing_run
 from ganscale.generation.latent_sampler import LatentSampler
 from ganscale.generation.sample_plan import PlannedImage
 from ganscale.generation.sampler import SampleableGenerator
+from ganscale.run_directory import containing_run
 
 __all__ = ["BestImages", "best_images", "run_discriminator"]
 

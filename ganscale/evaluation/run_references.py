@@ -9,9 +9,9 @@ from typing import Self
 
 from ganscale.config import Config, load_config
 from ganscale.errors import ConfigError
-from ganscale.run_directory import RunDirectory
+from ganscale.run_directory import containing_run
 
-__all__ = ["RunReference", "containing_run", "default_reference", "due_by"]
+__all__ = ["RunReference", "default_reference", "due_by"]
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,6 @@ class RunReference:
             return cls(Path(run), float(kimg))
         except ValueError:
             raise ConfigError(f"{text}: expected RUN or RUN@KIMG") from None
-
-
-def containing_run(path: Path) -> RunDirectory | None:
-    """The run whose folder `path` is, or lies in at any depth; None if there is no such run."""
-    path = path.expanduser().absolute()
-    # A snapshot lies in snapshots/ or snapshots/best/ of its run, or wherever the user copied it
-    # to.
-    folders = (RunDirectory(folder) for folder in (path, *path.parents))
-    return next((run_dir for run_dir in folders if run_dir.config.is_file()), None)
 
 
 def default_reference(subject: str) -> str:

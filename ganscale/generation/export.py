@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from ganscale.atomic_files import write_text
 from ganscale.errors import DataError
+from ganscale.generation.model_card import card_text
 from ganscale.generation.sampler import SampleableGenerator
 from ganscale.generation.snapshot import load_generator, save_snapshot
 
@@ -100,40 +100,16 @@ def write_card(
     generator: SampleableGenerator,
     *,
     about: Mapping[str, Any],
-    difference: ImageDifference,
+    file: str,
+    usage: str,
     recipe: Mapping[str, Any] | None,
 ) -> None:
-    """Write what an exported generator is beside it, as Markdown: NAME.md for NAME.safetensors."""
-    model, info = generator.model, generator.info
-    spec = info["model"]
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    classes = ", ".join(info.get("classes", ())) if spec["num_classes"] else ""
-    facts = {
-        "model": f"{spec['name']}, {num_parameters / 1e6:.2f} million parameters",
-        "images": f"{spec['img_channels']}x{spec['resolution']}x{spec['resolution']}",
-        "classes": f"{spec['num_classes']}: {classes}" if spec["num_classes"] else "none",
-        "trained on": f"{info['nimg']:,} real images",
-        **{name: _fact(value) for name, value in about.items()},
-        "file": f"{path.stat().st_size / 1e6:.2f} MB in half precision; {difference}",
-    }
-    lines = [f"# {path.stem}", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {' '.join(str(value).split())} |" for name, value in facts.items()]
-    lines += [
-        "",
-        "```python",
-        "import ganscale",
-        "",
-        f'generator = ganscale.load_generator("{path.name}")',
-        "images = generator.sample(16, seed=0)  # uint8, (16, C, H, W)",
-        "```",
-    ]
-    if recipe is not None:
-        text = yaml.safe_dump(dict(recipe), sort_keys=False).rstrip()
-        lines += ["", "The configuration that it was trained with:", "", "```yaml", text, "```"]
-    write_text(path.with_suffix(".md"), "\n".join(lines) + "\n")
+    """Write what an exported generator is beside it, as Markdown: NAME.md for NAME.safetensors.
 
-
-def _fact(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_fact(part)}" for name, part in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    `file` says in which form it is there; the other arguments are those of `card_text`.
+    """
+    size = f"{path.stat().st_size / 1e6:.2f} MB"
+    card = card_text(
+        path.stem, generator, about=about, file=f"{size} {file}", usage=usage, recipe=recipe
+    )
+    write_text(path.with_suffix(".md"), card)

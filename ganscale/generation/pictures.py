@@ -21,10 +21,12 @@ __all__ = [
     "ANIMATED",
     "GRID_FORMATS",
     "as_pictures",
+    "as_pillow",
     "check_format",
     "cubehelix",
     "grid_columns",
     "lay_out",
+    "make_grid",
     "save_grid",
     "write_animation",
     "write_array",
@@ -119,12 +121,25 @@ def write_grid(image: Tensor, path: Path, *, text: Mapping[str, str] = {}) -> No
         for keyword, value in text.items():
             information.add_text(keyword, value)
     with replacing(path, fsync=False) as file:
-        _pillow(image).save(file, format=image_format, **options)
+        as_pillow(image).save(file, format=image_format, **options)
 
 
 def grid_columns(num_images: int) -> int:
     """Images of a row of a grid that is nearly square."""
     return max(1, round(math.sqrt(num_images)))
+
+
+def make_grid(images: Tensor, *, columns: int | None = None, padding: int = 1) -> Tensor:
+    """Images (N, C, H, W) as one (C, h, w), row by row; black between them, and gray as RGB.
+
+    The grid is nearly square unless `columns` says otherwise.
+    """
+    from torchvision import utils
+
+    grid: Tensor = utils.make_grid(
+        images, nrow=columns or grid_columns(len(images)), padding=padding
+    )
+    return grid
 
 
 def save_grid(
@@ -139,10 +154,7 @@ def save_grid(
 
     The grid is nearly square unless `columns` says otherwise.
     """
-    from torchvision.utils import make_grid
-
-    columns = columns or grid_columns(len(images))
-    write_grid(make_grid(images, nrow=columns, padding=padding), path, text=text)
+    write_grid(make_grid(images, columns=columns, padding=padding), path, text=text)
 
 
 def write_array(values: Tensor, path: Path) -> None:
@@ -153,7 +165,7 @@ def write_array(values: Tensor, path: Path) -> None:
 
 def write_animation(frames: Tensor, path: Path, *, frame_ms: int = 60) -> None:
     """Write uint8 (frames, C, H, W) as an endless animation; the suffix chooses the format."""
-    pictures = [_pillow(frame) for frame in frames]
+    pictures = [as_pillow(frame) for frame in frames]
     # WebP is lossy by default, which would blur images this small.
     options = {"lossless": True} if path.suffix == ".webp" else {}
     with replacing(path, fsync=False) as file:
@@ -168,7 +180,8 @@ def write_animation(frames: Tensor, path: Path, *, frame_ms: int = 60) -> None:
         )
 
 
-def _pillow(image: Tensor) -> Image.Image:
+def as_pillow(image: Tensor) -> Image.Image:
+    """An uint8 image (C, H, W) with 1, 3 or 4 channels as one of Pillow, of mode L, RGB or RGBA."""
     channels_last = image.movedim(0, -1).contiguous()
     # Pillow takes gray images without an axis of channels.
     if image.shape[0] == 1:

@@ -31,17 +31,23 @@ from ganscale.models.classifying import ClassifyingDiscriminator
 from ganscale.run_directory import RunDirectory
 
 __all__ = [
+    "FOLDER_FILE",
     "OTHERS",
+    "describe",
     "load_classifier",
     "load_encoder",
     "load_generator",
     "save_snapshot",
     "snapshot_classes",
     "snapshot_file",
+    "weights_digest",
 ]
 
 OTHERS = ("encoder", "classifier")
 """Networks that a snapshot may hold besides the generator."""
+
+FOLDER_FILE = "model.safetensors"
+"""The snapshot in a folder that `Generator.save_pretrained` has written."""
 
 _METADATA_KEY = "ganscale"
 
@@ -56,7 +62,7 @@ def save_snapshot(
     others: Mapping[str, nn.Module] | None = None,
     values: ValueRange = PIXELS,
     about: Mapping[str, Any] | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Write a generator, its description and other networks to `path`, atomically.
 
     Args:
@@ -68,6 +74,34 @@ def save_snapshot(
         others: further networks, by their names in `OTHERS`.
         values: the values of the generator's images.
         about: what people should know of it, as plain values: licence, figures, date.
+
+    Returns:
+        The description that was written.
+    """
+    info = describe(spec, nimg=nimg, classes=classes, values=values, about=about)
+    state = dict(model.state_dict())
+    for kind, network in (others or {}).items():
+        assert kind in OTHERS
+        # No parameter of a generator has a slash in its name, so loaders tell networks apart by it.
+        state |= {f"{kind}/{name}": tensor for name, tensor in network.state_dict().items()}
+    weights = {name: t.detach().cpu().contiguous() for name, t in state.items()}
+    info["sha256"] = weights_digest(weights)
+    # `save_file` of safetensors would make a file that nobody else may read.
+    write_bytes(path, save(weights, metadata={_METADATA_KEY: json.dumps(info)}))
+    return info
+
+
+def describe(
+    spec: dict[str, Any],
+    *,
+    nimg: int,
+    classes: Sequence[str],
+    values: ValueRange,
+    about: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The description of a generator as plain values; the arguments are those of `save_snapshot`.
+
+    It is the `info` of a loaded generator, and goes into every file that one is exported to.
     """
     info: dict[str, Any] = {"model": spec, "nimg": nimg, "version": ganscale.__version__}
     info["classes"] = list(classes)
@@ -75,19 +109,11 @@ def save_snapshot(
         info["values"] = stored_values
     if about:
         info["about"] = dict(about)
-    state = dict(model.state_dict())
-    for kind, network in (others or {}).items():
-        assert kind in OTHERS
-        # No parameter of a generator has a slash in its name, so loaders tell networks apart by it.
-        state |= {f"{kind}/{name}": tensor for name, tensor in network.state_dict().items()}
-    weights = {name: t.detach().cpu().contiguous() for name, t in state.items()}
-    info["sha256"] = _sha256(weights)
-    # `save_file` of safetensors would make a file that nobody else may read.
-    write_bytes(path, save(weights, metadata={_METADATA_KEY: json.dumps(info)}))
+    return info
 
 
 def load_generator(path: str | Path, *, device: str = "cpu") -> SampleableGenerator:
-    """Load a snapshot: a .safetensors file, or the newest one of a run or of one of its averages.
+    """Load a snapshot: a .safetensors file, or the one that `snapshot_file` finds in a folder.
 
     Raises `CheckpointError` when there is none or it cannot be read.
     """
@@ -156,7 +182,7 @@ def _opened(path: str | Path) -> Iterator[tuple[dict[str, Any], dict[str, Tensor
             weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         # safetensors checks its header alone: a flipped bit in the weights would load and give poor
         # images.
-        if info.get("sha256", expected := _sha256(weights)) != expected:
+        if info.get("sha256", expected := weights_digest(weights)) != expected:
             raise ValueError("its weights do not have the sha256 that they were written with")
         yield info, weights
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -164,7 +190,7 @@ def _opened(path: str | Path) -> Iterator[tuple[dict[str, Any], dict[str, Tensor
         raise CheckpointError(f"{file} is not a readable snapshot: {reason}") from None
 
 
-def _sha256(weights: Mapping[str, Tensor]) -> str:
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
     """The sha256 of names, types, shapes and bytes of tensors, independent of their order."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
@@ -177,7 +203,8 @@ def snapshot_file(path: Path) -> Path:
     """The snapshot that a path means: the file itself, or the newest of a run's folder.
 
     The folder of one of the run's averages, such as RUN/snapshots/ema-100, means that average's
-    newest. Raises `CheckpointError` when there is none.
+    newest; one of `Generator.save_pretrained` means its only one. Raises `CheckpointError` when
+    there is none.
     """
     if path.is_file():
         return path
@@ -185,9 +212,11 @@ def snapshot_file(path: Path) -> Path:
     snapshots = sorted(RunDirectory(path).snapshots.glob("*.safetensors"))
     if not snapshots and path.parent.name == RunDirectory(path).snapshots.name:
         snapshots = sorted(path.glob("*.safetensors"))
+    if not snapshots and (path / FOLDER_FILE).is_file():
+        snapshots = [path / FOLDER_FILE]
     if not snapshots:
         raise CheckpointError(
-            f"no snapshot at {path}: expected a .safetensors file or the folder of a run "
-            "that has written one"
+            f"no snapshot at {path}: expected a .safetensors file, the folder of a run that has "
+            "written one, or a folder of save_pretrained"
         )
     return snapshots[-1]

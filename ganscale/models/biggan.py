@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ganscale.models.conditioning import ConditionalBatchNorm2d, ProjectionHead
 from ganscale.models.convolution import Conv2d
-from ganscale.models.layers import FullPrecision, spectral_norm
+from ganscale.models.layers import FullPrecision, spectral_norm, without_autocast
 from ganscale.models.residual import DownBlock, UpBlock, width_at
 
 __all__ = ["BigganDiscriminator", "BigganGenerator", "SelfAttention"]
@@ -149,11 +149,11 @@ class SelfAttention(nn.Module):
         key = F.max_pool2d(self.key(x), 2).flatten(2)
         value = F.max_pool2d(self.value(x), 2).flatten(2)
         dtype = torch.promote_types(query.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             # Scores are not divided by a root of the width, so they may leave the range of fp16.
             scores = query.to(dtype).transpose(1, 2) @ key.to(dtype)  # (N, HW, HW / 4)
             mixed: Tensor = value.to(dtype) @ scores.softmax(dim=2).transpose(1, 2)
-        return mixed.view(len(x), -1, *x.shape[2:])
+        return mixed.view(x.shape[0], -1, *x.shape[2:])
 
 
 def _conditional_norm(num_features: int, condition_dim: int) -> ConditionalBatchNorm2d:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ganscale.models.layers import at_least_fp32
+from ganscale.models.layers import at_least_fp32, without_autocast
 
 __all__ = ["ClassBatchNorm2d", "ConditionalBatchNorm2d", "ProjectionHead", "one_hot"]
 
@@ -76,7 +76,7 @@ class ProjectionHead(nn.Module):
         self.embedding = embedding
 
     def forward(self, features: Tensor, labels: Tensor | None) -> Tensor:
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             # Features are sums over a map and the logit is what losses and penalties look at.
             values = at_least_fp32(features)
             logits: Tensor = self.linear(values).squeeze(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "downsample",
     "spectral_norm",
     "upsample",
+    "without_autocast",
 ]
 
 M = TypeVar("M", bound=nn.Module)
@@ -29,7 +31,7 @@ class FullPrecision(nn.Sequential):
     """Layers that compute in fp32 whatever the precision around them: small maps, logits."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             x = at_least_fp32(x)
             for layer in self:
                 x = layer(x)
@@ -55,7 +57,7 @@ class SpectralNorm(nn.Module):
         self.register_buffer("right", F.normalize(torch.randn(columns), dim=0))
 
     def forward(self, weight: Tensor) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight):
             matrix = weight.flatten(1)
             if self.training:
                 # One step is enough, since weights move little between two (the paper's appendix
@@ -95,6 +97,16 @@ class MinibatchStd(nn.Module):
     def variance(self, x: Tensor) -> Tensor:
         """The biased variance of each element over the batch, (C, H, W)."""
         return x.var(dim=0, correction=0)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A block in which autocast is off on the device of `x`."""
+    device = x.device.type
+    # Nothing where it is off already: in an exported graph such a block would be a node that other
+    # programs need not know.
+    if not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def binomial_filter(num_taps: int) -> Tensor:

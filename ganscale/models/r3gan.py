@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from ganscale.models.conditioning import ProjectionHead, one_hot
 from ganscale.models.convolution import Conv2d
 from ganscale.models.fused import bias_leaky_relu
-from ganscale.models.layers import FullPrecision, binomial_filter, downsample, upsample
+from ganscale.models.layers import (
+    FullPrecision,
+    binomial_filter,
+    downsample,
+    upsample,
+    without_autocast,
+)
 from ganscale.models.residual import width_at
 
 __all__ = ["R3ganDiscriminator", "R3ganGenerator"]
@@ -71,7 +77,7 @@ class R3ganGenerator(nn.Module):
         self.to_image = FullPrecision(_conv1x1(width_at(resolution, base_channels), img_channels))
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z):
             if self.embedding is not None:
                 label = one_hot(labels, self.num_classes).to(z.dtype)
                 z = torch.cat([z, self.embedding(label)], dim=1)
@@ -145,7 +151,7 @@ class _Projection(nn.Module):
         self.num_classes = num_classes
 
     def forward(self, features: Tensor, labels: Tensor | None) -> Tensor:
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             embedded = self.embedding(one_hot(labels, self.num_classes).to(features.dtype))
             logits: Tensor = (self.linear(features) * embedded).sum(dim=1)
         return logits

@@ -28,6 +28,7 @@ from ganscale.models.layers import (
     binomial_filter,
     downsample,
     upsample,
+    without_autocast,
 )
 
 __all__ = [
@@ -81,8 +82,9 @@ class Stylegan2Generator(nn.Module):
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         w = self.mapping(z, labels)
-        with torch.autocast(z.device.type, enabled=False):
-            x = self.first(self.constant.expand(len(w), -1, -1, -1), w)
+        with without_autocast(z):
+            # Not `len(w)`, which would be a constant of an exported graph.
+            x = self.first(self.constant.expand(w.shape[0], -1, -1, -1), w)
         images: Tensor = self.first_image(x, w)
         for block in self.blocks:
             x, images = block(x, images, w)
@@ -144,7 +146,7 @@ def modulated_conv2d(
     (O, I, K, K), and with `demodulate` that over its norm for each o. Instead of the weights, the
     channels are scaled before and after one shared convolution. With `taps`, twice the side.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if demodulate:
             # The norm cancels any scale, so these leave the result and its gradients as they are.
             style = style / style.detach().abs().amax(dim=1, keepdim=True).clamp_min(_EPSILON)
@@ -242,7 +244,7 @@ class _Mapping(nn.Module):
         inputs = [] if z is None else [_normalise(z)]
         if self.embedding is not None:
             weight = self.embedding.weight
-            with torch.autocast(weight.device.type, enabled=False):
+            with without_autocast(weight):
                 embedded = self.embedding(one_hot(labels, self.num_classes).to(weight.dtype))
             inputs.append(_normalise(embedded))
         w: Tensor = self.layers(torch.cat(inputs, dim=1))
@@ -262,7 +264,7 @@ class _ModulatedConv2d(nn.Module):
     def forward(
         self, x: Tensor, w: Tensor, taps: Tensor | None = None, *, demodulate: bool
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             style = self.affine(w)
         weight = self.weight / math.sqrt(self.weight[0].numel())
         return modulated_conv2d(x, weight, style, taps, demodulate=demodulate)
@@ -296,7 +298,7 @@ class _ToImage(nn.Module):
         self.bias = nn.Parameter(torch.zeros(img_channels, 1, 1))
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             image: Tensor = self.conv(x.to(w.dtype), w, demodulate=False) + self.bias
         return image
 
@@ -315,7 +317,7 @@ class _SynthesisBlock(nn.Module):
 
     def forward(self, x: Tensor, images: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         x = self.layer2(self.layer1(x, w), w)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             images = upsample(images, self.taps)
         return x, images + self.to_image(x, w)
 

@@ -27,7 +27,7 @@ class Callback:
 
     Subclass it and pass objects to `ganscale.train(config, callbacks=[...])`:
 
-        class LogWeightNorm(Callback):
+        class LogWeightNorm(ganscale.Callback):
             every_kimg = 2.0
 
             def run(self, state):

@@ -105,7 +105,8 @@ def test_every_argument_and_option_of_every_verb_is_in_the_reference(
 
 
 def test_every_public_name_is_in_the_reference(inventory: dict[str, set[str]]) -> None:
-    documented = inventory["py:function"] | inventory["py:class"]
+    kinds = ("py:function", "py:class", "py:exception")
+    documented = set().union(*(inventory[kind] for kind in kinds))
     assert {f"ganscale.{name}" for name in ganscale.__all__} - documented == {
         "ganscale.__version__"
     }

@@ -138,7 +138,7 @@ def test_a_combination_trains_resumes_exactly_and_samples(
     for row in read_rows(RunDirectory(whole.run_dir).metrics):
         assert all(math.isfinite(value) for value in row.values())
         assert row["train/skips_D"] == row["train/skips_G"] == 0
-    images = ganscale.load_generator(whole.run_dir).sample(3)
+    images = ganscale.Generator.from_pretrained(whole.run_dir).sample(3)
     assert images.shape == (3, 3, 16, 16)
     assert images.float().std() > 0
 
@@ -217,4 +217,4 @@ def test_thirty_steps_of_a_random_combination_stay_finite_or_are_refused(
 
 
 def _newest(config: Config) -> torch.nn.Module:
-    return ganscale.load_generator(config.run_dir).model
+    return ganscale.Generator.from_pretrained(config.run_dir).model

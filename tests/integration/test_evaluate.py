@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ganscale.cli.evaluate import print_table
 from ganscale.evaluation.distributions.evaluate import Evaluation, Protocol
 from ganscale.evaluation.gan_metrics import classifier_metrics
 from ganscale.evaluation.gan_metrics.two_sample import SHORT_TEST
@@ -143,7 +142,7 @@ def test_errors_are_one_line(
     ],
 )
 def test_the_table_says_what_is_better(
-    capsys: pytest.CaptureFixture[str], column: str, num_samples: int, statistics: str, words: str
+    column: str, num_samples: int, statistics: str, words: str
 ) -> None:
     protocol = Protocol(
         extractor="x",
@@ -157,8 +156,8 @@ def test_the_table_says_what_is_better(
         reference_statistics=statistics,
         num_reference_rows=0,
     )
-    print_table(Evaluation(protocol, {column: Estimate(45.5, 44, 47)}, {}))
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(column))
+    table = repr(Evaluation(protocol, {column: Estimate(45.5, 44, 47)}, {}))
+    row = next(line for line in table.splitlines() if line.startswith(column))
     assert re.fullmatch(rf"{column} +45.5  44 to 47 +{words}.*", row)
     if words in ("lower", "higher"):
         assert row.endswith(words)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,30 +21,18 @@ from ganscale.generation.snapshot import save_snapshot
 from ganscale.models import build_generator
 from ganscale.run_directory import RunDirectory
 from tests.conftest import MakeConfig, Verb
-from tests.support.small_models import SMALL_MODELS
-
-SPECS = {
-    name: Config().with_changes({"model": model}).model.model_dump()
-    for name, model in SMALL_MODELS.items()
-}
-
-
-def generator_of(name: str) -> SampleableGenerator:
-    torch.manual_seed(0)
-    spec = SPECS[name]
-    info = {"model": spec, "nimg": 5000, "classes": []}
-    return SampleableGenerator(build_generator(spec), spec=spec, info=info)
+from tests.support.small_models import SMALL_MODELS, small_generator
 
 
 @pytest.mark.parametrize("name", SMALL_MODELS)
 def test_every_architecture_is_exported_and_draws_the_same_to_the_eye(
     tmp_path: Path, name: str
 ) -> None:
-    generator, path = generator_of(name), tmp_path / "small.safetensors"
+    generator, path = small_generator(name), tmp_path / "small.safetensors"
     difference = export_generator(
         generator, path, about={"licence": "CC0-1.0"}, max_difference=8, num_images=40
     )
-    loaded = ganscale.load_generator(path)
+    loaded = ganscale.Generator.from_pretrained(path)
     pixels = (generator.sample(40).int() - loaded.sample(40).int()).abs()
     assert difference.largest == pytest.approx(int(pixels.max()))
     assert difference.mean == pytest.approx(float(pixels.double().mean()))
@@ -83,7 +73,7 @@ def test_the_difference_is_that_of_the_values() -> None:
 
 def test_a_generator_that_rounding_changes_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    generator = generator_of("dcgan")
+    generator = small_generator("dcgan")
     with pytest.raises(DataError, match="half precision changes this generator's images"):
         export_generator(generator, path, about={}, max_difference=-1)
     assert not path.exists()
@@ -144,7 +134,7 @@ def test_the_card_says_what_was_measured_and_how(verb: Verb, run: Config, tmp_pa
         "values differ by",
     ):
         assert words in card
-    info = ganscale.load_generator(out).info
+    info = ganscale.Generator.from_pretrained(out).info
     assert info["about"]["metrics"] == {"fid": 12.345678}
     # Smaller by about a half: nearly all of it is matrices.
     assert out.stat().st_size < 0.65 * snapshot.stat().st_size
@@ -153,9 +143,54 @@ def test_the_card_says_what_was_measured_and_how(verb: Verb, run: Config, tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("file_format", "name", "words"),
+    [
+        ("torch-export", "given.pt2", 'torch.export.load("given.pt2")'),
+        ("onnx", "given.onnx", 'onnxruntime.InferenceSession("given.onnx")'),
+    ],
+)
+def test_a_graph_has_a_card_with_the_lines_that_run_it(
+    verb: Verb,
+    run: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file_format: str,
+    name: str,
+    words: str,
+) -> None:
+    out = tmp_path / name
+    code, text, err = verb("export", run.run_dir, "--format", file_format, "--out", out)
+    assert code == 0, err
+    assert f"wrote {out}" in text
+    assert "of 20 images the values differ by" in text
+    card = (tmp_path / "given.md").read_text()
+    for fact in (words, "MB in full precision; of 20 images", "| trained on | 160 real images |"):
+        assert fact in card
+    monkeypatch.chdir(tmp_path)
+    (lines,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    assert tuple(names["images"].shape) == (16, 3, 16, 16)
+
+
+def test_the_card_has_the_figures_that_the_run_recorded(
+    verb: Verb, run: Config, tmp_path: Path
+) -> None:
+    run_dir = RunDirectory(run.run_dir)
+    values = json.loads(figures_of(run_dir.snapshot(160), tmp_path / "figures.json").read_text())
+    event = {"time": 1.0, "event": "evaluation", "attempt": 1, "nimg": 160, **values}
+    run_dir.events.write_text(json.dumps(event) + "\n")
+    out = tmp_path / "given.safetensors"
+    code, _, err = verb("export", run_dir.root, "--out", out)
+    assert code == 0, err
+    assert "| metrics | fid 12.35 |" in out.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--out", "card.md"), "expected a name that ends in .safetensors"),
+        (("--out", "a.safetensors", "--format", "onnx"), "expected a name that ends in .onnx"),
         (
             ("--out", "a.safetensors", "--evaluation", "broken.json"),
             "is not what ganscale evaluate",

@@ -89,7 +89,7 @@ def test_arrays_are_trained_on_resumed_exactly_and_sampled_in_their_own_units(
         red, _, blue = grid.split()
         assert red.tobytes() != blue.tobytes()  # in colours
 
-    generator = ganscale.load_generator(whole.run_dir)
+    generator = ganscale.Generator.from_pretrained(whole.run_dir)
     assert generator.values == values
     expected = generator.sample(5, seed=3)
     assert expected.dtype == torch.float32
@@ -182,7 +182,7 @@ def test_gray_images_are_trained_on_sampled_and_evaluated(
 
     code, _, err = verb("sample", config.run_dir, "--num", 60, "--out", tmp_path / "samples")
     assert code == 0, err
-    expected = ganscale.load_generator(config.run_dir).sample(60)
+    expected = ganscale.Generator.from_pretrained(config.run_dir).sample(60)
     with Image.open(tmp_path / "samples" / "seed-00000059.png") as image:
         assert image.mode == "L"
         assert np.array_equal(np.asarray(image), expected[59, 0].numpy())

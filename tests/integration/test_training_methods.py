@@ -61,7 +61,7 @@ def test_a_method_trains_resumes_exactly_and_samples(make_config: MakeConfig, me
     rows = read_rows(RunDirectory(whole.run_dir).metrics)
     assert len(rows) == 6
     assert all(math.isfinite(value) for row in rows for value in row.values())
-    generator = ganscale.load_generator(whole.run_dir)
+    generator = ganscale.Generator.from_pretrained(whole.run_dir)
     assert generator.num_classes == 0
     images = generator.sample(3)
     assert images.shape == (3, 3, 32, 32)
@@ -80,8 +80,8 @@ def test_a_method_trains_resumes_exactly_and_samples(make_config: MakeConfig, me
 def test_a_trained_generator_stays_as_it_is(make_config: MakeConfig) -> None:
     config = configured(make_config, "encoder", training__total_kimg=0.064)
     train(config, World())
-    before = ganscale.load_generator(config.run_dir.parent / "gan").model.state_dict()
-    after = ganscale.load_generator(config.run_dir).model.state_dict()
+    before = ganscale.Generator.from_pretrained(config.run_dir.parent / "gan").model.state_dict()
+    after = ganscale.Generator.from_pretrained(config.run_dir).model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

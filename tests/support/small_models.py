@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["SMALL_MODELS"]
+import torch
+
+from ganscale.config import Config
+from ganscale.generation.sampler import SampleableGenerator
+from ganscale.models import build_generator
+
+__all__ = ["SMALL_MODELS", "small_generator"]
 
 _COMMON = {"resolution": 16, "z_dim": 12}
 SMALL_MODELS: dict[str, dict[str, Any]] = {
@@ -23,3 +29,11 @@ SMALL_MODELS: dict[str, dict[str, Any]] = {
     "stylegan2": {**_COMMON, "name": "stylegan2", "base_channels": 8, "residual": True},
     "stylegan2-classes": {**_COMMON, "name": "stylegan2", "base_channels": 8, "num_classes": 10},
 }
+
+
+def small_generator(name: str, *, seed: int = 0) -> SampleableGenerator:
+    """A generator of `SMALL_MODELS` with random weights, as if after 5,000 images."""
+    spec = Config().with_changes({"model": SMALL_MODELS[name]}).model.model_dump()
+    torch.manual_seed(seed)
+    info = {"model": spec, "nimg": 5000, "classes": []}
+    return SampleableGenerator(build_generator(spec), spec=spec, info=info)

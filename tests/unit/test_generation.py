@@ -121,9 +121,9 @@ def test_snapshot_round_trip_gives_the_same_images(tmp_path: Path) -> None:
     path = tmp_path / "snapshots" / "nimg-1.safetensors"
     save_snapshot(path, model, spec=SPEC, nimg=1)
     expected = SampleableGenerator(model, spec=SPEC, info={}).sample(5, seed=3)
-    loaded = ganscale.load_generator(path)
+    loaded = ganscale.Generator.from_pretrained(path)
     assert torch.equal(loaded.sample(5, seed=3), expected)
-    assert torch.equal(ganscale.load_generator(tmp_path).sample(5, seed=3), expected)
+    assert torch.equal(ganscale.Generator.from_pretrained(tmp_path).sample(5, seed=3), expected)
     assert loaded.info["model"] == SPEC
 
 
@@ -134,7 +134,7 @@ def test_a_snapshot_keeps_what_its_arrays_hold(tmp_path: Path) -> None:
     model, decibels = build_generator(spec), ValueRange("float32", -80.0, 0.0)
     save_snapshot(tmp_path / "a.safetensors", model, spec=spec, nimg=1, values=decibels)
     save_snapshot(tmp_path / "b.safetensors", model, spec=spec, nimg=1)
-    loaded = ganscale.load_generator(tmp_path / "a.safetensors")
+    loaded = ganscale.Generator.from_pretrained(tmp_path / "a.safetensors")
     assert loaded.values == decibels
     assert loaded.info["values"] == {"dtype": "float32", "low": -80.0, "high": 0.0}
     arrays = loaded.sample(3, seed=5)
@@ -142,7 +142,7 @@ def test_a_snapshot_keeps_what_its_arrays_hold(tmp_path: Path) -> None:
     with torch.no_grad():
         images = model.eval()(seeded_latents([5, 6, 7], 16))
     torch.testing.assert_close(arrays, 40 * images - 40)
-    pixels = ganscale.load_generator(tmp_path / "b.safetensors")
+    pixels = ganscale.Generator.from_pretrained(tmp_path / "b.safetensors")
     assert "values" not in pixels.info
     assert pixels.sample(3).dtype == torch.uint8
 
@@ -181,7 +181,7 @@ def test_damaged_snapshot_is_one_clear_error(tmp_path: Path, content: bytes) -> 
     path = tmp_path / "broken.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"broken\.safetensors is not a readable snapshot"):
-        ganscale.load_generator(path)
+        ganscale.Generator.from_pretrained(path)
 
 
 def snapshot(path: Path) -> Path:
@@ -198,7 +198,7 @@ def test_weights_with_one_other_byte_are_refused(tmp_path: Path, where: float) -
     data[first + int(where * (len(data) - 1 - first))] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"flipped\.safetensors .* do not have the sha256"):
-        ganscale.load_generator(path)
+        ganscale.Generator.from_pretrained(path)
 
 
 def test_a_snapshot_of_an_earlier_version_has_no_sha256_and_loads(tmp_path: Path) -> None:
@@ -208,8 +208,8 @@ def test_a_snapshot_of_an_earlier_version_has_no_sha256_and_loads(tmp_path: Path
     del info["sha256"]
     old = tmp_path / "old.safetensors"
     save_file(load_file(path), old, metadata={"ganscale": json.dumps(info)})
-    images = ganscale.load_generator(old).sample(2)
-    assert torch.equal(images, ganscale.load_generator(path).sample(2))
+    images = ganscale.Generator.from_pretrained(old).sample(2)
+    assert torch.equal(images, ganscale.Generator.from_pretrained(path).sample(2))
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])

@@ -31,7 +31,7 @@ LAYERS = (
     ("generation", "checkpoint"),
     ("evaluation",),
     ("training",),
-    ("launch", "rating", "report", "ray"),
+    ("launch", "rating", "report", "ray", "run"),
     ("cli", "doctor", "__main__"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

@@ -9,8 +9,8 @@ import pytest
 from ganscale.config import Config
 from ganscale.config.changes import changed_settings
 from ganscale.errors import ConfigError
-from ganscale.evaluation.run_references import RunReference, containing_run, default_reference
-from ganscale.run_directory import RunDirectory
+from ganscale.evaluation.run_references import RunReference, default_reference
+from ganscale.run_directory import RunDirectory, containing_run
 
 
 @pytest.fixture

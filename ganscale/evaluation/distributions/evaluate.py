@@ -30,6 +30,7 @@ from ganscale.evaluation.distributions.features import (
     extract,
     plan_reference,
 )
+from ganscale.evaluation.distributions.table import table_of
 from ganscale.evaluation.gan_metrics.two_sample import neighbour_two_sample
 from ganscale.evaluation.image_sets import ImageSet
 from ganscale.evaluation.image_views import with_classes_of
@@ -60,8 +61,7 @@ class Protocol:
     reference_digest: str
     num_reference: int
     reference_statistics: str
-    """The origin of the moments of all reference images: "extracted", or the included file's
-    name."""
+    """Where the moments of all reference images come from, "extracted" or an included file."""
     num_reference_rows: int
     """Reference images that metrics of single images use; 0 where no such metric is asked for."""
 
@@ -77,18 +77,25 @@ class Workload:
     """The name of the included statistics; empty where none are used."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
-    """The metrics of one set of samples and the protocol that they were measured by."""
+    """The metrics of one set of samples and the protocol that they were measured by.
+
+    Shown as text it is the table that `ganscale evaluate` prints.
+    """
 
     protocol: Protocol
     metrics: Mapping[str, Estimate]
+    """The values with their 95 % intervals, by name."""
     skipped: Mapping[str, str]
     """Metrics that could not be computed, with the reasons."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Further results of a metric, by its name."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """How long each part took."""
+
+    def __repr__(self) -> str:
+        return table_of(self)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as they are written to files."""

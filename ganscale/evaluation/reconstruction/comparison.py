@@ -26,13 +26,12 @@ from ganscale.evaluation.reconstruction.reconstruct import (
     reconstruct,
     similarity,
 )
-from ganscale.evaluation.run_references import containing_run
 from ganscale.generation.degradations import Degradation
 from ganscale.generation.inversion import InversionSettings
 from ganscale.generation.snapshot import snapshot_file
 from ganscale.metrics.extractors import EfficientNetLite0, FeatureExtractor
 from ganscale.metrics.intervals import Estimate, t_interval
-from ganscale.run_directory import RunDirectory
+from ganscale.run_directory import RunDirectory, containing_run
 from ganscale.tracking.history import History
 from ganscale.world import World
 

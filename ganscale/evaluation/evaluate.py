@@ -1,0 +1,259 @@
+"""Images against a reference, by metrics that are named: `ganscale.evaluate`, and the command's.
+
+`evaluate` opens what a program names, in one process. `measure`, on which the command is built too,
+computes all metrics of two sets that are open, by all ranks of a world.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+from ganscale.config import RENAMED_METRICS, ExtractorName, MetricName
+from ganscale.data.layout import Split
+from ganscale.errors import CheckpointError, ConfigError
+from ganscale.evaluation.distributions.evaluate import METRICS, Evaluation, Workload
+from ganscale.evaluation.distributions.evaluate import evaluate as evaluate_features
+from ganscale.evaluation.distributions.features import FeatureCache
+from ganscale.evaluation.gan_metrics.classifier_metrics import (
+    CLASSIFIER_METRICS,
+    with_classifier_metrics,
+)
+from ganscale.evaluation.image_sets import GeneratedImages, ImageSet, open_images
+from ganscale.evaluation.image_views import Subset
+from ganscale.evaluation.memory_images import HeldImages, MemoryImages
+from ganscale.evaluation.run_references import default_reference
+from ganscale.generation.generator import Generator
+from ganscale.generation.sampler import SampleableGenerator
+from ganscale.generation.snapshot import snapshot_file, weights_digest
+from ganscale.metrics.extractors import FeatureExtractor, open_extractor
+from ganscale.tracking.console import progress_bars, stderr_console
+from ganscale.world import World, process_group
+
+__all__ = ["choose_metrics", "evaluate", "measure", "open_reference"]
+
+
+def evaluate(
+    images: SampleableGenerator | HeldImages | str | Path,
+    reference: HeldImages | str | Path | None = None,
+    *,
+    metrics: Sequence[str] | None = None,
+    num: int = 10_000,
+    seed: int = 0,
+    split: Split = "train",
+    num_reference: int | None = None,
+    reference_rows: int | None = None,
+    test: str | Path | None = None,
+    extractor: ExtractorName | FeatureExtractor = "auto",
+    device: str = "auto",
+    progress: bool = False,
+) -> Evaluation:
+    """Compare images with real ones, as `ganscale evaluate` does, in this process.
+
+    Args:
+        images: a `Generator`, of which `num` images are drawn; a snapshot or the folder of a run,
+            of whose newest one they are drawn; a folder, archive or shard set of images; or images
+            in memory: a tensor (N, C, H, W) of uint8 or of floats in [0, 1], an array (N, H, W, C)
+            of uint8, or a list of Pillow images.
+        reference: the real images: a shard set, a folder, `cifar10`, or images in memory. By
+            default, for a generator in a run's folder, what the run trains on.
+        metrics: some of `fid`, `fid_infinity`, `kid`, `inception_score`, `prdc` (precision, recall,
+            density, coverage), `authenticity`, `fid_per_class`, `c2st_1nn`, `c2st` and `cas`. By
+            default all but the last two, which train classifiers; those of them that cannot be
+            computed are then in `skipped` with the reasons.
+        num: images that are drawn of a generator; images that are given are all used.
+        seed: of the first image that is drawn; each next one is 1 higher.
+        split: which part of an image set that has both.
+        num_reference: use only so many images of the reference, drawn at random.
+        reference_rows: reference images, drawn at random, that all metrics but `fid` and
+            `fid_infinity` use; by default as many as there are samples.
+        test: for `cas`, real images that nothing was trained on.
+        extractor: the network of the features; `auto` is Inception if its weights are installed
+            (`ganscale[fid]`), else one that is, under other names of metrics (`fd_...`).
+        device: `auto`, `cpu` or `cuda`.
+        progress: whether progress is shown on standard error.
+
+    Returns:
+        The values with 95 % intervals in `metrics`, by name, and how they were measured in
+        `protocol`. No file of a run is changed; features of the reference are cached.
+
+    Example:
+        >>> import ganscale
+        >>>
+        >>> generator = ganscale.Generator.from_pretrained("runs/quickstart")
+        >>> evaluation = ganscale.evaluate(generator, "cifar10", metrics=["fid", "kid"], num=2000)
+        >>> print(evaluation.metrics["kid"].value)
+
+    Raises:
+        ConfigError: an unknown metric, no reference, or several processes: for these there is
+            `torchrun -m ganscale evaluate`.
+        DataError: images are too few, unreadable, of different shapes or all equal; or a metric
+            that was named cannot be computed.
+    """
+    world = World.detect(device)
+    if world.world_size > 1:
+        raise ConfigError(
+            "ganscale.evaluate works in one process; several share the work of "
+            "torchrun -m ganscale evaluate"
+        )
+    of_features, of_classifiers = choose_metrics(metrics)
+    real = _open_real(images, reference, split, num_reference)
+    samples = _open_samples(images, split, num=num, seed=seed, device=world.device)
+    real_test = None if test is None else open_images(str(test), split="test", scratch=_scratch())
+    network = open_extractor(extractor) if isinstance(extractor, str) else extractor
+    network.to(world.device)
+    evaluation = measure(
+        samples,
+        real,
+        network,
+        world,
+        metrics=of_features,
+        classifier_metrics=of_classifiers,
+        required=metrics is not None,
+        num_reference_rows=reference_rows,
+        real_test=real_test,
+        show_progress=progress,
+    )
+    assert evaluation is not None, "the only process is rank 0"
+    return evaluation
+
+
+def choose_metrics(names: Sequence[str] | None) -> tuple[list[MetricName], list[str]]:
+    """The metrics of features and those of classifiers; without a choice all of the former.
+
+    Raises `ConfigError` for a name that is unknown, and one that says the new name of an old one.
+    """
+    if names is None:
+        return list(METRICS), []
+    known = (*METRICS, *CLASSIFIER_METRICS)
+    for name in names:
+        if name in RENAMED_METRICS:
+            raise ConfigError(f"metrics {name}: this metric is now called {RENAMED_METRICS[name]}")
+    if isinstance(names, str) or not names or set(names) - set(known):
+        shown = names if isinstance(names, str) else ",".join(names)
+        raise ConfigError(f"metrics {shown}: expected some of {', '.join(known)}")
+    of_features = [name for name in names if name not in CLASSIFIER_METRICS]
+    of_classifiers = [name for name in names if name in CLASSIFIER_METRICS]
+    return cast("list[MetricName]", of_features), of_classifiers
+
+
+def open_reference(place: str, split: Split, num_images: int | None) -> ImageSet:
+    """The images at a place, or so many of them drawn at random."""
+    return _part(open_images(place, split=split, scratch=_scratch()), num_images)
+
+
+def measure(
+    samples: ImageSet,
+    reference: ImageSet,
+    network: FeatureExtractor,
+    world: World,
+    *,
+    metrics: Sequence[MetricName],
+    classifier_metrics: Sequence[str],
+    required: bool,
+    num_reference_rows: int | None,
+    real_test: ImageSet | None,
+    show_progress: bool,
+    planned: Callable[[Workload], None] = lambda workload: None,
+) -> Evaluation | None:
+    """All metrics of samples against a reference; returns them on rank 0, None on other ranks.
+
+    Args:
+        samples, reference: of one shape.
+        network: of the features, on the world's device.
+        world: of the processes that share the work.
+        metrics, classifier_metrics: what `choose_metrics` returns.
+        required: whether a metric that cannot be computed is an error; else it is skipped.
+        num_reference_rows: how many images of the reference the metrics of single images use.
+        real_test: real images of another split, for `cas`.
+        show_progress: on standard error, by rank 0.
+        planned: called on every rank when it is known how many images will be extracted.
+    """
+    console = stderr_console() if show_progress and world.is_main else None
+    with process_group(world), progress_bars(console) as start_task:
+        evaluation = evaluate_features(
+            samples,
+            reference,
+            network,
+            world,
+            metrics=metrics,
+            num_reference_rows=num_reference_rows,
+            required=required,
+            cache=FeatureCache(),
+            resume_samples=True,
+            planned=planned,
+            start_task=start_task,
+            device=world.device,
+        )
+        # Ranks other than 0 have done their share.
+        if evaluation is None:
+            return None
+        return with_classifier_metrics(
+            evaluation,
+            classifier_metrics,
+            samples,
+            reference,
+            real_test,
+            device=world.device,
+            start_task=start_task,
+        )
+
+
+def _open_samples(
+    images: SampleableGenerator | HeldImages | str | Path,
+    split: Split,
+    *,
+    num: int,
+    seed: int,
+    device: str,
+) -> ImageSet:
+    if isinstance(images, SampleableGenerator):
+        name = str(getattr(images, "path", None) or images.info["model"]["name"])
+        # Of the weights and not of the file: the network may have been changed since it was loaded.
+        weights = {key: t.detach().cpu() for key, t in images.model.state_dict().items()}
+        return GeneratedImages(images, num, seed, name, weights_digest(weights))
+    if not isinstance(images, str | Path):
+        return MemoryImages.of(images)
+    if (snapshot := _snapshot_at(images)) is not None:
+        return GeneratedImages.of_snapshot(snapshot, num, seed=seed, device=device)
+    return open_images(str(images), split=split, scratch=_scratch())
+
+
+def _open_real(
+    images: SampleableGenerator | HeldImages | str | Path,
+    reference: HeldImages | str | Path | None,
+    split: Split,
+    num_images: int | None,
+) -> ImageSet:
+    if reference is None:
+        if isinstance(images, Generator) and images.path is not None:
+            images = images.path
+        if not isinstance(images, str | Path):
+            raise ConfigError("these images are not of a run that names its data: give a reference")
+        reference = default_reference(str(images))
+    if isinstance(reference, str | Path):
+        return open_reference(str(reference), split, num_images)
+    return _part(MemoryImages.of(reference), num_images)
+
+
+def _part(whole: ImageSet, num_images: int | None) -> ImageSet:
+    # Not drawn by the seed of the samples: evaluations of other seeds are to have the same
+    # reference.
+    return whole if num_images is None else Subset.random(whole, num_images, seed=0)
+
+
+def _snapshot_at(place: str | Path) -> Path | None:
+    """The snapshot that a place means; None if it holds images."""
+    path = Path(place).expanduser()
+    if path.is_file() and path.suffix != ".safetensors":
+        return None  # an archive
+    try:
+        return snapshot_file(path)
+    except CheckpointError:
+        return None
+
+
+def _scratch() -> Path:
+    """The folder for downloads and unpacked archives, beside the cached features."""
+    return FeatureCache().folder.parent
