@@ -1,9 +1,9 @@
 """Checkpoints: everything a run needs to go on, complete and verified or not there at all.
 
 `lineage` decides which checkpoints belong to a run, and `holder` which process the run belongs to.
-`encoding` turns a state into bytes, `files` makes a verified checkpoint of them, and
-`storage_backends` writes it to a directory or an object store. `store` puts these together, and
-`writer` uses it from a background thread.
+`encoding` turns a state into bytes, and `files` makes a verified checkpoint of them in a directory
+or an object store (`ganscale.storage`). `store` puts these together, and `writer` uses it from a
+background thread.
 """
 
 from ganscale.checkpoint.files import SavedFiles

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ganscale.checkpoint.encoding import decode, flatten, tensor_file, tree_file
 from ganscale.checkpoint.lineage import Attempt, CheckpointName
-from ganscale.checkpoint.storage_backends import Folder, open_backend
 from ganscale.errors import CheckpointError
+from ganscale.storage import MissingData, RetryPolicy, open_store
 
 __all__ = ["MANIFEST", "CheckpointFiles", "SavedFiles", "SavedState", "saved_state"]
 
@@ -75,17 +75,18 @@ class SavedFiles:
 
 
 class CheckpointFiles:
-    """Reads, verifies and writes single checkpoints of a storage backend.
+    """Reads, verifies and writes single checkpoints in a store.
 
     Whatever is wrong with a checkpoint's content is a `CheckpointError`; an error of the store,
     which says nothing about the content, is passed on as it is.
 
     Args:
         location: path or URL of the folder that holds the checkpoints.
+        policy: how long reading one of their files is tried.
     """
 
-    def __init__(self, location: str | Path) -> None:
-        self.backend = open_backend(location)
+    def __init__(self, location: str | Path, policy: RetryPolicy | None = None) -> None:
+        self.backend = open_store(location, policy, for_writing=True)
 
     def verify(self, name: CheckpointName) -> str | None:
         """What is wrong with a checkpoint, in a few words; None if every byte is as written."""
@@ -138,12 +139,12 @@ class CheckpointFiles:
     ) -> CheckpointName:
         """Write a checkpoint durably. `before_manifest` may still refuse it by raising.
 
-        Raises `OSError` or the store's own error, and then no checkpoint of that name counts.
+        Raises `OSError` or `StoreError`, and then no checkpoint of that name counts.
         """
         name = CheckpointName(state.nimg, attempt.number)
         described: dict[str, dict[str, Any]] = {}
 
-        def add(folder: Folder, file: str, pieces: Iterable[Bytes]) -> None:
+        def add_measured(file: str, pieces: Iterable[Bytes]) -> None:
             digest, num_bytes = hashlib.sha256(), 0
 
             # Hashed on the way to the store and not read back: what the manifest describes is what
@@ -155,16 +156,16 @@ class CheckpointFiles:
                     num_bytes += len(piece)
                     yield piece
 
-            folder.add(file, measured())
+            add(file, measured())
             described[file] = {"num_bytes": num_bytes, "sha256": digest.hexdigest()}
 
-        with self.backend.new_folder(str(name)) as folder:
-            add(folder, _TENSORS, tensor_file(state.tensors))
-            add(folder, _TREE, [tree_file(state.tree)])
+        with self.backend.new_folder(str(name)) as add:
+            add_measured(_TENSORS, tensor_file(state.tensors))
+            add_measured(_TREE, [tree_file(state.tree)])
             # The digest of the tensors is there for people who compare two runs by eye.
             meta = {**state.meta, "tensors_sha256": described[_TENSORS]["sha256"]}
-            add(folder, _META, [json.dumps(meta, indent=2).encode()])
-            add(folder, _HISTORY, [state.history])
+            add_measured(_META, [json.dumps(meta, indent=2).encode()])
+            add_measured(_HISTORY, [state.history])
             manifest = {
                 "format": _FORMAT,
                 "nimg": state.nimg,
@@ -174,7 +175,7 @@ class CheckpointFiles:
             }
             before_manifest()
             # Last: in an object store, where folders do not exist, it makes the checkpoint count.
-            folder.add(MANIFEST, [_sealed(manifest)])
+            add(MANIFEST, [_sealed(manifest)])
         return name
 
     def _read(self, name: CheckpointName, files: Sequence[str]) -> dict[str, bytes]:
@@ -192,7 +193,7 @@ class CheckpointFiles:
         # a lost network): taken for damage, it would make a run go on from an older checkpoint.
         try:
             yield from self.backend.chunks(f"{name}/{file}")
-        except FileNotFoundError:
+        except MissingData:
             raise CheckpointError(f"{file} is missing") from None
         except IsADirectoryError:
             raise CheckpointError(f"{file} is a directory") from None

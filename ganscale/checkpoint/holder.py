@@ -30,9 +30,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from ganscale.checkpoint.storage_backends import StorageBackend
 from ganscale.periodic import PeriodicThread
 from ganscale.processes import machine_id, process_start
+from ganscale.storage import MissingData, Store
 
 __all__ = ["BEAT_SECONDS", "SILENT_SECONDS", "Heartbeat", "Holder", "Session"]
 
@@ -89,13 +89,11 @@ class Holder:
         """The file that the holder renews, relative to the run's checkpoints."""
         return f"attempts/session-{self.session}.json"
 
-    def beat(self, backend: StorageBackend) -> None:
+    def beat(self, backend: Store) -> None:
         """Write the current time to the holder's file, which shows that it is alive."""
-        backend.replace(self.beat_file, json.dumps({"time": time.time()}).encode())
+        backend.replace(self.beat_file, [json.dumps({"time": time.time()}).encode()])
 
-    def is_alive(
-        self, backend: StorageBackend, report: Callable[[str], None] = lambda text: None
-    ) -> bool:
+    def is_alive(self, backend: Store, report: Callable[[str], None] = lambda text: None) -> bool:
         """Whether the holder still runs.
 
         May take `SILENT_SECONDS`; `report` then gets a message for the user.
@@ -137,7 +135,7 @@ class Session:
 class Heartbeat(PeriodicThread):
     """Renews the holder's file while the block runs, once the first claim has made the file."""
 
-    def __init__(self, backend: StorageBackend, holder: Holder) -> None:
+    def __init__(self, backend: Store, holder: Holder) -> None:
         super().__init__("holder", BEAT_SECONDS)
         self._backend = backend
         self._holder = holder
@@ -159,10 +157,10 @@ def beat_files(files: list[str]) -> list[str]:
     return [file for file in files if _BEAT_FILE.fullmatch(file)]
 
 
-def _contents(backend: StorageBackend, name: str) -> bytes | None:
+def _contents(backend: Store, name: str) -> bytes | None:
     try:
         return backend.read(name)
-    except FileNotFoundError:
+    except MissingData:
         return None
 
 

@@ -210,7 +210,7 @@ class CheckpointStore(CheckpointFiles):
             )
 
     def write(self, attempt: Attempt, state: SavedState) -> CheckpointName:
-        """Write a checkpoint durably. Raises `Superseded`, `OSError` or the store's own error."""
+        """Write a checkpoint durably. Raises `Superseded`, `OSError` or `StoreError`."""
         # Asked at the beginning, to save the work, and again before the manifest, as writing may
         # take minutes. What slips in between counts for nothing: `lineage` leaves it out.
         self.check_current(attempt)
@@ -303,7 +303,7 @@ class CheckpointStore(CheckpointFiles):
     def _attempt(self, number: int) -> Attempt | None:
         """The attempt as its claim describes it, or else as one of its checkpoints does."""
         try:
-            claim = Attempt.from_json(json.loads(b"".join(self.backend.chunks(_claim(number)))))
+            claim = Attempt.from_json(json.loads(self.backend.read(_claim(number))))
             if claim.number == number:
                 return claim
         except (ValueError, KeyError, TypeError):

@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -25,13 +24,13 @@ from ganscale.checkpoint.encoding import flatten
 from ganscale.checkpoint.files import SavedState
 from ganscale.checkpoint.lineage import Attempt, CheckpointName
 from ganscale.checkpoint.store import CheckpointStore, Retention, Superseded
-from ganscale.data.storage import RetryPolicy
 from ganscale.errors import CheckpointError
+from ganscale.storage import RetryPolicy, one_line, retry
 
 __all__ = ["BackgroundWriter", "HostCopy", "SaveResult"]
 
-# A store may raise anything, and what it raises is retried. These are bugs of this program, which
-# no retry repairs, and a run that hid them would train on without any checkpoint.
+# Whatever a store raises is noted, and the next checkpoint is tried. These are bugs of this
+# program, and a run that hid them would train on without any checkpoint.
 _PROGRAMMING_ERRORS = (AssertionError, AttributeError, NameError, TypeError)
 
 
@@ -176,17 +175,19 @@ class BackgroundWriter:
         self._results.append(SaveResult(state.nimg, name, problem, stall_seconds, seconds))
 
     def _try_until_deadline(self, state: SavedState) -> tuple[CheckpointName | None, str]:
-        problem = ""
-        for delay in chain([None], self.policy.delays()):
-            if delay is not None and self._give_up.wait(delay):
-                break
-            try:
-                return self.store.write(self.attempt, state), ""
-            except (Superseded, *_PROGRAMMING_ERRORS):
-                raise
-            except Exception as error:  # a store may raise anything
-                problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return None, problem
+        failure = f"the checkpoint at {state.nimg / 1000:g} kimg could not be written"
+        try:
+            name = retry(
+                lambda: self.store.write(self.attempt, state),
+                self.policy,
+                failure,
+                wait=self._give_up.wait,
+            )
+        except (Superseded, *_PROGRAMMING_ERRORS):
+            raise
+        except Exception as error:
+            return None, one_line(error.__cause__ or error)[:300]
+        return name, ""
 
     def _prune(self, state: SavedState) -> None:
         try:

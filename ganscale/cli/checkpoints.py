@@ -64,8 +64,8 @@ def checkpoint_repair(run: Run) -> None:
 def _checkpoints(run: str) -> CheckpointStore:
     from ganscale.checkpoint import CheckpointStore
     from ganscale.config import load_config
-    from ganscale.data.storage import is_url
     from ganscale.run_directory import RunDirectory
+    from ganscale.storage import is_url
 
     run_dir = RunDirectory(Path(run).expanduser().absolute())
     location = run if is_url(run) else str(run_dir.root / "checkpoints")

@@ -98,7 +98,7 @@ class DataConfig(Section):
     store_deadline_seconds: float = Field(300.0, gt=0)
     """How long requests to a remote store are retried before the run fails."""
     store_timeout_seconds: float = Field(30.0, gt=0)
-    """How long one request (of at most a megabyte) may take before it is retried."""
+    """How long one request (of at most eight megabytes) may take before it is retried."""
 
 
 class ObjectiveConfig(Section):

@@ -27,7 +27,7 @@ from ganscale.data.order import Order
 from ganscale.data.reader import BatchReader, ImageReader, ReadAhead, ShardImages
 from ganscale.data.shard_cache import CachedStore
 from ganscale.data.shards import ShardSet
-from ganscale.data.storage import LocalStore, RemoteStore
+from ganscale.storage import LocalStore, ObjectStore
 
 __all__ = ["BATCH_SIZE", "Measurement", "bench_data"]
 
@@ -81,7 +81,7 @@ def _ways(shard_set: ShardSet, device: torch.device) -> Iterator[tuple[str, Iter
     for threads in (1, 2):
         name = f"ganscale, streaming, {threads} thread{'s' if threads > 1 else ''}"
         yield name, _ganscale(shard_set, stream, threads)
-    if isinstance(shard_set.store, RemoteStore):
+    if isinstance(shard_set.store, ObjectStore):
         with tempfile.TemporaryDirectory(prefix="ganscale-") as folder:
             store = CachedStore(shard_set.store, shard_set.shards, Path(folder), limit_bytes=None)
             store.prefetch([shard.name for shard in shard_set.shards])

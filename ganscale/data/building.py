@@ -37,10 +37,10 @@ from ganscale.data.order import keyed_permutation
 from ganscale.data.shard_writer import MAKE_ALIKE, BuiltShard, Recipe, build_shard, read_shard
 from ganscale.data.shards import INDEX_NAME, Progress, ShardSet
 from ganscale.data.sources import Source, SourceSpec, open_source
-from ganscale.data.storage import LocalStore
 from ganscale.data.tars import scan_tar, tars_in
 from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import ConfigError, DataError
+from ganscale.storage import LocalStore
 
 __all__ = ["build_shards", "check_free", "default_num_shards", "index_shards", "source_digest"]
 

@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from ganscale.data.order import BatchIndices, Order
 from ganscale.data.shard_cache import CachedStore
 from ganscale.data.shards import ShardSet
-from ganscale.data.storage import MissingData, Span, Store
 from ganscale.errors import ConfigError, DataError
+from ganscale.storage import MissingData, Span, Store
 
 __all__ = [
     "Batch",
@@ -114,7 +114,7 @@ class Batch:
 class ShardImages:
     """Reads and decodes images from the shards each time they are asked for."""
 
-    def __init__(self, shard_set: ShardSet, store: Store | None = None) -> None:
+    def __init__(self, shard_set: ShardSet, store: Store | CachedStore | None = None) -> None:
         self.shard_set = shard_set
         self.store = store or shard_set.store
 

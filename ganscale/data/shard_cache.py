@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from ganscale.data.shards import Shard
-from ganscale.data.storage import MissingData, OpenFile, RemoteStore, Span, cut_short
 from ganscale.errors import ConfigError
+from ganscale.storage import MissingData, ObjectStore, OpenFile, Span
 
 __all__ = ["CachedStore"]
 
@@ -41,7 +41,7 @@ class CachedStore:
     """
 
     def __init__(
-        self, store: RemoteStore, shards: Sequence[Shard], folder: Path, limit_bytes: int | None
+        self, store: ObjectStore, shards: Sequence[Shard], folder: Path, limit_bytes: int | None
     ) -> None:
         self.store = store
         self.location = store.location
@@ -63,9 +63,6 @@ class CachedStore:
         except OSError as error:
             raise ConfigError(f"data.cache_dir={folder} cannot be made: {error.strerror}") from None
 
-    def read(self, name: str) -> bytes:
-        return self.store.read(name)
-
     def prefetch(self, names: Sequence[str]) -> None:
         """Fetch the shards that are not here yet, several at a time."""
         self._files(names)
@@ -81,18 +78,13 @@ class CachedStore:
             for span in spans
         ]
 
-    @contextmanager
-    def local_copy(self, name: str, num_bytes: int) -> Iterator[Path]:
-        with self.store.local_copy(name, num_bytes) as path:
-            yield path
-
     def _files(self, names: Sequence[str]) -> dict[str, OpenFile | None]:
         return dict(zip(names, self._pool.map(self._opened, names), strict=True))
 
     def _pread(self, file: OpenFile, span: Span) -> bytes | MissingData:
         data = os.pread(file.descriptor, span.length, span.start)
         if len(data) != span.length:
-            return cut_short(self._entry(self._shards[span.name]), span, data)
+            return MissingData.cut_short(self._entry(self._shards[span.name]), span, len(data))
         return data
 
     def _open(self, name: str) -> OpenFile | None:
@@ -122,7 +114,7 @@ class CachedStore:
         self._make_room(shard.num_bytes, temporary)
         try:
             with temporary.open("r+b") as file:
-                self.store.fetch(shard.name, shard.num_bytes, file)
+                file.writelines(self.store.chunks(shard.name, shard.num_bytes))
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

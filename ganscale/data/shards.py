@@ -24,17 +24,18 @@ from numpy.typing import NDArray
 
 from ganscale.atomic_files import write_bytes
 from ganscale.data.encodings import ENCODINGS, Encoding
-from ganscale.data.storage import (
+from ganscale.data.tars import BLOCK_BYTES, scan_tar
+from ganscale.data.values import PIXELS, ValueRange
+from ganscale.errors import DataError
+from ganscale.storage import (
     LocalStore,
     MissingData,
     RetryPolicy,
     Span,
     Store,
     open_store,
+    retry,
 )
-from ganscale.data.tars import BLOCK_BYTES, scan_tar
-from ganscale.data.values import PIXELS, ValueRange
-from ganscale.errors import DataError
 
 __all__ = ["INDEX_NAME", "SAMPLE_DTYPE", "SAMPLES_NAME", "Shard", "ShardSet", "verify_shards"]
 
@@ -143,15 +144,21 @@ class ShardSet:
 
         Raises `DataError` in one line when it is not one, or its index is damaged.
         """
+        policy = policy or RetryPolicy()
         store = open_store(location, policy)
         if isinstance(store, LocalStore):
             _check_folder(store.root)
+
+        def read(name: str) -> bytes:
+            failure = f"{store.location}/{name} could not be read"
+            return retry(lambda: store.read(name), policy, failure)
+
         try:
-            text = store.read(INDEX_NAME)
+            text = read(INDEX_NAME)
         except MissingData as error:
             raise DataError(f"{error}: not a finished shard set") from None
         try:
-            return cls._parse(store, json.loads(text))
+            return cls._parse(store, json.loads(text), read)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{store.location}/{INDEX_NAME} is damaged ({type(error).__name__}: {error}). "
@@ -159,13 +166,13 @@ class ShardSet:
             ) from None
 
     @classmethod
-    def _parse(cls, store: Store, data: dict[str, Any]) -> ShardSet:
+    def _parse(cls, store: Store, data: dict[str, Any], read: Callable[[str], bytes]) -> ShardSet:
         version, values = data["format"], ValueRange.parse(data.get("values"))
         if version != _format(values):
             raise ValueError(f"format {version}, expected {_format(values)}")
         shards = tuple(Shard(**entry) for entry in data["shards"])
         channels, height, width = data["image_shape"]
-        raw = store.read(SAMPLES_NAME)
+        raw = read(SAMPLES_NAME)
         if hashlib.sha256(raw).hexdigest() != data["samples_sha256"]:
             raise ValueError(f"{SAMPLES_NAME} has another sha256")
         samples: Samples = np.load(io.BytesIO(raw), allow_pickle=False)

@@ -28,12 +28,12 @@ from ganscale.data.reader import ShardImages
 from ganscale.data.resolve_source import resolve_source
 from ganscale.data.shards import INDEX_NAME, ShardSet
 from ganscale.data.sources import Source, open_source
-from ganscale.data.storage import is_url
 from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import ConfigError, DataError
 from ganscale.generation.latents import seeded_labels
 from ganscale.generation.sampler import SampleableGenerator
 from ganscale.generation.snapshot import load_generator, snapshot_file
+from ganscale.storage import is_url
 
 __all__ = [
     "FileImages",

@@ -22,15 +22,14 @@ from typing import TYPE_CHECKING, Protocol
 import yaml
 
 from ganscale.config import Config
-from ganscale.data.storage import is_url
 from ganscale.errors import CheckpointError
 from ganscale.json_lines import add_missing_lines, end_of_lines
 from ganscale.periodic import PeriodicThread
 from ganscale.run_directory import RunDirectory
+from ganscale.storage import MissingData, Store, is_url, open_store
 
 if TYPE_CHECKING:  # they load torch, which the driver's side of a copy does without
     from ganscale.checkpoint import CheckpointStore
-    from ganscale.checkpoint.storage_backends import StorageBackend
 
 __all__ = ["LINES", "Copy", "StoreCopy", "Target", "recall", "store_copy"]
 
@@ -156,7 +155,7 @@ class Copy(PeriodicThread):
 class StoreCopy:
     """The copy in an object store, which has no file that grows."""
 
-    def __init__(self, backend: StorageBackend, run: str) -> None:
+    def __init__(self, backend: Store, run: str) -> None:
         self._backend = backend
         self._run = run
 
@@ -172,14 +171,14 @@ class StoreCopy:
 
     def put(self, name: str, pieces: Iterable[bytes]) -> None:
         """Write the object."""
-        folder, _, file = f"{self._run}/{name}".rpartition("/")
-        with self._backend.new_folder(folder) as objects:
-            objects.add(file, pieces)
+        self._backend.replace(f"{self._run}/{name}", pieces)
 
     def events(self) -> bytes:
         """The events that were copied so far."""
-        name = f"{self._run}/events.jsonl"
-        return b"".join(self._backend.chunks(name)) if self._backend.exists(name) else b""
+        try:
+            return b"".join(self._backend.chunks(f"{self._run}/events.jsonl"))
+        except MissingData:
+            return b""
 
 
 def store_copy(config: Config) -> StoreCopy | None:
@@ -187,9 +186,7 @@ def store_copy(config: Config) -> StoreCopy | None:
     location = config.checkpoint.location
     if location is None or not is_url(location):
         return None
-    from ganscale.checkpoint.storage_backends import open_backend
-
-    return StoreCopy(open_backend(f"{location.rstrip('/')}/documents"), config.name)
+    return StoreCopy(open_store(f"{location.rstrip('/')}/documents", for_writing=True), config.name)
 
 
 def recall(config: Config, store: CheckpointStore) -> None:

@@ -11,8 +11,7 @@ from rich.console import Console
 
 from ganscale.checkpoint import CheckpointStore, Heartbeat, Holder, Session
 from ganscale.config import Config
-from ganscale.data.storage import RetryPolicy
-from ganscale.training.checkpoints import retry
+from ganscale.storage import RetryPolicy, retry
 
 __all__ = ["HeldRun", "hold"]
 
@@ -51,13 +50,13 @@ def hold(config: Config, console: Console, *, take_over: bool) -> Iterator[HeldR
         console.print(text, highlight=False, soft_wrap=True)
 
     store, holder = CheckpointStore(config.checkpoints), Holder.here(config.run_dir)
-    policy = RetryPolicy(deadline_seconds=config.data.store_deadline_seconds)
-    original = retry(lambda: _original_of(config, store), policy)
+    policy, failure = RetryPolicy.of(config.data), f"{store.location} cannot be reached"
+    original = retry(lambda: _original_of(config, store), policy, failure)
     if original:
         report(f"{config.run_dir} is a copy of {original}: it goes on as a run of its own")
     # What holds the original does not hold its copy.
     known = sys.maxsize if take_over or original else 0
-    newest = retry(lambda: store.require_free(holder, known, report), policy)
+    newest = retry(lambda: store.require_free(holder, known, report), policy, failure)
     with Heartbeat(store.backend, holder):
         yield HeldRun(store, Session(holder, newest, original))
 

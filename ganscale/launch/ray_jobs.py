@@ -28,10 +28,10 @@ from ray.job_submission import JobSubmissionClient
 import ganscale
 from ganscale.config import Config
 from ganscale.data.resolve_source import NAMED_SOURCES
-from ganscale.data.storage import is_url
 from ganscale.errors import ConfigError, GanscaleError
 from ganscale.launch.secrets import NAMES_VARIABLE, own
 from ganscale.launch.signals import EXIT_CODES
+from ganscale.storage import is_url
 
 __all__ = ["Job", "Jobs", "Submission", "connect", "variables"]
 

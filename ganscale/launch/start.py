@@ -20,18 +20,17 @@ from ganscale.config.run import merged, validated
 from ganscale.data.building import build_shards, source_digest
 from ganscale.data.resolve_source import NAMED_SOURCES, resolve_source, source_variable
 from ganscale.data.sources import SourceSpec, open_source
-from ganscale.data.storage import RetryPolicy, is_url
 from ganscale.errors import CheckpointError, ConfigError, GanscaleError
 from ganscale.launch.documents import Copy, recall, store_copy
 from ganscale.launch.held_run import HeldRun, hold
 from ganscale.launch.supervisor import Supervisor
 from ganscale.run_directory import RunDirectory
+from ganscale.storage import RetryPolicy, is_url, retry
 from ganscale.tracking.console import counting
 from ganscale.tracking.live_view import RunFollower, describe_event
 from ganscale.tracking.sinks import EventLog
 from ganscale.training.build import check_against_shards, load_shards
 from ganscale.training.callbacks import Callback
-from ganscale.training.checkpoints import retry
 from ganscale.training.stopping import TrainResult
 from ganscale.world import launched_rank
 
@@ -162,12 +161,12 @@ def supervisor_of(config: Config, held: HeldRun, console: Console) -> Supervisor
     """
     run_dir, store = RunDirectory(config.run_dir), CheckpointStore(config.checkpoints)
 
-    policy = RetryPolicy(deadline_seconds=config.data.store_deadline_seconds)
+    policy, failure = RetryPolicy.of(config.data), f"{store.location} cannot be reached"
     seen: list[int] = []
 
     def newest_nimg() -> int:
         try:
-            seen.append(retry(lambda: next((n.nimg for n in store.lineage()), -1), policy))
+            seen.append(retry(lambda: next((n.nimg for n in store.lineage()), -1), policy, failure))
         except GanscaleError:
             if not seen:
                 raise

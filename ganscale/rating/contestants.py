@@ -16,13 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from ganscale.config import load_config
-from ganscale.data.storage import is_url
 from ganscale.errors import ConfigError
 from ganscale.evaluation.image_sets import GeneratedImages, ImageSet, open_images
 from ganscale.evaluation.image_views import Subset
 from ganscale.generation.snapshot import snapshot_file
 from ganscale.rating.questions import REAL
 from ganscale.run_directory import RunDirectory, containing_run
+from ganscale.storage import is_url
 
 __all__ = ["Contestant", "default_reference", "encode_png", "open_contestant", "open_runs"]
 

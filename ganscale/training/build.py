@@ -24,12 +24,12 @@ from ganscale.data.order import Order
 from ganscale.data.reader import BatchReader, ImageReader, ReadAhead, ShardImages
 from ganscale.data.shard_cache import CachedStore
 from ganscale.data.shards import ShardSet
-from ganscale.data.storage import RemoteStore, RetryPolicy, Store
 from ganscale.data.values import PIXELS
 from ganscale.ema import Ema
 from ganscale.errors import ConfigError
 from ganscale.generation.latents import seed_for
 from ganscale.generation.snapshot import load_generator
+from ganscale.storage import ObjectStore, RetryPolicy, Store
 from ganscale.training.inputs import ema_halflives
 from ganscale.training.precision import Precision
 from ganscale.training.state import TrainingState
@@ -67,11 +67,7 @@ def build_state(config: Config, precision: Precision, world: World) -> TrainingS
 def load_shards(config: Config) -> ShardSet:
     """The index of the configured set, from wherever `data.shards` is; `DataError` if damaged."""
     assert config.data.shards is not None, "the launcher builds missing shards"
-    data = config.data
-    policy = RetryPolicy(
-        deadline_seconds=data.store_deadline_seconds, attempt_seconds=data.store_timeout_seconds
-    )
-    return ShardSet.load(config.data.shards, policy)
+    return ShardSet.load(config.data.shards, RetryPolicy.of(config.data))
 
 
 def build_order(config: Config, shard_set: ShardSet) -> Order:
@@ -121,9 +117,9 @@ def build_reader(
     )
 
 
-def _local_or_cached(config: Config, shard_set: ShardSet) -> Store:
+def _local_or_cached(config: Config, shard_set: ShardSet) -> Store | CachedStore:
     data, store = config.data, shard_set.store
-    if data.cache_dir is None or not isinstance(store, RemoteStore):
+    if data.cache_dir is None or not isinstance(store, ObjectStore):
         return store
     limit = None if data.cache_limit_gb is None else round(1e9 * data.cache_limit_gb)
     return CachedStore(store, shard_set.shards, Path(data.cache_dir), limit)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,16 +31,14 @@ from ganscale.checkpoint import (
     Session,
 )
 from ganscale.config import Config
-from ganscale.data.storage import RetryPolicy
-from ganscale.errors import CheckpointError, GanscaleError
+from ganscale.errors import CheckpointError
 from ganscale.json_lines import add_missing_lines
 from ganscale.run_directory import RunDirectory
+from ganscale.storage import RetryPolicy, retry
 from ganscale.training.collectives import broadcast_bytes
 from ganscale.world import World
 
-__all__ = ["CheckpointManager", "non_finite", "retry"]
-
-Result = TypeVar("Result")
+__all__ = ["CheckpointManager", "non_finite"]
 
 
 class CheckpointManager:
@@ -58,7 +56,11 @@ class CheckpointManager:
         self.world = world
         self.session = session
         self.run_dir = RunDirectory(config.run_dir)
-        self.store = CheckpointStore(config.checkpoints) if world.is_main else None
+        self.store = (
+            CheckpointStore(config.checkpoints, RetryPolicy.of(config.data))
+            if world.is_main
+            else None
+        )
         self._writer: BackgroundWriter | None = None
         self.start_nimg = -1
         # The position of the newest checkpoint that was begun or loaded, which needs no second one.
@@ -93,7 +95,8 @@ class CheckpointManager:
                     token=token,
                     session=session,
                 ),
-                self._policy(),
+                RetryPolicy.of(self.config.data),
+                f"{store.location} cannot be reached",
             )
             if _text(self.run_dir.config) != (config := self.config.to_yaml()):
                 write_text(self.run_dir.config, config)
@@ -202,12 +205,9 @@ class CheckpointManager:
                 checkpoint.best_metric,
                 lowest_is_best=checkpoint.best_metric == "fid",
             ),
-            self._policy(),
+            RetryPolicy.of(self.config.data),
             max_staleness_seconds=60 * checkpoint.max_staleness_minutes,
         )
-
-    def _policy(self) -> RetryPolicy:
-        return RetryPolicy(deadline_seconds=self.config.data.store_deadline_seconds)
 
     def _leave_wandb_run_of_the_original(self, session: Session) -> None:
         """Give a copied run a W&B run of its own, once, at the first attempt that it begins.
@@ -242,26 +242,6 @@ def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
         yield from chain.from_iterable(_tensors(v, f"{path}/{k}") for k, v in value.items())
     elif isinstance(value, list | tuple):
         yield from chain.from_iterable(_tensors(v, f"{path}/{i}") for i, v in enumerate(value))
-
-
-def retry(action: Callable[[], Result], policy: RetryPolicy) -> Result:
-    """Call `action` again while it fails, as the store's policy says; returns its result.
-
-    Raises `GanscaleError` when the policy's time is over. Errors of ganscale and of programming are
-    raised at once.
-    """
-    delays = policy.delays()
-    while True:
-        try:
-            return action()
-        # Asking again does not cure a damaged checkpoint or a programming error.
-        except (GanscaleError, AssertionError, AttributeError, NameError, TypeError):
-            raise
-        except Exception as error:  # a store may raise anything
-            delay = next(delays, None)
-            if delay is None:
-                raise GanscaleError(f"checkpoints cannot be reached: {error}") from error
-            time.sleep(delay)
 
 
 def _text(path: Path) -> str:

@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 import torch
 
-from ganscale.checkpoint import CheckpointStore, storage_backends
+from ganscale.checkpoint import CheckpointStore
 from ganscale.checkpoint.files import SavedState, saved_state
+from ganscale.storage import local
 from tests.support.attempts import (
     FILES,
     HISTORY,
@@ -98,13 +99,14 @@ def test_a_full_disk_costs_only_the_checkpoint_that_does_not_fit(
     disk: SmallDisk, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     steps: list[str] = []
-    add = storage_backends._LocalFolder.add
+    add = local._add
 
-    def add_and_tell(folder: Any, name: str, pieces: Any) -> None:
-        steps.append(name)
-        add(folder, name, pieces)
+    def add_and_tell(path: Path, pieces: Any) -> None:
+        if path.name in FILES:
+            steps.append(path.name)
+        add(path, pieces)
 
-    monkeypatch.setattr(storage_backends._LocalFolder, "add", add_and_tell)
+    monkeypatch.setattr(local, "_add", add_and_tell)
     template, root = disk.path / "template", disk.path / "run"
     attempt_at(CheckpointStore(template), OLDER)
     failed_at = []

@@ -21,10 +21,10 @@ from ganscale.data.order import Order
 from ganscale.data.reader import BatchReader, ShardImages
 from ganscale.data.shard_cache import CachedStore
 from ganscale.data.shards import ShardSet
-from ganscale.data.storage import RemoteStore
 from ganscale.data.values import ValueRange
 from ganscale.errors import ConfigError
 from ganscale.run_directory import RunDirectory
+from ganscale.storage import ObjectStore
 from ganscale.training.loop import train
 from ganscale.world import World, process_group
 from tests.conftest import MakeConfig, Verb
@@ -67,7 +67,7 @@ def test_arrays_come_over_the_network_as_from_the_disk(
     with serving(tmp_path / "served") as server:
         remote = ShardSet.load(server.url)
         assert remote.values == local.values
-        assert isinstance(remote.store, RemoteStore)
+        assert isinstance(remote.store, ObjectStore)
         store = CachedStore(remote.store, remote.shards, tmp_path / "cache", None)
         for images in (ShardImages(remote), ShardImages(remote, store)):
             assert digest_of_an_epoch(remote, images) == expected

@@ -213,5 +213,8 @@ def test_the_newest_position_outlasts_a_store_that_is_away(
     newest_nimg = newest_nimg_of_another_start()
     assert newest_nimg() == -1
     assert newest_nimg() == -1
-    with pytest.raises(GanscaleError, match="cannot be reached: refused"):
+    with pytest.raises(
+        GanscaleError,
+        match=r"checkpoints cannot be reached within 0\.5 s, .*; last: OSError: refused",
+    ):
         newest_nimg_of_another_start()()

@@ -38,6 +38,7 @@ from ganscale.checkpoint import CheckpointStore
 from ganscale.checkpoint.lineage import CheckpointName, lineage
 from ganscale.config import Config
 from ganscale.run_directory import RunDirectory
+from ganscale.storage import MissingData
 from tests.soaks.runs import add_arguments, newest, small_run, train_undisturbed, write_config
 from tests.support.hosts import RAY_ADDRESS, Network
 from tests.support.runs import read_rows
@@ -106,7 +107,7 @@ class Witness:
         try:
             data = b"".join(self.store.backend.chunks(file))
             json.loads(data)
-        except (FileNotFoundError, ValueError):  # pruned, or being written
+        except (MissingData, ValueError):  # pruned, or being written
             return
         seal = hashlib.sha256(data).hexdigest()
         if file not in self._seals and self._is_late(file):

@@ -9,7 +9,7 @@ import torch
 
 from ganscale.checkpoint import BackgroundWriter, CheckpointName, CheckpointStore, Retention
 from ganscale.checkpoint.files import SavedState, saved_state
-from ganscale.data.storage import RetryPolicy
+from ganscale.storage import RetryPolicy
 from tests.support.checkpoints import begin, bits
 
 OLDER, NEWER, NEXT = 1000, 2000, 3000

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import boto3
-import fsspec
+import obstore
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
+from obstore.store import LocalStore, ObjectStore, from_url
 from torch import Tensor
 
 from ganscale.checkpoint import Attempt, CheckpointName, CheckpointStore
@@ -27,8 +28,6 @@ def s3_bucket() -> Iterator[str]:
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     moto.start()
     host, port = moto.get_host_and_port()
-    s3 = fsspec.get_filesystem_class("s3")
-    s3.clear_instance_cache()  # of those that know another endpoint
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -38,7 +37,6 @@ def s3_bucket() -> Iterator[str]:
         client.create_bucket(Bucket="runs")
         client.close()
         yield "s3://runs"
-    s3.clear_instance_cache()
     moto.stop()
 
 
@@ -46,21 +44,26 @@ class Raw:
     """The bytes of a store, to look at and to damage behind its back."""
 
     def __init__(self, store: CheckpointStore) -> None:
-        self.fs, self.root = fsspec.core.url_to_fs(store.location)
+        place = store.location
+        self.raw: ObjectStore = (
+            from_url(place, client_options={"allow_http": True})
+            if place.startswith("s3://")
+            else LocalStore(place, mkdir=True)
+        )
 
     def get(self, path: str) -> bytes:
-        data: bytes = self.fs.cat_file(f"{self.root}/{path}")
-        return data
+        return obstore.get(self.raw, path).bytes().to_bytes()
 
     def put(self, path: str, data: bytes) -> None:
-        self.fs.pipe_file(f"{self.root}/{path}", data)
+        obstore.put(self.raw, path, data)
 
     def remove(self, path: str) -> None:
-        self.fs.rm_file(f"{self.root}/{path}")
+        obstore.delete(self.raw, path)
 
     def all(self) -> dict[str, bytes]:
-        self.fs.invalidate_cache()
-        return {path: self.fs.cat_file(path) for path in self.fs.find(self.root)}
+        return {
+            found["path"]: self.get(found["path"]) for found in obstore.list(self.raw).collect()
+        }
 
 
 def state_at(nimg: int) -> dict[str, Any]:

@@ -92,12 +92,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, data: bytes, fault: Fault | None) -> None:
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        size = len(data)
         partial = wanted is not None and fault != "no range"
         if wanted is not None and partial:
-            data = data[int(wanted[1]) : int(wanted[2]) + 1]
+            first, last = int(wanted[1]), min(int(wanted[2]), size - 1)
+            if first >= size:
+                self.send_error(416)
+                return
+            data = data[first : last + 1]
         if fault == "flip" and data:
             data = data[:-1] + bytes([data[-1] ^ 1])
         self.send_response(206 if partial else 200)
+        if wanted is not None and partial:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
         if fault == "no length":
             self.close_connection = True
         else:

@@ -6,29 +6,25 @@ either not happened at all or, with "lost", happened without the client learning
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import math
 import shutil
 import socket
 import struct
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
-import fsspec
 import pytest
 from moto.backends import get_backend
 from moto.server import create_backend_app
 
 from ganscale.checkpoint import CheckpointStore, encoding
+from ganscale.storage import RetryPolicy, objects
 from tests.support.checkpoints import s3_bucket
 
 __all__ = ["FAULTS", "PART_BYTES", "Bucket", "Fault", "Request", "StoreProxy", "failing_bucket"]
@@ -118,9 +114,12 @@ class Bucket:
     proxy: StoreProxy
     scratch: Path
 
-    def store(self, prefix: str) -> CheckpointStore:
+    def store(
+        self, prefix: str, *, deadline_seconds: float = 0, attempt_seconds: float = 30
+    ) -> CheckpointStore:
         """One that asks the server."""
-        return CheckpointStore(f"{self.url}/{prefix}")
+        policy = RetryPolicy(deadline_seconds, attempt_seconds, 0.01, 0.02)
+        return CheckpointStore(f"{self.url}/{prefix}", policy)
 
     def copy(self, store: CheckpointStore) -> CheckpointStore:
         """What is in a store, on the disk, to look at without asking the server."""
@@ -167,50 +166,14 @@ def _moto() -> Any:
 
 @contextmanager
 def failing_bucket(scratch: Path) -> Iterator[Bucket]:
-    """With uploads in parts of `PART_BYTES`, and clients that retry as ever, but at once."""
+    """With uploads in parts of `PART_BYTES`, one after the other."""
     with s3_bucket() as url, pytest.MonkeyPatch.context() as patch, _serving() as proxy:
-        s3 = fsspec.get_filesystem_class("s3")
-        core: Any = sys.modules[s3.__module__]
-        patch.setattr(core.S3File, "__init__", _in_small_parts(core.S3File.__init__))
+        patch.setattr(objects, "_PART_BYTES", PART_BYTES)
+        patch.setattr(objects, "_PARTS_AT_ONCE", 1)
         patch.setattr(encoding, "_PIECE_BYTES", PART_BYTES)
         patch.setattr("moto.s3.models.S3_UPLOAD_PART_MIN_SIZE", 1)
-        patch.setattr(core, "asyncio", _NoWaiting())
-        patch.setattr("botocore.retryhandler.random", SimpleNamespace(random=lambda: 0.0))
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        with _no_collection():
-            yield Bucket(url, proxy, scratch)
-            s3.clear_instance_cache()
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """But by `gc.collect()`: a file may ask the server then, in whose threads it could not."""
-    gc.disable()
-    gc.freeze()  # what was there before: to collect the rest takes no time
-    try:
-        yield
-    finally:
-        gc.collect()
-        gc.unfreeze()
-        gc.enable()
-
-
-def _in_small_parts(init: Callable[..., None]) -> Callable[..., None]:
-    def small(file: Any, *arguments: Any, **options: Any) -> None:
-        init(file, *arguments, **options)
-        file.blocksize = PART_BYTES if "w" in file.mode else file.blocksize
-
-    return small
-
-
-class _NoWaiting:
-    """The module `asyncio`, whose `sleep` takes no time."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(asyncio, name)
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(0)
+        yield Bucket(url, proxy, scratch)
 
 
 @contextmanager

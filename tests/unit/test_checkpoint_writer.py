@@ -16,8 +16,8 @@ from ganscale.checkpoint.files import SavedState
 from ganscale.checkpoint.lineage import Attempt
 from ganscale.checkpoint.store import Superseded
 from ganscale.checkpoint.writer import HostCopy
-from ganscale.data.storage import RetryPolicy
 from ganscale.errors import CheckpointError
+from ganscale.storage import RetryPolicy
 from tests.support.checkpoints import begin, bits
 
 SHORT = RetryPolicy(deadline_seconds=0.1, first_delay_seconds=0.02, max_delay_seconds=0.04)

@@ -188,7 +188,11 @@ MISTAKES = [
     ("dashboard --project a/b", 2, "--project a/b: a W&B project has 1 to 128"),
     # Data.
     ("train data.shards=absent", 1, "Build it: ganscale shards build"),
-    ("train data.shards=foo://x launch.backend=inprocess", 2, "Protocol not known: foo"),
+    (
+        "train data.shards=foo://x launch.backend=inprocess",
+        2,
+        "foo://x cannot be opened: expected a path, s3://",
+    ),
     ("train data.source=absent", 1, "no such image source"),
     ("shards build --source absent --out new", 1, "no such image source"),
     ("shards build --source text --out new", 2, "text: expected a folder or archive"),

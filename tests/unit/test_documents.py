@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 import torch
 from rich.console import Console
@@ -23,6 +22,7 @@ from ganscale.launch import driver_actor, start
 from ganscale.launch.documents import Copy, recall, store_copy
 from ganscale.launch.driver_actor import DriverActor, Messages, copied_to_driver, marked
 from ganscale.run_directory import RunDirectory
+from ganscale.storage import open_store
 from ganscale.world import World
 
 SETTLED = time.time() - 60
@@ -152,9 +152,9 @@ def test_missing_lines_are_added_once_and_in_place_of_half_a_line(tmp_path: Path
 
 
 @pytest.fixture
-def location() -> str:
-    """A place in an object store of this process."""
-    return f"memory://{uuid.uuid4().hex}"
+def location(bucket: str) -> str:
+    """A place of its own in a bucket."""
+    return f"{bucket}/{uuid.uuid4().hex}"
 
 
 def config_at(location: str | None, storage: Path, **changes: Any) -> Config:
@@ -181,10 +181,9 @@ def test_a_host_that_has_not_seen_a_run_begins_with_its_documents(
     assert target is not None
     with Copy(there.run_dir, target, lines_seconds=9, files_seconds=9):
         write(old.snapshot(100), b"weights")
-    listed = fsspec.filesystem("memory").find(f"{location}/documents/mine")
-    assert [path.partition("/mine/")[2] for path in listed] == [
-        "events.jsonl",
-        "snapshots/nimg-000000000100.safetensors",
+    assert open_store(f"{location}/documents").files() == [
+        "mine/events.jsonl",
+        "mine/snapshots/nimg-000000000100.safetensors",
     ]
 
     here = config_at(location, tmp_path / "here", seed=7)

@@ -128,7 +128,7 @@ def test_clocks_save_the_wait_only_beyond_their_tolerance(
 ) -> None:
     """A clock that is ten minutes behind or hours ahead gives no live run away."""
     begin(local, elsewhere)
-    local.backend.replace(elsewhere.beat_file, json.dumps({"time": time.time() - age}).encode())
+    local.backend.replace(elsewhere.beat_file, [json.dumps({"time": time.time() - age}).encode()])
     reports: list[str] = []
     assert local.require_free(Holder.here(tmp_path), report=reports.append) == 1
     assert bool(reports) == waits

@@ -25,6 +25,7 @@ LAYERS = (
         "json_lines",
         "periodic",
         "user_cache",
+        "storage",
     ),
     ("data", "models", "objectives", "augment", "ema", "tracking", "metrics"),
     ("generation", "checkpoint"),
