@@ -321,7 +321,7 @@ def test_a_group_alone_prints_its_help_and_exits_with_0(verb: Verb, group: str) 
     code, out, errors = verb(*group.split())
     assert (code, errors) == (0, "")
     assert out == verb(*group.split(), "--help")[1]
-    assert "Commands:" in out
+    assert ("Commands:" if group else "Train:") in out
 
 
 def train_on(refusal: Refusal, tmp_path: Path, shards: Path) -> tuple[int, str]:
