@@ -330,8 +330,9 @@ def _draw(truth: Tensor, results: list[TaskResult], path: Path) -> None:
     """Write a row of images for each result, in their order, and the originals below."""
     import torch
 
-    from ganscale.generation.pictures import lay_out, write_picture
+    from ganscale.generation.pictures import label_sheet, lay_out, write_picture
 
     # The trivial reconstruction first, the originals last: each row should be between them.
     rows = [*(result.images for result in results), truth]
-    write_picture(lay_out(torch.stack(rows)[:, :_COLUMNS], scale=2), path)
+    sheet = lay_out(torch.stack(rows)[:, :_COLUMNS], scale=2)
+    write_picture(label_sheet(sheet, [*(result.name for result in results), "truth"]), path)

@@ -104,7 +104,7 @@ def directions(
     import torch
 
     from ganscale.generation.directions import edit_images, find_directions
-    from ganscale.generation.pictures import lay_out, write_picture
+    from ganscale.generation.pictures import label_sheet, lay_out, write_picture
 
     sampler = _latent_sampler(path, truncation_psi, device)
     directions = find_directions(sampler, num)
@@ -115,7 +115,9 @@ def directions(
     ]
     # The seeds of one direction lie one below the other, so that its effect can be compared.
     rows = torch.stack(strips, 1).flatten(0, 1)
-    write_picture(lay_out(rows, scale=scale), out)
+    names = [f"direction {n}" if k == 0 else "" for n in range(num) for k in range(len(strips))]
+    strengths = [f"{offset:+.1f}" for offset in offsets.tolist()]
+    write_picture(label_sheet(lay_out(rows, scale=scale), names, strengths), out)
     typer.echo("direction  eigenvalue")
     for number, value in enumerate(directions.eigenvalues.tolist()):
         typer.echo(f"{number:9d}  {value:10.4g}")

@@ -54,6 +54,14 @@ def sample(
         ),
     ] = 1,
     truncation_psi: TruncationPsi = None,
+    scale: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=16,
+            help="Magnify a grid so many times; by default so that it fills a screen.",
+        ),
+    ] = None,
     device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
@@ -109,7 +117,7 @@ def sample(
         summary["truncation_psi"] = truncation_psi
     # Where a seed does not decide the class of its image, the name of a file has to say it.
     other_classes = per_class is not None or (best_of > 1 and label is None)
-    _write(images, out, generator, plan, summary, name_classes=other_classes)
+    _write(images, out, generator, plan, summary, scale=scale, name_classes=other_classes)
     write_json(json_file, summary)
     if best_of > 1 and len(seeds) <= _NUM_PRINTED:
         typer.echo(f"kept seeds {' '.join(map(str, seeds))}")
@@ -137,6 +145,7 @@ def _write(
     plan: list[PlannedImage],
     summary: dict[str, Any],
     *,
+    scale: int | None,
     name_classes: bool,
 ) -> None:
     """Write images (n, C, H, W) as the suffix of `out` says."""
@@ -152,7 +161,11 @@ def _write(
     if suffix in GRID_FORMATS:
         text = {_TEXT_KEYWORD: json.dumps(summary)}
         pictures = as_pictures(images, generator.values)
-        save_grid(pictures, out, columns=summary["columns"], text=text)
+        columns = summary["columns"]
+        names: list[str] = summary.get("classes", [])[::columns]
+        # A row a class, where each is one; with other columns a row has several classes.
+        rows = names if summary.get("classes") == [n for n in names for _ in range(columns)] else []
+        save_grid(pictures, out, columns=columns, scale=scale, rows=rows, text=text)
         return
     if suffix == ".npy":
         write_array(images, out)

@@ -212,7 +212,7 @@ def _restore_and_compare(
 def _write_pictures(reconstructed: Reconstructions, out: Path) -> None:
     import torch
 
-    from ganscale.generation.pictures import lay_out, write_picture
+    from ganscale.generation.pictures import label_sheet, lay_out, write_picture
 
     for number, image in enumerate(reconstructed.images):
         write_picture(image, out / "images" / f"{number:06d}.png")
@@ -220,7 +220,8 @@ def _write_pictures(reconstructed: Reconstructions, out: Path) -> None:
     shown = torch.stack([reconstructed.inputs, reconstructed.images, reconstructed.truth])[
         :, :_COLUMNS
     ]
-    write_picture(lay_out(shown, scale=2), out / "grid.png")
+    sheet = label_sheet(lay_out(shown, scale=2), ["input", "reconstruction", "truth"])
+    write_picture(sheet, out / "grid.png")
 
 
 def _write_metrics(compared: _Compared, protocol: dict[str, Any], out: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -25,7 +25,9 @@ __all__ = [
     "check_format",
     "cubehelix",
     "grid_columns",
+    "label_sheet",
     "lay_out",
+    "magnification",
     "make_grid",
     "save_grid",
     "write_animation",
@@ -39,6 +41,10 @@ GRID_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 ANIMATED = {".gif": "GIF", ".webp": "WEBP", ".apng": "PNG"}
 _WHITE = 255
+_SCREEN = 1024
+"""Pixels of the longer side that a grid may have after it was magnified."""
+_MAX_MAGNIFICATION = 8
+_MARGIN = 6
 _CUBEHELIX = ((-0.14861, 1.78277), (-0.29227, -0.90649), (1.97294, 0.0))
 """Weights of cosine and sine in red, green and blue: rotations about the gray diagonal that keep
 the perceived brightness."""
@@ -83,6 +89,34 @@ def lay_out(images: Tensor, *, scale: int = 1, padding: int = 2) -> Tensor:
             place = sheet[:, top : top + height * scale, left : left + width * scale]
             place.copy_(big[row, column])
     return sheet
+
+
+def magnification(height: int, width: int) -> int:
+    """How many times a sheet of so many pixels can be magnified so that it still fits a screen."""
+    return max(1, min(_MAX_MAGNIFICATION, _SCREEN // max(height, width)))
+
+
+def label_sheet(sheet: Tensor, rows: Sequence[str], columns: Sequence[str] = ()) -> Tensor:
+    """Write a label left of each row of a sheet, and above each column if there are labels.
+
+    The sheet is uint8 (C, h, w) of rows of the same height; white margins are added for the text.
+    """
+    font = ImageFont.load_default(size=max(11, min(28, sheet.shape[1] // max(1, len(rows)) // 4)))
+    picture = as_pillow(sheet)
+    picture = picture.convert("RGBA" if sheet.shape[0] == 4 else "RGB")
+    left = max((math.ceil(font.getlength(text)) for text in rows), default=0) + 2 * _MARGIN
+    line = sum(font.getmetrics())  # type: ignore[union-attr]
+    top = line + 2 * _MARGIN if columns else 0
+    labelled = Image.new(picture.mode, (left + picture.width, top + picture.height), "white")
+    labelled.paste(picture, (left, top))
+    draw = ImageDraw.Draw(labelled)
+    for number, text in enumerate(rows):
+        middle = top + (number + 0.5) * picture.height / len(rows)
+        draw.text((_MARGIN, middle), text, fill="black", font=font, anchor="lm")
+    for number, text in enumerate(columns):
+        middle = left + (number + 0.5) * picture.width / len(columns)
+        draw.text((middle, top / 2), text, fill="black", font=font, anchor="mm")
+    return torch.from_numpy(np.array(labelled)).movedim(-1, 0)
 
 
 def write_picture(image: Tensor, path: Path, *, text: Mapping[str, str] = {}) -> None:
@@ -148,13 +182,20 @@ def save_grid(
     *,
     columns: int | None = None,
     padding: int = 1,
+    scale: int | None = 1,
+    rows: Sequence[str] = (),
     text: Mapping[str, str] = {},
 ) -> None:
     """Write uint8 images (N, C, H, W) as one picture, as `write_grid` does.
 
-    The grid is nearly square unless `columns` says otherwise.
+    The grid is nearly square unless `columns` says otherwise. It is magnified `scale` times, or
+    with None so that it fills a screen; `rows` are labels for its rows.
     """
-    write_grid(make_grid(images, columns=columns, padding=padding), path, text=text)
+    sheet = make_grid(images, columns=columns, padding=padding)
+    scale = scale or magnification(*sheet.shape[1:])
+    # Pixels are repeated and not interpolated, so that a picture shows what the generator made.
+    sheet = sheet.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    write_grid(label_sheet(sheet, rows) if rows else sheet, path, text=text)
 
 
 def write_array(values: Tensor, path: Path) -> None:

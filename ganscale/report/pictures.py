@@ -255,21 +255,39 @@ def _is_grid(picture: Picture, resolution: int) -> bool:
 
 
 def _open(path: Path, resolution: int, rows: int | None) -> Picture | None:
-    """The picture in a file, a grid cut to its first rows; None if it is damaged."""
+    """The picture in a file, a grid cut to its first rows; None if it is damaged.
+
+    A grid that was magnified is shown as it was before: the browser magnifies as well.
+    """
     with suppress(OSError, UnidentifiedImageError, ValueError, SyntaxError):
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
             image.verify()
-        picture = Picture(width, height, _TYPES[path.suffix.lower()], data)
-        end = height if rows is None else rows * (resolution + 1) + 1
-        if end >= height or not _is_grid(picture, resolution):
+        scale = _scale(width, height, resolution)
+        picture = Picture(width // scale, height // scale, _TYPES[path.suffix.lower()], data)
+        end = picture.height if rows is None else rows * (resolution + 1) + 1
+        is_cut = end < picture.height and _is_grid(picture, resolution)
+        if scale == 1 and not is_cut:
             return picture
         with Image.open(io.BytesIO(data)) as image:
+            small = image.resize((picture.width, picture.height), Image.Resampling.NEAREST)
+            if is_cut:
+                small = small.crop((0, 0, picture.width, end))
             written = io.BytesIO()
-            image.crop((0, 0, width, end)).save(written, "PNG")
-        return Picture(width, end, "image/png", written.getvalue())
+            small.save(written, "PNG")
+        return Picture(*small.size, "image/png", written.getvalue())
     return None
+
+
+def _scale(width: int, height: int, resolution: int) -> int:
+    """How many times a grid of images of a resolution was magnified; 1 for another picture."""
+    for scale in range(2, 17):
+        if width % scale == 0 and height % scale == 0:
+            picture = Picture(width // scale, height // scale, "", b"")
+            if _is_grid(picture, resolution):
+                return scale
+    return 1
 
 
 def _loaded(still: Still, path: Path, resolution: int, budget: float) -> Still:

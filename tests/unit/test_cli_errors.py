@@ -302,7 +302,9 @@ def test_a_grid_has_the_format_of_its_suffix(
     workshop: Path, tmp_path: Path, suffix: str, verb: Verb
 ) -> None:
     out = tmp_path / f"grid{suffix}"
-    code, _, errors = verb("sample", workshop / "rgb.safetensors", "--num", 4, "--out", out)
+    code, _, errors = verb(
+        "sample", workshop / "rgb.safetensors", "--num", 4, "--scale", 1, "--out", out
+    )
     assert (code, errors) == (0, "")
     reference = load_generator(workshop / "rgb.safetensors").sample(4, seed=0)
     with Image.open(out) as picture:
@@ -319,7 +321,7 @@ def test_a_group_alone_prints_its_help_and_exits_with_0(verb: Verb, group: str) 
     code, out, errors = verb(*group.split())
     assert (code, errors) == (0, "")
     assert out == verb(*group.split(), "--help")[1]
-    assert "Commands:" in out
+    assert ("Commands:" if group else "Train:") in out
 
 
 def train_on(refusal: Refusal, tmp_path: Path, shards: Path) -> tuple[int, str]:

@@ -24,7 +24,13 @@ from ganscale.generation.latents import (
     seeded_latents,
     uniform,
 )
-from ganscale.generation.pictures import as_pictures, cubehelix, save_grid
+from ganscale.generation.pictures import (
+    as_pictures,
+    cubehelix,
+    label_sheet,
+    magnification,
+    save_grid,
+)
 from ganscale.generation.sampler import SampleableGenerator, diversity, rows_per_forward, to_uint8
 from ganscale.generation.snapshot import save_snapshot
 from ganscale.models import build_discriminator, build_generator
@@ -239,3 +245,35 @@ def test_dcgan_shapes_and_range(resolution: int, channels: int) -> None:
     assert images.shape == (2, channels, resolution, resolution)
     assert images.abs().max() <= 1
     assert build_discriminator(spec)(images).shape == (2,)
+
+
+def test_a_grid_fills_a_screen_by_whole_pixels(tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
+    save_grid(images, tmp_path / "plain.png")
+    save_grid(images, tmp_path / "large.png", scale=None)
+    with Image.open(tmp_path / "plain.png") as plain, Image.open(tmp_path / "large.png") as large:
+        assert plain.size == (265, 265)
+        assert large.size == (3 * 265, 3 * 265)
+        assert large.resize(plain.size, Image.Resampling.NEAREST).tobytes() == plain.tobytes()
+    assert [magnification(1, n) for n in (10, 128, 129, 1024, 5000)] == [8, 8, 7, 1, 1]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_labels_stand_beside_a_sheet_that_stays_as_it_is(channels: int) -> None:
+    sheet = torch.randint(0, 256, (channels, 80, 60), dtype=torch.uint8)
+    labelled = label_sheet(sheet, ["input", "truth"], ["-1", "+1"])
+    assert labelled.shape[0] == (4 if channels == 4 else 3)
+    top, left = labelled.shape[1] - 80, labelled.shape[2] - 60
+    assert top > 0
+    assert left > 0
+    inner = labelled[:channels, top:, left:]
+    assert torch.equal(inner, sheet)
+    # Text on white: in the middle of each row, left, and above each column.
+    margin = labelled[:3, top:, :left].float().amin(0)
+    for row in (margin[:40], margin[40:]):
+        assert row.min() < 100
+        ink = (row < 128).nonzero()[:, 0].float().mean()
+        assert 12 < ink < 28
+    above = labelled[:3, :top, left:].float().amin(0)
+    assert min(above[:, :30].min(), above[:, 30:].min()) < 100
+    assert margin.max() == 255
