@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -17,14 +18,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import typer
 from PIL import Image
 
 from ganscale.cli import app
 from ganscale.config import load_config, preset_names
 from ganscale.errors import ConfigError
+from ganscale.generation.pictures import save_grid
 from ganscale.processes import machine_id, process_start
-from ganscale.report import write_report
+from ganscale.report import pictures, write_report
 from ganscale.report.advice import advice_for
 from ganscale.report.curves import averaged, groups_of, step_parts, thinned
 from ganscale.report.page import LIMIT_BYTES
@@ -656,3 +659,17 @@ def test_real_images_are_drawn_as_they_are(
         ]
     assert len(set(drawn)) == 9
     assert set(drawn) <= known
+
+
+def test_a_magnified_grid_is_shown_as_it_was_before(tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)
+    save_grid(images, tmp_path / "plain.png")
+    save_grid(images, tmp_path / "large.png", scale=3)
+    plain = pictures._open(tmp_path / "plain.png", 32, None)
+    large = pictures._open(tmp_path / "large.png", 32, None)
+    assert plain is not None
+    assert large is not None
+    assert (large.width, large.height) == (plain.width, plain.height)
+    shown = [Image.open(io.BytesIO(picture.data)).tobytes() for picture in (plain, large)]
+    assert shown[0] == shown[1]
+    assert pictures._cells(large, 32) == pictures._cells(plain, 32)
