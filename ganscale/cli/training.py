@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -139,13 +140,10 @@ def _run(config: Config, *, take_over: bool) -> None:
     from ganscale.launch.signals import EXIT_CODES
     from ganscale.world import launched_rank
 
-    if config.launch.backend == "ray":
-        from ganscale.launch.ray_cluster import start_early
+    with _ray_started_early(config):
+        from ganscale.launch.start import start
 
-        start_early(config)  # before torch is imported, which takes as long
-    from ganscale.launch.start import start
-
-    result = start(config, stderr_console(), take_over=take_over)
+        result = start(config, stderr_console(), take_over=take_over)
     if launched_rank() == 0:
         _print_results(config, result)
     if not result.has_trained:
@@ -154,6 +152,15 @@ def _run(config: Config, *, take_over: bool) -> None:
         os._exit(EXIT_CODES[result.reason])
     if result.reason:
         raise typer.Exit(EXIT_CODES[result.reason])
+
+
+def _ray_started_early(config: Config) -> AbstractContextManager[None]:
+    """Ray starts while torch is imported, which takes as long."""
+    if config.launch.backend != "ray":
+        return nullcontext()
+    from ganscale.launch.ray_cluster import started_early
+
+    return started_early(config)
 
 
 def _print_results(config: Config, result: TrainResult) -> None:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,7 +22,7 @@ __all__ = [
     "num_fitting",
     "require_capacity",
     "resources_text",
-    "start_early",
+    "started_early",
     "worker_takes",
 ]
 
@@ -86,14 +87,30 @@ class _OwnRay:
 
 
 _own_ray: _OwnRay | None = None
+"""One that was started early and that nobody has used yet."""
 
 
-def start_early(config: Config) -> None:
-    """Begin to start Ray where `cluster` will start it here, which takes some seconds."""
+@contextmanager
+def started_early(config: Config) -> Iterator[None]:
+    """While the block runs, begin to start Ray where `cluster` will start it here: it takes some
+    seconds, in which the block may import torch. Ends it again if the block has not used it.
+
+    Nothing is started where shards have to be built first, or a mistake is likely to end the run.
+    """
     global _own_ray
     is_own = not (config.launch.ray_address or os.environ.get("RAY_ADDRESS"))
-    if config.launch.backend == "ray" and is_own and _own_ray is None:
+    built = Path(config.data.shards or "", "index.json").is_file() or any(
+        Path(config.storage).expanduser().glob("shards/*-train/index.json")
+    )
+    if config.launch.backend == "ray" and is_own and built and not ray.is_initialized():
         _own_ray = _OwnRay()
+    try:
+        yield
+    finally:
+        unused, _own_ray = _own_ray, None
+        if unused is not None:
+            unused.wait()
+            ray.shutdown()
 
 
 @contextmanager
@@ -105,7 +122,8 @@ def cluster(address: str | None) -> Iterator[bool]:
     it afterwards. Raises `GanscaleError` if no cluster answers at the address.
     """
     global _own_ray
-    if ray.is_initialized() and _own_ray is None:
+    early, _own_ray = _own_ray, None
+    if ray.is_initialized() and early is None:
         yield True
         return
     setting = "launch.ray_address" if address else "RAY_ADDRESS"
@@ -120,12 +138,11 @@ def cluster(address: str | None) -> Iterator[bool]:
             reason = " ".join(str(error).split())[:200]
             raise GanscaleError(f"{setting}={address} cannot be joined: {reason}") from error
     else:
-        (_own_ray or _OwnRay()).wait()
+        (early or _OwnRay()).wait()
     try:
         yield bool(address)
     finally:
         ray.shutdown()
-        _own_ray = None
 
 
 def worker_takes(config: Config) -> dict[str, float]:

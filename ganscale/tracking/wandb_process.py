@@ -32,6 +32,7 @@ from typing import Any
 
 import psutil
 import wandb
+from filelock import FileLock
 from wandb.cli.cli import cli
 
 from ganscale.atomic_files import write_bytes
@@ -60,6 +61,9 @@ def main() -> None:
     say = partial(_say, os.dup(1))
     os.dup2(2, 1)  # for what wandb prints
     settings = json.loads(sys.argv[1])
+    # That of an attempt which was killed may still be logging its last rows, and both would log
+    # them. Held until this process ends.
+    FileLock(Path(settings["root"], "wandb", ".lock")).acquire()
     run = _offline_run(settings)
     folder = Path(run.settings.sync_dir)
     core = next(child for child in psutil.Process().children() if child.name() == "wandb-core")

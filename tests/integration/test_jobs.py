@@ -77,7 +77,7 @@ def _write(config: Config) -> str:
 
 
 def _wait(what: Callable[[], object], follower: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not what():
         assert follower.poll() is None, follower.communicate()[0]
         assert time.monotonic() < deadline, "nothing happened"

@@ -187,8 +187,8 @@ def test_a_picture_says_how_to_draw_each_of_its_images(
     verb: Verb, run: Config, tmp_path: Path
 ) -> None:
     out, figures = tmp_path / "grid.png", tmp_path / "grid.json"
-    options = ("--num", 4, "--seed", 3, "--best-of", 5, "--out", out, "--json", figures)
-    code, text, err = verb("sample", run.run_dir, *options)
+    options = ("--num", 4, "--seed", 3, "--best-of", 5, "--scale", 1, "--out", out)
+    code, text, err = verb("sample", run.run_dir, *options, "--json", figures)
     assert code == 0, err
     assert "judged by the discriminator of tiny@0.16" in err
     values = described(out)
@@ -223,7 +223,8 @@ def test_a_picture_says_how_to_draw_each_of_its_images(
 
 def test_a_grid_has_a_row_for_each_class(verb: Verb, run: Config, tmp_path: Path) -> None:
     out = tmp_path / "classes.png"
-    code, text, err = verb("sample", run.run_dir, "--per-class", 2, "--seed", 9, "--out", out)
+    options = ("--per-class", 2, "--seed", 9, "--scale", 1, "--out", out)
+    code, text, err = verb("sample", run.run_dir, *options)
     assert code == 0, err
     assert "wrote 6 images" in text
     values = described(out)
@@ -232,7 +233,10 @@ def test_a_grid_has_a_row_for_each_class(verb: Verb, run: Config, tmp_path: Path
     assert values["classes"] == ["ant", "ant", "bee", "bee", "cow", "cow"]
     with Image.open(out) as picture:
         shown = np.asarray(picture)
-    assert shown.shape[:2] == (3 * 17 + 1, 2 * 17 + 1)
+    # The names of the classes stand left of their rows.
+    assert shown.shape[0] == 3 * 17 + 1
+    assert shown.shape[1] > 2 * 17 + 1
+    shown = shown[:, -(2 * 17 + 1) :, :3]
     generator = load_generator(run.run_dir)
     for row in range(3):
         for column, image in enumerate(generator.sample(2, seed=9, label=row)):
