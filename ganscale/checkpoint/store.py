@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ganscale.checkpoint.files import MANIFEST, CheckpointFiles, SavedFiles, SavedState
+from ganscale.checkpoint.files import MANIFEST, CheckpointFiles, SavedFiles, SavedState, saved_state
 from ganscale.checkpoint.holder import Holder, Session, beat_files
 from ganscale.checkpoint.lineage import Attempt, CheckpointName, lineage, prunable
 from ganscale.errors import CheckpointError
@@ -215,6 +215,30 @@ class CheckpointStore(CheckpointFiles):
         # take minutes. What slips in between counts for nothing: `lineage` leaves it out.
         self.check_current(attempt)
         return self.write_files(attempt, state, lambda: self.check_current(attempt))
+
+    def copy_newest(
+        self, source: CheckpointStore, meta: dict[str, Any], history: bytes
+    ) -> tuple[CheckpointName, CheckpointName]:
+        """Take over the newest checkpoint of another run that verifies; returns its name there and
+        here.
+
+        It is the first one of a new attempt of this run, which shuts out a process that may still
+        write to an older attempt; this run's own checkpoints stay behind it. `meta` replaces parts
+        of what is stored with it, and `history` holds this run's own rows. Raises `CheckpointError`
+        if no checkpoint verifies.
+        """
+        files = source.newest()
+        if files is None:
+            raise CheckpointError(f"{source.location} has no checkpoint that verifies to copy")
+        state = saved_state(
+            files.name.nimg,
+            files.state(),
+            {**files.meta, **meta, "copied_from": source.where(files.name)},
+            history=history,
+            metrics=source.metrics(files.name),
+        )
+        attempt, _ = self.claim(self.newest)
+        return files.name, self.write(attempt, state)
 
     def prune(
         self, attempt: Attempt, retention: Retention, healthy_nimg: int | None = None

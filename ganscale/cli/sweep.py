@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 
 from ganscale.cli.app import app, stderr_console
 
 if TYPE_CHECKING:
-    from ganscale.launch.sweep_book import Book
+    from ganscale.config.sweep import Sweep
+    from ganscale.launch.sweep_status import TrialStatus
 
 __all__: list[str] = []
 
@@ -32,33 +36,53 @@ def sweep(
     checked = Sweep.load(file)
     check_environment(checked.base.tracking.wandb)
     if dry_run:
-        from ganscale.launch.sweep_table import settings_text
-
         for trial in checked.trials():
-            typer.echo(f"{trial.name}  {settings_text(checked, trial.values)}")
+            typer.echo("  ".join([trial.name, *_words(checked.settings(trial.values))]))
         return
+    from rich.console import Console
+
     from ganscale.launch.signals import EXIT_CODES
     from ganscale.launch.sweep import run_sweep
+    from ganscale.launch.sweep_table import sweep_table
 
-    book, stopped = run_sweep(checked, stderr_console())
-    _print_standings(book)
+    statuses, stopped = run_sweep(checked, stderr_console())
+    # Wide, so that nothing is cut off where the output is read by another program.
+    width = None if Console().is_terminal else 10_000
+    Console(width=width).print(sweep_table(checked, statuses))
+    for status in statuses:
+        if status.message:
+            typer.echo(f"{status.name}: {status.message}")
+    if command := _best_command(checked, statuses):
+        typer.echo(f"best: {command}")
     if stopped:
         typer.echo(f"stopped; to go on: ganscale sweep {file}")
         raise typer.Exit(EXIT_CODES[stopped])
-    if book.unfinished:
+    if not all(status.is_over for status in statuses):
         raise typer.Exit(1)
 
 
-def _print_standings(book: Book) -> None:
-    from rich.console import Console
+def _best_command(sweep: Sweep, statuses: Sequence[TrialStatus]) -> str | None:
+    """The command that trains as the best trial did, or goes on with it; None without reports.
 
-    from ganscale.launch.sweep_table import best_command, sweep_table
+    Values of a population's trial have changed on its way, so there is no command that repeats it.
+    """
+    from ganscale.launch.sweep_table import ranked
 
-    # Wide, so that nothing is cut off where the output is read by another program.
-    Console(width=10_000 if not Console().is_terminal else None).print(sweep_table(book))
-    for standing in book.standings.values():
-        if standing.message:
-            typer.echo(f"{standing.name}: {standing.message}")
-    command = best_command(book)
-    if command is not None:
-        typer.echo(f"best: {command}")
+    best = ranked(sweep, statuses)[0]
+    if best.score is None:
+        return None
+    if sweep.file.scheduler.name == "pbt":
+        total = 2 * sweep.base.training.total_kimg
+        return f"ganscale resume {sweep.root / best.name} training.total_kimg={total:g}"
+    words = _words({**sweep.file.overrides, **sweep.settings(best.values)})
+    command = ["ganscale", "train", "--config", sweep.source, f"name={best.name}-again", *words]
+    return shlex.join(command)
+
+
+def _words(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as they are given on the command line, in YAML on one line."""
+    words = []
+    for name, value in settings.items():
+        text = yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False)
+        words.append(f"{name}=" + text.removesuffix("...\n").strip())
+    return words

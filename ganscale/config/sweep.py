@@ -7,6 +7,7 @@ later, is the alternative. Neither torch nor Ray is imported here.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from ganscale.config.loading import load_config, read_yaml
 from ganscale.config.messages import explain, unknown_field
 from ganscale.config.run import Config, field_names
 from ganscale.config.schedule import Schedule
-from ganscale.config.search_space import Domain, drawn, generator_for
+from ganscale.config.search_space import Domain, drawn
 from ganscale.config.section import Section
 from ganscale.config.sections import refuse_old_metric
 from ganscale.errors import ConfigError
@@ -94,7 +95,7 @@ class SweepFile(Section):
     seed: int = Field(0, ge=0)
     """Decides what is drawn."""
     max_concurrent: int | None = Field(None, ge=1)
-    """Trials at once; null is as many as there is room for."""
+    """Trials at once; null is as many as there is room for, which a population always takes."""
 
     @model_validator(mode="before")
     @classmethod
@@ -207,17 +208,13 @@ class Sweep:
             places["checkpoint.location"] = f"{location.rstrip('/')}/{self.file.name}"
         return self.base.with_changes({**self.settings(values), **places})
 
-    def explored(self, values: Mapping[str, Any], kimg: float, number: int) -> dict[str, Any]:
-        """What a trial makes of values that it has copied; a function of seed, position, trial."""
+    def explored(self, values: Mapping[str, Any], generator: random.Random) -> dict[str, Any]:
+        """What a trial of a population makes of values that it has copied."""
         population = self.file.scheduler
         assert isinstance(population, Population)
+        factors, resample = population.factors, population.resample
         return {
-            name: domain.explored(
-                values[name],
-                population.factors,
-                population.resample,
-                generator_for(self.file.seed, "explore", float(kimg), number, name),
-            )
+            name: domain.explored(values[name], factors, resample, generator)
             for name, domain in self.file.search.items()
         }
 
@@ -287,6 +284,11 @@ class Sweep:
                 yield _between("scheduler.interval_kimg", scheduler.interval_kimg, every, total)
             if file.num_trials < 2:
                 yield "a population needs two trials at least"
+            if file.max_concurrent is not None:
+                yield (
+                    "max_concurrent: leave it out of a population, whose trials take turns where "
+                    "there is no room for all; launch.cpus_per_worker says how much one takes"
+                )
 
 
 def _between(name: str, value: float, every: float, total: float) -> str:

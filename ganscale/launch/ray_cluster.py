@@ -20,6 +20,7 @@ from ganscale.errors import ConfigError, GanscaleError
 __all__ = [
     "cluster",
     "num_fitting",
+    "num_workers_fitting",
     "require_capacity",
     "resources_text",
     "started_early",
@@ -160,6 +161,12 @@ def num_fitting(takes: Mapping[str, float], nodes: Iterable[Mapping[str, float]]
     )
 
 
+def num_workers_fitting(config: Config) -> int:
+    """How many workers of a run fit on the cluster as it is now, if nothing else ran there."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return num_fitting(worker_takes(config), nodes)
+
+
 def require_capacity(config: Config) -> None:
     """Raise `ConfigError` if the run does not fit on a Ray that cannot grow, however long it waits.
 
@@ -167,7 +174,7 @@ def require_capacity(config: Config) -> None:
     """
     takes, launch = worker_takes(config), config.launch
     there = ray.cluster_resources()
-    fitting = num_fitting(takes, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    fitting = num_workers_fitting(config)
     if fitting >= launch.min_workers:
         return
     wanted = {kind: amount * launch.min_workers for kind, amount in takes.items()}

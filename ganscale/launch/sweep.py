@@ -1,8 +1,8 @@
-"""Run a sweep on Ray Tune: trials are runs in the sweep's folder, the book says how each stands.
+"""Run a sweep on Ray Tune: its trials are runs in the sweep's folder.
 
-Tune starts the trials' actors, waits for room, and asks its schedulers. A new Tune experiment is
-made each time the sweep is started, of the trials that are not over; what Tune has stored of an
-earlier one is never read.
+Each start makes a new Tune experiment of the trials that are not over, whose runs go on from their
+newest checkpoints. What Tune has stored of an earlier one is never read: it is written in place, so
+a kill may cut it short, and it lacks what the schedulers know.
 """
 
 from __future__ import annotations
@@ -11,258 +11,237 @@ import math
 import os
 import secrets
 import shutil
-import threading
+import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import ray
 from ray import tune
+from ray.tune import schedulers
 from rich.console import Console
 
-from ganscale.config.sweep import Population, Sweep
-from ganscale.errors import ConfigError, GanscaleError
+from ganscale.config.search_space import generator_for
+from ganscale.config.sweep import Asha, Population, Sweep
+from ganscale.errors import GanscaleError
 from ganscale.launch.driver_actor import Messages, start_driver_actor
-from ganscale.launch.ray_cluster import cluster
+from ganscale.launch.ray_cluster import cluster, num_workers_fitting, require_capacity
 from ganscale.launch.secrets import NAMES_VARIABLE, for_workers
 from ganscale.launch.signals import stopping_on_signals
 from ganscale.launch.start import settled
-from ganscale.launch.sweep_book import Book
-from ganscale.launch.sweep_schedulers import finish_copies, scheduler_for, trial_name
-from ganscale.launch.sweep_table import SweepDisplay
-from ganscale.launch.sweep_trial import Surroundings, TrialActor
+from ganscale.launch.sweep_status import TrialStatus, copy_trial, read_status
+from ganscale.launch.sweep_table import displayed
+from ganscale.launch.sweep_trial import SweepTrial
+from ganscale.run_directory import RunDirectory
+from ganscale.tracking.sinks import EventLog
 from ganscale.tracking.wandb_sink import variables
 from ganscale.training.stopping import StopRequest
 
 __all__ = ["run_sweep"]
 
-# Read by Tune: no files of its own that nobody reads, no opinions on standard error.
+# Read by Tune: no files that nobody reads, no signal handlers, no other output.
 _TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "100000000",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "100000000",
-    "TUNE_WARN_THRESHOLD_S": "100000000",
 }
-_POLL_SECONDS = 0.3
-_HEAD = "node:__internal_head__"
-"""A resource that each cluster has one of, and shares in any parts."""
-_MAX_GROUPS = 25
-"""That can share it."""
 
 
-def run_sweep(sweep: Sweep, console: Console) -> tuple[Book, str]:
-    """Run the trials that are not over, and wait; returns the standings, and why it was stopped.
+def run_sweep(sweep: Sweep, console: Console) -> tuple[list[TrialStatus], str]:
+    """Run the trials that are not over, and wait; returns how all trials stand, and why the sweep
+    was stopped, empty if it was not.
 
-    SIGTERM and Ctrl-C end it early, with a checkpoint of each trial.
+    SIGTERM and Ctrl-C end it early, with a checkpoint of each trial. Raises `ConfigError` if the
+    sweep's folder holds runs with other settings, `GanscaleError` if Tune itself fails.
     """
     sweep = replace(sweep, base=settled(sweep.base, console))
-    book = Book(sweep)
-    book.open()
-    stop = StopRequest()
-    launch = sweep.base.launch
-    for name, value in _environment(launch):
+    statuses = [read_status(sweep, trial) for trial in sweep.trials()]
+    if all(status.is_over for status in statuses):
+        return statuses, ""
+    stop, launch = StopRequest(), sweep.base.launch
+    for name, value in _TUNE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    shutil.rmtree(_tune_folder(book), ignore_errors=True)
-    try:
-        finish_copies(book)
-        if not book.unfinished:
-            return book, ""
-        # In this order: Ray replaces the handlers of signals when it starts.
-        with (
-            cluster(launch.ray_address) as is_joined,
-            stopping_on_signals(stop, launch.grace_seconds),
-            SweepDisplay(book, console) as display,
-        ):
-            _fit(book, stop, display.refresh, is_joined=is_joined)
-    finally:
-        book.close()
-        shutil.rmtree(_tune_folder(book), ignore_errors=True)
-    return book, stop.reason
+    # In this order: Ray replaces the handlers of signals when it starts.
+    with (
+        cluster(launch.ray_address) as is_joined,
+        stopping_on_signals(stop, launch.grace_seconds),
+        displayed(sweep, statuses, console) as report,
+    ):
+        if not is_joined:
+            require_capacity(sweep.base)
+        while not _Experiment(sweep, statuses, stop, report).run():
+            pass
+    return statuses, stop.reason
 
 
-def _tune_folder(book: Book) -> Path:
-    return book.sweep.root / "ray"
+class _Experiment(tune.Callback, tune.Stopper):  # type: ignore[misc]
+    """Tune runs the trials that are neither over nor failed, and tells this object of it."""
 
+    def __init__(
+        self,
+        sweep: Sweep,
+        statuses: list[TrialStatus],
+        stop: StopRequest,
+        report: Callable[[TrialStatus], None],
+    ) -> None:
+        self._sweep, self._stop, self._report = sweep, stop, report
+        self._statuses = {status.name: status for status in statuses}
+        self._trials = [s for s in statuses if not s.is_over and s.state != "failed"]
+        self._behind = min(status.kimg for status in self._trials)
+        self._is_population = isinstance(sweep.file.scheduler, Population)
+        given = for_workers()
+        actor = start_driver_actor(sweep.root, {**given, NAMES_VARIABLE: ",".join(given)})
+        self._messages = Messages(actor, secrets.token_hex(8))
+        self._scheduler = self._make_scheduler()
 
-def _environment(launch: Any) -> list[tuple[str, str]]:
-    seconds = str(math.ceil(launch.grace_seconds) + 30)
-    return [*_TUNE_ENVIRONMENT.items(), ("TUNE_FORCE_TRIAL_CLEANUP_S", seconds)]
-
-
-def _fit(book: Book, stop: StopRequest, changed: Callable[[str], None], *, is_joined: bool) -> None:
-    """Let Tune run the trials; meanwhile pass on `stop`."""
-    messages = _messages(book.sweep.root)
-    options = _options(book, messages, stop, changed, is_joined=is_joined)
-    problem: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            tune.run(**options)
-        except BaseException as error:
-            problem.append(error)
-
-    # Not in the main thread, where Tune would replace our signal handlers by its own.
-    thread = threading.Thread(target=fit, name="tune", daemon=True)
-    thread.start()
-    passed_on = ""
-    while thread.is_alive():
-        thread.join(_POLL_SECONDS)
-        if stop.reason != passed_on:
-            passed_on = stop.reason
-            messages.put("stop", passed_on)
-    if problem:
-        text = " ".join(str(problem[0]).split())[:300]
-        raise GanscaleError(f"the sweep failed: {text}") from problem[0]
-
-
-def _options(
-    book: Book,
-    messages: Messages,
-    stop: StopRequest,
-    changed: Callable[[str], None],
-    *,
-    is_joined: bool,
-) -> dict[str, Any]:
-    """What Tune is to run: `tune.run`, as `Tuner` pickles all that it is given."""
-    sweep = book.sweep
-    file, launch = sweep.file, sweep.base.launch
-    is_population = isinstance(file.scheduler, Population)
-    around = Surroundings(sweep, messages, variables(), is_joined)
-    trials = [
-        {
-            "name": s.name,
-            "values": s.values,
-            # A population's trials tell again what the round that was cut off has to know.
-            "after_kimg": book.round_kimg if is_population else s.kimg,
-        }
-        for s in book.unfinished
-    ]
-    actor = tune.with_parameters(TrialActor, surroundings=around)
-    by_head = _limited_by_head(sweep, is_joined=is_joined)
-    return {
-        "run_or_experiment": tune.with_resources(actor, _resources(sweep, limited_by_head=by_head)),
-        "name": messages.group,
-        "storage_path": str(_tune_folder(book)),
-        "config": {"trial": tune.grid_search(trials)},
-        "scheduler": scheduler_for(book),
-        "max_concurrent_trials": None if is_population or by_head else file.max_concurrent,
-        "reuse_actors": True,
-        "stop": _Stopper(stop),
-        "max_failures": launch.max_failures,
-        "raise_on_failed_trial": False,
-        "callbacks": [_Scribe(book, changed)],
-        "trial_dirname_creator": trial_name,
-        "verbose": 0,
-    }
-
-
-def _messages(root: Path) -> Messages:
-    """What this host and the trials say to each other; it hands out secrets as well."""
-    given = for_workers()
-    secret = {**given, NAMES_VARIABLE: ",".join(given)} if given else {}
-    return Messages(start_driver_actor(root, secret), secrets.token_hex(8))
-
-
-def _limited_by_head(sweep: Sweep, *, is_joined: bool) -> bool:
-    """Whether trials take parts of the head's resource, so that no more than wanted run at once.
-
-    Trials that start groups of workers take nothing else. Tune's own limit counts trials that wait
-    for others, so a population would never be complete; its trials of one worker are held to the
-    head's host only where there is no other.
-    """
-    file, is_group = sweep.file, sweep.base.launch.max_workers > 1
-    is_population = isinstance(file.scheduler, Population)
-    if is_population and file.max_concurrent and is_joined and not is_group:
-        raise ConfigError(
-            "max_concurrent holds a population's trials to the head's host: leave it out on a "
-            "cluster, which starts as many trials as it has room for"
+    def run(self) -> bool:
+        """Returns False if trials are left for another experiment: Tune would let a population wait
+        for ever for a member that has failed, so the others go on without it."""
+        sweep, launch, folder = self._sweep, self._sweep.base.launch, self._sweep.root / "ray"
+        resources = {"cpu": launch.cpus_per_worker, "gpu": float(launch.use_gpu)}
+        limit = sweep.file.max_concurrent
+        if launch.max_workers > 1:
+            # Groups of workers reserve their own places, and Tune wants a trial to take something.
+            # A population has no limit, as Tune would count the trials that wait for others.
+            resources, room = {"memory": 1.0}, num_workers_fitting(sweep.base) // launch.min_workers
+            limit = None if self._is_population else limit or max(1, room)
+        env = {"WANDB_RUN_GROUP": sweep.file.name, **variables()}
+        trainable = tune.with_parameters(SweepTrial, sweep=sweep, messages=self._messages, env=env)
+        trials = [{"name": s.name, "values": s.values, "kimg": s.kimg} for s in self._trials]
+        for trial in trials if self._is_population else ():
+            trial["kimg"] = self._behind  # for a round that some have reached and not all
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, resources),
+            param_space={"trial": tune.grid_search(trials)},
+            tune_config=tune.TuneConfig(
+                scheduler=self._scheduler,
+                max_concurrent_trials=limit,
+                reuse_actors=True,
+                trial_name_creator=lambda trial: trial.config["trial"]["name"],
+                trial_dirname_creator=str,
+            ),
+            run_config=tune.RunConfig(
+                name=self._messages.group,
+                storage_path=str(folder),
+                stop=self,
+                callbacks=[self],
+                failure_config=tune.FailureConfig(max_failures=launch.max_failures),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                verbose=0,
+            ),
         )
-    return is_group or bool(is_population and file.max_concurrent)
+        try:
+            tuner.fit()
+        except Exception as error:
+            raise GanscaleError(f"Ray Tune: {' '.join(str(error).split())[-300:]}") from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        left = [s for s in self._trials if not s.is_over and s.state != "failed"]
+        for status in left:
+            status.state = "interrupted" if status.kimg else "waiting"
+        return not left or bool(self._stop.reason)
 
-
-def _resources(sweep: Sweep, *, limited_by_head: bool) -> dict[str, float]:
-    """What Tune reserves for a trial; groups of workers reserve their own places."""
-    launch, resources = sweep.base.launch, {"CPU": 0.0}
-    if launch.max_workers == 1:
-        resources = {"CPU": launch.cpus_per_worker}
-        if launch.use_gpu:
-            resources["GPU"] = 1.0
-    if limited_by_head:
-        # One more does not fit, and what is left is enough for Ray Train, which takes a thousandth
-        # of it for each group.
-        resources[_HEAD] = math.floor(10_000 / (_at_once(sweep) + 0.9)) / 10_000
-    return resources
-
-
-def _at_once(sweep: Sweep) -> int:
-    """How many trials may run: as wanted, else as many groups as there is room for."""
-    if sweep.file.max_concurrent is not None:
-        return min(sweep.file.max_concurrent, _MAX_GROUPS)
-    launch, there = sweep.base.launch, ray.cluster_resources()
-    fits = there.get("CPU", 0.0) / launch.cpus_per_worker
-    if launch.use_gpu:
-        fits = min(fits, there.get("GPU", 0.0))
-    return min(max(1, int(fits / launch.min_workers + 1e-6)), _MAX_GROUPS)
-
-
-class _Stopper(tune.Stopper):  # type: ignore[misc]
-    """Ends the sweep when it is asked to."""
-
-    def __init__(self, stop: StopRequest) -> None:
-        self._stop = stop
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (object, ())  # Tune pickles it into a file that is never read here
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """No result ends a trial here."""
-        return False
+        """Whether a result ends its trial: in halving, one that is not finite."""
+        return isinstance(self._sweep.file.scheduler, Asha) and math.isnan(result["score"])
 
     def stop_all(self) -> bool:
-        """Whether all trials are to end."""
-        return bool(self._stop.reason)
+        """Whether to end; by then all trials that were training have written a checkpoint."""
+        has_lost_member = self._is_population and any(s.state == "failed" for s in self._trials)
+        if not (self._stop.reason or has_lost_member):
+            return False
+        # Tune kills a trial that takes some seconds to end, so it hears of the stop last. Its loop
+        # waits here meanwhile, and starts no trial that has been waiting for room.
+        self._messages.put("stop", True)
+        deadline = time.monotonic() + self._sweep.base.launch.grace_seconds
+        running = [status for status in self._trials if status.state == "running"]
+        while any(self._messages.get(s.name) for s in running) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return True
+
+    def on_trial_start(self, trial: Any, **_: Any) -> None:
+        self._statuses[str(trial)].state = "running"
+        if not self._is_population:
+            _repeat(self._scheduler, trial, self._statuses[str(trial)])
+
+    def on_trial_result(self, trial: Any, result: dict[str, Any], **_: Any) -> None:
+        """A result, after the scheduler has decided: `done` without a state is a stop."""
+        status = self._statuses[str(trial)]
+        status.state = result["state"] or ("stopped" if result["done"] else "running")
+        status.message = result["message"]
+        if status.state not in ("failed", "interrupted"):
+            status.kimg = result["kimg"]
+            status.score = result["score"] if math.isfinite(result["score"]) else None
+        if status.state == "stopped":
+            with closing(EventLog(RunDirectory(self._sweep.root / status.name).events)) as log:
+                log.write("sweep_stop", kimg=status.kimg, score=status.score)
+        self._report(status)
+
+    def on_trial_save(self, trial: Any, **_: Any) -> None:
+        """The trial waits for the others of its population."""
+        self._statuses[str(trial)].state = "paused"
+
+    def on_trial_error(self, trial: Any, **_: Any) -> None:
+        """The trial's process has failed more often than it may."""
+        status = self._statuses[str(trial)]
+        error = Path(trial.error_file).read_text(encoding="utf-8")
+        status.state, status.message = "failed", error.strip().splitlines()[-1]
+        self._report(status)
+
+    def on_step_end(self, trials: list[Any], **_: Any) -> None:
+        """Make the copies of a population. Its scheduler has just given a trial the configuration
+        of the one that it is to copy; no trial trains, and none is started meanwhile."""
+        for trial in trials:
+            settings, target = trial.config["trial"], self._statuses[str(trial)]
+            if settings["name"] != target.name:
+                source = self._statuses[settings["name"]]
+                copy_trial(self._sweep, source, target, settings["values"])
+                trial.set_config({"trial": {**settings, "name": target.name}})
+
+    def _make_scheduler(self) -> schedulers.TrialScheduler:
+        """Halving compares with trials that are over, too; a population has no round twice."""
+        sweep, settings = self._sweep, self._sweep.file.scheduler
+        compared = {"time_attr": "nimg", "metric": "score", "mode": sweep.file.mode}
+        if isinstance(settings, Asha):
+            asha = schedulers.ASHAScheduler(
+                **compared,
+                max_t=round(1000 * sweep.base.training.total_kimg),
+                grace_period=round(1000 * settings.grace_kimg),
+                reduction_factor=settings.reduction,
+            )
+            for status in self._statuses.values():
+                if status.is_over:
+                    _repeat(asha, SimpleNamespace(trial_id=status.name), status)
+            return asha
+        if not isinstance(settings, Population):
+            return schedulers.FIFOScheduler()
+        behind, interval = round(1000 * self._behind), round(1000 * settings.interval_kimg)
+        generator = generator_for(sweep.file.seed, "explore", behind)
+
+        def explore(config: dict[str, Any]) -> dict[str, Any]:
+            trial = config["trial"]
+            return {"trial": {**trial, "values": sweep.explored(trial["values"], generator)}}
+
+        return schedulers.PopulationBasedTraining(
+            **compared,
+            perturbation_interval=interval,
+            burn_in_period=(behind // interval + 1) * interval,
+            quantile_fraction=settings.quantile,
+            custom_explore_fn=explore,  # Tune's own knows neither bounds nor whole numbers
+            log_config=False,
+            synch=True,  # metrics of GANs at different positions do not compare
+        )
 
 
-class _Scribe(tune.Callback):  # type: ignore[misc]
-    """Writes into the book what Tune hears, and tells the display."""
-
-    def __init__(self, book: Book, changed: Callable[[str], None]) -> None:
-        self._book = book
-        self._changed = changed
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """A trial's actor begins."""
-        self._book.started(trial_name(trial))
-        self._changed("")
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
-    ) -> None:
-        """A result, with what the scheduler made of it: `done` without an end is a stop."""
-        name, state = trial_name(trial), result["state"]
-        if state in ("failed", "interrupted"):
-            self._book.ended(name, state, result["message"])
-        else:
-            state = state or ("stopped" if result["done"] else "running")
-            score = result["score"] if math.isfinite(result["score"]) else None
-            if not self._book.result(name, result["kimg"], score, state):
-                return
-        self._changed(name)
-
-    def on_trial_save(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """A trial waits for the others of its population."""
-        self._book.paused(trial_name(trial))
-        self._changed("")
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """A trial failed more often than it may."""
-        name = trial_name(trial)
-        self._book.ended(name, "failed", _last_line(trial.error_file))
-        self._changed(name)
-
-
-def _last_line(file: str | None) -> str:
-    """What an error file of Tune's ends with, which is the error itself."""
-    lines = Path(file).read_text(encoding="utf-8").splitlines() if file else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "its process died")
+def _repeat(scheduler: schedulers.TrialScheduler, trial: Any, status: TrialStatus) -> None:
+    """Tell halving what a trial has reported before; what it decided then stays decided."""
+    scheduler.on_trial_add(None, trial)
+    for kimg, score in status.known:
+        if score is not None:
+            scheduler.on_trial_result(None, trial, {"nimg": round(1000 * kimg), "score": score})

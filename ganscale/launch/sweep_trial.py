@@ -1,228 +1,150 @@
-"""A trial as Ray Tune runs it: an actor that trains a run and reports its rows.
+"""A trial as Ray Tune runs it: an actor that trains a run and reports the rows with the metric.
 
-It trains by the function that `ganscale train` calls, in a thread of the actor, or as a group of
-Ray Train workers that this thread starts. What it reports it reads from the run's own files, so a
-trial that was cut off reports first what its checkpoints hold, and trains only when Tune wants to
-hear more. Tune's checkpoints of it hold nothing but the position that it has reported.
+Training runs in a thread of the actor, by the function that `ganscale train` calls, or in a group
+of Ray Train workers that the thread starts; what is reported is read from the run's files. It is a
+class and not a function, because Tune tells only a class that it is being stopped, and waits until
+the run's checkpoint is durable.
 """
 
 from __future__ import annotations
 
+import math
 import os
-import re
 import threading
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import RayError
 
-from ganscale.checkpoint import CheckpointStore
+from ganscale.atomic_files import write_text
 from ganscale.config import Config
-from ganscale.config.sweep import Sweep
+from ganscale.config.sweep import Population, Sweep
 from ganscale.errors import GanscaleError
 from ganscale.launch.driver_actor import Messages
 from ganscale.launch.local import train_here
 from ganscale.launch.ray_metrics import RayMetrics
 from ganscale.launch.ray_train import train_in_groups
 from ganscale.launch.start import run_session, supervisor_of
+from ganscale.launch.sweep_status import Reports, reports, resume_point
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.console import stderr_console
-from ganscale.tracking.history import History
 from ganscale.tracking.logs import to_stderr
 from ganscale.training.stopping import StopRequest, TrainResult
 from ganscale.world import World
 
-__all__ = ["GROUP_VARIABLE", "Surroundings", "TrialActor", "durable_reports", "reports", "value_of"]
-
-GROUP_VARIABLE = "WANDB_RUN_GROUP"
-_POLL_SECONDS = 0.2
-_FID = re.compile(r"metrics/(fid|fd_(?!infinity|per_class)\w+)")
+__all__ = ["SweepTrial"]
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """What all trials of a sweep share."""
+class SweepTrial(tune.Trainable):  # type: ignore[misc]
+    """One trial; its configuration is `{"trial": {"name": ..., "values": ..., "kimg": ...}}`.
 
-    sweep: Sweep
-    messages: Messages
-    """With the driver, which asks them to stop and hands out secrets."""
-    variables: dict[str, str]
-    """W&B's, of the driver's environment."""
-    is_joined: bool
-    """Whether the cluster was there before."""
-
-
-def reports(
-    sweep: Sweep, config: Config, *, after_kimg: float, first_attempt: int = 0
-) -> list[tuple[float, float | None]]:
-    """(kimg, metric) of a run's rows behind `after_kimg`, in order, of `first_attempt` and later.
-
-    Positions are whole multiples of the distance between values, so that those of different trials
-    can be compared, whatever the batch; the end of the run is the last.
+    It reports what comes after `kimg`. Tune's checkpoints of it hold that position and nothing
+    else, as the run has its own checkpoints.
     """
-    every, end = sweep.every_kimg, config.training.total_kimg
-    found: dict[float, float | None] = {}
-    for row in History.read(RunDirectory(config.run_dir)).rows:
-        column = value_of(sweep.file.metric, row)
-        if column is not None and row["attempt"] >= first_attempt:
-            kimg = round(row["nimg"] // round(1000 * every) * every, 6)
-            found.setdefault(end if row["nimg"] >= config.total_nimg else kimg, row[column])
-    return [(kimg, value) for kimg, value in sorted(found.items()) if kimg > after_kimg]
 
+    def setup(self, config: Any, sweep: Sweep, messages: Messages, env: Any) -> None:
+        """Take up a trial, without training yet.
 
-def durable_reports(
-    sweep: Sweep, config: Config, *, after_kimg: float
-) -> list[tuple[float, float | None]]:
-    """Those that the run's checkpoints hold: nothing that is trained again replaces them."""
-    store = CheckpointStore(config.checkpoints)
-    reached = next((name.nimg for name in store.lineage() if store.verify(name) is None), -1)
-    return [r for r in reports(sweep, config, after_kimg=after_kimg) if 1000 * r[0] <= reached]
-
-
-def value_of(metric: str, row: Mapping[str, Any]) -> str | None:
-    """The column of a row that has the metric; None if it was not measured."""
-    if metric != "fid":
-        return metric if metric in row else None
-    return next((name for name in row if _FID.fullmatch(name)), None)
-
-
-class TrialActor(tune.Trainable):  # type: ignore[misc]
-    """One trial, described by `{"trial": {"name": ..., "values": ..., "after_kimg": ...}}`."""
-
-    def setup(self, config: dict[str, Any], surroundings: Surroundings) -> None:
-        """Take up the trial, without training yet."""
-        self._around, sweep = surroundings, surroundings.sweep
-        self._training: _Training | None = None
-        self._reports: list[tuple[float, float | None]] = []
-        os.environ.update(surroundings.variables)
-        os.environ.setdefault(GROUP_VARIABLE, sweep.file.name)
-        os.environ.update(ray.get(surroundings.messages.actor.secrets.remote()))
-        self._become(config)
+        In `messages` the sweep's process leaves `stop`, and a trial True under its name while it
+        trains; `env` is for this process's environment.
+        """
+        self._sweep, self._messages = sweep, messages
+        self._thread: threading.Thread | None = None
+        os.environ.update({**env, **ray.get(messages.actor.secrets.remote())})
+        self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Become another trial, in the same process."""
+        """Become another trial, or the same one with other values, in the same process."""
         self.cleanup()
-        self._become(new_config)
+        trial = new_config["trial"]
+        self._config = self._sweep.config(trial["name"], trial["values"])
+        self._run_dir = RunDirectory(self._config.run_dir)
+        self._reported = trial["kimg"]
+        if isinstance(self._sweep.file.scheduler, Population) and self._run_dir.config.is_file():
+            # A run is resumed with the settings that it has, and those of a population change.
+            write_text(self._run_dir.config, self._config.to_yaml())
         return True
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next value of the metric; starts to train when all are reported."""
+        """Wait for the next report, or for the end of the run."""
+        if self._thread is None:
+            self._stop, self._resume_point = StopRequest(), resume_point(self._config)
+            self._error: BaseException | None = None
+            self._is_done, self._read_bytes = False, -1
+            self._reports: Reports = []
+            self._thread = threading.Thread(target=self._train, name="training", daemon=True)
+            self._thread.start()
         while True:
-            if self._reports:
-                return self._report(*self._reports.pop(0))
-            training = self._begun()
-            is_over = training.join(_POLL_SECONDS)
-            if not is_over and self._around.messages.get("stop"):
-                training.halt()
-                is_over = True
-            self._take_in(training, is_over=is_over)
-            if is_over and not self._reports:
-                return self._ended(training)
+            self._thread.join(0.2)
+            if self._messages.get("stop"):
+                self._stop.reason = "terminated"
+            is_over = not self._thread.is_alive()
+            size = self._run_dir.metrics.stat().st_size if self._run_dir.metrics.is_file() else 0
+            if size != self._read_bytes:  # the file of a long run is large
+                self._reports = reports(self._sweep, self._config, *self._resume_point)
+                self._read_bytes = size
+            for kimg, score in self._reports:
+                is_last = kimg >= self._config.training.total_kimg
+                # The last one waits for the final checkpoint.
+                if kimg > self._reported and (self._is_done or not is_last):
+                    self._reported = kimg
+                    return self._result("finished" if is_last else "", score)
+            if is_over and self._is_done:
+                file, metric = self._run_dir.metrics, self._sweep.file.metric
+                self._error = GanscaleError(f"no row of {file} has {metric} at the end")
+            if is_over and isinstance(self._error, GanscaleError):
+                # It would recur, so Tune is not to start the trial again.
+                return self._result("failed", message=str(self._error))
+            if is_over and self._error is not None:
+                raise self._error
+            if is_over:
+                return self._result("interrupted")
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Stop training, with a checkpoint of ours that the trial goes on from."""
+        """Stop training, with a checkpoint of the run that the trial goes on from."""
         self.cleanup()
-        return {"reported": self._reported}
+        return {"kimg": self._reported}
 
     def load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on behind what was reported."""
-        self._reported = checkpoint["reported"]
-        self._reports = [report for report in self._reports if report[0] > self._reported]
+        """Go on behind what was reported, by this trial or by the one that it has copied."""
+        self._reported = checkpoint["kimg"]
 
     def cleanup(self) -> None:
-        """Stop training; the checkpoint is durable when this returns."""
-        if self._training is not None:
-            self._training.halt()
-            self._training = None
+        """Stop training; the run's checkpoint is durable when this returns."""
+        if self._thread is not None:
+            self._stop.reason = "terminated"
+            self._thread.join(self._config.launch.grace_seconds)
+            if self._thread.is_alive():
+                os._exit(1)  # Tune starts the trial again, from its newest checkpoint
+            self._thread = None
 
-    def _become(self, config: dict[str, Any]) -> None:
-        trial, sweep = config["trial"], self._around.sweep
-        self._config = sweep.config(trial["name"], trial["values"])
-        self._reported = float(trial["after_kimg"])
-        self._reports = durable_reports(sweep, self._config, after_kimg=self._reported)
+    def _result(self, state: str, score: float | None = None, message: str = "") -> dict[str, Any]:
+        """What Tune hears; its schedulers compare `score` at `nimg`."""
+        file, nimg = self._sweep.file, round(1000 * self._reported)
+        if score is None:
+            # A population would leave out a trial without a number instead of replacing it, and
+            # ASHA's percentiles do not survive an infinity.
+            worst = math.inf if file.mode == "min" else -math.inf
+            score = worst if isinstance(file.scheduler, Population) else math.nan
+        outcome = {"done": bool(state), "state": state, "message": message}
+        return {"nimg": nimg, "kimg": self._reported, "score": score, **outcome}
 
-    def _begun(self) -> _Training:
-        if self._training is None:
-            self._training = _Training(self._config, is_joined=self._around.is_joined)
-        return self._training
-
-    def _take_in(self, training: _Training, *, is_over: bool) -> None:
-        """Look for rows that the run has written since; its last one only when it has ended."""
-        metrics = RunDirectory(self._config.run_dir).metrics
-        size = metrics.stat().st_size if metrics.is_file() else 0
-        if size == training.seen_bytes and not is_over:
-            return
-        training.seen_bytes = size
-        end = self._config.training.total_kimg
-        found = reports(
-            self._around.sweep,
-            self._config,
-            after_kimg=self._reported,
-            first_attempt=training.first_attempt,
-        )
-        self._reports = [(kimg, value) for kimg, value in found if kimg < end or is_over]
-
-    def _report(self, kimg: float, value: float | None) -> dict[str, Any]:
-        self._reported = kimg
-        is_last = kimg >= self._config.training.total_kimg
-        number = float("nan") if value is None else value
-        state = "finished" if is_last else ""
-        return {"kimg": kimg, "score": number, "done": is_last, "state": state, "message": ""}
-
-    def _ended(self, training: _Training) -> dict[str, Any]:
-        """What became of a run that reports nothing more."""
-        outcome = training.outcome
-        if isinstance(outcome, TrainResult) and outcome.reason:
-            return {"done": True, "state": "interrupted", "message": ""}
-        if isinstance(outcome, TrainResult):
-            metric = self._around.sweep.file.metric
-            message = f"no row of {self._config.run_dir}/metrics.jsonl has {metric} at the end"
-            return {"done": True, "state": "failed", "message": message}
-        if isinstance(outcome, GanscaleError):
-            return {"done": True, "state": "failed", "message": str(outcome)}
-        raise outcome
-
-
-class _Training:
-    """A run that trains in a thread of this process."""
-
-    def __init__(self, config: Config, *, is_joined: bool) -> None:
-        self.outcome: TrainResult | BaseException = TrainResult(0)
-        self.seen_bytes = -1
-        """Size of metrics.jsonl when it was last looked at."""
-        attempts = CheckpointStore(config.checkpoints).attempts()
-        self.first_attempt = 1 + max((attempt.number for attempt in attempts), default=0)
-        self._config = config
-        self._is_joined = is_joined
-        self._stop = StopRequest()
-        self._thread = threading.Thread(target=self._run, name="training", daemon=True)
-        self._thread.start()
-
-    def join(self, seconds: float) -> bool:
-        """Wait for the end for at most so long; returns whether it has come."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
-
-    def halt(self) -> None:
-        """Let it write a checkpoint and end."""
-        self._stop.reason = "terminated"
-        deadline = time.monotonic() + self._config.launch.grace_seconds
-        if not self.join(max(0.0, deadline - time.monotonic())):
-            self.outcome = GanscaleError(
-                f"no end within {self._config.launch.grace_seconds:g} s (launch.grace_seconds)"
-            )
-
-    def _run(self) -> None:
+    def _train(self) -> None:
+        name = self._config.name
         try:
-            self.outcome = _train(self._config, self._stop, is_joined=self._is_joined)
+            # In this order: whoever asks all trials to stop and then looks who trains misses none.
+            self._messages.put(name, True)
+            if not self._messages.get("stop"):
+                self._is_done = not _train(self._config, self._stop).reason
         except BaseException as error:
-            self.outcome = error
+            self._error = error
+        with suppress(RayError):  # the sweep's process is gone, and this one will be
+            self._messages.put(name, False)
 
 
-def _train(config: Config, stop: StopRequest, *, is_joined: bool) -> TrainResult:
+def _train(config: Config, stop: StopRequest) -> TrainResult:
     console = stderr_console()
     # Tune runs each trial once; an actor that it has given up must not keep the next one out.
     with run_session(config, console, take_over=True) as held:
@@ -233,4 +155,5 @@ def _train(config: Config, stop: StopRequest, *, is_joined: bool) -> TrainResult
             sinks = [RayMetrics(config.name, config.total_nimg)]
             return train_here(config, world, stop, sinks, held.session)
         supervisor = supervisor_of(config, held, console)
-        return train_in_groups(config, supervisor, stop, held, is_joined=is_joined)
+        # Whether there is room at all has been found out when the sweep began.
+        return train_in_groups(config, supervisor, stop, held, is_joined=True)

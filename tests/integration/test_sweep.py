@@ -1,43 +1,56 @@
-"""Sweeps on Ray Tune: killed and started again, they end as if nothing had happened."""
+"""Sweeps on Ray Tune, on one Ray for all tests: trials are runs, and no kill loses work."""
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import statistics
-import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 
-from ganscale.checkpoint import CheckpointStore
+from ganscale.checkpoint import Attempt, CheckpointStore
+from ganscale.config import load_config
 from ganscale.config.sweep import Sweep
+from ganscale.launch.ray_cluster import cluster
 from ganscale.run_directory import RunDirectory
-from tests.conftest import MakeConfig
-from tests.support.runs import final_digest, own_ray, read_rows, start_ranks, wait_all
+from tests.conftest import MakeConfig, Verb
+from tests.support.processes import Command
+from tests.support.runs import final_digest, read_rows, start_ranks, wait_all
 
-Start = Callable[[Path], subprocess.Popen[str]]
 WriteSweep = Callable[..., Path]
 
 ASHA = {"name": "asha", "grace_kimg": 0.16, "reduction": 2}
 PBT = {"name": "pbt", "interval_kimg": 0.16, "quantile": 0.5}
 
 
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """`ganscale sweep` with a Ray of its own."""
-    with own_ray() as start_driver:
-        yield lambda file: start_driver("sweep", str(file), stdout=subprocess.PIPE)
+@pytest.fixture(scope="module")
+def ray_address() -> Iterator[str]:
+    """A Ray that this process and its children use; sweeps of this process share its workers."""
+    before = dict(os.environ)
+    # Short, as Ray makes sockets in it; and it may still be writing there.
+    with tempfile.TemporaryDirectory(prefix="gs", ignore_cleanup_errors=True) as folder:
+        os.environ["RAY_TMPDIR"] = folder
+        with cluster(None):
+            yield ray.get_runtime_context().gcs_address
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture
 def write_sweep(tmp_path: Path, make_config: MakeConfig) -> WriteSweep:
-    """A sweep file of tiny trials of 0.48 kimg, with values at 0.16, 0.32 and at the end."""
+    """A sweep file of tiny trials, with values of the metric at 0.16, 0.32 ... and at the end."""
 
-    def write(scheduler: dict[str, Any], trials: int = 4, **overrides: Any) -> Path:
+    def write(
+        scheduler: dict[str, Any], trials: int, at_once: int | None = None, **overrides: Any
+    ) -> Path:
         settings = {
             "training__total_kimg": 0.48,
             "samples__every_kimg": 0.16,
@@ -45,16 +58,16 @@ def write_sweep(tmp_path: Path, make_config: MakeConfig) -> WriteSweep:
             "launch__backend": "ray",
             **overrides,
         }
-        base = tmp_path / "base.yaml"
-        base.write_text(make_config(**settings).to_yaml())
+        (tmp_path / "base.yaml").write_text(make_config(**settings).to_yaml())
         file = tmp_path / "sweep.yaml"
         values = {
-            "name": "tiny-sweep",
+            "name": "tiny",
             "config": "base.yaml",
             "search": {"optimizer.lr": {"loguniform": [1e-4, 1e-2]}},
             "mode": "max",
             "scheduler": scheduler,
             "trials": trials,
+            "max_concurrent": at_once,
         }
         file.write_text(yaml.safe_dump(values))
         return file
@@ -62,105 +75,159 @@ def write_sweep(tmp_path: Path, make_config: MakeConfig) -> WriteSweep:
     return write
 
 
-def events(sweep: Sweep, name: str) -> list[dict[str, Any]]:
-    return [row for row in read_rows(sweep.root / "sweep.jsonl") if row["event"] == name]
+def events(sweep: Sweep, trial: str, kind: str) -> list[dict[str, Any]]:
+    rows = read_rows(RunDirectory(sweep.root / trial).events)
+    return [row for row in rows if row["event"] == kind]
 
 
-def wait(what: Callable[[], object], driver: subprocess.Popen[str], seconds: float = 600) -> None:
-    deadline = time.monotonic() + seconds
+def reached(sweep: Sweep) -> dict[str, int]:
+    """The position of each trial's newest checkpoint, of those that have one."""
+    lines = {t.name: CheckpointStore(sweep.root / t.name / "checkpoints") for t in sweep.trials()}
+    newest = {name: store.lineage()[:1] for name, store in lines.items()}
+    return {name: line[0].nimg for name, line in newest.items() if line}
+
+
+def newest_attempt(sweep: Sweep, trial: str) -> Attempt:
+    attempt = CheckpointStore(sweep.root / trial / "checkpoints").newest_attempt()
+    assert attempt is not None
+    return attempt
+
+
+def wait(what: Callable[[], object], driver: Command) -> None:
+    deadline = time.monotonic() + 240
     while not what():
         assert driver.poll() is None, driver.communicate()
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.02)
 
 
-def finish(driver: subprocess.Popen[str], code: int = 0) -> list[str]:
-    """The lines that it printed."""
-    output, errors = driver.communicate(timeout=600)
-    assert driver.returncode == code, errors
-    return output.splitlines()
+def decided_by_medians(sweep: Sweep) -> dict[str, list[str]]:
+    """State and position of each trial if it is stopped at 0.16 or 0.32 kimg when it is below the
+    median of those that have come there before it."""
+    seen: dict[int, list[float]] = {160: [], 320: []}
+    ends = {}
+    for trial in sweep.trials():
+        rows = read_rows(RunDirectory(sweep.root / trial.name).metrics)
+        ends[trial.name] = ["finished", "0.48"]
+        for nimg, before in seen.items():
+            score = next(row["metrics/diversity"] for row in rows if row["nimg"] == nimg)
+            goes_on = not before or score >= statistics.median(before)
+            before.append(score)
+            if not goes_on:
+                ends[trial.name] = ["stopped", f"{nimg / 1000:g}"]
+                break
+    return ends
 
 
-def table(lines: list[str]) -> dict[str, list[str]]:
+def table(output: str) -> dict[str, list[str]]:
     """Its rows by trial, in their order."""
-    return {line.split()[0]: line.split()[1:] for line in lines if line.startswith("tiny-sweep-")}
+    lines = [line.split() for line in output.splitlines() if re.match(r"tiny-\d+ ", line)]
+    return {line[0]: line[1:] for line in lines}
 
 
-@pytest.mark.timeout(900)  # far less on a quiet machine
-def test_halving_that_is_killed_goes_on(start: Start, write_sweep: WriteSweep) -> None:
-    """Decided by the medians, as if it had not been; trials are what `ganscale train` trains."""
-    file = write_sweep(ASHA)
+@pytest.mark.timeout(600)  # far less on a quiet machine
+def test_halving_goes_on_from_the_checkpoints_after_a_stop_and_a_kill(
+    ray_address: str, write_sweep: WriteSweep, verb: Verb
+) -> None:
+    """One trial at a time, so that halving compares each with those before it."""
+    file = write_sweep(ASHA, 3, at_once=1)
     sweep = Sweep.load(file)
-    driver = start(file)
-    wait(lambda: len(events(sweep, "result")) >= 2, driver)
-    driver.send_signal(signal.SIGKILL)
-    driver.communicate()
-    before = events(sweep, "result")
+    driver = Command("sweep", str(file), variables={"RAY_ADDRESS": ray_address})
+    wait(lambda: reached(sweep), driver)
+    driver.terminate()
+    assert driver.wait(120) == 143, driver.communicate()
+    stopped = {name: events(sweep, name, "stop") for name in reached(sweep)}
+    assert all(lines[-1]["nimg"] == reached(sweep)[name] for name, lines in stopped.items())
 
-    lines = finish(start(file))
-    after = events(sweep, "result")
-    assert after[: len(before)] == before
-    places = [(row["trial"], row["kimg"]) for row in after]
-    assert len(places) == len(set(places))  # nothing was told twice
-    rows = table(lines)
-    assert sorted(rows) == [trial.name for trial in sweep.trials()]
-    seen: list[float] = []
-    for row in (row for row in after if row["kimg"] == 0.16):
-        goes_on = not seen or row["score"] >= statistics.median(seen)
-        assert row["state"] == ("running" if goes_on else "stopped")
-        seen.append(row["score"])
+    driver = Command("sweep", str(file), variables={"RAY_ADDRESS": ray_address})
+    begun = reached(sweep)
+    wait(lambda: reached(sweep) != begun, driver)
+    (name,) = [name for name, nimg in reached(sweep).items() if nimg != begun.get(name)][:1]
+    killed = newest_attempt(sweep, name)
+    assert killed.holder is not None
+    os.kill(killed.holder.pid, signal.SIGKILL)
+    # Tune starts it again.
+    wait(lambda: newest_attempt(sweep, name).number > killed.number, driver)
+    driver.kill()
+    driver.communicate()
+    before, resumed = reached(sweep), {t: len(events(sweep, t, "resume")) for t in reached(sweep)}
+
+    code, output, errors = verb("sweep", file)
+    assert code == 0, errors
+    rows = table(output)
+    assert rows.keys() == {trial.name for trial in sweep.trials()}
+    for name, nimg in before.items():
+        for resume in events(sweep, name, "resume")[resumed[name] :][:1]:
+            assert resume["nimg"] >= nimg  # what was durable at the kill is not trained again
+    assert {name: row[:2] for name, row in rows.items()} == decided_by_medians(sweep)
     scores = [float(row[2]) for row in rows.values()]
     assert scores == sorted(scores, reverse=True)
     best = next(iter(rows))
-    assert lines[-1].startswith(
-        f"best: ganscale train --config {file.parent}/base.yaml name={best}-again"
-    )
+    command = f"best: ganscale train --config {file.parent}/base.yaml name={best}-again"
+    assert output.splitlines()[-1].startswith(command)
 
-    finished = [trial for trial in sweep.trials() if rows[trial.name][0] == "finished"]
-    trial = max(finished, key=lambda t: len(_attempts(sweep, t.name)))
+    trial = sweep.trials()[0]  # which was stopped and killed
+    assert rows[trial.name][0] == "finished"
     config = sweep.config(trial.name, trial.values)
-    alone = config.with_changes(
-        {"name": "alone", "storage": str(file.parent), "launch.backend": "inprocess"}
-    )
+    places = {"name": "alone", "storage": str(file.parent), "launch.backend": "inprocess"}
+    alone = config.with_changes(places)
     wait_all(start_ranks(alone, 1))
     assert final_digest(config) == final_digest(alone)
 
-    assert table(finish(start(file))) == rows  # all are over: there is nothing to do
-    assert events(sweep, "result") == after
+    assert table(verb("sweep", file)[1]) == rows  # all are over: there is nothing to do
 
 
-def _attempts(sweep: Sweep, name: str) -> list[Any]:
-    return CheckpointStore(sweep.root / name / "checkpoints").attempts()
+@pytest.mark.timeout(600)
+def test_a_member_of_a_population_takes_over_another_s_weights_and_a_third_fails(
+    ray_address: str, write_sweep: WriteSweep, verb: Verb
+) -> None:
+    file = write_sweep(PBT, 3, training__total_kimg=0.32, launch__max_failures=0)
+    sweep = Sweep.load(file)
+    (sweep.root / "tiny-001" / "metrics.jsonl").mkdir(parents=True)  # where a file should be
+    code, output, errors = verb("sweep", file)
+    assert code == 1, errors
+    rows = table(output)
+    assert {name: row[0] for name, row in rows.items()} == {
+        "tiny-000": "finished",
+        "tiny-001": "failed",
+        "tiny-002": "finished",
+    }
+    (message,) = [line for line in output.splitlines() if line.startswith("tiny-001: ")]
+    assert "IsADirectoryError" in message
+
+    (target,) = [name for name in ("tiny-000", "tiny-002") if events(sweep, name, "copy")]
+    (copy,) = events(sweep, target, "copy")
+    assert {copy["source"], target} == {"tiny-000", "tiny-002"}
+    assert rows[target][-1] == copy["source"]
+    run_dir = RunDirectory(sweep.root / target)
+    store = CheckpointStore(run_dir.root / "checkpoints")
+    (name,) = [name for name in store.names() if name.attempt == copy["attempt"]]
+    source = CheckpointStore(Path(copy["checkpoint"]).parent)
+    (original,) = [name for name in source.names() if source.where(name) == copy["checkpoint"]]
+    copied, digest = store.read(name), source.read(original).meta["tensors_sha256"]
+    assert (copied.name.nimg, copied.meta["tensors_sha256"]) == (original.nimg, digest)
+    resumed = events(sweep, target, "resume")[-1]
+    assert (resumed["nimg"], resumed["attempt"]) == (copy["nimg"], copy["attempt"] + 1)
+    rate = load_config(run_dir.config).optimizer.lr.start
+    assert rate == copy["values"]["optimizer.lr"]
+    assert 1e-4 <= rate <= 1e-2
+    assert rate not in [trial.values["optimizer.lr"] for trial in sweep.trials()]
+    # The other verbs take a trial as the run that it is.
+    assert verb("checkpoint", "list", run_dir.root)[0] == 0
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("num_workers", "num_trials"), [(1, 4), (2, 2)])
-def test_a_population_is_stopped_and_killed_and_goes_on(
-    start: Start, write_sweep: WriteSweep, num_workers: int, num_trials: int
+@pytest.mark.timeout(1200)
+def test_trials_that_are_groups_of_workers_are_stopped_and_go_on(
+    ray_address: str, write_sweep: WriteSweep, verb: Verb
 ) -> None:
-    """With trials of one worker, and with trials that are groups of two, one after the other."""
-    file = write_sweep(PBT, num_trials, launch__num_workers=num_workers)
+    file = write_sweep(PBT, 2, training__total_kimg=0.32, launch__num_workers=2)
     sweep = Sweep.load(file)
-    driver = start(file)
-    wait(lambda: events(sweep, "round"), driver)
+    driver = Command("sweep", str(file), variables={"RAY_ADDRESS": ray_address})
+    wait(lambda: reached(sweep), driver)
     driver.terminate()
-    lines = finish(driver, 143)
-    assert lines[-1] == f"stopped; to go on: ganscale sweep {file}"
-    driver = start(file)
-    wait(lambda: len(events(sweep, "round")) == 2, driver)
-    driver.kill()
-    driver.communicate()
-    rows = table(finish(start(file)))
-    assert {row[0] for row in rows.values()} == {"finished"}
-    rounds, copies = events(sweep, "round"), events(sweep, "copy")
-    assert [row["kimg"] for row in rounds] == [0.16, 0.32]
-    assert len(copies) == num_trials  # half of them in each of two rounds
-    for copy in copies:
-        config = sweep.config(copy["trial"], copy["values"])
-        told = [e for e in read_rows(RunDirectory(config.run_dir).events) if e["event"] == "copy"]
-        assert copy["checkpoint"] in [event["checkpoint"] for event in told]
-        assert copy["source"] in [event["source"] for event in told]
-    for trial in sweep.trials():
-        run_dir = RunDirectory(sweep.root / trial.name)
-        assert read_rows(run_dir.events)[-1]["event"] == "end"
+    assert driver.wait(120) == 143, driver.communicate()
+    code, output, errors = verb("sweep", file)
+    assert code == 0, errors
+    assert {row[0] for row in table(output).values()} == {"finished"}
+    assert sum(len(events(sweep, trial.name, "copy")) for trial in sweep.trials()) == 1
