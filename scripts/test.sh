@@ -27,4 +27,4 @@ fi
 ruff format --check .
 ruff check .
 mypy
-pytest -n 3 --dist loadgroup --no-loadscope-reorder --durations 30 -m "not slow and not gpu" "$@"
+pytest -n logical --dist worksteal --durations 30 -m "not slow and not gpu" "$@"

@@ -21,26 +21,18 @@ MakeConfig = Callable[..., Config]
 Verb = Callable[..., tuple[int, str, str]]
 
 
-_WAITING = ("test_jobs", "test_ray", "test_sweep", "test_dashboards", "test_user_trainer")
-"""Files whose tests wait for Ray's processes most of the time."""
-_ROOMS = ("integration", "distributed", "faults", "docs", "unit")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share the tests out among three processes on two cores (`-n 3 --dist loadgroup`).
+    """Put the rooms of long tests first, for each of two processes that take half of them each.
 
-    One process has the tests that wait, which begin first; the others take file by file, so that
-    the fixtures of a file are made once, and what is quick comes last.
+    What is left for the end are unit tests, which a process that is done takes from the other.
     """
-
-    def place(item: pytest.Item) -> tuple[bool, int]:
-        room = item.path.relative_to(Path(__file__).parent).parts[0]
-        return item.path.stem not in _WAITING, _ROOMS.index(room)
-
+    rooms: dict[str, list[pytest.Item]] = {}
     for item in items:
-        is_waiting = item.path.stem in _WAITING
-        item.add_marker(pytest.mark.xdist_group("waiting" if is_waiting else item.path.stem))
-    items.sort(key=place)
+        rooms.setdefault(item.path.relative_to(Path(__file__).parent).parts[0], []).append(item)
+    first, units = rooms.pop("integration", []), rooms.pop("unit", [])
+    second = [item for room in rooms.values() for item in room]
+    middle = max(0, len(items) // 2 - len(first))
+    items[:] = [*first, *units[:middle], *second, *units[middle:]]
 
 
 @pytest.fixture(scope="session")
