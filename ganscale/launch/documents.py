@@ -31,7 +31,7 @@ from ganscale.storage import MissingData, Store, is_url, open_store
 if TYPE_CHECKING:  # they load torch, which the driver's side of a copy does without
     from ganscale.checkpoint import CheckpointStore
 
-__all__ = ["LINES", "Copy", "StoreCopy", "Target", "recall", "store_copy"]
+__all__ = ["LINES", "Copy", "StoreCopy", "Target", "restore_run_dir", "store_copy"]
 
 LINES = ("metrics.jsonl", "events.jsonl")
 """Files that only grow, line by line."""
@@ -189,7 +189,7 @@ def store_copy(config: Config) -> StoreCopy | None:
     return StoreCopy(open_store(f"{location.rstrip('/')}/documents", for_writing=True), config.name)
 
 
-def recall(config: Config, store: CheckpointStore) -> None:
+def restore_run_dir(config: Config, store: CheckpointStore) -> None:
     """Bring what this host has not seen of a run into its folder, before anybody reads that.
 
     Rows, configuration and the W&B run come from the newest checkpoint whose documents verify,

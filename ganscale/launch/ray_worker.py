@@ -71,7 +71,7 @@ def train_loop_per_worker(settings: Mapping[str, Any]) -> TrainResult:
     be on storage that all nodes share, or `checkpoint.location` a URL. Shards are built first where
     `data.shards` is not set. Raises what `ganscale.train` raises.
     """
-    from ganscale.launch.start import run_session, settled
+    from ganscale.launch.start import resolve_config, run_session
     from ganscale.training.stopping import StopRequest
 
     changes = {name: value for name, value in settings.items() if name != "config"}
@@ -85,7 +85,7 @@ def train_loop_per_worker(settings: Mapping[str, Any]) -> TrainResult:
         "launch.use_gpu": device == "cuda",
     }
     console = Console(stderr=True, quiet=not world.is_main)
-    config = settled(config.with_changes({**changes, **workers}), console)
+    config = resolve_config(config.with_changes({**changes, **workers}), console)
     to_stderr(config.name, world.rank)
     # Ray has ended the workers of an earlier attempt, but their hold may seem to last.
     with run_session(config, console, take_over=True) as held:
@@ -182,13 +182,15 @@ def _report(config: Config, rows: _Rows, stop: StopRequest, ended: threading.Eve
             is_over = ended.wait(_REPORT_SECONDS)
             # Rank 0 has the rows, and all have to report at the same time.
             is_new, is_over = broadcast_from_rank_zero((rows.is_new, is_over))
-            rows.is_new = False
-            if is_over:
-                with _pointer(config) as pointer:
-                    ray.train.report(dict(rows.newest), pointer if rows.newest else None)
-                return
             if is_new:
+                rows.is_new = False  # before the row is read: one that comes meanwhile is new again
+            if is_over and rows.newest:
+                with _pointer(config) as pointer:
+                    ray.train.report(dict(rows.newest), pointer)
+            elif is_over or is_new:
                 ray.train.report(dict(rows.newest))
+            if is_over:
+                return
             if ray.train.get_preemption_info() is not None and not stop.reason:
                 stop.reason = "regroup"
 
@@ -198,8 +200,10 @@ def _pointer(config: Config) -> Iterator[ray.train.Checkpoint]:
     """A checkpoint of Ray's that says where ours is."""
     from ganscale.checkpoint import CheckpointStore
 
-    store = CheckpointStore(config.checkpoints)
-    newest = next((store.where(name) for name in store.lineage()), None)
+    newest = None
+    with suppress(GanscaleError):  # a store that is out of reach must not keep the report back
+        store = CheckpointStore(config.checkpoints)
+        newest = next((store.where(name) for name in store.lineage()), None)
     with tempfile.TemporaryDirectory() as folder:
         text = json.dumps({"run": str(config.run_dir), "checkpoint": newest})
         Path(folder, "ganscale.json").write_text(text)

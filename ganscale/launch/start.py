@@ -21,7 +21,7 @@ from ganscale.data.building import build_shards, source_digest
 from ganscale.data.resolve_source import NAMED_SOURCES, resolve_source, source_variable
 from ganscale.data.sources import SourceSpec, open_source
 from ganscale.errors import CheckpointError, ConfigError, GanscaleError
-from ganscale.launch.documents import Copy, recall, store_copy
+from ganscale.launch.documents import Copy, restore_run_dir, store_copy
 from ganscale.launch.held_run import HeldRun, hold
 from ganscale.launch.supervisor import Supervisor
 from ganscale.run_directory import RunDirectory
@@ -39,7 +39,7 @@ __all__ = [
     "prepare_shards",
     "resume_config",
     "run_session",
-    "settled",
+    "resolve_config",
     "start",
     "supervisor_of",
 ]
@@ -76,7 +76,7 @@ def start(
         )
     if launched_rank():  # torchrun starts many, of which one speaks
         console = Console(quiet=True)
-    config = settled(config, console)
+    config = resolve_config(config, console)
     run_dir = RunDirectory(config.run_dir)
     with (
         run_session(config, console, take_over=take_over) as held,
@@ -92,7 +92,7 @@ def start(
         return train_on_ray(config, supervisor_of(config, held, console), held)
 
 
-def settled(config: Config, console: Console) -> Config:
+def resolve_config(config: Config, console: Console) -> Config:
     """The configuration with absolute paths, its shards built and checked."""
     config = prepare_shards(absolutize_paths(config, console), console)
     check_against_shards(config, load_shards(config))
@@ -115,7 +115,7 @@ def run_session(
         yield None
         return
     with hold(config, console, take_over=take_over) as held:
-        recall(config, CheckpointStore(config.checkpoints))
+        restore_run_dir(config, CheckpointStore(config.checkpoints))
         _check_same_run(config, RunDirectory(config.run_dir))
         with _copied(config, console, held):
             yield held
@@ -193,7 +193,7 @@ def prepare_shards(config: Config, console: Console) -> Config:
     begun keeps the shards that it has, and a line says so where its source has changed; where they
     are gone they are made again, and the digest in its checkpoints tells if they are the same.
     """
-    begun = _begun(config)
+    begun = previous_config(config)
     if config.data.shards is None and begun and begun.data.source == config.data.source:
         known = begun.data.shards
         if known and (is_url(known) or Path(known).exists()):
@@ -335,7 +335,7 @@ def _shards_name(source: str, spec: SourceSpec) -> str:
     return f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
-def _begun(config: Config) -> Config | None:
+def previous_config(config: Config) -> Config | None:
     """The configuration that the run had until now; None if it has no checkpoint yet."""
     run_dir = RunDirectory(config.run_dir)
     if not run_dir.config.is_file() or not CheckpointStore(config.checkpoints).names():
@@ -344,7 +344,7 @@ def _begun(config: Config) -> Config | None:
 
 
 def _check_same_run(config: Config, run_dir: RunDirectory) -> None:
-    begun = _begun(config)
+    begun = previous_config(config)
     if begun is None:
         return
     changed = changed_settings(begun, config)

@@ -30,7 +30,7 @@ from ganscale.launch.driver_actor import Messages, start_driver_actor
 from ganscale.launch.ray_cluster import cluster, num_workers_fitting, require_capacity
 from ganscale.launch.secrets import NAMES_VARIABLE, for_workers
 from ganscale.launch.signals import stopping_on_signals
-from ganscale.launch.start import settled
+from ganscale.launch.start import resolve_config
 from ganscale.launch.sweep_status import TrialStatus, copy_trial, read_status
 from ganscale.launch.sweep_table import displayed
 from ganscale.launch.sweep_trial import SweepTrial
@@ -57,7 +57,7 @@ def run_sweep(sweep: Sweep, console: Console) -> tuple[list[TrialStatus], str]:
     SIGTERM and Ctrl-C end it early, with a checkpoint of each trial. Raises `ConfigError` if the
     sweep's folder holds runs with other settings, `GanscaleError` if Tune itself fails.
     """
-    sweep = replace(sweep, base=settled(sweep.base, console))
+    sweep = replace(sweep, base=resolve_config(sweep.base, console))
     statuses = [read_status(sweep, trial) for trial in sweep.trials()]
     if all(status.is_over for status in statuses):
         return statuses, ""

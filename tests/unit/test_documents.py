@@ -19,7 +19,7 @@ from ganscale.config import Config, load_config
 from ganscale.errors import CheckpointError, ConfigError
 from ganscale.json_lines import add_missing_lines
 from ganscale.launch import driver_actor, start
-from ganscale.launch.documents import Copy, recall, store_copy
+from ganscale.launch.documents import Copy, restore_run_dir, store_copy
 from ganscale.launch.driver_actor import DriverActor, Messages, copied_to_driver, marked
 from ganscale.run_directory import RunDirectory
 from ganscale.storage import open_store
@@ -188,7 +188,7 @@ def test_a_host_that_has_not_seen_a_run_begins_with_its_documents(
 
     here = config_at(location, tmp_path / "here", seed=7)
     new = RunDirectory(here.run_dir)
-    recall(here, CheckpointStore(here.checkpoints))
+    restore_run_dir(here, CheckpointStore(here.checkpoints))
     assert new.metrics.read_bytes() == b'{"nimg": 50}\n{"nimg": 100}\n'
     assert new.events.read_bytes() == b'{"event": "start"}\n'
     assert new.wandb_run_id.read_text() == "abcd"
@@ -204,7 +204,7 @@ def test_a_new_run_takes_nothing_from_an_old_one_without_checkpoints(
     target = store_copy(config)
     assert target is not None
     target.put("events.jsonl", [b'{"event": "of an old run"}\n'])
-    recall(config, CheckpointStore(config.checkpoints))
+    restore_run_dir(config, CheckpointStore(config.checkpoints))
     assert not config.run_dir.exists()
     assert store_copy(config_at(None, tmp_path)) is None
 
