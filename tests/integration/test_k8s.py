@@ -13,33 +13,30 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import boto3
 import pytest
+from jsonschema import Draft202012Validator
 
 from ganscale.cli import main
 from ganscale.config import Config, load_config
 from ganscale.data.building import build_shards
 from ganscale.data.sources import SourceSpec
 from tests.support.checkpoints import s3_bucket
-from tests.support.custom_resources import Definition
-from tests.support.kuberay_rules import operator_problems
-from tests.support.kubernetes import Json, build, cluster_spec, kubernetes_problems, pods, quantity
+from tests.support.kubernetes import (
+    Json,
+    build,
+    cluster_spec,
+    custom_resource,
+    pods,
+    quantity,
+    schema_problems,
+)
 
 ROOT = Path(__file__).parents[2] / "k8s"
 OVERLAYS = sorted(path.name for path in (ROOT / "overlays").iterdir())
 CRDS = "GANSCALE_KUBERAY_CRDS"
 
-
-class Removed:
-    """A value that is taken away; its name is the same in every process that collects tests."""
-
-    def __repr__(self) -> str:
-        return "removed"
-
-
-REMOVED = Removed()
 
 pytestmark = pytest.mark.skipif(
     shutil.which("kubectl") is None, reason="NOT CHECKED: k8s/ needs kubectl, which is not here"
@@ -53,13 +50,13 @@ def built() -> dict[str, list[Json]]:
 
 
 @pytest.fixture(scope="module")
-def schemas() -> dict[tuple[str, str], Definition]:
-    """KubeRay's, by (apiVersion, kind)."""
+def kuberay() -> dict[str, Draft202012Validator]:
+    """KubeRay's schemas by kind."""
     folder = os.environ.get(CRDS)
     if not folder:
         pytest.skip(f"NOT CHECKED: {CRDS} names no folder with KubeRay's definitions")
-    files = [Path(folder) / f"ray.io_{name}.yaml" for name in ("rayjobs", "rayclusters")]
-    return {(d.api_version, d.kind): d for d in map(Definition, files)}
+    kinds = ("RayJob", "RayCluster")
+    return {kind: custom_resource(Path(folder) / f"ray.io_{kind.lower()}s.yaml") for kind in kinds}
 
 
 def ray_document(documents: list[Json]) -> Json:
@@ -68,127 +65,126 @@ def ray_document(documents: list[Json]) -> Json:
     return found
 
 
-def all_problems(documents: list[Json], schemas: dict[tuple[str, str], Definition]) -> list[str]:
-    """What is said against documents that are applied together, by who speaks first."""
-    document = ray_document(documents)
-    problems = schemas[document["apiVersion"], document["kind"]].problems(document)
-    return problems or operator_problems(document) or kubernetes_problems(documents)
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_all_documents_fit_the_schemas_of_kubernetes(
+    built: dict[str, list[Json]], name: str
+) -> None:
+    for document in built[name]:
+        assert schema_problems(document) == [], document["kind"]
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_an_overlay_is_valid_for_kubernetes(built: dict[str, list[Json]], name: str) -> None:
-    assert kubernetes_problems(built[name]) == []
-
-
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_an_overlay_is_valid_for_kuberay(
-    built: dict[str, list[Json]], schemas: dict[tuple[str, str], Definition], name: str
+def test_the_custom_resource_fits_the_schema_of_kuberay(
+    built: dict[str, list[Json]], kuberay: dict[str, Draft202012Validator], name: str
 ) -> None:
     document = ray_document(built[name])
-    assert schemas[document["apiVersion"], document["kind"]].problems(document) == []
-    assert operator_problems(document) == []
+    assert [error.message for error in kuberay[document["kind"]].iter_errors(document)] == []
 
 
-CLUSTER = "spec.rayClusterSpec"
-HEAD = f"{CLUSTER}.headGroupSpec"
-WORKERS = f"{CLUSTER}.workerGroupSpecs.0"
-CONTAINER = f"{WORKERS}.template.spec.containers.0"
-BROKEN: list[tuple[str, str, Any, str]] = [
-    # KubeRay's schemas
-    ("gpu", "spec.entrypont", "python", "'entrypont' was unexpected"),
-    ("gpu", "spec.backoffLimit", "many", "spec.backoffLimit: 'many' is not of type 'integer'"),
-    ("gpu", f"{WORKERS}.groupName", REMOVED, "'groupName' is a required property"),
-    ("gpu", f"{WORKERS}.rayStartParams", {"num-cpus": 0}, "0 is not of type 'string'"),
-    ("gpu", f"{WORKERS}.replicas", 2**31, "greater than the maximum"),
-    ("gpu", f"{CONTAINER}.resources.limits.memory", "much", "memory: 'much' does not match"),
-    ("gpu", f"{CONTAINER}.env.1", {"name": "HOME", "value": "/"}, "HOME is there twice"),
-    ("gpu", f"{CONTAINER}.ports.0.containerPort", REMOVED, "'containerPort' is a required"),
-    ("gpu", "spec.managedBy", "me", "the managedBy field value must be either"),
-    ("gpu-elastic", f"{CLUSTER}.autoscalerOptions.upscalingMode", "Fast", "'Fast' is not one of"),
-    ("cluster", "spec.authOptions.mode", "password", "'password' is not one of"),
-    # its operator
-    ("gpu", "metadata.name", "ganscale-" + "x" * 40, "has at most 47 characters"),
-    ("gpu", "metadata.name", "1st", "no DNS-1035 label"),
-    ("gpu", "spec.submissionMode", "Magic", "submissionMode Magic is none of"),
-    ("gpu", "spec.shutdownAfterJobFinishes", False, "ttlSecondsAfterFinished needs shutdown"),
-    ("kueue", "spec.shutdownAfterJobFinishes", REMOVED, "suspend needs shutdownAfterJobFinishes"),
-    ("gpu", CLUSTER, REMOVED, "one of rayClusterSpec and clusterSelector must be set"),
-    ("gpu", "spec.submissionMode", "SidecarMode", "submitterPodTemplate does not go with Sidecar"),
-    ("gpu", "spec.submissionMode", "InteractiveMode", "backoffLimit does not go with Interactive"),
-    ("gpu", f"{WORKERS}.minReplicas", 5, "minReplicas 5 above maxReplicas 2"),
-    ("gpu", f"{HEAD}.resources", {"CPU": "1"}, "both in rayStartParams and in resources"),
-    ("gpu", f"{WORKERS}.idleTimeoutSeconds", 60, "idleTimeoutSeconds, which needs autoscaler v2"),
-    ("gpu", f"{CLUSTER}.rayVersion", "2.51.0", "token needs Ray 2.52, not 2.51.0"),
-    ("gpu", f"{CLUSTER}.rayVersion", REMOVED, "token needs rayVersion"),
-    ("gpu", f"{CLUSTER}.upgradeStrategy", {"type": "None"}, "not for the cluster of a job"),
-    ("gpu", f"{CLUSTER}.networkPolicy", {}, "networkPolicy needs a feature gate that is off"),
-    ("gpu-elastic", f"{HEAD}.template.spec.restartPolicy", "Always", "group head to have restart"),
-    ("cluster", "metadata.annotations", {"ray.io/ft-enabled": "true"}, "annotation ray.io/ft-ena"),
-    # Kubernetes
-    ("gpu", f"{CONTAINER}.volumeMounts.0.name", "nope", "volume nope is mounted but not there"),
-    ("gpu", f"{WORKERS}.template.spec.volumes.2", REMOVED, "volume runs is mounted but not there"),
-    ("gpu", f"{CONTAINER}.image", 7, "is not of type 'string'"),
-    ("gpu", f"{CONTAINER}.resources.requests.cpu", "64", "requests more cpu than its limit"),
-    ("gpu", f"{CONTAINER}.resources.limits", REMOVED, "no limit of memory"),
-    ("gpu", f"{WORKERS}.template.spec.volumes.1.emptyDir.sizeLimit", "80Gi", "half of the memory"),
-    ("gpu", f"{CONTAINER}.securityContext.capabilities.drop", ["CHOWN"], "keeps capabilities"),
-    ("gpu", f"{CONTAINER}.securityContext", REMOVED, "may write to its root file system"),
-    ("gpu", f"{WORKERS}.template.spec.securityContext.runAsUser", 0, "may run as root"),
-    ("gpu", f"{WORKERS}.template.spec.hostNetwork", True, "hostNetwork is forbidden"),
-    ("gpu", f"{WORKERS}.template.spec.serviceAccountName", "x", "account x is not among"),
-    ("gpu", f"{HEAD}.template.spec.automountServiceAccountToken", REMOVED, "token is mounted"),
-    ("gpu-elastic", f"{CLUSTER}.autoscalerOptions.securityContext", REMOVED, "autoscaler keeps"),
-]
-
-
-@pytest.mark.parametrize(("name", "place", "value", "reason"), BROKEN, ids=lambda v: str(v)[:40])
-def test_a_broken_variant_is_refused_for_its_reason(
-    built: dict[str, list[Json]],
-    schemas: dict[tuple[str, str], Definition],
-    name: str,
-    place: str,
-    value: Any,
-    reason: str,
-) -> None:
-    documents = copy.deepcopy(built[name])
-    change(ray_document(documents), place, value)
-    assert any(reason in problem for problem in all_problems(documents, schemas))
-
-
-def change(document: Json, place: str, value: Any) -> None:
-    """Set or remove what lies at dotted names and numbers."""
-    *way, last = (int(part) if part.isdigit() else part for part in place.split("."))
-    inner: Any = document
-    for part in way:
-        inner = inner[part]
-    if value is REMOVED:
-        del inner[last]
-    else:
-        inner[last] = value
-
-
-def test_broken_documents_beside_the_job_are_refused(built: dict[str, list[Json]]) -> None:
-    for kind, place, value, reason in (
-        ("PersistentVolumeClaim", "metadata.name", "Runs_1", "Runs_1 is no name"),
-        ("PersistentVolumeClaim", "spec.storageClassName", "fast", "storage class fast is not"),
-        ("PersistentVolumeClaim", "spec.accessModes", "ReadWriteMany", "is not of type"),
-        ("NetworkPolicy", "spec.ingres", [], "'ingres' was unexpected"),
-        ("StatefulSet", "spec.selector.matchLabels", {"a": "b"}, "does not select the pods"),
-        ("StatefulSet", "apiVersion", "apps/v2", "Couldn't find schema for kind StatefulSet"),
-        ("StatefulSet", "spec.volumeClaimTemplates", [], "volume data is mounted but not there"),
-    ):
-        documents = copy.deepcopy(built["cluster"])
-        change(next(d for d in documents if d["kind"] == kind), place, value)
-        assert any(reason in problem for problem in kubernetes_problems(documents)), reason
-
-
-def test_a_default_is_filled_in_and_a_null_dropped_before_the_schema_speaks(
-    built: dict[str, list[Json]], schemas: dict[tuple[str, str], Definition]
+def test_the_schemas_refuse_what_is_misspelt(
+    built: dict[str, list[Json]], kuberay: dict[str, Draft202012Validator]
 ) -> None:
     job = copy.deepcopy(ray_document(built["gpu"]))
-    change(job, f"{WORKERS}.minReplicas", REMOVED)  # required, with a default
-    change(job, f"{WORKERS}.rayStartParams", None)
-    assert schemas["ray.io/v1", "RayJob"].problems(job) == []
+    (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    container["imagePullPolicies"] = "Always"
+    job["spec"]["entrypont"] = "python"
+    assert any("imagePullPolicies" in problem for problem in schema_problems(job))
+    messages = [error.message for error in kuberay["RayJob"].iter_errors(job)]
+    assert any("entrypont" in message for message in messages)
+    policy = next(d for d in built["gpu"] if d["kind"] == "NetworkPolicy")
+    assert schema_problems({**policy, "spec": {**policy["spec"], "ingres": []}})
+
+
+def test_what_the_operator_refuses_although_the_schema_allows_it_is_not_there(
+    built: dict[str, list[Json]],
+) -> None:
+    """After `ValidateRayJobSpec` and `ValidateRayClusterSpec` of KubeRay 1.7."""
+    for name, documents in built.items():
+        document = ray_document(documents)
+        spec, cluster = document["spec"], cluster_spec(document)
+        assert cluster is not None
+        is_job = document["kind"] == "RayJob"
+        # The operator appends six characters to a job's name for its cluster's.
+        assert len(document["metadata"]["name"]) <= 53 - 6 * is_job
+        if is_job:
+            assert spec["shutdownAfterJobFinishes"] is True, name  # ttl and suspend need it
+            assert "clusterSelector" not in spec
+        head, (workers,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+        assert workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
+        for group in (head, workers):
+            stated = {"num-cpus", "num-gpus", "memory", "resources"} & set(group["rayStartParams"])
+            assert not (stated and group.get("resources"))
+            if cluster.get("enableInTreeAutoscaling"):
+                # Unless it is stated, the operator sets it.
+                assert group["template"]["spec"].get("restartPolicy", "Never") == "Never"
+
+
+def containers(documents: list[Json]) -> Iterator[tuple[str, Json, Json]]:
+    """(name, pod's specification, container) of all that run."""
+    for document in documents:
+        for place, pod in pods(document):
+            spec = pod["spec"]
+            for container in [*spec.get("initContainers", []), *spec["containers"]]:
+                yield f"{document['kind']}, {place}, {container['name']}", spec, container
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_pods_keep_to_the_standard_restricted(built: dict[str, list[Json]], name: str) -> None:
+    """The Pod Security Standard of this name, and a root file system that is only read."""
+    for place, spec, container in containers(built[name]):
+        own = container["securityContext"]
+        both = {**spec.get("securityContext", {}), **own}
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec), place
+        assert all("hostPath" not in volume for volume in spec.get("volumes", [])), place
+        assert spec["automountServiceAccountToken"] is False, place
+        assert both["runAsNonRoot"] is True, place
+        assert both.get("runAsUser") != 0, place
+        assert both["seccompProfile"] == {"type": "RuntimeDefault"}, place
+        assert own["allowPrivilegeEscalation"] is False, place
+        assert own["capabilities"] == {"drop": ["ALL"]}, place
+        assert own["readOnlyRootFilesystem"] is True, place
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_requests_and_limits_are_stated_and_fit(built: dict[str, list[Json]], name: str) -> None:
+    for place, spec, container in containers(built[name]):
+        requests, limits = (container["resources"][kind] for kind in ("requests", "limits"))
+        for kind in ("cpu", "memory", "ephemeral-storage"):
+            assert quantity(requests[kind]) <= quantity(limits[kind]), place
+        # Files in memory count for the limit of the container that writes them.
+        in_memory = [
+            quantity(volume["emptyDir"]["sizeLimit"])
+            for volume in spec.get("volumes", [])
+            if volume.get("emptyDir", {}).get("medium") == "Memory"
+        ]
+        main = spec["containers"][0]["resources"]["limits"]["memory"]
+        assert sum(in_memory) <= quantity(main) / 2, place
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_whatever_is_referred_to_is_there(built: dict[str, list[Json]], name: str) -> None:
+    documents = built[name]
+    there = {(d["kind"], d["metadata"]["name"]) for d in documents}
+    for place, spec, container in containers(documents):
+        volumes = {volume["name"] for volume in spec.get("volumes", [])}
+        mounts = container.get("volumeMounts", [])
+        assert {mount["name"] for mount in mounts} <= volumes, place
+        paths = [mount["mountPath"] for mount in mounts]
+        assert len(set(paths)) == len(paths), place
+        variables = [entry["name"] for entry in container.get("env", [])]
+        assert len(set(variables)) == len(variables), place
+        assert ("ServiceAccount", spec["serviceAccountName"]) in there, place
+        for volume in spec.get("volumes", []):
+            if claim := volume.get("persistentVolumeClaim"):
+                assert ("PersistentVolumeClaim", claim["claimName"]) in there, place
+    for document in documents:
+        spec = document.get("spec", {})
+        if storage_class := spec.get("storageClassName"):
+            assert ("StorageClass", storage_class) in there
+        if document["kind"] in ("Deployment", "StatefulSet"):
+            labels = spec["template"]["metadata"]["labels"]
+            assert spec["selector"]["matchLabels"].items() <= labels.items()
 
 
 def entrypoint(document: Json) -> list[str]:

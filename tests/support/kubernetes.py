@@ -1,9 +1,7 @@
-"""Kustomize overlays as documents, and what is wrong with them.
+"""Kustomize overlays as documents, their pods, and what schemas say of them.
 
-Kubernetes' own schemas come with the package kubernetes-validate. They say nothing about what
-refers to what, and nothing about pods in custom resources, so that is checked here: pods are found
-in every kind and held against the schema of a Pod, the Pod Security Standard "restricted", and
-rules that only an API server or a kubelet would apply.
+Schemas are those of Kubernetes, from the package kubernetes-validate, and those of KubeRay's
+definitions of custom resources.
 """
 
 from __future__ import annotations
@@ -11,15 +9,24 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import yaml
 
-__all__ = ["Json", "build", "cluster_spec", "kubernetes_problems", "pods", "quantity"]
+__all__ = [
+    "Json",
+    "build",
+    "cluster_spec",
+    "custom_resource",
+    "pods",
+    "quantity",
+    "schema_problems",
+]
 
 Json = dict[str, Any]
 
@@ -28,10 +35,6 @@ VERSIONS = ("1.30", "1.37")
 
 _UNITS = {"": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _UNITS |= {f"{prefix}i": 1024.0**power for power, prefix in enumerate("KMGT", 1)}
-_SAFE_VOLUMES = {
-    "configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim",
-    "projected", "secret",
-}  # fmt: skip
 
 
 def build(folder: Path) -> list[Json]:
@@ -40,25 +43,6 @@ def build(folder: Path) -> list[Json]:
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     return list(yaml.safe_load_all(built.stdout))
-
-
-def kubernetes_problems(documents: list[Json]) -> list[str]:
-    """What is wrong with documents that are applied together."""
-    problems: list[str] = []
-    names = [(d["kind"], d["metadata"]["name"]) for d in documents]
-    for document in documents:
-        label = f"{document['kind']} {document['metadata']['name']}"
-        found = [*_schema_problems(json.dumps(document)), *_name_problems(document, names)]
-        for place, pod in pods(document):
-            wrapped = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, **pod}
-            inside = _schema_problems(json.dumps(wrapped)) or [
-                *_security_problems(pod["spec"]),
-                *_resource_problems(pod["spec"]),
-                *_reference_problems(pod["spec"], names),
-            ]
-            found += [f"{place}: {problem}" for problem in inside]
-        problems += [f"{label}: {problem}" for problem in found]
-    return problems
 
 
 def pods(document: Json) -> Iterator[tuple[str, Json]]:
@@ -109,10 +93,33 @@ def _with(template: Json, **changes: Any) -> Json:
     return {**template, "spec": {**template["spec"], **changes}}
 
 
+def schema_problems(document: Json) -> list[str]:
+    """What Kubernetes' schemas say against a document, and against the pods that it brings about.
+
+    Those of custom resources are with whoever defines them (`custom_resource`).
+    """
+    found = [] if _is_custom(document) else _problems(json.dumps(document))
+    for place, pod in pods(document):
+        wrapped = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, **pod}
+        found += [f"{place}: {problem}" for problem in _problems(json.dumps(wrapped))]
+    return found
+
+
+def custom_resource(file: Path) -> jsonschema.Draft202012Validator:
+    """A validator of the stored version of the kind that a file defines; refuses unknown fields."""
+    loaded = yaml.load(file.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    (version,) = (v for v in loaded["spec"]["versions"] if v["storage"])
+    return jsonschema.Draft202012Validator(_strict(version["schema"]["openAPIV3Schema"]))
+
+
+def _is_custom(document: Json) -> bool:
+    return str(document["apiVersion"]).startswith("ray.io/")
+
+
 @cache
-def _schema_problems(text: str) -> list[str]:
+def _problems(text: str) -> list[str]:
     document, problems = json.loads(text), []
-    for version in VERSIONS if not document["apiVersion"].startswith("ray.io/") else ():
+    for version in VERSIONS:
         try:
             kubernetes_validate.validate(document, version, strict=True)
         except kubernetes_validate.ValidationError as error:
@@ -123,93 +130,18 @@ def _schema_problems(text: str) -> list[str]:
     return problems
 
 
-def _name_problems(document: Json, names: list[tuple[str, str]]) -> Iterator[str]:
-    name, spec = document["metadata"]["name"], document.get("spec", {})
-    if not re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", name):
-        yield f"{name} is no name"
-    labels = spec.get("template", {}).get("metadata", {}).get("labels", {})
-    selected = spec.get("selector", {}).get("matchLabels", {}) if labels else {}
-    if not selected.items() <= labels.items():
-        yield "the selector does not select the pods of its template"
-    storage_class = spec.get("storageClassName")
-    if storage_class and ("StorageClass", storage_class) not in names:
-        yield f"storage class {storage_class} is not among the documents"
-
-
-def _security_problems(spec: Json) -> Iterator[str]:
-    """The Pod Security Standard "restricted", and a read-only root file system."""
-    pod = spec.get("securityContext", {})
-    for name in ("hostNetwork", "hostPID", "hostIPC"):
-        if spec.get(name):
-            yield f"{name} is forbidden"
-    for volume in spec.get("volumes", []):
-        if kinds := set(volume) - {"name"} - _SAFE_VOLUMES:
-            yield f"volume {volume['name']} is of a forbidden kind, {', '.join(kinds)}"
-    if spec.get("automountServiceAccountToken") is not False:
-        yield "a service account's token is mounted"
-    for container in _containers(spec):
-        own, name = container.get("securityContext", {}), container["name"]
-        both = {**pod, **own}
-        if both.get("runAsNonRoot") is not True or both.get("runAsUser") == 0:
-            yield f"{name} may run as root"
-        if both.get("seccompProfile", {}).get("type") not in ("RuntimeDefault", "Localhost"):
-            yield f"{name} has no seccomp profile"
-        if own.get("privileged") or own.get("allowPrivilegeEscalation") is not False:
-            yield f"{name} may gain privileges"
-        capabilities = own.get("capabilities", {})
-        if capabilities.get("drop") != ["ALL"] or capabilities.get("add"):
-            yield f"{name} keeps capabilities"
-        if own.get("readOnlyRootFilesystem") is not True:
-            yield f"{name} may write to its root file system"
-
-
-def _resource_problems(spec: Json) -> Iterator[str]:
-    in_memory = 0.0
-    for volume in spec.get("volumes", []):
-        size = (volume.get("emptyDir") or {}).get("sizeLimit")
-        if (volume.get("emptyDir") or {}).get("medium") == "Memory":
-            if size is None:
-                yield f"volume {volume['name']} may fill the memory"
-            in_memory += quantity(size or 0)
-    for container in _containers(spec):
-        resources, name = container.get("resources", {}), container["name"]
-        requests, limits = resources.get("requests", {}), resources.get("limits", {})
-        for kind in ("cpu", "memory", "ephemeral-storage"):
-            if kind not in requests or kind not in limits:
-                yield f"{name} has no request or no limit of {kind}"
-        for kind, amount in requests.items():
-            if quantity(amount) > quantity(limits.get(kind, "1T")):
-                yield f"{name} requests more {kind} than its limit"
-    main = spec["containers"][0].get("resources", {}).get("limits", {}).get("memory")
-    if main and in_memory > quantity(main) / 2:
-        yield "volumes in memory take more than half of the memory limit"
-
-
-def _reference_problems(spec: Json, names: list[tuple[str, str]]) -> Iterator[str]:
-    """Names of volumes, claims and accounts that must be there."""
-    volumes = {volume["name"] for volume in spec.get("volumes", [])}
-    used: set[str] = set()
-    for container in _containers(spec):
-        mounts = container.get("volumeMounts", [])
-        used |= {mount["name"] for mount in mounts}
-        paths = [mount["mountPath"] for mount in mounts]
-        if len(set(paths)) < len(paths):
-            yield f"{container['name']} mounts two volumes at one place"
-        variables = [entry["name"] for entry in container.get("env", [])]
-        for name in {v for v in variables if variables.count(v) > 1}:
-            yield f"{container['name']} sets {name} twice"
-    for name in sorted(used - volumes):
-        yield f"volume {name} is mounted but not there"
-    for name in sorted(volumes - used):
-        yield f"volume {name} is not mounted"
-    for volume in spec.get("volumes", []):
-        claim: Mapping[str, str] = volume.get("persistentVolumeClaim") or {}
-        if claim and ("PersistentVolumeClaim", claim["claimName"]) not in names:
-            yield f"claim {claim['claimName']} is not among the documents"
-    account = spec.get("serviceAccountName", "default")
-    if ("ServiceAccount", account) not in names:
-        yield f"service account {account} is not among the documents"
-
-
-def _containers(spec: Json) -> list[Json]:
-    return [*spec.get("initContainers", []), *spec["containers"]]
+def _strict(schema: Json) -> Json:
+    """The JSON schema that an OpenAPI schema of Kubernetes means."""
+    result = {k: v for k, v in schema.items() if not k.startswith("x-") and k != "default"}
+    properties = schema.get("properties", {})
+    if properties:
+        result["properties"] = {k: _strict(v) for k, v in properties.items()}
+        result["additionalProperties"] = schema.get("x-kubernetes-preserve-unknown-fields", False)
+    elif isinstance(schema.get("additionalProperties"), dict):
+        result["additionalProperties"] = _strict(schema["additionalProperties"])
+    if "required" in schema:  # a server fills in what has a default
+        missing = [k for k in schema["required"] if "default" not in properties.get(k, {})]
+        result["required"] = missing
+    if "items" in schema:
+        result["items"] = _strict(schema["items"])
+    return result
