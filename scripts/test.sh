@@ -27,4 +27,6 @@ fi
 ruff format --check .
 ruff check .
 mypy
-pytest -n logical --dist worksteal --durations 30 -m "not slow and not gpu" "$@"
+# One more process than there are cores: the tests that start Ray, which are all in one, mostly wait.
+processes=$(($(getconf _NPROCESSORS_ONLN) + 1))
+pytest -n "$processes" --no-loadscope-reorder --durations 30 -m "not slow and not gpu" "$@"

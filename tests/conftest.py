@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from ganscale.cli import main
 from ganscale.config import Config
@@ -16,23 +19,43 @@ from ganscale.data.building import build_shards
 from ganscale.data.resolve_source import CIFAR10_ENV, resolve_source
 from ganscale.data.sources import SourceSpec
 from ganscale.metrics import extractors
+from tests.support import processes  # noqa: F401  (says what the server imports)
 
 MakeConfig = Callable[..., Config]
 Verb = Callable[..., tuple[int, str, str]]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the rooms of long tests first, for each of two processes that take half of them each.
+# Tests of these files start Ray, whose processes take seconds to come up and mostly wait for each
+# other. They share one process of pytest, so no two of their clusters are up at the same time.
+RAY_FILES = {f"test_{name}.py" for name in ("ray", "jobs", "user_trainer", "sweep", "autoscaling")}
+# What these directories hold runs for minutes, so it comes first; the others fill what is left.
+LONG_FIRST = ("integration", "faults", "distributed", "docs", "unit")
 
-    What is left for the end are unit tests, which a process that is done takes from the other.
-    """
-    rooms: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        rooms.setdefault(item.path.relative_to(Path(__file__).parent).parts[0], []).append(item)
-    first, units = rooms.pop("integration", []), rooms.pop("unit", [])
-    second = [item for room in rooms.values() for item in room]
-    middle = max(0, len(items) // 2 - len(first))
-    items[:] = [*first, *units[:middle], *second, *units[middle:]]
+
+class ByFile(LoadScopeScheduling):
+    """Gives the tests of a file to one process, so that their fixtures are made once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "ray" if Path(file).name in RAY_FILES else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def key(item: pytest.Item) -> tuple[bool, int]:
+        directory = item.path.relative_to(Path(__file__).parent).parts[0]
+        return item.path.name not in RAY_FILES, LONG_FIRST.index(directory)
+
+    items.sort(key=key)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_server() -> None:
+    """Start what `tests.support.processes` forks from, before a pool starts one with less in it."""
+    ensure_running()
 
 
 @pytest.fixture(scope="session")

@@ -252,11 +252,11 @@ def _in_processes(
     function: Callable[..., BuiltShard], jobs: Sequence[tuple[Any, ...]], progress: Progress
 ) -> list[BuiltShard]:
     workers = min(len(jobs), os.cpu_count() or 1)
-    # Spawned and not forked: the caller has threads (progress, torch), and a fork copies their
-    # locks in whatever state they are.
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_end_with_parent
-    ) as pool:
+    # Not forked from this process: it has threads (progress, torch), and a fork copies their locks
+    # in whatever state they are. The server that forks has none, and imports torch once for all.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["ganscale.data.shard_writer"])
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
         futures = [pool.submit(function, *job) for job in jobs]
         try:
             # Progress in the order of completion, results in the order of the jobs: the index must

@@ -9,7 +9,6 @@ import secrets
 import shutil
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +18,7 @@ import torch
 
 from ganscale.checkpoint import CheckpointStore, Retention
 from ganscale.checkpoint.files import saved_state
+from tests.support.processes import FORKED
 from tests.support.syscalls import run_until_call
 
 OLDER, BEFORE, AFTER, NEXT = 1000, 2000, 3000, 4000
@@ -150,7 +150,7 @@ def test_a_kill_between_any_two_system_calls_loses_nothing(
 ) -> None:
     """All that a kill leaves is the disk: one kill for each state that it may be in, and more."""
     # A fresh process: few threads, and nothing that other tests have opened.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=FORKED) as pool:
         job = pool.submit(kill_before_calls, tmp_path, all_of_them)
         num_kills, positions = job.result()
     assert num_kills > (200 if all_of_them else 50)

@@ -13,7 +13,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from tests.support.attempts import (
     state_at,
 )
 from tests.support.checkpoints import begin
+from tests.support.processes import FORKED
 
 PAGE_BYTES = 4096
 
@@ -243,7 +243,7 @@ def cut_at(store: CheckpointStore, state: SavedState, limit: int, *, of_claim: b
 @pytest.mark.parametrize("step", [pytest.param(173, marks=pytest.mark.slow), 4567])
 def test_a_file_cut_off_at_any_byte_makes_no_checkpoint(tmp_path: Path, step: int) -> None:
     # A process of its own, since the limit is on all that it writes.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=FORKED) as pool:
         num_cuts = pool.submit(cut_files, tmp_path, step).result()
     assert num_cuts.pop("claim") > 2
     assert set(num_cuts) == set(FILES)

@@ -28,9 +28,9 @@ def test_resumed_weights_are_bit_identical(
 ) -> None:
     settings = {
         "launch__use_gpu": use_gpu,
-        "training__total_kimg": 1.2,
+        "training__total_kimg": 0.8,
         "checkpoint__every_kimg": 0.08,
-        "samples__every_kimg": 0.4,
+        "samples__every_kimg": 0.24,
     }
     whole = make_config(name="whole", **settings)
     wait_all(start_ranks(whole, world_size))
@@ -41,7 +41,7 @@ def test_resumed_weights_are_bit_identical(
     for kill in range(2):
         ranks = start_ranks(killed, world_size)
         rows = len(read_rows(run_dir.metrics))
-        wait_for_rows(run_dir.metrics, rows + rng.randint(8, 25), ranks[0])
+        wait_for_rows(run_dir.metrics, rows + rng.randint(6, 18), ranks[0])
         for process in ranks:
             os.kill(process.pid, signal.SIGKILL)
         for process in ranks:

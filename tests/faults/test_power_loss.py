@@ -6,7 +6,6 @@ import os
 import shutil
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from tests.faults.test_checkpoint_kills import (
     victim,
 )
 from tests.support.power_loss import Tree, states_after_power_loss
+from tests.support.processes import FORKED
 
 
 def newest_position(root: Path) -> int:
@@ -70,7 +70,7 @@ def positions_after_power_loss(folder: Path) -> list[list[int]]:
 
 
 def test_the_newest_durable_checkpoint_is_there_whatever_the_disk_has_lost(tmp_path: Path) -> None:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=FORKED) as pool:
         positions = pool.submit(positions_after_power_loss, tmp_path).result()
     assert {BEFORE, AFTER} == {found for each in positions for found in each}
     # The first of each is of a disk with nothing but what was synced. From the moment on at which

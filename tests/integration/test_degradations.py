@@ -18,6 +18,8 @@ from ganscale.world import World, process_group
 
 NUM = 360
 
+pytestmark = pytest.mark.slow  # a minute: 2,160 images through EfficientNet
+
 
 @pytest.fixture(scope="module")
 def found(cifar10_shards: Path) -> dict[str, dict[str, float]]:

@@ -53,7 +53,7 @@ def start() -> Iterator[Start]:
         yield start_with
 
 
-def _wait(what: Callable[[], object], driver: subprocess.Popen[str], timeout: float = 120) -> None:
+def _wait(what: Callable[[], object], driver: subprocess.Popen[str], timeout: float = 300) -> None:
     deadline = time.monotonic() + timeout
     while not what():
         assert driver.poll() is None, driver.communicate()[1]
@@ -78,6 +78,7 @@ def _controller(driver: subprocess.Popen[str]) -> psutil.Process:
     raise AssertionError("no controller")
 
 
+@pytest.mark.timeout(1200)  # far less on a quiet machine
 def test_kills_of_all_kinds_and_a_stop_change_nothing(
     make_config: MakeConfig, start: Start
 ) -> None:
@@ -108,7 +109,7 @@ def test_kills_of_all_kinds_and_a_stop_change_nothing(
     driver = start(config)
     _trains_again(config, attempts, driver)
     driver.terminate()
-    _, errors = driver.communicate(timeout=60)
+    _, errors = driver.communicate(timeout=200)
     assert driver.returncode == 143, errors
     (stop,) = [row for row in read_rows(run_dir.events) if row["event"] == "stop"]
     assert final_digest(config)[0] == stop["nimg"] < config.total_nimg
@@ -117,6 +118,7 @@ def test_kills_of_all_kinds_and_a_stop_change_nothing(
     assert final_digest(config) == final_digest(expected)
 
 
+@pytest.mark.slow  # test_supervisor has the rule, without a cluster
 def test_an_error_that_would_come_again_is_told_once(make_config: MakeConfig, start: Start) -> None:
     """A value that is no number with guard.policy=stop: no restart helps."""
     config = make_config(
@@ -126,7 +128,7 @@ def test_an_error_that_would_come_again_is_told_once(make_config: MakeConfig, st
         training__total_kimg=3.2,
     )
     driver = start(config)
-    _, errors = driver.communicate(timeout=120)
+    _, errors = driver.communicate(timeout=200)
     assert driver.returncode == 1
     assert "ganscale: training failed on rank 0: stopped at" in errors
     assert _attempts(config) == 1
@@ -237,5 +239,5 @@ def test_a_lost_node_and_a_new_one(
         assert regroup["num_workers"] == 1
         assert events("resume")[-1]["nimg"] == stop["nimg"]  # nothing was trained twice
     driver.terminate()
-    driver.communicate(timeout=60)
+    driver.communicate(timeout=200)
     assert driver.returncode == 143

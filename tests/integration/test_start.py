@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,15 +27,14 @@ from ganscale.launch.held_run import HeldRun
 from ganscale.launch.start import prepare_shards, resume_config, start, supervisor_of
 from ganscale.training.loop import Trainer
 from tests.conftest import MakeConfig
+from tests.support.processes import FORKED
 
-PREPARE = """
-import json, sys
-from rich.console import Console
-from ganscale.config import Config
-from ganscale.launch.start import prepare_shards
-config = Config().with_changes(json.loads(sys.argv[1]))
-print(prepare_shards(config, Console(stderr=True)).data.shards)
-"""
+
+def shards_of_rank(rank: int, settings: dict[str, str], shards: Any) -> None:
+    """Put what rank `rank` of three trains on into the queue `shards`."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3"}
+    config = Config().with_changes(settings)
+    shards.put(prepare_shards(config, Console(stderr=True)).data.shards)
 
 
 def folder_of_images(root: Path, num_images: int = 100) -> Path:
@@ -52,19 +49,15 @@ def folder_of_images(root: Path, num_images: int = 100) -> Path:
 def test_ranks_that_come_all_at_once_build_one_set(tmp_path: Path) -> None:
     source = folder_of_images(tmp_path / "images")
     settings = {"storage": str(tmp_path / "runs"), "data.source": str(source)}
+    shards = FORKED.Queue()
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", PREPARE, json.dumps(settings)],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "3"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
+        FORKED.Process(target=shards_of_rank, args=(rank, settings, shards)) for rank in range(3)
     ]
-    ended = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0, 0], ended
-    (place,) = {output.strip() for output, _ in ended}
+    for rank in ranks:
+        rank.start()
+    (place,) = {shards.get(timeout=120) for _ in ranks}
+    for rank in ranks:
+        rank.join()
     assert (Path(place) / "index.json").is_file()
 
 
@@ -161,7 +154,9 @@ def test_a_run_keeps_its_shards_whatever_its_source_would_be_today(
         prepare_shards(other, Console(quiet=True))
 
 
-def test_a_run_does_not_go_on_with_other_images(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_run_does_not_go_on_with_other_images(
+    make_config: MakeConfig, procedural_shards: Path, tmp_path: Path
+) -> None:
     config = make_config()
     start(config, Console(quiet=True))
     other = tmp_path / "other"
@@ -170,7 +165,7 @@ def test_a_run_does_not_go_on_with_other_images(make_config: MakeConfig, tmp_pat
     with pytest.raises(ConfigError, match="other is not the shard set that this run was trained"):
         start(longer, Console(quiet=True))
     moved = tmp_path / "moved"
-    build_shards(SourceSpec("procedural"), moved, num_shards=12, limit=500)
+    shutil.copytree(procedural_shards, moved)
     ending = start(longer.with_changes({"data.shards": str(moved)}), Console(quiet=True))
     assert ending.nimg == 320
 

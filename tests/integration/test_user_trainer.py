@@ -16,7 +16,7 @@ from tests.support.runs import final_digest, read_rows, start_ranks, wait_all
 from tests.support.user_trainer import STEPS_KIMG
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)  # far less on a quiet machine
 def test_rows_reach_ray_and_weights_are_those_of_ganscale_train(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -29,7 +29,7 @@ def test_rows_reach_ray_and_weights_are_those_of_ganscale_train(
             env={**os.environ, "RAY_TMPDIR": folder},
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=840,
         )
     assert found.returncode == 0, found.stderr
     told = json.loads(found.stdout.splitlines()[-1])
@@ -49,6 +49,6 @@ def test_rows_reach_ray_and_weights_are_those_of_ganscale_train(
     assert final_digest(by_hand) == final_digest(expected)
 
     assert told["errors"] == 0
-    losses = {trial["lr"]: trial["metrics"]["train/loss_D"] for trial in told["trials"]}
-    assert losses.keys() == {1e-4, 1e-3}
-    assert losses[1e-4] != losses[1e-3]
+    (tuned,) = told["tuned"]
+    assert tuned["nimg"] == told["metrics"]["nimg"]
+    assert tuned["train/loss_D"] != told["metrics"]["train/loss_D"]  # its learning rate is another

@@ -20,6 +20,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 import ganscale.ray
 
 STEPS_KIMG = 0.32
+TUNED_RATE = 1e-3
 
 
 def trainer(settings: dict[str, Any], storage: Path, **options: Any) -> TorchTrainer:
@@ -38,7 +39,7 @@ def trainer(settings: dict[str, Any], storage: Path, **options: Any) -> TorchTra
 
 
 def main() -> None:
-    """Train once by hand, then two learning rates by a Tuner."""
+    """Train once by hand, then with another learning rate by a Tuner."""
     config, storage = sys.argv[1], Path(sys.argv[2])
     ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     settings = {"config": config, "storage": str(storage), "training.total_kimg": STEPS_KIMG}
@@ -51,7 +52,7 @@ def main() -> None:
 
     tuner = tune.Tuner(
         tune.with_resources(trial, {"CPU": 1}),
-        param_space={"optimizer.lr": tune.grid_search([1e-4, 1e-3])},
+        param_space={"optimizer.lr": tune.grid_search([TUNED_RATE])},
         tune_config=tune.TuneConfig(max_concurrent_trials=1),
         run_config=tune.RunConfig(storage_path=str(storage / "tune"), verbose=0),
     )
@@ -65,10 +66,7 @@ def main() -> None:
                 "ended_at": result.return_value.nimg,
                 "metrics": result.metrics,
                 "errors": trials.num_errors,
-                "trials": [
-                    {"lr": trial.config["optimizer.lr"], "metrics": trial.metrics}
-                    for trial in trials
-                ],
+                "tuned": [trial.metrics for trial in trials],
             }
         )
     )

@@ -40,7 +40,7 @@ def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Builds in a thread: starting processes takes seconds, and other tests do."""
 
     def pool(workers: int, *, mp_context: Any, initializer: Any) -> ThreadPoolExecutor:
-        assert mp_context.get_start_method() == "spawn"
+        assert mp_context.get_start_method() == "forkserver"
         return ThreadPoolExecutor(1)
 
     monkeypatch.setattr("ganscale.data.building.ProcessPoolExecutor", pool)
@@ -221,14 +221,14 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
         workers = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        _, alive = psutil.wait_procs(workers, timeout=4)
+        _, alive = psutil.wait_procs(workers, timeout=60)
     finally:
         process.kill()
         process.wait()
         for worker in workers:
             with suppress(psutil.NoSuchProcess):
                 worker.kill()
-        psutil.wait_procs(workers, timeout=4)
+        psutil.wait_procs(workers, timeout=60)
     return folder / "set", [worker.pid for worker in alive]
 
 

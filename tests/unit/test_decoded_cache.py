@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
 from collections.abc import Sequence
 from multiprocessing.synchronize import Barrier
@@ -20,6 +19,7 @@ from ganscale.data.order import Order
 from ganscale.data.reader import BatchReader, ImageReader, Images, ShardImages
 from ganscale.data.shards import ShardSet
 from ganscale.errors import ConfigError
+from tests.support.processes import FORKED
 
 BATCH_SIZE = 8
 
@@ -142,11 +142,10 @@ def _shared_write(rank: int, barrier: Barrier, queue: Any, results: Any) -> None
 
 
 def test_the_processes_of_a_node_share_the_memory_and_no_file_is_left() -> None:
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(2), context.Queue()
-    queues = [context.Queue(), context.Queue()]
+    barrier, results = FORKED.Barrier(2), FORKED.Queue()
+    queues = [FORKED.Queue(), FORKED.Queue()]
     ranks = [
-        context.Process(target=_shared_write, args=(rank, barrier, queues, results))
+        FORKED.Process(target=_shared_write, args=(rank, barrier, queues, results))
         for rank in range(2)
     ]
     for process in ranks:

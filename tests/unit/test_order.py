@@ -16,7 +16,7 @@ from ganscale.data.order import BatchIndices, Order, keyed_permutation
 property_test = settings(
     deadline=None,
     derandomize=True,
-    max_examples=300,
+    max_examples=100,
     suppress_health_check=[HealthCheck.too_slow],
     database=None,
 )

@@ -301,7 +301,7 @@ def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Builds in threads: starting processes takes seconds, and other tests do."""
 
     def pool(workers: int, *, mp_context: Any, initializer: Any) -> ThreadPoolExecutor:
-        assert mp_context.get_start_method() == "spawn"
+        assert mp_context.get_start_method() == "forkserver"
         return ThreadPoolExecutor(workers)
 
     monkeypatch.setattr("ganscale.data.building.ProcessPoolExecutor", pool)
