@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,7 +44,6 @@ def averages(
     json_file: JsonFile = None,
 ) -> None:
     """Compare the averages of a run's generator (training.extra_ema_halflives_kimg) by FID."""
-    from ganscale.cli.duration import announce
     from ganscale.evaluation.distributions.averages import compare_averages
     from ganscale.evaluation.distributions.features import FeatureCache
     from ganscale.evaluation.image_sets import open_images
@@ -69,7 +67,6 @@ def averages(
             num_images=num,
             seed=seed,
             cache=FeatureCache(),
-            planned=partial(announce, network=network, shape=real.shape, world=world),
             start_task=start_task,
         )
     # Ranks other than 0 have done their share.

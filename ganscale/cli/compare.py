@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -17,9 +16,7 @@ from ganscale.errors import ConfigError, TrainingFault
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ganscale.config import Config, MetricName
-    from ganscale.evaluation.distributions.evaluate import StartTask
-    from ganscale.evaluation.image_sets import ImageSet
+    from ganscale.config import Config
     from ganscale.evaluation.reconstruction.comparison import (
         ComparedRun,
         EvaluationNetworks,
@@ -244,7 +241,9 @@ def compare(
             _draw(truth, results[degradation.name], out / picture)
         costs = [comparison.training_cost(run) for run in compared]
         metrics = [
-            _sample_metrics(run, real, networks, metric, num_samples, start_task)
+            comparison.sample_metrics(
+                run, real, networks, metric=metric, num_images=num_samples, start_task=start_task
+            )
             for run in compared
         ]
     _print_costs(compared, costs, metrics)
@@ -272,31 +271,6 @@ def _networks(extractor: ExtractorName, world: World) -> EvaluationNetworks:
     networks.extractor.to(world.device)
     networks.network.to(world.device)
     return networks
-
-
-def _sample_metrics(
-    run: ComparedRun,
-    reference: ImageSet,
-    networks: EvaluationNetworks,
-    metric: MetricName,
-    num_samples: int,
-    start_task: StartTask,
-) -> Mapping[str, Estimate]:
-    """The metric of a run's samples; a line says before how long it will take."""
-    from ganscale.cli.duration import announce
-    from ganscale.evaluation.reconstruction.comparison import sample_metrics
-
-    return sample_metrics(
-        run,
-        reference,
-        networks,
-        metric=metric,
-        num_images=num_samples,
-        planned=partial(
-            announce, network=networks.extractor, shape=reference.shape, world=networks.world
-        ),
-        start_task=start_task,
-    )
 
 
 def _print_costs(

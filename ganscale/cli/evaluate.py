@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -81,7 +80,6 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Compare generated images with real ones: FID, KID, precision, recall, copies."""
-    from ganscale.cli.duration import announce
     from ganscale.evaluation.evaluate import choose_metrics, measure, open_reference
     from ganscale.evaluation.image_sets import open_images
     from ganscale.evaluation.run_log import log_evaluation
@@ -110,7 +108,6 @@ def evaluate(
         num_reference_rows=reference_rows,
         real_test=real_test,
         show_progress=True,
-        planned=partial(announce, network=network, shape=samples.shape, world=world),
     )
     # Ranks other than 0 have done their share.
     if evaluation is None:

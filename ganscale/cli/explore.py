@@ -21,12 +21,9 @@ from ganscale.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ganscale.evaluation.distributions.features import Features, StartTask
     from ganscale.evaluation.distributions.nearest import Nearest
     from ganscale.evaluation.image_sets import ImageSet
     from ganscale.generation.latent_sampler import LatentSampler
-    from ganscale.metrics.extractors import EfficientNetLite0
-    from ganscale.world import World
 
 __all__: list[str] = []
 
@@ -216,6 +213,7 @@ def _neighbours(
     images: Tensor, place: str, num_reference: int, k: int, device: str
 ) -> tuple[Nearest, Nearest, tuple[Tensor, Tensor]]:
     """The nearest images by features and by pixels, and those images, (n, k, C, H, W) each."""
+    from ganscale.evaluation.distributions.features import FeatureCache
     from ganscale.evaluation.distributions.nearest import (
         features_of,
         nearest_in_features,
@@ -234,7 +232,9 @@ def _neighbours(
         by_pixels = nearest_in_pixels(
             images, reference, k, progress=start_task("pixels", len(reference))
         )
-        known = _reference_features(reference, network, world, len(images), start_task)
+        progress = start_task("reference features", len(reference))
+        known = FeatureCache().extract(reference, network, world, progress=progress)
+    assert known is not None
     by_features = nearest_in_features(features_of(images, network), known.rows, k)
     numbers = known.indices[by_features.indices.numpy()], by_pixels.indices.numpy()
     shown = [reference.read(n.ravel()).unflatten(0, n.shape) for n in numbers]
@@ -255,28 +255,6 @@ def _reference(place: str, num_reference: int) -> ImageSet:
             err=True,
         )
     return reference
-
-
-def _reference_features(
-    reference: ImageSet,
-    network: EfficientNetLite0,
-    world: World,
-    num_samples: int,
-    start_task: StartTask,
-) -> Features:
-    """Features of the reference, after a line that says how long those that are missing take."""
-    from ganscale.cli.duration import announce
-    from ganscale.evaluation.distributions.evaluate import Workload
-    from ganscale.evaluation.distributions.features import FeatureCache
-
-    cache = FeatureCache()
-    missing = 0 if cache.has(reference, network) else len(reference)
-    workload = Workload(num_samples, missing, statistics="")
-    announce(workload, network=network, shape=reference.shape, world=world)
-    progress = start_task("reference features", len(reference))
-    features = cache.extract(reference, network, world, progress=progress)
-    assert features is not None
-    return features
 
 
 def _latent_sampler(path: Path, truncation_psi: float | None, device: str) -> LatentSampler:

@@ -6,14 +6,14 @@ computes all metrics of two sets that are open, by all ranks of a world.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 from ganscale.config import RENAMED_METRICS, ExtractorName, MetricName
 from ganscale.data.layout import Split
 from ganscale.errors import CheckpointError, ConfigError
-from ganscale.evaluation.distributions.evaluate import METRICS, Evaluation, Workload
+from ganscale.evaluation.distributions.evaluate import METRICS, Evaluation
 from ganscale.evaluation.distributions.evaluate import evaluate as evaluate_features
 from ganscale.evaluation.distributions.features import FeatureCache
 from ganscale.evaluation.gan_metrics.classifier_metrics import (
@@ -155,7 +155,6 @@ def measure(
     num_reference_rows: int | None,
     real_test: ImageSet | None,
     show_progress: bool,
-    planned: Callable[[Workload], None] = lambda workload: None,
 ) -> Evaluation | None:
     """All metrics of samples against a reference; returns them on rank 0, None on other ranks.
 
@@ -168,7 +167,6 @@ def measure(
         num_reference_rows: how many images of the reference the metrics of single images use.
         real_test: real images of another split, for `cas`.
         show_progress: on standard error, by rank 0.
-        planned: called on every rank when it is known how many images will be extracted.
     """
     console = stderr_console() if show_progress and world.is_main else None
     with process_group(world), progress_bars(console) as start_task:
@@ -182,7 +180,6 @@ def measure(
             required=required,
             cache=FeatureCache(),
             resume_samples=True,
-            planned=planned,
             start_task=start_task,
             device=world.device,
         )

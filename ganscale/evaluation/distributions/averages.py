@@ -8,7 +8,7 @@ distances are compared in pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ganscale.errors import DataError
-from ganscale.evaluation.distributions.evaluate import Workload, column_of
+from ganscale.evaluation.distributions.evaluate import column_of
 from ganscale.evaluation.distributions.features import (
     FeatureCache,
     StartTask,
@@ -81,7 +81,6 @@ def compare_averages(
     num_images: int,
     seed: int = 0,
     cache: FeatureCache | None = None,
-    planned: Callable[[Workload], None] = lambda workload: None,
     start_task: StartTask = lambda what, total: lambda num: None,
 ) -> AveragesComparison | None:
     """Measure all averages with images of the same seeds; on rank 0, None on other ranks.
@@ -94,7 +93,6 @@ def compare_averages(
         num_images: drawn from each average.
         seed: of the first image.
         cache: keeps the reference's features, and resumes an interrupted pass over samples.
-        planned: called on every rank when it is known how many images will be extracted.
         start_task: called with each part and its number of images; what it returns is called with
             progress.
 
@@ -113,8 +111,6 @@ def compare_averages(
     plan = plan_reference(
         reference, extractor, world, num_rows=0, cache=cache, start_task=start_task
     )
-    statistics = "" if plan.statistics is None else plan.statistics.name
-    planned(Workload(num_images * len(snapshots), plan.num_missing, statistics))
     of_reference = plan.features(extractor, world, cache=cache, start_task=start_task)
     rows: dict[str, Tensor] = {}
     for name, path in snapshots.items():
@@ -142,7 +138,7 @@ def compare_averages(
             "reference": reference.description,
             "reference_digest": reference.digest,
             "num_reference": len(reference),
-            "reference_statistics": statistics or "extracted",
+            "reference_statistics": plan.statistics.name if plan.statistics else "extracted",
         },
     )
 

@@ -43,7 +43,7 @@ from ganscale.metrics.prdc import authenticity, prdc
 from ganscale.metrics.statistics import Moments
 from ganscale.world import World
 
-__all__ = ["METRICS", "Evaluation", "Protocol", "StartTask", "Workload", "column_of", "evaluate"]
+__all__ = ["METRICS", "Evaluation", "Protocol", "StartTask", "column_of", "evaluate"]
 
 METRICS: tuple[MetricName, ...] = get_args(MetricName)
 
@@ -64,17 +64,6 @@ class Protocol:
     """Where the moments of all reference images come from, "extracted" or an included file."""
     num_reference_rows: int
     """Reference images that metrics of single images use; 0 where no such metric is asked for."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The images that go through the network, known before any does."""
-
-    num_samples: int
-    num_reference: int
-    """Those whose features are neither included nor cached."""
-    statistics: str
-    """The name of the included statistics; empty where none are used."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -133,7 +122,6 @@ def evaluate(
     required: bool = False,
     cache: FeatureCache | None = None,
     resume_samples: bool = False,
-    planned: Callable[[Workload], None] = lambda workload: None,
     start_task: StartTask = lambda what, total: lambda num: None,
     device: str = "cpu",
 ) -> Evaluation | None:
@@ -151,7 +139,6 @@ def evaluate(
         cache: keeps the reference's features.
         resume_samples: whether an interrupted pass over the samples is resumed by the cache; their
             digest must then tell different samples apart.
-        planned: called on every rank when it is known how many images will be extracted.
         start_task: called with each part and its number of images; what it returns is called with
             progress.
         device: where distances between features are computed.
@@ -178,8 +165,6 @@ def evaluate(
         plan = plan_reference(
             reference, extractor, world, num_rows=num_rows, cache=cache, start_task=start_task
         )
-        statistics = "" if plan.statistics is None else plan.statistics.name
-        planned(Workload(len(samples), plan.num_missing, statistics))
         of_reference = plan.features(extractor, world, cache=cache, start_task=start_task)
     with _timed("samples", seconds):
         progress = start_task(samples.description, len(samples))
@@ -197,7 +182,7 @@ def evaluate(
         raise DataError("; ".join(skipped.values()))
     protocol = replace(
         protocol,
-        reference_statistics=statistics or protocol.reference_statistics,
+        reference_statistics=plan.statistics.name if plan.statistics else "extracted",
         num_reference_rows=len(plan.row_indices),
     )
     return Evaluation(protocol, estimates, skipped, seconds=seconds)
