@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ganscale.cli.app import app, scratch_folder, stderr_console, write_json
+from ganscale.cli.app import app, stderr_console, write_json
 from ganscale.cli.options import AutoDevice, JsonFile
 from ganscale.config import ExtractorName
 from ganscale.errors import CheckpointError, ConfigError
@@ -56,7 +56,7 @@ def averages(
     world = World.detect(device)
     network = open_extractor(extractor)
     network.to(world.device)
-    real = open_images(reference or default_reference(run), scratch=scratch_folder())
+    real = open_images(reference or default_reference(run))
     console = stderr_console() if world.is_main else None
     with process_group(world), progress_bars(console) as start_task:
         comparison = compare_averages(

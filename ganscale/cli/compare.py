@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ganscale.cli.app import app, scratch_folder, stderr_console, write_json
+from ganscale.cli.app import app, stderr_console, write_json
 from ganscale.cli.options import AutoDevice, ConfigSource, Device, JsonFile, parse_names
 from ganscale.config import ExtractorName
 from ganscale.errors import ConfigError, TrainingFault
@@ -219,11 +219,11 @@ def compare(
         raise ConfigError("compare measures time, so it needs a single process: omit torchrun")
     search = InversionSettings(steps=steps, restarts=restarts, seed=seed)
     compared = [comparison.load_run(str(run), search, device=world.device) for run in runs]
-    real = open_images(reference or default_reference(str(runs[0])), scratch=scratch_folder())
+    real = open_images(reference or default_reference(str(runs[0])))
     # Not drawn by --seed: comparisons of other seeds are to have the same reference.
     if num_reference is not None:
         real = Subset.random(real, num_reference, seed=0)
-    originals = open_images(images, split="test", scratch=scratch_folder())
+    originals = open_images(images, split="test")
     originals = Subset.random(originals, num, seed=seed)
     if not (names := parse_names(tasks)):
         raise ConfigError(f"--tasks {tasks}: expected at least one")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ganscale.cli.app import app, scratch_folder, write_json
+from ganscale.cli.app import app, write_json
 from ganscale.cli.options import AutoDevice, JsonFile, Split, parse_names
 from ganscale.config import ExtractorName
 from ganscale.errors import ConfigError
@@ -81,27 +81,30 @@ def evaluate(
 ) -> None:
     """Compare generated images with real ones: FID, KID, precision, recall, copies."""
     from ganscale.evaluation.evaluate import choose_metrics, measure, open_reference
-    from ganscale.evaluation.image_sets import open_images
+    from ganscale.evaluation.image_sets import GeneratedImages, open_images
     from ganscale.evaluation.run_log import log_evaluation
     from ganscale.evaluation.run_references import default_reference
     from ganscale.metrics.extractors import open_extractor
     from ganscale.world import World
 
     subject = _one_of(run, snapshot, images)
-    chosen, classifier_metrics = choose_metrics(None if metrics is None else parse_names(metrics))
+    chosen = choose_metrics(None if metrics is None else parse_names(metrics))
     world = World.detect(device)
     network = open_extractor(extractor, weights=weights, weights_sha256=weights_sha256)
     network.to(world.device)
     real = open_reference(reference or default_reference(subject), split, num_reference)
-    samples = _opened_samples(subject, images, split, num=num, seed=seed, device=world.device)
-    real_test = None if test is None else open_images(test, split="test", scratch=scratch_folder())
+    samples: ImageSet
+    if images is not None:
+        samples = open_images(images, split=split)
+    else:
+        samples = GeneratedImages.of_snapshot(Path(subject), num, seed=seed, device=world.device)
+    real_test = None if test is None else open_images(test, split="test")
     evaluation = measure(
         samples,
         real,
         network,
         world,
         metrics=chosen,
-        classifier_metrics=classifier_metrics,
         # Metrics that were asked for must succeed; of the default ones those that cannot be
         # computed are listed with the reasons.
         required=metrics is not None,
@@ -117,17 +120,6 @@ def evaluate(
     if run is not None:
         log_evaluation(run, samples, evaluation)
     write_json(json_file, evaluation.to_json())
-
-
-def _opened_samples(
-    subject: str, images: str | None, split: Split, *, num: int, seed: int, device: str
-) -> ImageSet:
-    """The images in files if they are named, else those of the generator."""
-    from ganscale.evaluation.image_sets import GeneratedImages, open_images
-
-    if images is not None:
-        return open_images(images, split=split, scratch=scratch_folder())
-    return GeneratedImages.of_snapshot(Path(subject), num, seed=seed, device=device)
 
 
 def _one_of(run: Path | None, snapshot: Path | None, images: str | None) -> str:

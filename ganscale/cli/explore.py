@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ganscale.cli.app import app, scratch_folder, stderr_console
+from ganscale.cli.app import app, stderr_console
 from ganscale.cli.options import (
     Device,
     Label,
@@ -246,7 +246,7 @@ def _reference(place: str, num_reference: int) -> ImageSet:
     from ganscale.evaluation.image_sets import open_images
     from ganscale.evaluation.image_views import Subset
 
-    whole = open_images(place, scratch=scratch_folder())
+    whole = open_images(place)
     reference = Subset.random(whole, num_reference, seed=0)
     if len(reference) < len(whole):
         typer.echo(

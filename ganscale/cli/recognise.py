@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ganscale.cli.app import app, scratch_folder, stderr_console, write_json
+from ganscale.cli.app import app, stderr_console, write_json
 from ganscale.cli.options import Device, JsonFile, Split, parse_integers
 from ganscale.errors import ConfigError
 
@@ -215,7 +215,7 @@ def _kind_of(run: Path) -> str:
 def _opened(place: str, split: Split) -> ImageSet:
     from ganscale.evaluation.image_sets import open_images
 
-    return open_images(place, split=split, scratch=scratch_folder())
+    return open_images(place, split=split)
 
 
 def _per_cent(estimate: Estimate) -> str:

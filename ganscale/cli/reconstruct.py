@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from ganscale.cli.app import app, scratch_folder, stderr_console, write_json
+from ganscale.cli.app import app, stderr_console, write_json
 from ganscale.cli.options import AutoDevice, DegradationTask, Split
 from ganscale.config import ExtractorName
 from ganscale.errors import ConfigError
@@ -120,7 +120,7 @@ def reconstruct(
         seed=seed,
     )
     reconstructor = Reconstructor.load(path, by=by, search=search, device=world.device)
-    subject: ImageSet = open_images(images, split=split, scratch=scratch_folder())
+    subject: ImageSet = open_images(images, split=split)
     if num is not None:
         subject = Subset.random(subject, num, seed=seed)
     degradation = build_degradation(

@@ -97,10 +97,10 @@ def evaluate(
             "ganscale.evaluate works in one process; several share the work of "
             "torchrun -m ganscale evaluate"
         )
-    of_features, of_classifiers = choose_metrics(metrics)
+    names = choose_metrics(metrics)
     real = _open_real(images, reference, split, num_reference)
     samples = _open_samples(images, split, num=num, seed=seed, device=world.device)
-    real_test = None if test is None else open_images(str(test), split="test", scratch=_scratch())
+    real_test = None if test is None else open_images(str(test), split="test")
     network = open_extractor(extractor) if isinstance(extractor, str) else extractor
     network.to(world.device)
     evaluation = measure(
@@ -108,8 +108,7 @@ def evaluate(
         real,
         network,
         world,
-        metrics=of_features,
-        classifier_metrics=of_classifiers,
+        metrics=names,
         required=metrics is not None,
         num_reference_rows=reference_rows,
         real_test=real_test,
@@ -119,13 +118,13 @@ def evaluate(
     return evaluation
 
 
-def choose_metrics(names: Sequence[str] | None) -> tuple[list[MetricName], list[str]]:
-    """The metrics of features and those of classifiers; without a choice all of the former.
+def choose_metrics(names: Sequence[str] | None) -> Sequence[str]:
+    """The metrics that are computed: without a choice all but those that train classifiers.
 
     Raises `ConfigError` for a name that is unknown, and one that says the new name of an old one.
     """
     if names is None:
-        return list(METRICS), []
+        return METRICS
     known = (*METRICS, *CLASSIFIER_METRICS)
     for name in names:
         if name in RENAMED_METRICS:
@@ -133,14 +132,12 @@ def choose_metrics(names: Sequence[str] | None) -> tuple[list[MetricName], list[
     if isinstance(names, str) or not names or set(names) - set(known):
         shown = names if isinstance(names, str) else ",".join(names)
         raise ConfigError(f"metrics {shown}: expected some of {', '.join(known)}")
-    of_features = [name for name in names if name not in CLASSIFIER_METRICS]
-    of_classifiers = [name for name in names if name in CLASSIFIER_METRICS]
-    return cast("list[MetricName]", of_features), of_classifiers
+    return names
 
 
 def open_reference(place: str, split: Split, num_images: int | None) -> ImageSet:
     """The images at a place, or so many of them drawn at random."""
-    return _part(open_images(place, split=split, scratch=_scratch()), num_images)
+    return _part(open_images(place, split=split), num_images)
 
 
 def measure(
@@ -149,8 +146,7 @@ def measure(
     network: FeatureExtractor,
     world: World,
     *,
-    metrics: Sequence[MetricName],
-    classifier_metrics: Sequence[str],
+    metrics: Sequence[str],
     required: bool,
     num_reference_rows: int | None,
     real_test: ImageSet | None,
@@ -162,7 +158,7 @@ def measure(
         samples, reference: of one shape.
         network: of the features, on the world's device.
         world: of the processes that share the work.
-        metrics, classifier_metrics: what `choose_metrics` returns.
+        metrics: what `choose_metrics` returns.
         required: whether a metric that cannot be computed is an error; else it is skipped.
         num_reference_rows: how many images of the reference the metrics of single images use.
         real_test: real images of another split, for `cas`.
@@ -175,24 +171,23 @@ def measure(
             reference,
             network,
             world,
-            metrics=metrics,
+            metrics=cast("list[MetricName]", [m for m in metrics if m in METRICS]),
             num_reference_rows=num_reference_rows,
             required=required,
             cache=FeatureCache(),
             resume_samples=True,
             start_task=start_task,
-            device=world.device,
         )
         # Ranks other than 0 have done their share.
         if evaluation is None:
             return None
         return with_classifier_metrics(
             evaluation,
-            classifier_metrics,
+            metrics,
             samples,
             reference,
             real_test,
-            device=world.device,
+            device=world.torch_device,
             start_task=start_task,
         )
 
@@ -214,7 +209,7 @@ def _open_samples(
         return MemoryImages.of(images)
     if (snapshot := _snapshot_at(images)) is not None:
         return GeneratedImages.of_snapshot(snapshot, num, seed=seed, device=device)
-    return open_images(str(images), split=split, scratch=_scratch())
+    return open_images(str(images), split=split)
 
 
 def _open_real(
@@ -249,8 +244,3 @@ def _snapshot_at(place: str | Path) -> Path | None:
         return snapshot_file(path)
     except CheckpointError:
         return None
-
-
-def _scratch() -> Path:
-    """The folder for downloads and unpacked archives, beside the cached features."""
-    return FeatureCache().folder.parent

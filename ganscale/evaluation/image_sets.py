@@ -34,6 +34,7 @@ from ganscale.generation.latents import seeded_labels
 from ganscale.generation.sampler import SampleableGenerator
 from ganscale.generation.snapshot import load_generator, snapshot_file
 from ganscale.storage import is_url
+from ganscale.user_cache import user_cache
 
 __all__ = [
     "FileImages",
@@ -275,17 +276,18 @@ class GeneratedImages:
         return self.generator.sample_seeds([self.seed + int(index) for index in indices])
 
 
-def open_images(place: str, *, split: Split = "train", scratch: Path) -> ImageSet:
+def open_images(place: str, *, split: Split = "train", scratch: Path | None = None) -> ImageSet:
     """The images at a place: a shard set's folder or URL, or what `shards build --source` takes.
 
-    Archives are unpacked, and CIFAR-10 is downloaded if it is asked for, into `scratch`. A warning
-    counts what is left out. Raises `DataError` or `ConfigError` when there is nothing to be read.
+    Archives are unpacked, and CIFAR-10 is downloaded if it is asked for, into `scratch`, by default
+    the user's cache. A warning counts what is left out. Raises `DataError` or `ConfigError` when
+    there is nothing to be read.
     """
     if is_url(place) or (Path(place).expanduser() / INDEX_NAME).is_file():
         return ImagesOfShards(ShardSet.load(place))
     # The notice that tells where images come from is for `shards build`; here the set is named in
     # the protocol.
-    spec, _ = resolve_source(place, split, download_dir=scratch)
+    spec, _ = resolve_source(place, split, download_dir=scratch or user_cache())
     source = open_source(spec)
     images = FileImages(source, str(spec))
     if source.left_out:

@@ -194,7 +194,6 @@ def sample_metrics(
         cache=FeatureCache(),
         resume_samples=True,
         start_task=start_task,
-        device=networks.world.device,
     )
     assert evaluation is not None
     return evaluation.metrics
