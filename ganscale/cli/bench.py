@@ -74,7 +74,7 @@ def bench_train(
         typer.Option(
             "--compare",
             help="Measure the ways to run it here in turns: on a GPU launched, captured and "
-            "compiled steps, on the CPU one thread and all, compiled or not; and a plain loop.",
+            "compiled steps, on the CPU one thread and all, compiled or not.",
         ),
     ] = False,
     rounds: Annotated[
@@ -163,7 +163,7 @@ def _cells(row: dict[str, Any], batch_size: int) -> str:
         *(f"{value:,.1f}" for value in (speed, min(row["rounds"]), max(row["rounds"]))),
         "" if ratio is None else f"{ratio:.2f}",
         f"{1000 * batch_size / speed:,.2f}",
-        # A replayed step is one part; the plain loop does not measure its parts.
+        # A replayed step is one part.
         *(f"{1000 * parts[name]:,.2f}" if name in parts else "" for name in _PHASES),
         "" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.2f}",
     ]
