@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from ganscale.cli.app import app, stderr_console, write_json
-from ganscale.cli.options import AutoDevice, JsonFile
-from ganscale.config import ExtractorName
+from ganscale.cli.options import AutoDevice, Extractor, JsonFile, Reference, Seed
 from ganscale.errors import CheckpointError, ConfigError, DataError
 
 __all__: list[str] = []
@@ -26,18 +25,12 @@ def averages(
     run: Annotated[
         str, typer.Argument(help="Folder of a run, or RUN@KIMG for an earlier position.")
     ],
-    num: Annotated[int, typer.Option(min=1, help="Images drawn from each average.")] = 5000,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the first image; the same for all averages.")
-    ] = 0,
-    reference: Annotated[
-        str | None,
-        typer.Option(help="Shard set, folder, cifar10; default: what the run trains on."),
-    ] = None,
-    extractor: Annotated[
-        ExtractorName,
-        typer.Option(help="Network of the features; auto: Inception if its weights are installed."),
-    ] = "auto",
+    num: Annotated[
+        int, typer.Option(min=1, help="Images of each average, of the same seeds.")
+    ] = 5000,
+    seed: Seed = 0,
+    reference: Reference = None,
+    extractor: Extractor = "auto",
     device: AutoDevice = "auto",
     json_file: JsonFile = None,
 ) -> None:

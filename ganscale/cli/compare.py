@@ -9,14 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ganscale.cli.app import app, stderr_console, write_json
-from ganscale.cli.options import AutoDevice, ConfigSource, Device, JsonFile, parse_names
-from ganscale.config import ExtractorName
+from ganscale.cli.options import (
+    AutoDevice,
+    ConfigSource,
+    Device,
+    Extractor,
+    JsonFile,
+    NumReference,
+    Reference,
+    parse_names,
+)
 from ganscale.errors import ConfigError, TrainingFault
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ganscale.config import Config
+    from ganscale.config import Config, ExtractorName
     from ganscale.evaluation.reconstruction.comparison import (
         ComparedRun,
         EvaluationNetworks,
@@ -178,27 +186,17 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or snapshots in them.")],
     images: Annotated[str, typer.Option(help="Images that no run was trained on.")],
     out: Annotated[Path, typer.Option(help="Folder for a picture of each task and figures.json.")],
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            help="Images that samples are compared with; default: the first run's training data."
-        ),
-    ] = None,
+    reference: Reference = None,
     tasks: Annotated[
         str, typer.Option(help="Tasks of `ganscale reconstruct`, separated by commas.")
     ] = ("identity,inpaint,superres,denoise"),
     num: Annotated[int, typer.Option(min=2, help="Images to reconstruct.")] = 100,
     num_samples: Annotated[int, typer.Option(min=2, help="Images to generate.")] = 10_000,
-    num_reference: Annotated[
-        int | None, typer.Option(min=2, help="Use only so many reference images, drawn at random.")
-    ] = None,
+    num_reference: NumReference = None,
     metric: Annotated[
         Literal["fid", "kid", "prdc"], typer.Option(help="Metric of generated images.")
     ] = "fid",
-    extractor: Annotated[
-        ExtractorName,
-        typer.Option(help="Network of the metric; auto: Inception if its weights are installed."),
-    ] = "auto",
+    extractor: Extractor = "auto",
     steps: Annotated[int, typer.Option(min=1, help="Steps of each inversion.")] = 100,
     restarts: Annotated[int, typer.Option(min=1, max=512, help="Starts of each inversion.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of images, noise and starts.")] = 0,

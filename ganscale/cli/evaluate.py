@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ganscale.cli.app import app, write_json
-from ganscale.cli.options import AutoDevice, JsonFile, Split, parse_names
-from ganscale.config import ExtractorName
+from ganscale.cli.options import (
+    AutoDevice,
+    Extractor,
+    JsonFile,
+    NumReference,
+    Reference,
+    Seed,
+    Split,
+    parse_names,
+)
 from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,10 +45,7 @@ def evaluate(
     images: Annotated[
         str | None, typer.Option(help="Images in files instead: a folder, archive or shard set.")
     ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(help="Shard set, folder, cifar10; default: what the run trains on."),
-    ] = None,
+    reference: Reference = None,
     split: Annotated[
         Split, typer.Option(help="Which part of a reference that has both.")
     ] = "train",
@@ -51,9 +56,7 @@ def evaluate(
     test: Annotated[
         str | None, typer.Option(help="For cas: real images that nothing was trained on.")
     ] = None,
-    num_reference: Annotated[
-        int | None, typer.Option(min=1, help="Use only so many reference images, drawn at random.")
-    ] = None,
+    num_reference: NumReference = None,
     reference_rows: Annotated[
         int | None,
         typer.Option(
@@ -62,14 +65,8 @@ def evaluate(
             "default: as many as there are samples.",
         ),
     ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(min=0, help="Seed of the first generated image; each next one is 1 higher."),
-    ] = 0,
-    extractor: Annotated[
-        ExtractorName,
-        typer.Option(help="Network of the features; auto: Inception if its weights are installed."),
-    ] = "auto",
+    seed: Seed = 0,
+    extractor: Extractor = "auto",
     weights: Annotated[
         Path | None, typer.Option(help="The extractor's weights; also GANSCALE_INCEPTION.")
     ] = None,

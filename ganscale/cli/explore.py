@@ -12,6 +12,7 @@ from ganscale.cli.options import (
     Device,
     Label,
     Scale,
+    Seed,
     Snapshot,
     TruncationPsi,
     parse_integers,
@@ -159,9 +160,7 @@ def nearest(
     path: Snapshot,
     reference: Annotated[str, typer.Option(help="Shard set, folder, archive or cifar10.")],
     num: Annotated[int, typer.Option(min=1, help="How many generated images.")] = 16,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the first image; each next one is 1 higher.")
-    ] = 0,
+    seed: Seed = 0,
     neighbours: Annotated[
         int, typer.Option(min=1, help="Number of neighbours by either distance.")
     ] = 4,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ganscale.cli.app import app, stderr_console
-from ganscale.cli.options import Device, RatingTask
+from ganscale.cli.options import Device, RatingTask, Reference
 from ganscale.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -30,12 +30,7 @@ def rate(
             show_default=False,
         ),
     ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            help="Real images: shards or a folder; default: what the runs were trained on."
-        ),
-    ] = None,
+    reference: Reference = None,
     task: Annotated[
         RatingTask, typer.Option(help="Tell real from fake, or choose the better of two.")
     ] = "realness",

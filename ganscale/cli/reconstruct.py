@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import typer
 
 from ganscale.cli.app import app, stderr_console, write_json
-from ganscale.cli.options import AutoDevice, DegradationTask, Split
+from ganscale.cli.options import AutoDevice, DegradationTask, Extractor, Split
 from ganscale.config import ExtractorName
 from ganscale.errors import ConfigError
 
@@ -89,12 +89,7 @@ def reconstruct(
         ),
     ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of images, noise and starts.")] = 0,
-    extractor: Annotated[
-        ExtractorName,
-        typer.Option(
-            help="Network of the feature distance; auto: Inception if its weights are installed."
-        ),
-    ] = "auto",
+    extractor: Extractor = "auto",
     device: AutoDevice = "auto",
 ) -> None:
     """Reconstruct images, as they are or degraded, by a trained generator."""
