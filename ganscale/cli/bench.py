@@ -1,4 +1,4 @@
-"""Commands that measure speed."""
+"""The command that measures speed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ganscale.cli.app import app, stderr_console, write_json
-from ganscale.cli.options import ConfigSource, Device, JsonFile, Overrides
+from ganscale.cli.options import ConfigSource, JsonFile, Overrides
 
 if TYPE_CHECKING:
     from ganscale.config import Config
@@ -20,41 +20,6 @@ _PHASES = ("discriminator", "generator")
 
 bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
-
-
-@bench_app.command(
-    "data", epilog="Example: ganscale bench data data/cifar10-train --json data.json"
-)
-def bench_data(
-    root: Annotated[str, typer.Argument(help="Folder or URL of a shard set.")],
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure each way.")] = 5.0,
-    device: Device = "cpu",
-    json_file: JsonFile = None,
-) -> None:
-    """Measure images per second of each way to read a set, and of webdataset and torchvision."""
-    from dataclasses import asdict
-
-    import torch
-
-    from ganscale.data.benchmark import bench_data
-    from ganscale.data.shards import ShardSet
-
-    # Figures are for one core, whatever the machine has.
-    torch.set_num_threads(1)
-    console = stderr_console()
-    rows = bench_data(
-        ShardSet.load(root),
-        seconds=seconds,
-        device=device,
-        report=lambda name: console.print(f"measuring {name} ...", highlight=False),
-    )
-    typer.echo(f"{'':40} {'images/s':>12} {'MB/s':>9} {'ratio':>8}")
-    for row in rows:
-        megabytes = row.pixel_bytes_per_second / 1e6
-        typer.echo(
-            f"{row.name:40} {row.images_per_second:12,.0f} {megabytes:9,.1f} {row.ratio:8.1f}"
-        )
-    write_json(json_file, [asdict(row) for row in rows])
 
 
 @bench_app.command(
