@@ -10,7 +10,10 @@ import typer
 
 from ganscale.cli.app import app, stderr_console, write_json
 from ganscale.cli.options import AutoDevice, Extractor, JsonFile, Reference, Seed
+from ganscale.config import load_config
 from ganscale.errors import CheckpointError, ConfigError, DataError
+from ganscale.run_directory import RunDirectory
+from ganscale.world import World, process_group
 
 __all__: list[str] = []
 
@@ -41,7 +44,6 @@ def averages(
     from ganscale.evaluation.run_references import default_reference
     from ganscale.metrics.extractors import open_extractor
     from ganscale.tracking.console import progress_bars
-    from ganscale.world import World, process_group
 
     snapshots, nimg = _snapshots(run)
     world = World.detect(device)
@@ -119,9 +121,7 @@ def averages(
 
 def _snapshots(run: str) -> tuple[dict[str, Path], int]:
     """The snapshots of all averages at the position that `run` names, and that position."""
-    from ganscale.config import load_config
     from ganscale.evaluation.run_references import RunReference, due_by
-    from ganscale.run_directory import RunDirectory
 
     reference = RunReference.parse(run)
     run_dir = RunDirectory(reference.path)

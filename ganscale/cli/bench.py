@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ganscale.cli.app import app, stderr_console, write_json
 from ganscale.cli.options import ConfigSource, JsonFile, Overrides
-
-if TYPE_CHECKING:
-    from ganscale.config import Config
-    from ganscale.world import World
+from ganscale.config import Config, load_config
+from ganscale.world import World
 
 __all__: list[str] = []
 
@@ -48,12 +47,9 @@ def bench_train(
     json_file: JsonFile = None,
 ) -> None:
     """Measure a configuration's training on one device: images per second, and time by part."""
-    from dataclasses import asdict
 
-    from ganscale.config import load_config
     from ganscale.launch.start import prepare_shards
     from ganscale.training.benchmark import bench_training
-    from ganscale.world import World
 
     console = stderr_console()
     settings = prepare_shards(load_config(config, overrides or []), console)

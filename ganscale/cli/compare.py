@@ -19,12 +19,15 @@ from ganscale.cli.options import (
     Reference,
     parse_names,
 )
+from ganscale.config import Config, ExtractorName, load_config
+from ganscale.config.changes import changed_settings
 from ganscale.errors import ConfigError, TrainingFault
+from ganscale.run_directory import RunDirectory
+from ganscale.world import World, process_group
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ganscale.config import Config, ExtractorName
     from ganscale.evaluation.reconstruction.comparison import (
         ComparedRun,
         EvaluationNetworks,
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
         TrainingCost,
     )
     from ganscale.metrics.intervals import Estimate
-    from ganscale.world import World
 
 __all__: list[str] = []
 
@@ -115,8 +117,6 @@ def stability(
 
 def _train_seeds(source: str, overrides: list[str], num_seeds: int) -> list[Path]:
     """Train the seeds that are not finished; returns the folders of all."""
-    from ganscale.config import load_config
-
     base = load_config(source, overrides)
     configs = [
         base.with_changes({"name": f"{base.name}-seed-{seed}", "seed": seed})
@@ -157,10 +157,7 @@ def _is_finished(config: Config) -> bool:
     Raises `ConfigError` if it was trained with other settings.
     """
     from ganscale.checkpoint import CheckpointStore
-    from ganscale.config import load_config
-    from ganscale.config.changes import changed_settings
     from ganscale.launch.start import absolutize_paths
-    from ganscale.run_directory import RunDirectory
 
     file = RunDirectory(config.run_dir).config
     if not file.is_file():
@@ -210,7 +207,6 @@ def compare(
     from ganscale.generation.degradations import build_degradation
     from ganscale.generation.inversion import InversionSettings
     from ganscale.tracking.console import progress_bars
-    from ganscale.world import World, process_group
 
     world = World.detect(device)
     if world.world_size > 1:

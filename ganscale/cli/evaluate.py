@@ -19,6 +19,7 @@ from ganscale.cli.options import (
     parse_names,
 )
 from ganscale.errors import ConfigError
+from ganscale.world import World
 
 if TYPE_CHECKING:
     from ganscale.evaluation.image_sets import ImageSet
@@ -82,7 +83,6 @@ def evaluate(
     from ganscale.evaluation.run_log import log_evaluation
     from ganscale.evaluation.run_references import default_reference
     from ganscale.metrics.extractors import open_extractor
-    from ganscale.world import World
 
     subject = _one_of(run, snapshot, images)
     chosen = choose_metrics(None if metrics is None else parse_names(metrics))

@@ -18,6 +18,7 @@ from ganscale.cli.options import (
     parse_integers,
 )
 from ganscale.errors import ConfigError
+from ganscale.world import World, process_group
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -220,7 +221,6 @@ def _neighbours(
     )
     from ganscale.metrics.extractors import EfficientNetLite0
     from ganscale.tracking.console import progress_bars
-    from ganscale.world import World, process_group
 
     # Its features of all training images take minutes on a CPU; those of Inception take hours.
     network, world = EfficientNetLite0(), World.detect(device)

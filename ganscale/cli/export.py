@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ganscale.atomic_files import write_text
 from ganscale.cli.app import app
 from ganscale.cli.options import Snapshot
 from ganscale.errors import ConfigError
@@ -46,7 +47,6 @@ def export(
     Its images are compared with those of the snapshot. `sample` and all others take a
     .safetensors file; graphs run where this package is not installed.
     """
-    from ganscale.atomic_files import write_text
     from ganscale.generation.export import export_generator
     from ganscale.generation.generator import Generator
     from ganscale.generation.graph_export import export_onnx, export_program, graph_usage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from contextlib import closing, suppress
 from pathlib import Path
@@ -126,7 +127,6 @@ def _serve(
 
 
 def _print_results(out: Path, *, with_json: bool = False) -> None:
-    import json
 
     from ganscale.rating.answers import read_answers
     from ganscale.rating.results import as_json, as_table

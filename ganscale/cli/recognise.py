@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,9 @@ import typer
 
 from ganscale.cli.app import app, stderr_console, write_json
 from ganscale.cli.options import Device, JsonFile, parse_integers
+from ganscale.config import SemiSupervisedMethod, load_config
 from ganscale.errors import ConfigError
+from ganscale.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from ganscale.evaluation.recognition.probe import FeatureFn
@@ -114,7 +117,6 @@ def augment(
     json_file: JsonFile = None,
 ) -> None:
     """Train a classifier on few real images, with and without generated ones."""
-    from dataclasses import replace
 
     import torch
 
@@ -200,9 +202,6 @@ def semi_supervised(
 
 
 def _kind_of(run: Path) -> str:
-    from ganscale.config import SemiSupervisedMethod, load_config
-    from ganscale.run_directory import RunDirectory
-
     config = load_config(RunDirectory(run).config)
     assert isinstance(config.method, SemiSupervisedMethod)
     # What describes a kind is what differs between runs that are compared, their seed apart.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ from ganscale.cli.app import app, stderr_console, write_json
 from ganscale.cli.options import AutoDevice, DegradationTask, Extractor, Split
 from ganscale.config import ExtractorName
 from ganscale.errors import ConfigError
+from ganscale.world import World, process_group
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from ganscale.evaluation.reconstruction.reconstruct import Reconstructions, Reconstructor
     from ganscale.generation.degradations import Degradation
     from ganscale.metrics.extractors import FeatureExtractor
-    from ganscale.world import World
 
 __all__: list[str] = []
 
@@ -98,7 +99,6 @@ def reconstruct(
     from ganscale.evaluation.reconstruction.reconstruct import Reconstructor
     from ganscale.generation.degradations import build_degradation
     from ganscale.generation.inversion import InversionSettings
-    from ganscale.world import World
 
     # `evaluate` takes --run and other commands an argument, so both are accepted.
     path = run or run_option
@@ -181,7 +181,6 @@ def _restore_and_compare(
     from ganscale.evaluation.reconstruction.reconstruct import reconstruct, similarity
     from ganscale.metrics.extractors import EfficientNetLite0, open_extractor
     from ganscale.tracking.console import progress_bars
-    from ganscale.world import process_group
 
     console = stderr_console() if world.is_main else None
     with process_group(world), progress_bars(console) as start_task:
@@ -220,7 +219,6 @@ def _write_pictures(reconstructed: Reconstructions, out: Path) -> None:
 
 
 def _write_metrics(compared: _Compared, protocol: dict[str, Any], out: Path) -> None:
-    from dataclasses import asdict
 
     from ganscale.metrics.intervals import t_interval
 
