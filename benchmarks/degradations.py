@@ -156,7 +156,7 @@ def main() -> None:
         for name, samples in cases(rest, given.num).items():
             found = evaluate(
                 samples, reference, extractor, world,
-                metrics=METRICS, cache=FeatureCache(), start_task=start_task, device=world.device,
+                metrics=METRICS, cache=FeatureCache(), start_task=start_task,
             )  # fmt: skip
             assert found is not None
             table[name] = found.to_json()

@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ganscale.evaluation.distributions.features import FeatureCache, extract
+from ganscale.evaluation.distributions.features import extract
 from ganscale.evaluation.distributions.precomputed import PrecomputedStatistics, content_digest
 from ganscale.evaluation.image_sets import open_images
 from ganscale.metrics.extractors import open_extractor
@@ -37,7 +37,7 @@ def main() -> None:
     given = parser.parse_args()
     world, extractor = World.detect(given.device), open_extractor(given.extractor)
     extractor.to(world.device)
-    images = open_images(given.source, split=given.split, scratch=FeatureCache().folder.parent)
+    images = open_images(given.source, split=given.split)
     with (
         process_group(world),
         progress_bars(stderr_console() if world.is_main else None) as start_task,

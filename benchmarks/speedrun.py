@@ -335,7 +335,6 @@ def measured(
                     world,
                     metrics=["fid"],
                     cache=cache,
-                    device=world.device,
                 )
             assert result is not None
             column = column_of("fid", extractor)

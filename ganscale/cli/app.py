@@ -15,7 +15,7 @@ from ganscale.errors import naming_file
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["app", "scratch_folder", "stderr_console", "write_json"]
+__all__ = ["app", "stderr_console", "write_json"]
 
 
 _GROUPS = {
@@ -103,10 +103,3 @@ def stderr_console() -> Console:
     from ganscale.tracking.console import stderr_console as console
 
     return console()
-
-
-def scratch_folder() -> Path:
-    """The folder for downloads and unpacked archives, beside the cached features."""
-    from ganscale.evaluation.distributions.features import FeatureCache
-
-    return FeatureCache().folder.parent

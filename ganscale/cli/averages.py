@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from ganscale.cli.app import app, scratch_folder, stderr_console, write_json
-from ganscale.cli.options import AutoDevice, JsonFile
-from ganscale.config import ExtractorName
-from ganscale.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from ganscale.evaluation.distributions.averages import AverageResult, AveragesComparison
+from ganscale.cli.app import app, stderr_console, write_json
+from ganscale.cli.options import AutoDevice, Extractor, JsonFile, Reference, Seed
+from ganscale.config import load_config
+from ganscale.errors import CheckpointError, ConfigError, DataError
+from ganscale.run_directory import RunDirectory
+from ganscale.world import World, process_group
 
 __all__: list[str] = []
 
@@ -29,61 +28,100 @@ def averages(
     run: Annotated[
         str, typer.Argument(help="Folder of a run, or RUN@KIMG for an earlier position.")
     ],
-    num: Annotated[int, typer.Option(min=1, help="Images drawn from each average.")] = 5000,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the first image; the same for all averages.")
-    ] = 0,
-    reference: Annotated[
-        str | None,
-        typer.Option(help="Shard set, folder, cifar10; default: what the run trains on."),
-    ] = None,
-    extractor: Annotated[
-        ExtractorName,
-        typer.Option(help="Network of the features; auto: Inception if its weights are installed."),
-    ] = "auto",
+    num: Annotated[
+        int, typer.Option(min=1, help="Images of each average, of the same seeds.")
+    ] = 5000,
+    seed: Seed = 0,
+    reference: Reference = None,
+    extractor: Extractor = "auto",
     device: AutoDevice = "auto",
     json_file: JsonFile = None,
 ) -> None:
     """Compare the averages of a run's generator (training.extra_ema_halflives_kimg) by FID."""
-    from ganscale.cli.duration import announce
-    from ganscale.evaluation.distributions.averages import compare_averages
+    from ganscale.evaluation.distributions.evaluate import Evaluation, column_of, evaluate
     from ganscale.evaluation.distributions.features import FeatureCache
-    from ganscale.evaluation.image_sets import open_images
+    from ganscale.evaluation.image_sets import GeneratedImages, open_images
     from ganscale.evaluation.run_references import default_reference
     from ganscale.metrics.extractors import open_extractor
     from ganscale.tracking.console import progress_bars
-    from ganscale.world import World, process_group
 
     snapshots, nimg = _snapshots(run)
     world = World.detect(device)
     network = open_extractor(extractor)
     network.to(world.device)
-    real = open_images(reference or default_reference(run), scratch=scratch_folder())
+    real = open_images(reference or default_reference(run))
+    # Before any features are extracted, which may take long.
+    if len(real) <= network.num_features:
+        raise DataError(
+            f"{real.description}: too few for the {network.num_features} features of "
+            f"{network.name}, as a Frechet distance needs more images than features: measure the "
+            "snapshots of the averages one by one, ganscale evaluate --snapshot FILE --metrics kid "
+            "from 1,000 images on, prdc with fewer"
+        )
+    column, cache = column_of("fid", network), FeatureCache()
+    evaluations: dict[str, Evaluation] = {}
+    problems: dict[str, str] = {}
     console = stderr_console() if world.is_main else None
     with process_group(world), progress_bars(console) as start_task:
-        comparison = compare_averages(
-            snapshots,
-            real,
-            network,
-            world,
-            num_images=num,
-            seed=seed,
-            cache=FeatureCache(),
-            planned=partial(announce, network=network, shape=real.shape, world=world),
-            start_task=start_task,
-        )
-    # Ranks other than 0 have done their share.
-    if comparison is None:
+        for name, path in snapshots.items():
+            samples = GeneratedImages.of_snapshot(path, num, seed=seed, device=world.device)
+            # An average that reaches back to the initial weights may draw one image only; that says
+            # nothing about the others.
+            try:
+                evaluation = evaluate(
+                    samples,
+                    real,
+                    network,
+                    world,
+                    metrics=["fid"],
+                    required=True,
+                    cache=cache,
+                    resume_samples=True,
+                    start_task=start_task,
+                )
+            except DataError as error:
+                problems[name] = str(error)
+            else:
+                # Ranks other than 0 have done their share.
+                if evaluation is not None:
+                    evaluations[name] = evaluation
+    if not world.is_main:
         return
-    _print_table(comparison, nimg)
-    write_json(json_file, comparison.to_json() | {"nimg": nimg})
+    if not evaluations:
+        raise DataError("; ".join(problems.values()))
+    distances = {name: one.metrics[column] for name, one in evaluations.items()}
+    best = min(distances, key=lambda name: distances[name].value)
+    protocol = replace(
+        evaluations[best].protocol,
+        samples=f"{num:,} of each average at {nimg / 1000:g} kimg, seeds from {seed}",
+    )
+    table = Evaluation(
+        protocol,
+        {f"{column} of {name or _MAIN}": value for name, value in distances.items()},
+        {f"{column} of {name or _MAIN}": problem for name, problem in problems.items()},
+        seconds={name: sum(one.seconds.values()) for name, one in evaluations.items()},
+    )
+    typer.echo(
+        f"{table}\n\nbest: {best or _MAIN}, {snapshots[best]}\n"
+        "It was chosen by these seeds, so its figure is a little too good: for one to publish, "
+        f"measure the file with others, as in ganscale evaluate --snapshot FILE --seed {seed + num}"
+    )
+    rows = [
+        {
+            "name": name,
+            "snapshot": str(path),
+            "distance": asdict(distances[name]) if name in distances else None,
+            "problem": problems.get(name, ""),
+        }
+        for name, path in snapshots.items()
+    ]
+    values = {"nimg": nimg, "metric": column, "best": best or _MAIN, "averages": rows}
+    write_json(json_file, {**values, "protocol": {**asdict(protocol), "seed": seed}})
 
 
 def _snapshots(run: str) -> tuple[dict[str, Path], int]:
     """The snapshots of all averages at the position that `run` names, and that position."""
-    from ganscale.config import load_config
     from ganscale.evaluation.run_references import RunReference, due_by
-    from ganscale.run_directory import RunDirectory
 
     reference = RunReference.parse(run)
     run_dir = RunDirectory(reference.path)
@@ -105,41 +143,3 @@ def _snapshots(run: str) -> tuple[dict[str, Path], int]:
             "choose from: train with further ones, training.extra_ema_halflives_kimg=[100, 1000]"
         )
     return snapshots, positions[-1]
-
-
-def _print_table(comparison: AveragesComparison, nimg: int) -> None:
-    """The protocol, a row for each average, and how the best one is drawn from."""
-    protocol = comparison.protocol
-    typer.echo(
-        f"samples    {protocol['num_samples']:,} of each average at {nimg / 1000:g} kimg, the same "
-        f"seeds from {protocol['seed']}"
-    )
-    typer.echo(f"reference  {protocol['reference']}")
-    typer.echo(f"features   {protocol['extractor']}, {protocol['resizer']}")
-    width = max(len(result.name or _MAIN) for result in comparison.results)
-    width = max(width, len("average"))
-    metric = comparison.metric
-    column = max(9, len(metric))
-    typer.echo(
-        f"\n{'average':{width}} {metric:>{column}}  {'95 % interval':20}  above the best, in pairs"
-    )
-    for result in comparison.results:
-        typer.echo(_row(result, comparison.best, width, column))
-    best = comparison.best
-    typer.echo(
-        f"\nbest: {best.name or _MAIN}, {best.snapshot}\n"
-        "It was chosen by these seeds, so its figure is a little too good: for one to publish, "
-        f"measure the file with others, as in ganscale evaluate --snapshot FILE --seed "
-        f"{protocol['seed'] + protocol['num_samples']}"
-    )
-
-
-def _row(result: AverageResult, best: AverageResult, width: int, column: int) -> str:
-    name = f"{result.name or _MAIN:{width}}"
-    distance, above = result.distance, result.above_best
-    if distance is None or above is None:
-        return f"{name} {'-':>{column}}  {result.problem}"
-    bounds = f"{distance.low:.4g} to {distance.high:.4g}"
-    return f"{name} {distance.value:{column}.4g}  {bounds:20}  " + (
-        "the best" if result is best else str(above)
-    )

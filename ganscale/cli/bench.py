@@ -1,18 +1,17 @@
-"""Commands that measure speed."""
+"""The command that measures speed."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ganscale.cli.app import app, stderr_console, write_json
-from ganscale.cli.options import ConfigSource, Device, JsonFile, Overrides
-
-if TYPE_CHECKING:
-    from ganscale.config import Config
-    from ganscale.world import World
+from ganscale.cli.options import ConfigSource, JsonFile, Overrides
+from ganscale.config import Config, load_config
+from ganscale.world import World
 
 __all__: list[str] = []
 
@@ -20,41 +19,6 @@ _PHASES = ("discriminator", "generator")
 
 bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
-
-
-@bench_app.command(
-    "data", epilog="Example: ganscale bench data data/cifar10-train --json data.json"
-)
-def bench_data(
-    root: Annotated[str, typer.Argument(help="Folder or URL of a shard set.")],
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure each way.")] = 5.0,
-    device: Device = "cpu",
-    json_file: JsonFile = None,
-) -> None:
-    """Measure images per second of each way to read a set, and of webdataset and torchvision."""
-    from dataclasses import asdict
-
-    import torch
-
-    from ganscale.data.benchmark import bench_data
-    from ganscale.data.shards import ShardSet
-
-    # Figures are for one core, whatever the machine has.
-    torch.set_num_threads(1)
-    console = stderr_console()
-    rows = bench_data(
-        ShardSet.load(root),
-        seconds=seconds,
-        device=device,
-        report=lambda name: console.print(f"measuring {name} ...", highlight=False),
-    )
-    typer.echo(f"{'':40} {'images/s':>12} {'MB/s':>9} {'ratio':>8}")
-    for row in rows:
-        megabytes = row.pixel_bytes_per_second / 1e6
-        typer.echo(
-            f"{row.name:40} {row.images_per_second:12,.0f} {megabytes:9,.1f} {row.ratio:8.1f}"
-        )
-    write_json(json_file, [asdict(row) for row in rows])
 
 
 @bench_app.command(
@@ -74,7 +38,7 @@ def bench_train(
         typer.Option(
             "--compare",
             help="Measure the ways to run it here in turns: on a GPU launched, captured and "
-            "compiled steps, on the CPU one thread and all, compiled or not; and a plain loop.",
+            "compiled steps, on the CPU one thread and all, compiled or not.",
         ),
     ] = False,
     rounds: Annotated[
@@ -83,12 +47,9 @@ def bench_train(
     json_file: JsonFile = None,
 ) -> None:
     """Measure a configuration's training on one device: images per second, and time by part."""
-    from dataclasses import asdict
 
-    from ganscale.config import load_config
     from ganscale.launch.start import prepare_shards
     from ganscale.training.benchmark import bench_training
-    from ganscale.world import World
 
     console = stderr_console()
     settings = prepare_shards(load_config(config, overrides or []), console)
@@ -163,7 +124,7 @@ def _cells(row: dict[str, Any], batch_size: int) -> str:
         *(f"{value:,.1f}" for value in (speed, min(row["rounds"]), max(row["rounds"]))),
         "" if ratio is None else f"{ratio:.2f}",
         f"{1000 * batch_size / speed:,.2f}",
-        # A replayed step is one part; the plain loop does not measure its parts.
+        # A replayed step is one part.
         *(f"{1000 * parts[name]:,.2f}" if name in parts else "" for name in _PHASES),
         "" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.2f}",
     ]

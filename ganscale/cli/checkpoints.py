@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ganscale.cli.app import app
+from ganscale.config import load_config
 from ganscale.errors import CheckpointError
+from ganscale.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from ganscale.checkpoint import CheckpointStore
@@ -63,8 +65,6 @@ def checkpoint_repair(run: Run) -> None:
 
 def _checkpoints(run: str) -> CheckpointStore:
     from ganscale.checkpoint import CheckpointStore
-    from ganscale.config import load_config
-    from ganscale.run_directory import RunDirectory
     from ganscale.storage import is_url
 
     run_dir = RunDirectory(Path(run).expanduser().absolute())

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ganscale.cli.app import app, scratch_folder, stderr_console, write_json
-from ganscale.cli.options import AutoDevice, ConfigSource, Device, JsonFile, parse_names
-from ganscale.config import ExtractorName
+from ganscale.cli.app import app, stderr_console, write_json
+from ganscale.cli.options import (
+    AutoDevice,
+    ConfigSource,
+    Device,
+    Extractor,
+    JsonFile,
+    NumReference,
+    Reference,
+    parse_names,
+)
+from ganscale.config import Config, ExtractorName, load_config
+from ganscale.config.changes import changed_settings
 from ganscale.errors import ConfigError, TrainingFault
+from ganscale.run_directory import RunDirectory
+from ganscale.world import World, process_group
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ganscale.config import Config, MetricName
-    from ganscale.evaluation.distributions.evaluate import StartTask
-    from ganscale.evaluation.image_sets import ImageSet
     from ganscale.evaluation.reconstruction.comparison import (
         ComparedRun,
         EvaluationNetworks,
@@ -27,7 +35,6 @@ if TYPE_CHECKING:
         TrainingCost,
     )
     from ganscale.metrics.intervals import Estimate
-    from ganscale.world import World
 
 __all__: list[str] = []
 
@@ -110,8 +117,6 @@ def stability(
 
 def _train_seeds(source: str, overrides: list[str], num_seeds: int) -> list[Path]:
     """Train the seeds that are not finished; returns the folders of all."""
-    from ganscale.config import load_config
-
     base = load_config(source, overrides)
     configs = [
         base.with_changes({"name": f"{base.name}-seed-{seed}", "seed": seed})
@@ -152,10 +157,7 @@ def _is_finished(config: Config) -> bool:
     Raises `ConfigError` if it was trained with other settings.
     """
     from ganscale.checkpoint import CheckpointStore
-    from ganscale.config import load_config
-    from ganscale.config.changes import changed_settings
     from ganscale.launch.start import absolutize_paths
-    from ganscale.run_directory import RunDirectory
 
     file = RunDirectory(config.run_dir).config
     if not file.is_file():
@@ -181,27 +183,17 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or snapshots in them.")],
     images: Annotated[str, typer.Option(help="Images that no run was trained on.")],
     out: Annotated[Path, typer.Option(help="Folder for a picture of each task and figures.json.")],
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            help="Images that samples are compared with; default: the first run's training data."
-        ),
-    ] = None,
+    reference: Reference = None,
     tasks: Annotated[
         str, typer.Option(help="Tasks of `ganscale reconstruct`, separated by commas.")
     ] = ("identity,inpaint,superres,denoise"),
     num: Annotated[int, typer.Option(min=2, help="Images to reconstruct.")] = 100,
     num_samples: Annotated[int, typer.Option(min=2, help="Images to generate.")] = 10_000,
-    num_reference: Annotated[
-        int | None, typer.Option(min=2, help="Use only so many reference images, drawn at random.")
-    ] = None,
+    num_reference: NumReference = None,
     metric: Annotated[
         Literal["fid", "kid", "prdc"], typer.Option(help="Metric of generated images.")
     ] = "fid",
-    extractor: Annotated[
-        ExtractorName,
-        typer.Option(help="Network of the metric; auto: Inception if its weights are installed."),
-    ] = "auto",
+    extractor: Extractor = "auto",
     steps: Annotated[int, typer.Option(min=1, help="Steps of each inversion.")] = 100,
     restarts: Annotated[int, typer.Option(min=1, max=512, help="Starts of each inversion.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of images, noise and starts.")] = 0,
@@ -215,18 +207,17 @@ def compare(
     from ganscale.generation.degradations import build_degradation
     from ganscale.generation.inversion import InversionSettings
     from ganscale.tracking.console import progress_bars
-    from ganscale.world import World, process_group
 
     world = World.detect(device)
     if world.world_size > 1:
         raise ConfigError("compare measures time, so it needs a single process: omit torchrun")
     search = InversionSettings(steps=steps, restarts=restarts, seed=seed)
     compared = [comparison.load_run(str(run), search, device=world.device) for run in runs]
-    real = open_images(reference or default_reference(str(runs[0])), scratch=scratch_folder())
+    real = open_images(reference or default_reference(str(runs[0])))
     # Not drawn by --seed: comparisons of other seeds are to have the same reference.
     if num_reference is not None:
         real = Subset.random(real, num_reference, seed=0)
-    originals = open_images(images, split="test", scratch=scratch_folder())
+    originals = open_images(images, split="test")
     originals = Subset.random(originals, num, seed=seed)
     if not (names := parse_names(tasks)):
         raise ConfigError(f"--tasks {tasks}: expected at least one")
@@ -244,7 +235,9 @@ def compare(
             _draw(truth, results[degradation.name], out / picture)
         costs = [comparison.training_cost(run) for run in compared]
         metrics = [
-            _sample_metrics(run, real, networks, metric, num_samples, start_task)
+            comparison.sample_metrics(
+                run, real, networks, metric=metric, num_images=num_samples, start_task=start_task
+            )
             for run in compared
         ]
     _print_costs(compared, costs, metrics)
@@ -272,31 +265,6 @@ def _networks(extractor: ExtractorName, world: World) -> EvaluationNetworks:
     networks.extractor.to(world.device)
     networks.network.to(world.device)
     return networks
-
-
-def _sample_metrics(
-    run: ComparedRun,
-    reference: ImageSet,
-    networks: EvaluationNetworks,
-    metric: MetricName,
-    num_samples: int,
-    start_task: StartTask,
-) -> Mapping[str, Estimate]:
-    """The metric of a run's samples; a line says before how long it will take."""
-    from ganscale.cli.duration import announce
-    from ganscale.evaluation.reconstruction.comparison import sample_metrics
-
-    return sample_metrics(
-        run,
-        reference,
-        networks,
-        metric=metric,
-        num_images=num_samples,
-        planned=partial(
-            announce, network=networks.extractor, shape=reference.shape, world=networks.world
-        ),
-        start_task=start_task,
-    )
 
 
 def _print_costs(

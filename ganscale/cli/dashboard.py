@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -9,14 +10,13 @@ from typing import Annotated
 import typer
 
 from ganscale.cli.app import app, stderr_console, write_json
+from ganscale.config.sections import valid_wandb_project
+from ganscale.errors import ConfigError, GanscaleError
 
 __all__: list[str] = []
 
 
 def _check_project(name: str) -> str:
-    from ganscale.config.sections import valid_wandb_project
-    from ganscale.errors import ConfigError
-
     try:
         return valid_wandb_project(name)
     except ValueError as error:
@@ -40,9 +40,7 @@ def dashboard(
     ] = None,
 ) -> None:
     """Create a project's W&B workspace and report; without a key, print their definition."""
-    import json
 
-    from ganscale.errors import GanscaleError
     from ganscale.tracking import dashboard as dashboards
     from ganscale.tracking.wandb_sink import resolve_mode
 

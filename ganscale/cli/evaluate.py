@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ganscale.cli.app import app, scratch_folder, write_json
-from ganscale.cli.options import AutoDevice, JsonFile, Split, parse_names
-from ganscale.config import ExtractorName
+from ganscale.cli.app import app, write_json
+from ganscale.cli.options import (
+    AutoDevice,
+    Extractor,
+    JsonFile,
+    NumReference,
+    Reference,
+    Seed,
+    Split,
+    parse_names,
+)
 from ganscale.errors import ConfigError
+from ganscale.world import World
 
 if TYPE_CHECKING:
     from ganscale.evaluation.image_sets import ImageSet
@@ -38,10 +46,7 @@ def evaluate(
     images: Annotated[
         str | None, typer.Option(help="Images in files instead: a folder, archive or shard set.")
     ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(help="Shard set, folder, cifar10; default: what the run trains on."),
-    ] = None,
+    reference: Reference = None,
     split: Annotated[
         Split, typer.Option(help="Which part of a reference that has both.")
     ] = "train",
@@ -52,9 +57,7 @@ def evaluate(
     test: Annotated[
         str | None, typer.Option(help="For cas: real images that nothing was trained on.")
     ] = None,
-    num_reference: Annotated[
-        int | None, typer.Option(min=1, help="Use only so many reference images, drawn at random.")
-    ] = None,
+    num_reference: NumReference = None,
     reference_rows: Annotated[
         int | None,
         typer.Option(
@@ -63,14 +66,8 @@ def evaluate(
             "default: as many as there are samples.",
         ),
     ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(min=0, help="Seed of the first generated image; each next one is 1 higher."),
-    ] = 0,
-    extractor: Annotated[
-        ExtractorName,
-        typer.Option(help="Network of the features; auto: Inception if its weights are installed."),
-    ] = "auto",
+    seed: Seed = 0,
+    extractor: Extractor = "auto",
     weights: Annotated[
         Path | None, typer.Option(help="The extractor's weights; also GANSCALE_INCEPTION.")
     ] = None,
@@ -81,36 +78,36 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Compare generated images with real ones: FID, KID, precision, recall, copies."""
-    from ganscale.cli.duration import announce
     from ganscale.evaluation.evaluate import choose_metrics, measure, open_reference
-    from ganscale.evaluation.image_sets import open_images
+    from ganscale.evaluation.image_sets import GeneratedImages, open_images
     from ganscale.evaluation.run_log import log_evaluation
     from ganscale.evaluation.run_references import default_reference
     from ganscale.metrics.extractors import open_extractor
-    from ganscale.world import World
 
     subject = _one_of(run, snapshot, images)
-    chosen, classifier_metrics = choose_metrics(None if metrics is None else parse_names(metrics))
+    chosen = choose_metrics(None if metrics is None else parse_names(metrics))
     world = World.detect(device)
     network = open_extractor(extractor, weights=weights, weights_sha256=weights_sha256)
     network.to(world.device)
     real = open_reference(reference or default_reference(subject), split, num_reference)
-    samples = _opened_samples(subject, images, split, num=num, seed=seed, device=world.device)
-    real_test = None if test is None else open_images(test, split="test", scratch=scratch_folder())
+    samples: ImageSet
+    if images is not None:
+        samples = open_images(images, split=split)
+    else:
+        samples = GeneratedImages.of_snapshot(Path(subject), num, seed=seed, device=world.device)
+    real_test = None if test is None else open_images(test, split="test")
     evaluation = measure(
         samples,
         real,
         network,
         world,
         metrics=chosen,
-        classifier_metrics=classifier_metrics,
         # Metrics that were asked for must succeed; of the default ones those that cannot be
         # computed are listed with the reasons.
         required=metrics is not None,
         num_reference_rows=reference_rows,
         real_test=real_test,
         show_progress=True,
-        planned=partial(announce, network=network, shape=samples.shape, world=world),
     )
     # Ranks other than 0 have done their share.
     if evaluation is None:
@@ -120,17 +117,6 @@ def evaluate(
     if run is not None:
         log_evaluation(run, samples, evaluation)
     write_json(json_file, evaluation.to_json())
-
-
-def _opened_samples(
-    subject: str, images: str | None, split: Split, *, num: int, seed: int, device: str
-) -> ImageSet:
-    """The images in files if they are named, else those of the generator."""
-    from ganscale.evaluation.image_sets import GeneratedImages, open_images
-
-    if images is not None:
-        return open_images(images, split=split, scratch=scratch_folder())
-    return GeneratedImages.of_snapshot(Path(subject), num, seed=seed, device=device)
 
 
 def _one_of(run: Path | None, snapshot: Path | None, images: str | None) -> str:

@@ -7,26 +7,25 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ganscale.cli.app import app, scratch_folder, stderr_console
+from ganscale.cli.app import app, stderr_console
 from ganscale.cli.options import (
     Device,
     Label,
     Scale,
+    Seed,
     Snapshot,
     TruncationPsi,
     parse_integers,
 )
 from ganscale.errors import ConfigError
+from ganscale.world import World, process_group
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ganscale.evaluation.distributions.features import Features, StartTask
     from ganscale.evaluation.distributions.nearest import Nearest
     from ganscale.evaluation.image_sets import ImageSet
     from ganscale.generation.latent_sampler import LatentSampler
-    from ganscale.metrics.extractors import EfficientNetLite0
-    from ganscale.world import World
 
 __all__: list[str] = []
 
@@ -162,9 +161,7 @@ def nearest(
     path: Snapshot,
     reference: Annotated[str, typer.Option(help="Shard set, folder, archive or cifar10.")],
     num: Annotated[int, typer.Option(min=1, help="How many generated images.")] = 16,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the first image; each next one is 1 higher.")
-    ] = 0,
+    seed: Seed = 0,
     neighbours: Annotated[
         int, typer.Option(min=1, help="Number of neighbours by either distance.")
     ] = 4,
@@ -216,6 +213,7 @@ def _neighbours(
     images: Tensor, place: str, num_reference: int, k: int, device: str
 ) -> tuple[Nearest, Nearest, tuple[Tensor, Tensor]]:
     """The nearest images by features and by pixels, and those images, (n, k, C, H, W) each."""
+    from ganscale.evaluation.distributions.features import FeatureCache
     from ganscale.evaluation.distributions.nearest import (
         features_of,
         nearest_in_features,
@@ -223,7 +221,6 @@ def _neighbours(
     )
     from ganscale.metrics.extractors import EfficientNetLite0
     from ganscale.tracking.console import progress_bars
-    from ganscale.world import World, process_group
 
     # Its features of all training images take minutes on a CPU; those of Inception take hours.
     network, world = EfficientNetLite0(), World.detect(device)
@@ -234,7 +231,9 @@ def _neighbours(
         by_pixels = nearest_in_pixels(
             images, reference, k, progress=start_task("pixels", len(reference))
         )
-        known = _reference_features(reference, network, world, len(images), start_task)
+        progress = start_task("reference features", len(reference))
+        known = FeatureCache().extract(reference, network, world, progress=progress)
+    assert known is not None
     by_features = nearest_in_features(features_of(images, network), known.rows, k)
     numbers = known.indices[by_features.indices.numpy()], by_pixels.indices.numpy()
     shown = [reference.read(n.ravel()).unflatten(0, n.shape) for n in numbers]
@@ -246,7 +245,7 @@ def _reference(place: str, num_reference: int) -> ImageSet:
     from ganscale.evaluation.image_sets import open_images
     from ganscale.evaluation.image_views import Subset
 
-    whole = open_images(place, scratch=scratch_folder())
+    whole = open_images(place)
     reference = Subset.random(whole, num_reference, seed=0)
     if len(reference) < len(whole):
         typer.echo(
@@ -255,28 +254,6 @@ def _reference(place: str, num_reference: int) -> ImageSet:
             err=True,
         )
     return reference
-
-
-def _reference_features(
-    reference: ImageSet,
-    network: EfficientNetLite0,
-    world: World,
-    num_samples: int,
-    start_task: StartTask,
-) -> Features:
-    """Features of the reference, after a line that says how long those that are missing take."""
-    from ganscale.cli.duration import announce
-    from ganscale.evaluation.distributions.evaluate import Workload
-    from ganscale.evaluation.distributions.features import FeatureCache
-
-    cache = FeatureCache()
-    missing = 0 if cache.has(reference, network) else len(reference)
-    workload = Workload(num_samples, missing, statistics="")
-    announce(workload, network=network, shape=reference.shape, world=world)
-    progress = start_task("reference features", len(reference))
-    features = cache.extract(reference, network, world, progress=progress)
-    assert features is not None
-    return features
 
 
 def _latent_sampler(path: Path, truncation_psi: float | None, device: str) -> LatentSampler:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ganscale.cli.app import app, write_json
-from ganscale.cli.options import Device, JsonFile, Label, Snapshot, TruncationPsi
+from ganscale.cli.options import Device, JsonFile, Label, Seed, Snapshot, TruncationPsi
 from ganscale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,9 +31,7 @@ _NUM_PRINTED = 64
 def sample(
     path: Snapshot,
     num: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the first image; each next one is 1 higher.")
-    ] = 0,
+    seed: Seed = 0,
     out: Annotated[
         Path,
         typer.Option(

@@ -11,7 +11,8 @@ import typer
 from ganscale.cli.app import app
 from ganscale.cli.options import Overrides
 from ganscale.cli.training import PRESETS
-from ganscale.errors import ConfigError
+from ganscale.config import load_config
+from ganscale.errors import ConfigError, GanscaleError
 
 if TYPE_CHECKING:
     from ganscale.launch.ray_jobs import Job, Jobs
@@ -71,7 +72,6 @@ def submit(
 
     A run that was stopped or failed resumes from its checkpoints when it is submitted again.
     """
-    from ganscale.config import load_config
     from ganscale.launch.ray_jobs import Submission, connect, variables
 
     submission = Submission(
@@ -138,7 +138,6 @@ def job_stop(
     ] = False,
 ) -> None:
     """Make a run's job write a checkpoint and end. When submitted again, the run resumes there."""
-    from ganscale.errors import GanscaleError
     from ganscale.launch.ray_jobs import connect
 
     jobs = connect(address)

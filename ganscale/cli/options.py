@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ganscale.config import ExtractorName
 from ganscale.errors import ConfigError
 
 __all__ = [
@@ -19,13 +20,17 @@ __all__ = [
     "ConfigSource",
     "DegradationTask",
     "Device",
+    "Extractor",
     "Fit",
     "JsonFile",
     "Label",
     "Layout",
+    "NumReference",
     "Overrides",
     "RatingTask",
+    "Reference",
     "Scale",
+    "Seed",
     "Snapshot",
     "Split",
     "TruncationPsi",
@@ -72,6 +77,20 @@ TruncationPsi = Annotated[
 Label = Annotated[
     int | None,
     typer.Option(min=0, help="Class of all images; by default the seed decides it for each."),
+]
+Seed = Annotated[
+    int, typer.Option(min=0, help="Seed of the first image; each next one is 1 higher.")
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(help="Shard set, folder, cifar10; default: what the (first) run trains on."),
+]
+NumReference = Annotated[
+    int | None, typer.Option(min=2, help="Use only so many reference images, drawn at random.")
+]
+Extractor = Annotated[
+    ExtractorName,
+    typer.Option(help="Network of the features; auto: Inception if its weights are installed."),
 ]
 Scale = Annotated[int, typer.Option(min=1, help="Magnify the pixels by this factor.")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from contextlib import closing, suppress
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ganscale.cli.app import app, stderr_console
-from ganscale.cli.options import Device, RatingTask
+from ganscale.cli.options import Device, RatingTask, Reference
 from ganscale.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -30,12 +31,7 @@ def rate(
             show_default=False,
         ),
     ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            help="Real images: shards or a folder; default: what the runs were trained on."
-        ),
-    ] = None,
+    reference: Reference = None,
     task: Annotated[
         RatingTask, typer.Option(help="Tell real from fake, or choose the better of two.")
     ] = "realness",
@@ -131,7 +127,6 @@ def _serve(
 
 
 def _print_results(out: Path, *, with_json: bool = False) -> None:
-    import json
 
     from ganscale.rating.answers import read_answers
     from ganscale.rating.results import as_json, as_table

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ganscale.cli.app import app, scratch_folder, stderr_console, write_json
-from ganscale.cli.options import Device, JsonFile, Split, parse_integers
+from ganscale.cli.app import app, stderr_console, write_json
+from ganscale.cli.options import Device, JsonFile, parse_integers
+from ganscale.config import SemiSupervisedMethod, load_config
 from ganscale.errors import ConfigError
+from ganscale.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from ganscale.evaluation.image_sets import ImageSet
     from ganscale.evaluation.recognition.probe import FeatureFn
     from ganscale.metrics.intervals import Estimate
 
@@ -45,6 +47,7 @@ def probe(
     import torch
 
     from ganscale.evaluation.gan_metrics.gan_pairs import load_gan_pairs
+    from ganscale.evaluation.image_sets import open_images
     from ganscale.evaluation.recognition.probe import pooled_activations, scaled_pixels
     from ganscale.evaluation.recognition.probe import probe as measure
     from ganscale.evaluation.run_references import default_reference
@@ -53,7 +56,10 @@ def probe(
 
     (pair,) = load_gan_pairs([run], device=device)
     spec = pair.spec
-    of_train, of_test = _opened(train or default_reference(run), "train"), _opened(test, "test")
+    of_train, of_test = (
+        open_images(train or default_reference(run)),
+        open_images(test, split="test"),
+    )
     trained = pooled_activations(pair.discriminator.model, num_classes=spec["num_classes"])
 
     # Another initialisation for each seed, so that its interval covers them; the caller's generator
@@ -111,11 +117,10 @@ def augment(
     json_file: JsonFile = None,
 ) -> None:
     """Train a classifier on few real images, with and without generated ones."""
-    from dataclasses import replace
 
     import torch
 
-    from ganscale.evaluation.image_sets import GeneratedImages
+    from ganscale.evaluation.image_sets import GeneratedImages, open_images
     from ganscale.evaluation.recognition.accuracy_score import SHORT_SCORE
     from ganscale.evaluation.recognition.sample_augmentation import augment_with_samples
     from ganscale.evaluation.run_references import default_reference
@@ -129,10 +134,8 @@ def augment(
             f"{run} makes images without labels: train with model.num_classes > 0 "
             "(biggan-cifar10, r3gan-cifar10)"
         )
-    of_train, of_test = (
-        _opened(train or default_reference(str(run)), "train"),
-        _opened(test, "test"),
-    )
+    of_train = open_images(train or default_reference(str(run)))
+    of_test = open_images(test, split="test")
     recipe = replace(SHORT_SCORE, num_passes=passes)
     # With generated images and without, for each number of real images.
     total = 2 * passes * seeds * len(numbers)
@@ -175,12 +178,13 @@ def semi_supervised(
 
     Runs that differ by their seed only are repeats of each other.
     """
+    from ganscale.evaluation.image_sets import open_images
     from ganscale.evaluation.recognition.semi_supervised import classifier_of_run, snapshot_accuracy
     from ganscale.generation.snapshot import snapshot_classes
     from ganscale.metrics.intervals import t_interval
     from ganscale.tracking.console import counting
 
-    of_test = _opened(test, "test")
+    of_test = open_images(test, split="test")
     by_kind: dict[str, dict[str, float]] = defaultdict(dict)
     with counting("testing classifiers", len(runs), stderr_console()) as progress:
         for run in runs:
@@ -198,9 +202,6 @@ def semi_supervised(
 
 
 def _kind_of(run: Path) -> str:
-    from ganscale.config import SemiSupervisedMethod, load_config
-    from ganscale.run_directory import RunDirectory
-
     config = load_config(RunDirectory(run).config)
     assert isinstance(config.method, SemiSupervisedMethod)
     # What describes a kind is what differs between runs that are compared, their seed apart.
@@ -210,12 +211,6 @@ def _kind_of(run: Path) -> str:
     weight = config.method.adversarial
     beside = "the game" if weight == 1 else f"{weight:g} times the game"
     return f"{config.method.labels} labels and {beside}, {length}"
-
-
-def _opened(place: str, split: Split) -> ImageSet:
-    from ganscale.evaluation.image_sets import open_images
-
-    return open_images(place, split=split, scratch=scratch_folder())
 
 
 def _per_cent(estimate: Estimate) -> str:

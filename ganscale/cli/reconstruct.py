@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from ganscale.cli.app import app, scratch_folder, stderr_console, write_json
-from ganscale.cli.options import AutoDevice, DegradationTask, Split
+from ganscale.cli.app import app, stderr_console, write_json
+from ganscale.cli.options import AutoDevice, DegradationTask, Extractor, Split
 from ganscale.config import ExtractorName
 from ganscale.errors import ConfigError
+from ganscale.world import World, process_group
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from ganscale.evaluation.reconstruction.reconstruct import Reconstructions, Reconstructor
     from ganscale.generation.degradations import Degradation
     from ganscale.metrics.extractors import FeatureExtractor
-    from ganscale.world import World
 
 __all__: list[str] = []
 
@@ -89,12 +90,7 @@ def reconstruct(
         ),
     ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of images, noise and starts.")] = 0,
-    extractor: Annotated[
-        ExtractorName,
-        typer.Option(
-            help="Network of the feature distance; auto: Inception if its weights are installed."
-        ),
-    ] = "auto",
+    extractor: Extractor = "auto",
     device: AutoDevice = "auto",
 ) -> None:
     """Reconstruct images, as they are or degraded, by a trained generator."""
@@ -103,7 +99,6 @@ def reconstruct(
     from ganscale.evaluation.reconstruction.reconstruct import Reconstructor
     from ganscale.generation.degradations import build_degradation
     from ganscale.generation.inversion import InversionSettings
-    from ganscale.world import World
 
     # `evaluate` takes --run and other commands an argument, so both are accepted.
     path = run or run_option
@@ -120,7 +115,7 @@ def reconstruct(
         seed=seed,
     )
     reconstructor = Reconstructor.load(path, by=by, search=search, device=world.device)
-    subject: ImageSet = open_images(images, split=split, scratch=scratch_folder())
+    subject: ImageSet = open_images(images, split=split)
     if num is not None:
         subject = Subset.random(subject, num, seed=seed)
     degradation = build_degradation(
@@ -186,7 +181,6 @@ def _restore_and_compare(
     from ganscale.evaluation.reconstruction.reconstruct import reconstruct, similarity
     from ganscale.metrics.extractors import EfficientNetLite0, open_extractor
     from ganscale.tracking.console import progress_bars
-    from ganscale.world import process_group
 
     console = stderr_console() if world.is_main else None
     with process_group(world), progress_bars(console) as start_task:
@@ -225,7 +219,6 @@ def _write_pictures(reconstructed: Reconstructions, out: Path) -> None:
 
 
 def _write_metrics(compared: _Compared, protocol: dict[str, Any], out: Path) -> None:
-    from dataclasses import asdict
 
     from ganscale.metrics.intervals import t_interval
 

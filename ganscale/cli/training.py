@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,10 +13,13 @@ import typer
 
 from ganscale.cli.app import app, stderr_console
 from ganscale.cli.options import Overrides
+from ganscale.config import Config, load_config, parse_overrides
+from ganscale.config.preset_table import PRESET_COLUMNS, preset_rows
 from ganscale.errors import ConfigError
+from ganscale.run_directory import RunDirectory
+from ganscale.world import launched_rank
 
 if TYPE_CHECKING:
-    from ganscale.config import Config
     from ganscale.training.stopping import TrainResult
 
 __all__ = ["PRESETS"]
@@ -47,8 +51,6 @@ def train(
     take_over: TakeOver = False,
 ) -> None:
     """Train, or resume the run of that name from its newest checkpoint that verifies."""
-    from ganscale.config import load_config
-
     settings = load_config(config, overrides or [])
     _check_environment(settings)
     if dry_run:
@@ -64,7 +66,6 @@ def resume(
     take_over: TakeOver = False,
 ) -> None:
     """Resume a run from its newest checkpoint that verifies, at any number of workers."""
-    from ganscale.config import parse_overrides
     from ganscale.launch.start import resume_config
 
     settings = resume_config(run, parse_overrides(overrides or []))
@@ -80,12 +81,9 @@ def watch(
     ] = False,
 ) -> None:
     """Follow a run that trains elsewhere, until it ends; Ctrl-C stops watching, not the run."""
-    import time
 
     from rich.console import Console
 
-    from ganscale.config import load_config
-    from ganscale.run_directory import RunDirectory
     from ganscale.tracking.live_view import RunFollower, view
 
     run_dir = RunDirectory(run.absolute())
@@ -104,8 +102,6 @@ def watch(
 @app.command(epilog="Example: ganscale presets")
 def presets() -> None:
     """List the presets: the model, losses, batch size and length of each."""
-    from ganscale.config.preset_table import PRESET_COLUMNS, preset_rows
-
     rows = [PRESET_COLUMNS, *preset_rows()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -138,7 +134,6 @@ def _check_environment(config: Config) -> None:
 
 def _run(config: Config, *, take_over: bool) -> None:
     from ganscale.launch.signals import EXIT_CODES
-    from ganscale.world import launched_rank
 
     with _ray_started_early(config):
         from ganscale.launch.start import start
@@ -165,7 +160,6 @@ def _ray_started_early(config: Config) -> AbstractContextManager[None]:
 
 def _print_results(config: Config, result: TrainResult) -> None:
     from ganscale.checkpoint import CheckpointStore
-    from ganscale.run_directory import RunDirectory
 
     if not result.has_trained:
         typer.echo(f"{result.reason} before there was room to train: the run is as it was")

@@ -6,14 +6,14 @@ computes all metrics of two sets that are open, by all ranks of a world.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 from ganscale.config import RENAMED_METRICS, ExtractorName, MetricName
 from ganscale.data.layout import Split
 from ganscale.errors import CheckpointError, ConfigError
-from ganscale.evaluation.distributions.evaluate import METRICS, Evaluation, Workload
+from ganscale.evaluation.distributions.evaluate import METRICS, Evaluation
 from ganscale.evaluation.distributions.evaluate import evaluate as evaluate_features
 from ganscale.evaluation.distributions.features import FeatureCache
 from ganscale.evaluation.gan_metrics.classifier_metrics import (
@@ -97,10 +97,10 @@ def evaluate(
             "ganscale.evaluate works in one process; several share the work of "
             "torchrun -m ganscale evaluate"
         )
-    of_features, of_classifiers = choose_metrics(metrics)
+    names = choose_metrics(metrics)
     real = _open_real(images, reference, split, num_reference)
     samples = _open_samples(images, split, num=num, seed=seed, device=world.device)
-    real_test = None if test is None else open_images(str(test), split="test", scratch=_scratch())
+    real_test = None if test is None else open_images(str(test), split="test")
     network = open_extractor(extractor) if isinstance(extractor, str) else extractor
     network.to(world.device)
     evaluation = measure(
@@ -108,8 +108,7 @@ def evaluate(
         real,
         network,
         world,
-        metrics=of_features,
-        classifier_metrics=of_classifiers,
+        metrics=names,
         required=metrics is not None,
         num_reference_rows=reference_rows,
         real_test=real_test,
@@ -119,13 +118,13 @@ def evaluate(
     return evaluation
 
 
-def choose_metrics(names: Sequence[str] | None) -> tuple[list[MetricName], list[str]]:
-    """The metrics of features and those of classifiers; without a choice all of the former.
+def choose_metrics(names: Sequence[str] | None) -> Sequence[str]:
+    """The metrics that are computed: without a choice all but those that train classifiers.
 
     Raises `ConfigError` for a name that is unknown, and one that says the new name of an old one.
     """
     if names is None:
-        return list(METRICS), []
+        return METRICS
     known = (*METRICS, *CLASSIFIER_METRICS)
     for name in names:
         if name in RENAMED_METRICS:
@@ -133,14 +132,12 @@ def choose_metrics(names: Sequence[str] | None) -> tuple[list[MetricName], list[
     if isinstance(names, str) or not names or set(names) - set(known):
         shown = names if isinstance(names, str) else ",".join(names)
         raise ConfigError(f"metrics {shown}: expected some of {', '.join(known)}")
-    of_features = [name for name in names if name not in CLASSIFIER_METRICS]
-    of_classifiers = [name for name in names if name in CLASSIFIER_METRICS]
-    return cast("list[MetricName]", of_features), of_classifiers
+    return names
 
 
 def open_reference(place: str, split: Split, num_images: int | None) -> ImageSet:
     """The images at a place, or so many of them drawn at random."""
-    return _part(open_images(place, split=split, scratch=_scratch()), num_images)
+    return _part(open_images(place, split=split), num_images)
 
 
 def measure(
@@ -149,13 +146,11 @@ def measure(
     network: FeatureExtractor,
     world: World,
     *,
-    metrics: Sequence[MetricName],
-    classifier_metrics: Sequence[str],
+    metrics: Sequence[str],
     required: bool,
     num_reference_rows: int | None,
     real_test: ImageSet | None,
     show_progress: bool,
-    planned: Callable[[Workload], None] = lambda workload: None,
 ) -> Evaluation | None:
     """All metrics of samples against a reference; returns them on rank 0, None on other ranks.
 
@@ -163,12 +158,11 @@ def measure(
         samples, reference: of one shape.
         network: of the features, on the world's device.
         world: of the processes that share the work.
-        metrics, classifier_metrics: what `choose_metrics` returns.
+        metrics: what `choose_metrics` returns.
         required: whether a metric that cannot be computed is an error; else it is skipped.
         num_reference_rows: how many images of the reference the metrics of single images use.
         real_test: real images of another split, for `cas`.
         show_progress: on standard error, by rank 0.
-        planned: called on every rank when it is known how many images will be extracted.
     """
     console = stderr_console() if show_progress and world.is_main else None
     with process_group(world), progress_bars(console) as start_task:
@@ -177,25 +171,23 @@ def measure(
             reference,
             network,
             world,
-            metrics=metrics,
+            metrics=cast("list[MetricName]", [m for m in metrics if m in METRICS]),
             num_reference_rows=num_reference_rows,
             required=required,
             cache=FeatureCache(),
             resume_samples=True,
-            planned=planned,
             start_task=start_task,
-            device=world.device,
         )
         # Ranks other than 0 have done their share.
         if evaluation is None:
             return None
         return with_classifier_metrics(
             evaluation,
-            classifier_metrics,
+            metrics,
             samples,
             reference,
             real_test,
-            device=world.device,
+            device=world.torch_device,
             start_task=start_task,
         )
 
@@ -217,7 +209,7 @@ def _open_samples(
         return MemoryImages.of(images)
     if (snapshot := _snapshot_at(images)) is not None:
         return GeneratedImages.of_snapshot(snapshot, num, seed=seed, device=device)
-    return open_images(str(images), split=split, scratch=_scratch())
+    return open_images(str(images), split=split)
 
 
 def _open_real(
@@ -252,8 +244,3 @@ def _snapshot_at(place: str | Path) -> Path | None:
         return snapshot_file(path)
     except CheckpointError:
         return None
-
-
-def _scratch() -> Path:
-    """The folder for downloads and unpacked archives, beside the cached features."""
-    return FeatureCache().folder.parent

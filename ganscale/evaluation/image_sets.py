@@ -34,6 +34,7 @@ from ganscale.generation.latents import seeded_labels
 from ganscale.generation.sampler import SampleableGenerator
 from ganscale.generation.snapshot import load_generator, snapshot_file
 from ganscale.storage import is_url
+from ganscale.user_cache import user_cache
 
 __all__ = [
     "FileImages",
@@ -88,41 +89,27 @@ class ImageSet(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
 class ImagesOfShards:
     """All images of a shard set. A damaged one is a `DataError` that names it.
 
     Raises `DataError` if they are arrays of floats.
     """
 
-    shard_set: ShardSet
-
-    def __post_init__(self) -> None:
-        _check_pixels(self.shard_set.values, self.shard_set.location)
-
-    @property
-    def description(self) -> str:
-        shards = self.shard_set
-        return f"{len(self)} images of {shards.location} ({shards.source}, {shards.split})"
-
-    @property
-    def digest(self) -> str:
-        """The digest of the set's index, which holds a hash of every shard."""
-        return self.shard_set.digest
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.shard_set.image_shape
+    def __init__(self, shard_set: ShardSet) -> None:
+        _check_pixels(shard_set.values, shard_set.location)
+        self.shard_set = shard_set
+        origin = f"{shard_set.location} ({shard_set.source}, {shard_set.split})"
+        self.description = f"{shard_set.num_samples} images of {origin}"
+        # That of the set's index, which holds a hash of every shard.
+        self.digest = shard_set.digest
+        self.shape = shard_set.image_shape
+        self.classes = shard_set.classes
 
     @cached_property
     def labels(self) -> NDArray[np.int64] | None:
         # Sets without classes store -1.
         labels = self.shard_set.samples["label"].astype(np.int64)
         return labels if len(labels) and labels.min() >= 0 else None
-
-    @property
-    def classes(self) -> Sequence[str]:
-        return self.shard_set.classes
 
     def __len__(self) -> int:
         return self.shard_set.num_samples
@@ -153,13 +140,10 @@ class FileImages:
         if source.encoding != PNG:
             raise DataError(f"{place} {_ARRAYS}")
         self._source = source
-        self._place = place
+        self.description = f"{len(source)} images of {place}"
+        self.classes = source.classes
         # Only the first image is decoded now; the others are checked when they are read.
         self.shape = self._pixels(0).shape
-
-    @property
-    def description(self) -> str:
-        return f"{len(self)} images of {self._place}"
 
     @cached_property
     def digest(self) -> str:
@@ -176,13 +160,9 @@ class FileImages:
     @cached_property
     def labels(self) -> NDArray[np.int64] | None:
         """Indices of the class folders; None without such folders."""
-        if not self._source.classes:
+        if not self.classes:
             return None
         return np.array([self._source.label(i) for i in range(len(self))], dtype=np.int64)
-
-    @property
-    def classes(self) -> Sequence[str]:
-        return self._source.classes
 
     def __len__(self) -> int:
         return len(self._source)
@@ -208,7 +188,7 @@ class FileImages:
         return pixels
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class GeneratedImages:
     """`num_images` of a generator, for the seeds `seed`, `seed` + 1, ..., drawn when they are read.
 
@@ -224,18 +204,13 @@ class GeneratedImages:
 
     def __post_init__(self) -> None:
         _check_pixels(self.generator.values, self.name)
-
-    @property
-    def description(self) -> str:
-        return f"{self.num_images} samples of {self.name}, seeds from {self.seed}"
-
-    @property
-    def digest(self) -> str:
-        """The sha256 of what decides the images: weights, number and first seed."""
-        # The images are a function of these, so nothing needs to be drawn. The device is left out,
-        # although its rounding may change single grey levels.
+        self.description = f"{self.num_images} samples of {self.name}, seeds from {self.seed}"
+        # Weights, number and first seed decide the images, so none needs to be drawn. The device is
+        # left out, although its rounding may change single grey levels.
         key = f"{self.identity} {self.num_images} {self.seed}"
-        return hashlib.sha256(key.encode()).hexdigest()
+        self.digest = hashlib.sha256(key.encode()).hexdigest()
+        # Those of the set that the generator was trained on.
+        self.classes = self.generator.classes
 
     @classmethod
     def of_snapshot(
@@ -263,11 +238,6 @@ class GeneratedImages:
         seeds = list(range(self.seed, self.seed + self.num_images))
         return seeded_labels(seeds, self.generator.num_classes).numpy()
 
-    @property
-    def classes(self) -> Sequence[str]:
-        """The classes of the set that the generator was trained on."""
-        return self.generator.classes
-
     def __len__(self) -> int:
         return self.num_images
 
@@ -275,17 +245,18 @@ class GeneratedImages:
         return self.generator.sample_seeds([self.seed + int(index) for index in indices])
 
 
-def open_images(place: str, *, split: Split = "train", scratch: Path) -> ImageSet:
+def open_images(place: str, *, split: Split = "train", scratch: Path | None = None) -> ImageSet:
     """The images at a place: a shard set's folder or URL, or what `shards build --source` takes.
 
-    Archives are unpacked, and CIFAR-10 is downloaded if it is asked for, into `scratch`. A warning
-    counts what is left out. Raises `DataError` or `ConfigError` when there is nothing to be read.
+    Archives are unpacked, and CIFAR-10 is downloaded if it is asked for, into `scratch`, by default
+    the user's cache. A warning counts what is left out. Raises `DataError` or `ConfigError` when
+    there is nothing to be read.
     """
     if is_url(place) or (Path(place).expanduser() / INDEX_NAME).is_file():
         return ImagesOfShards(ShardSet.load(place))
     # The notice that tells where images come from is for `shards build`; here the set is named in
     # the protocol.
-    spec, _ = resolve_source(place, split, download_dir=scratch)
+    spec, _ = resolve_source(place, split, download_dir=scratch or user_cache())
     source = open_source(spec)
     images = FileImages(source, str(spec))
     if source.left_out:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -24,11 +23,16 @@ HeldImages = Tensor | NDArray[Any] | Sequence[Image.Image]
 of Pillow images of one size: what calling a `Generator` returns."""
 
 
-@dataclass(frozen=True, eq=False)
 class MemoryImages:
     """Images without labels; `pixels` is uint8, (N, C, H, W), on the CPU."""
 
-    pixels: Tensor
+    def __init__(self, pixels: Tensor) -> None:
+        self.pixels = pixels
+        self.description = f"{len(pixels)} images in memory"
+        channels, height, width = pixels.shape[1:]
+        self.shape = (channels, height, width)
+        self.labels: Indices | None = None
+        self.classes: Sequence[str] = ()
 
     @classmethod
     def of(cls, images: HeldImages) -> MemoryImages:
@@ -49,29 +53,12 @@ class MemoryImages:
             )
         return cls(torch.from_numpy(np.ascontiguousarray(images)).movedim(-1, 1).contiguous())
 
-    @property
-    def description(self) -> str:
-        return f"{len(self)} images in memory"
-
     @cached_property
     def digest(self) -> str:
         """The sha256 of the shape and all pixels."""
         digest = hashlib.sha256(str(tuple(self.pixels.shape)).encode())
         digest.update(self.pixels.numpy().data)
         return digest.hexdigest()
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        channels, height, width = self.pixels.shape[1:]
-        return channels, height, width
-
-    @property
-    def labels(self) -> Indices | None:
-        return None
-
-    @property
-    def classes(self) -> Sequence[str]:
-        return ()
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -34,7 +34,6 @@ from ganscale.generation.model_card import (
     evaluation_summary,
     frechet_distance_of,
     hub_header,
-    recipe_of,
     recorded_evaluation,
     usage_of,
 )
@@ -43,10 +42,10 @@ from ganscale.generation.sampler import SampleableGenerator
 from ganscale.generation.snapshot import (
     FOLDER_FILE,
     load_generator,
-    save_snapshot,
+    save_generator,
     snapshot_file,
 )
-from ganscale.run_directory import RunDirectory, containing_run
+from ganscale.run_directory import RunDirectory
 
 __all__ = ["Generator", "ImageList", "OutputType"]
 
@@ -250,6 +249,18 @@ class Generator(SampleableGenerator):
             return {name: about[name] for name in ("metrics", "protocol") if name in about}
         return {} if self.path is None else recorded_evaluation(self.path, self.nimg)
 
+    def about(self, licence: str | None, evaluation: _Evaluated | None = None) -> dict[str, Any]:
+        """What is written with its weights and onto its card beside the description.
+
+        That is what its own file says, its figures, the licence, and the date.
+        """
+        about = dict(self.info.get("about", {}))
+        about |= self.evaluation if evaluation is None else evaluation_summary(evaluation.to_json())
+        if licence is not None:
+            about["licence"] = licence
+        about["exported"] = f"{date.today().isoformat()} by ganscale {__version__}"
+        return about
+
     def save_pretrained(
         self,
         folder: str | Path,
@@ -276,7 +287,7 @@ class Generator(SampleableGenerator):
         folder = Path(folder).expanduser()
         if RunDirectory(folder).config.is_file():
             raise ConfigError(f"{folder} is the folder of a run: choose another one")
-        self._save(folder, str(folder), self._about(licence, evaluation))
+        self._save(folder, str(folder), self.about(licence, evaluation))
         return folder
 
     def push_to_hub(
@@ -310,7 +321,7 @@ class Generator(SampleableGenerator):
             raise ConfigError(f"{repository}: expected OWNER/NAME")
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / repository.partition("/")[2]
-            self._save(folder, repository, self._about(licence, evaluation))
+            self._save(folder, repository, self.about(licence, evaluation))
             return hub.upload(
                 folder,
                 repository,
@@ -368,36 +379,18 @@ class Generator(SampleableGenerator):
             raise ConfigError(f"class {label!r}: this generator has {known}")
         return self.classes.index(label)
 
-    def _about(self, licence: str | None, evaluation: _Evaluated | None) -> dict[str, Any]:
-        """What goes into the file and onto the card beside the description."""
-        about = dict(self.info.get("about", {}))
-        about |= self.evaluation if evaluation is None else evaluation_summary(evaluation.to_json())
-        if licence is not None:
-            about["licence"] = licence
-        about["exported"] = f"{date.today().isoformat()} by ganscale {__version__}"
-        return about
-
     def _save(self, folder: Path, source: str, about: Mapping[str, Any]) -> None:
         """Write weights, description and card; the card says that it is loaded from `source`."""
         file = folder / FOLDER_FILE
-        info = save_snapshot(
-            file,
-            self.model,
-            spec=self.info["model"],
-            nimg=self.nimg,
-            classes=self.info.get("classes", ()),
-            values=self.values,
-            about=about,
-        )
+        info = save_generator(file, self, about)
         write_text(folder / "config.json", json.dumps(info, indent=2) + "\n")
-        run_dir = None if self.path is None else containing_run(self.path)
         card = card_text(
             folder.resolve().name,
             self,
+            self.path,
             about=about,
             file=f"{file.stat().st_size / 1e6:.2f} MB in full precision",
             usage=usage_of(source),
-            recipe=None if run_dir is None else recipe_of(run_dir),
         )
         write_text(folder / "README.md", hub_header(self, about.get("licence")) + card)
 

@@ -14,7 +14,7 @@ import yaml
 
 from ganscale.config import load_config
 from ganscale.generation.sampler import SampleableGenerator
-from ganscale.run_directory import RunDirectory, containing_run
+from ganscale.run_directory import containing_run
 from ganscale.tracking.history import History
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "evaluation_summary",
     "frechet_distance_of",
     "hub_header",
-    "recipe_of",
     "recorded_evaluation",
     "usage_of",
 ]
@@ -41,21 +40,22 @@ _RECIPE = ("seed", "model", "method", "objective", "penalty", "augment", "optimi
 def card_text(
     title: str,
     generator: SampleableGenerator,
+    snapshot: Path | None,
     *,
     about: Mapping[str, Any],
     file: str,
     usage: str,
-    recipe: Mapping[str, Any] | None,
 ) -> str:
     """A card as Markdown.
 
     Args:
         title: the heading.
         generator: what the card is of.
+        snapshot: the file that it was loaded from; if that is in a run's folder, the card has the
+            run's configuration.
         about: what people should know of it, as plain values: licence, figures, date.
         file: the size and precision of what was written.
         usage: lines of Python that draw images with it.
-        recipe: the configuration that it was trained with; None if it is unknown.
     """
     spec, info = generator.info["model"], generator.info
     classes = ", ".join(info.get("classes", ()))
@@ -71,8 +71,11 @@ def card_text(
     lines = [f"# {title}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {' '.join(str(value).split())} |" for name, value in facts.items()]
     lines += ["", "```python", usage.rstrip(), "```"]
-    if recipe is not None:
-        text = yaml.safe_dump(dict(recipe), sort_keys=False).rstrip()
+    run_dir = None if snapshot is None else containing_run(snapshot)
+    if run_dir is not None:
+        values = load_config(run_dir.config).model_dump(mode="json")
+        # The sections that decide what is learnt.
+        text = yaml.safe_dump({name: values[name] for name in _RECIPE}, sort_keys=False).rstrip()
         lines += ["", "The configuration that it was trained with:", "", "```yaml", text, "```"]
     return "\n".join(lines) + "\n"
 
@@ -93,7 +96,7 @@ def hub_header(generator: SampleableGenerator, licence: str | None) -> str:
 def evaluation_summary(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of an evaluation and their protocol, for `about`.
 
-    `evaluation` is what `Evaluation.to_json` returns. Raises `KeyError` or `TypeError` for others.
+    `evaluation` is what `Evaluation.to_json` returns.
     """
     protocol = evaluation["protocol"]
     return {
@@ -138,15 +141,6 @@ def frechet_distance_of(evaluation: Mapping[str, Any]) -> tuple[str, float] | No
         if name == "fid" or (name.startswith("fd_") and "infinity" not in name):
             return name, value
     return None
-
-
-def recipe_of(run_dir: RunDirectory) -> dict[str, Any]:
-    """The sections of a run's configuration that decide what is learnt.
-
-    Raises `ConfigError` if it cannot be read.
-    """
-    values = load_config(run_dir.config).model_dump(mode="json")
-    return {name: values[name] for name in _RECIPE}
 
 
 def usage_of(source: str) -> str:

@@ -37,6 +37,7 @@ __all__ = [
     "load_classifier",
     "load_encoder",
     "load_generator",
+    "save_generator",
     "save_snapshot",
     "snapshot_classes",
     "snapshot_file",
@@ -89,6 +90,21 @@ def save_snapshot(
     # `save_file` of safetensors would make a file that nobody else may read.
     write_bytes(path, save(weights, metadata={_METADATA_KEY: json.dumps(info)}))
     return info
+
+
+def save_generator(
+    path: Path, generator: SampleableGenerator, about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write a loaded generator again, alone, as `save_snapshot` does."""
+    return save_snapshot(
+        path,
+        generator.model,
+        spec=generator.info["model"],
+        nimg=generator.info["nimg"],
+        classes=generator.info.get("classes", ()),
+        values=generator.values,
+        about=about,
+    )
 
 
 def describe(

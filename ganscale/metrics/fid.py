@@ -21,7 +21,6 @@ __all__ = [
     "frechet_distance",
     "frechet_estimate",
     "frechet_infinity",
-    "frechet_jackknife",
 ]
 
 # Each group costs one more eigendecomposition of (d, d), and ten give the interval's variance nine
@@ -49,16 +48,6 @@ def frechet_estimate(features: Tensor, reference: Moments, *, seed: int = 0) -> 
     # The groups are taken as drawn by chance and the reference as given, so the interval is that of
     # other samples against this reference. A bootstrap would repeat images, which biases the
     # distance (`bootstrap`).
-    return jackknife(*frechet_jackknife(features, reference, seed=seed))
-
-
-def frechet_jackknife(
-    features: Tensor, reference: Moments, *, seed: int = 0
-) -> tuple[float, list[float]]:
-    """The distance of all features (n, d), and without each of ten random groups in turn.
-
-    Equally many features have the same groups.
-    """
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(features)))
     parts = [Moments.of(features[rows]) for rows in order.tensor_split(_GROUPS)]
     root = _root(reference)  # one decomposition for all eleven distances
@@ -68,7 +57,7 @@ def frechet_jackknife(
         _distance(_sum(parts[:group] + parts[group + 1 :]), root, reference)
         for group in range(len(parts))
     ]
-    return value, left_out
+    return jackknife(value, left_out)
 
 
 def frechet_infinity(features: Tensor, reference: Moments, *, seed: int = 0) -> Estimate:

@@ -185,14 +185,10 @@ def _of_speed(run: Run, parts: Mapping[str, Sequence[Point]]) -> Iterator[Advice
     waiting = means.get("data wait", 0.0)
     if not means or waiting < _SLOW_DATA * sum(means.values()):
         return
-    shards = "SHARDS"
-    if run.config is not None and run.config.data.shards:
-        shards = shlex.quote(run.config.data.shards)
     yield Advice(
         "Read data faster",
-        f"Workers wait for data in {waiting / sum(means.values()):.0%} of a step. The command "
-        "compares the ways to read the set (docs/how-to/prepare-data.md).",
-        f"ganscale bench data {shards}",
+        f"Workers wait for data in {waiting / sum(means.values()):.0%} of a step: cache decoded "
+        "images, or read with more threads (docs/how-to/prepare-data.md).",
     )
 
 
@@ -201,8 +197,7 @@ def _of_result(run: Run) -> Iterator[Advice]:
     if not any(event["nimg"] == run.nimg for event in run.evaluations) and run.snapshots:
         yield Advice(
             "Measure it",
-            "FID, KID, precision and recall with intervals; the command says first how long it "
-            "takes (docs/how-to/evaluate.md).",
+            "FID, KID, precision and recall with intervals (docs/how-to/evaluate.md).",
             f"ganscale evaluate --run {place}",
         )
     if run.snapshots and not any(run.root.glob("grid.*")):

@@ -27,7 +27,6 @@ from ganscale.json_lines import read_lines
 from ganscale.run_directory import RunDirectory
 from ganscale.training.loop import train
 from ganscale.training.memory import out_of_memory_message
-from ganscale.training.plain_loop import PlainLoop, plain_loop_obstacle
 from ganscale.training.precision import Precision
 from ganscale.training.stopping import StopRequest
 from ganscale.world import World, process_group
@@ -72,8 +71,6 @@ class Variant:
     name: str
     changes: Mapping[str, Any]
     """Dotted names of settings and the values that make this variant."""
-    is_plain: bool = False
-    """Measure `PlainLoop` in place of ganscale's training."""
 
 
 CUDA_VARIANTS = (
@@ -93,7 +90,7 @@ class VariantSpeeds:
     ratios: list[float] = field(default_factory=list)
     """Of these to the first variant's in the same round; empty where that one has none."""
     last: TrainingSpeed | None = None
-    """All that the last round measured; None for the plain loop."""
+    """All that the last round measured."""
     obstacle: str = ""
     """Why it could not be measured, or cannot be."""
 
@@ -116,27 +113,21 @@ def speed_variants(config: Config, device: torch.device) -> list[Variant]:
     """The ways in which `device` can run the configuration, the one to compare with first.
 
     On CUDA steps that are launched kernel by kernel, captured, and captured with compiled kernels;
-    on the CPU one thread and all of the machine's, each with compiled kernels as well. In the end
-    the plain loop, where it can train this configuration.
+    on the CPU one thread and all of the machine's, each with compiled kernels as well.
     """
     if device.type == "cuda":
-        variants = list(CUDA_VARIANTS)
-        plain = {}
-    else:
-        # Those that this process may run on, which in a container may be fewer than there are.
-        num_cores = len(os.sched_getaffinity(0))
-        names = {1: "one thread"} | ({num_cores: f"{num_cores} threads"} if num_cores > 1 else {})
-        variants = [
-            Variant(
-                f"{name}, compiled" if compiled == "on" else name,
-                {"launch.threads_per_worker": num_threads, "training.compile": compiled},
-            )
-            for compiled in ("off", "on")
-            for num_threads, name in names.items()
-        ]
-        plain = {"launch.threads_per_worker": 1}
-    plain_name = "plain loop" if device.type == "cuda" else "plain loop, one thread"
-    return [*variants, Variant(plain_name, plain, is_plain=True)]
+        return list(CUDA_VARIANTS)
+    # Those that this process may run on, which in a container may be fewer than there are.
+    num_cores = len(os.sched_getaffinity(0))
+    names = {1: "one thread"} | ({num_cores: f"{num_cores} threads"} if num_cores > 1 else {})
+    return [
+        Variant(
+            f"{name}, compiled" if compiled == "on" else name,
+            {"launch.threads_per_worker": num_threads, "training.compile": compiled},
+        )
+        for compiled in ("off", "on")
+        for num_threads, name in names.items()
+    ]
 
 
 def compare_variants(
@@ -161,7 +152,8 @@ def compare_variants(
                 continue
             report(f"round {number} of {rounds}: {result.variant.name}")
             try:
-                speed = _measure(config, world, result, seconds)
+                changed = config.with_changes(result.variant.changes)
+                result.last = bench_training(changed, world, seconds=seconds)
             except ConfigError as error:  # such as a machine without a compiler
                 result.obstacle = str(error)
                 continue
@@ -171,22 +163,12 @@ def compare_variants(
                 traceback.print_exc()
                 result.obstacle = f"{type(error).__name__}: {error}".split("\n")[0][:300]
                 continue
+            speed = result.last.images_per_second
             result.images_per_second.append(speed)
             reference = speed if place == 0 else reference
             if reference is not None:
                 result.ratios.append(speed / reference)
     return results
-
-
-def _measure(config: Config, world: World, result: VariantSpeeds, seconds: float) -> float:
-    """Images a second of one variant in one round."""
-    changed = config.with_changes(result.variant.changes)
-    if result.variant.is_plain:
-        if obstacle := plain_loop_obstacle(changed):
-            raise ConfigError(obstacle)
-        return PlainLoop(changed, world).images_per_second(seconds)
-    result.last = bench_training(changed, world, seconds=seconds)
-    return result.last.images_per_second
 
 
 def bench_training(config: Config, world: World, *, seconds: float) -> TrainingSpeed:

@@ -56,8 +56,7 @@ class Evaluator:
         # The training set itself, unless the configuration names another one.
         self._reference: ImageSet = ImagesOfShards(shard_set)
         if settings.reference is not None:
-            scratch = self._cache.folder.parent
-            self._reference = open_images(settings.reference, scratch=scratch)
+            self._reference = open_images(settings.reference)
 
     def measure(
         self, model: nn.Module, nimg: int, *, alive: Callable[[], None] = lambda: None
@@ -91,7 +90,6 @@ class Evaluator:
                     metrics=settings.metrics,
                     cache=self._cache,
                     start_task=started,
-                    device=self.world.device,
                 )
         # Images that are all alike, for instance: a collapse that may pass is no reason to lose the
         # run.

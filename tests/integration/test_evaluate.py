@@ -46,11 +46,8 @@ def test_two_folders_are_compared(verb: Verb, tmp_path: Path) -> None:
         assert value["low"] <= value["value"] <= value["high"]
     assert "features   efficientnet-lite0, bicubic to 96x96" in out
     assert "recall_efficientnet_lite0" in out
-    assert "60 samples + 60 reference images at " in err
-    assert "images/s on cpu: about " in err
     assert "95 % interval         better\nprecision_eff" in out
-    _, again, err = verb("evaluate", "--images", a, "--reference", b, *options)
-    assert "60 samples + 0 reference images at " in err  # they are cached
+    _, again, _ = verb("evaluate", "--images", a, "--reference", b, *options)
     assert again.splitlines()[:-1] == out.splitlines()[:-1]  # the last one is how long it took
 
 

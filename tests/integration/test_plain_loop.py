@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.plain_loop import PlainLoop, plain_loop_obstacle
 from ganscale.models.layers import at_least_fp32
 from ganscale.training.inputs import StepInputs
-from ganscale.training.plain_loop import PlainLoop, plain_loop_obstacle
 from ganscale.training.precision import Precision
 from ganscale.training.steps.gan import Gan
 from ganscale.world import World, process_group

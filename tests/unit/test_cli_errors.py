@@ -203,7 +203,6 @@ MISTAKES = [
     ("shards info absent", 1, "absent. Build it: ganscale shards build"),
     ("shards verify empty", 1, "empty is empty: not a finished shard set"),
     ("shards index empty", 1, "empty: no .tar files to index"),
-    ("bench data absent", 1, "no such shard directory"),
     # Runs and snapshots.
     ("resume absent", 1, "absent is not a run: it has no config.yaml"),
     ("resume text", 1, "text is not a run"),

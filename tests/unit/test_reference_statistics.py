@@ -13,7 +13,7 @@ from PIL import Image
 from ganscale.data.resolve_source import CIFAR10_ENV
 from ganscale.data.shards import ShardSet
 from ganscale.evaluation.distributions import features, precomputed
-from ganscale.evaluation.distributions.evaluate import Workload, evaluate
+from ganscale.evaluation.distributions.evaluate import evaluate
 from ganscale.evaluation.distributions.features import FeatureCache, extract
 from ganscale.evaluation.distributions.precomputed import PrecomputedStatistics, content_digest
 from ganscale.evaluation.image_sets import ImageSet, ImagesOfShards, open_images
@@ -94,31 +94,20 @@ def test_only_what_a_metric_needs_of_a_known_reference_is_extracted(
 ) -> None:
     samples = opened(folder_of(tmp_path / "samples", 50, seed=1))
     extractor, cache = SmallExtractor(), FeatureCache(tmp_path / "cache")
-    workloads: list[Workload] = []
     with process_group(WORLD):
-        fid = evaluate(
-            samples, included, extractor, WORLD, metrics=["fid"], planned=workloads.append
-        )
+        fid = evaluate(samples, included, extractor, WORLD, metrics=["fid"])
         assert extractor.num_images == 50  # the samples alone
         for _ in range(2):
             both = evaluate(
-                samples, included, extractor, WORLD,
-                metrics=["fid", "prdc"], cache=cache, planned=workloads.append,
-            )  # fmt: skip
+                samples, included, extractor, WORLD, metrics=["fid", "prdc"], cache=cache
+            )
         assert extractor.num_images == 50 + 2 * 50 + 50  # the reference's rows once
         monkeypatch.setattr(features, "precomputed_candidates", lambda *_: [])
-        without = evaluate(
-            samples, included, extractor, WORLD, metrics=["fid", "prdc"], planned=workloads.append
-        )
+        without = evaluate(samples, included, extractor, WORLD, metrics=["fid", "prdc"])
+        assert extractor.num_images == 200 + 50 + 150  # all of the reference, in groups of 50
     assert fid is not None
     assert both is not None
     assert without is not None
-    assert workloads == [
-        Workload(50, 0, "noise"),
-        Workload(50, 50, "noise"),
-        Workload(50, 0, "noise"),
-        Workload(50, 120, ""),
-    ]
     assert fid.protocol.num_reference_rows == 0
     assert both.protocol.num_reference_rows == without.protocol.num_reference_rows == 50
     assert both.protocol.reference_statistics == "noise"
@@ -141,12 +130,10 @@ def test_the_rows_of_a_reference_can_be_chosen(included: ImageSet, tmp_path: Pat
 
 def test_statistics_are_not_used_for_other_images(included: ImageSet, tmp_path: Path) -> None:
     other = opened(folder_of(tmp_path / "other", 120, seed=7))
-    workloads: list[Workload] = []
     with process_group(WORLD):
-        evaluate(
-            included, other, SmallExtractor(), WORLD, metrics=["fid"], planned=workloads.append
-        )
-    assert workloads == [Workload(120, 120, "")]
+        evaluation = evaluate(included, other, SmallExtractor(), WORLD, metrics=["fid"])
+    assert evaluation is not None
+    assert evaluation.protocol.reference_statistics == "extracted"
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -43,7 +44,7 @@ from ganscale.metrics.prdc import authenticity, prdc
 from ganscale.metrics.statistics import Moments
 from ganscale.world import World
 
-__all__ = ["METRICS", "Evaluation", "Protocol", "StartTask", "Workload", "column_of", "evaluate"]
+__all__ = ["METRICS", "Evaluation", "Protocol", "StartTask", "column_of", "evaluate"]
 
 METRICS: tuple[MetricName, ...] = get_args(MetricName)
 
@@ -64,17 +65,6 @@ class Protocol:
     """Where the moments of all reference images come from, "extracted" or an included file."""
     num_reference_rows: int
     """Reference images that metrics of single images use; 0 where no such metric is asked for."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The images that go through the network, known before any does."""
-
-    num_samples: int
-    num_reference: int
-    """Those whose features are neither included nor cached."""
-    statistics: str
-    """The name of the included statistics; empty where none are used."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -133,16 +123,15 @@ def evaluate(
     required: bool = False,
     cache: FeatureCache | None = None,
     resume_samples: bool = False,
-    planned: Callable[[Workload], None] = lambda workload: None,
     start_task: StartTask = lambda what, total: lambda num: None,
-    device: str = "cpu",
 ) -> Evaluation | None:
     """Compare images with a reference; returns the metrics on rank 0, None on other ranks.
 
     Args:
         samples, reference: of one shape.
         extractor: of the features.
-        world: of the process group; all its ranks share the work.
+        world: of the process group; all its ranks share the work, and distances between features
+            are computed on the device of rank 0.
         metrics: the names of those to compute.
         num_reference_rows: how many images of the reference the metrics of single images use; by
             default as many as there are samples.
@@ -151,10 +140,8 @@ def evaluate(
         cache: keeps the reference's features.
         resume_samples: whether an interrupted pass over the samples is resumed by the cache; their
             digest must then tell different samples apart.
-        planned: called on every rank when it is known how many images will be extracted.
         start_task: called with each part and its number of images; what it returns is called with
             progress.
-        device: where distances between features are computed.
 
     Raises:
         DataError: images are too few, unreadable, of different shapes, all equal, or have features
@@ -167,7 +154,18 @@ def evaluate(
         )
     samples, skipped = _with_reference_classes(samples, reference, metrics, required=required)
     metrics = [metric for metric in metrics if metric not in skipped]
-    protocol = _protocol(samples, reference, extractor)
+    protocol = Protocol(
+        extractor=extractor.name,
+        extractor_digest=extractor.digest,
+        resizer=extractor.resizer,
+        samples=samples.description,
+        num_samples=len(samples),
+        reference=reference.description,
+        reference_digest=reference.digest,
+        num_reference=len(reference),
+        reference_statistics="extracted",
+        num_reference_rows=0,
+    )
     if not metrics:
         return Evaluation(protocol, {}, {}) if world.is_main else None
     _check_same_on_all_ranks(extractor.digest, len(samples), len(reference))
@@ -178,16 +176,15 @@ def evaluate(
         plan = plan_reference(
             reference, extractor, world, num_rows=num_rows, cache=cache, start_task=start_task
         )
-        statistics = "" if plan.statistics is None else plan.statistics.name
-        planned(Workload(len(samples), plan.num_missing, statistics))
         of_reference = plan.features(extractor, world, cache=cache, start_task=start_task)
     with _timed("samples", seconds):
         progress = start_task(samples.description, len(samples))
-        resumable = cache if resume_samples else None
-        of_samples = _sample_features(samples, extractor, world, resumable, progress)
+        # Not kept once they are complete: the next evaluation is of other weights.
+        draw = partial(cache.extract, keep=False) if cache and resume_samples else extract
+        of_samples = draw(samples, extractor, world, progress=progress)
     if of_samples is None or of_reference is None:
         return None
-    comparison = _Comparison(of_samples, of_reference, extractor, device)
+    comparison = _Comparison(of_samples, of_reference, extractor, world.device)
     estimates, failed = _estimates(
         metrics, comparison, required=required, seconds=seconds, start_task=start_task
     )
@@ -197,7 +194,7 @@ def evaluate(
         raise DataError("; ".join(skipped.values()))
     protocol = replace(
         protocol,
-        reference_statistics=statistics or protocol.reference_statistics,
+        reference_statistics=plan.statistics.name if plan.statistics else "extracted",
         num_reference_rows=len(plan.row_indices),
     )
     return Evaluation(protocol, estimates, skipped, seconds=seconds)
@@ -215,36 +212,6 @@ def _with_reference_classes(
         if required:
             raise
         return samples, {"fid_per_class": str(error)}
-
-
-def _sample_features(
-    samples: ImageSet,
-    extractor: FeatureExtractor,
-    world: World,
-    cache: FeatureCache | None,
-    progress: Callable[[int], None],
-) -> Features | None:
-    """The samples' features on rank 0; with a cache an interrupted pass over them is resumed."""
-    if cache is None:
-        return extract(samples, extractor, world, progress=progress)
-    # Not kept once they are complete: the next evaluation is of other weights.
-    return cache.extract(samples, extractor, world, keep=False, progress=progress)
-
-
-def _protocol(samples: ImageSet, reference: ImageSet, extractor: FeatureExtractor) -> Protocol:
-    """The protocol as far as it is known before the reference is planned."""
-    return Protocol(
-        extractor=extractor.name,
-        extractor_digest=extractor.digest,
-        resizer=extractor.resizer,
-        samples=samples.description,
-        num_samples=len(samples),
-        reference=reference.description,
-        reference_digest=reference.digest,
-        num_reference=len(reference),
-        reference_statistics="extracted",
-        num_reference_rows=0,
-    )
 
 
 def _estimates(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -49,7 +48,6 @@ __all__ = [
     "PartialFeatures",
     "ReferencePlan",
     "extract",
-    "images_per_second",
     "plan_reference",
 ]
 
@@ -57,7 +55,6 @@ _ROWS = 50
 """The number of images of every forward; an incomplete group is filled with black images. Kernels
 choose their arithmetic by the batch size, so the features of an image would depend on its group's
 size."""
-_TIMED_ROWS = 10
 # Rows of 2048 features of so many images are 400 MB; moments are of all images, however many.
 _MAX_KEPT = 50_000
 _FORMAT = 2
@@ -166,17 +163,6 @@ def extract(
     return Features(moments, rows, kept, None if labels is None else labels[kept])
 
 
-def images_per_second(extractor: FeatureExtractor, shape: tuple[int, int, int]) -> float:
-    """How fast one rank extracts features of images of a shape (C, H, W), by a small batch."""
-    images = as_rgb(torch.zeros(_TIMED_ROWS, *shape, dtype=torch.uint8))
-    # The first call also loads kernels and chooses algorithms. Copying to the CPU waits for the
-    # GPU.
-    extractor.features(images).cpu()
-    began = time.perf_counter()
-    extractor.features(images).cpu()
-    return _TIMED_ROWS / (time.perf_counter() - began)
-
-
 class FeatureCache:
     """A folder of features of references, by digests of the images and of the extractor.
 
@@ -276,8 +262,6 @@ class ReferencePlan:
     """(n,) the images whose own features are needed, ascending."""
     extracted: ImageSet | None
     """Whose features are extracted or read from the cache; None if the statistics suffice."""
-    num_missing: int
-    """Images that will go through the network, since no cache has their features."""
 
     def features(
         self,
@@ -335,10 +319,7 @@ def plan_reference(
         # A cached whole set costs nothing, and the rows that are needed are among its own.
         has_all = cache is not None and cache.has(images, extractor)
         extracted = images if has_all else Subset(images, row_indices)
-    num_missing = 0
-    if extracted is not None and not (cache is not None and cache.has(extracted, extractor)):
-        num_missing = len(extracted)
-    return ReferencePlan(images, statistics, row_indices, extracted, num_missing)
+    return ReferencePlan(images, statistics, row_indices, extracted)
 
 
 def _statistics(

@@ -7,7 +7,7 @@ reconstructions of degraded images are to the originals, and time and memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ganscale.config import MetricName, load_config
 from ganscale.errors import ConfigError
-from ganscale.evaluation.distributions.evaluate import StartTask, Workload, evaluate
+from ganscale.evaluation.distributions.evaluate import StartTask, evaluate
 from ganscale.evaluation.distributions.features import FeatureCache
 from ganscale.evaluation.image_sets import GeneratedImages, ImageSet
 from ganscale.evaluation.reconstruction.reconstruct import (
@@ -180,7 +180,6 @@ def sample_metrics(
     *,
     metric: MetricName,
     num_images: int,
-    planned: Callable[[Workload], None],
     start_task: StartTask,
 ) -> Mapping[str, Estimate]:
     """A metric of `num_images` samples, with seeds from 0, against the reference."""
@@ -194,9 +193,7 @@ def sample_metrics(
         required=True,
         cache=FeatureCache(),
         resume_samples=True,
-        planned=planned,
         start_task=start_task,
-        device=networks.world.device,
     )
     assert evaluation is not None
     return evaluation.metrics

@@ -1,5 +1,8 @@
 """The loop that one would write for a GAN in one process: the yardstick of ganscale's overhead.
 
+    python -m benchmarks.plain_loop quickstart data.shards=data/cifar10-train
+    ganscale bench train --config quickstart data.shards=data/cifar10-train
+
 PyTorch's own batch norm and Adam, images kept on the device, latents drawn when they are needed; no
 averaged weights, no statistics over ranks, no DistributedDataParallel, no logging. The networks,
 the losses, the precision and the kernels are those of the configuration, so the difference in speed
@@ -8,13 +11,14 @@ is what ganscale's reader, global statistics, averages and rows cost.
 
 from __future__ import annotations
 
+import argparse
 import time
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ganscale.config import Config, Schedule
+from ganscale.config import Config, Schedule, load_config
 from ganscale.data.values import PIXELS
 from ganscale.evaluation.image_sets import ImagesOfShards
 from ganscale.models import build_discriminator, build_generator
@@ -25,11 +29,21 @@ from ganscale.training.inputs import network_input
 from ganscale.training.precision import Precision
 from ganscale.world import World
 
-__all__ = ["PlainLoop", "plain_loop_obstacle"]
-
 _NUM_IMAGES = 10_000
 """Images that are kept on the device; the batches are drawn from these."""
 _WARM_UP_STEPS = 5
+
+
+def main() -> None:
+    """Train for some seconds and print the speed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("config", help="a preset or a .yaml file")
+    parser.add_argument("overrides", nargs="*", help="section.field=value ...")
+    parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--device", default="auto")
+    given = parser.parse_args()
+    loop = PlainLoop(load_config(given.config, given.overrides), World.detect(given.device))
+    print(f"{loop.images_per_second(given.seconds):,.1f} images/s")
 
 
 def plain_loop_obstacle(config: Config) -> str:
@@ -162,3 +176,7 @@ class PlainLoop:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+if __name__ == "__main__":
+    main()

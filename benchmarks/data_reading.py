@@ -1,5 +1,7 @@
 """How fast a shard set is read, compared with plain webdataset and torchvision in the same run.
 
+    python -m benchmarks.data_reading data/cifar10-train
+
 Absolute speeds depend on what else the machine is doing; the ratios to the first row are what to
 compare. Everything runs in one process. The operating system's page cache serves what is read
 twice, for all ways of reading alike.
@@ -7,12 +9,12 @@ twice, for all ways of reading alike.
 
 from __future__ import annotations
 
+import argparse
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,47 +31,33 @@ from ganscale.data.shard_cache import CachedStore
 from ganscale.data.shards import ShardSet
 from ganscale.storage import LocalStore, ObjectStore
 
-__all__ = ["BATCH_SIZE", "Measurement", "bench_data"]
-
 BATCH_SIZE = 128
 _FOLDER_IMAGES = 2000
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One way of reading and its speed."""
-
-    name: str
-    images_per_second: float
-    pixel_bytes_per_second: float
-    ratio: float
-    """To the first row's speed."""
-
-
-def bench_data(
-    shard_set: ShardSet,
-    *,
-    seconds: float = 5.0,
-    device: str = "cpu",
-    report: Callable[[str], None] = lambda name: None,
-) -> list[Measurement]:
-    """Measure every way of reading a set, `seconds` each.
-
-    Plain webdataset with PIL and torchvision's ImageFolder with a DataLoader come first if the set
-    lies in a local directory. `report` is called with the name of each way.
-    """
-    rows: list[Measurement] = []
+def main() -> None:
+    """Measure every way of reading a set on one core, and print a row for each."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("shards", help="folder or URL of a shard set")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each way")
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    shard_set, base = ShardSet.load(given.shards), None
     pixel_bytes = math.prod(shard_set.image_shape) * shard_set.values.numpy_dtype.itemsize
-    for name, batches in _ways(shard_set, torch.device(device)):
-        report(name)
-        speed = _images_per_second(batches, seconds)
-        base = rows[0].images_per_second if rows else speed
-        rows.append(Measurement(name, speed, speed * pixel_bytes, speed / base))
-    return rows
+    print(f"{'':40} {'images/s':>12} {'MB/s':>9} {'ratio':>8}")
+    for name, batches in _ways(shard_set, torch.device(given.device)):
+        speed = _images_per_second(batches, given.seconds)
+        base = base or speed
+        print(f"{name:40} {speed:12,.0f} {speed * pixel_bytes / 1e6:9,.1f} {speed / base:8.1f}")
 
 
 def _ways(shard_set: ShardSet, device: torch.device) -> Iterator[tuple[str, Iterator[int]]]:
-    """Names, and endless iterators over the sizes of the batches that were read."""
+    """Names, and endless iterators over the sizes of the batches that were read.
+
+    Plain webdataset with PIL and torchvision's ImageFolder with a DataLoader come first if the set
+    lies in a local directory.
+    """
     if isinstance(shard_set.store, LocalStore):
         is_array = shard_set.encoding == NPY
         yield f"webdataset, {'numpy' if is_array else 'PIL'}", _plain_webdataset(shard_set)
@@ -157,3 +145,7 @@ def _unpack(shard_set: ShardSet, folder: Path) -> None:
         path = folder / f"class{label}" / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
+
+
+if __name__ == "__main__":
+    main()
