@@ -128,9 +128,7 @@ class Outputs:
     def save_snapshots(self, state: TrainingState) -> None:
         """Write the networks of each average."""
         for average in state.emas:
-            path = self.run_dir.snapshot(state.nimg, average)
-            self._save_snapshot(state, average, path)
-            self._sink.log_snapshot(path, average=average, nimg=state.nimg)
+            self._save_snapshot(state, average, self.run_dir.snapshot(state.nimg, average))
 
     def save_best(self, state: TrainingState) -> None:
         """Write the averaged networks in place of the best ones so far."""
@@ -138,7 +136,6 @@ class Outputs:
             return
         path = self.run_dir.snapshot(state.nimg, "best")
         self._save_snapshot(state, "", path)
-        self._sink.log_snapshot(path, average="best", nimg=state.nimg)
         # Only now that the new one is whole: a crash in between leaves two, never none.
         for other in path.parent.glob("*.safetensors"):
             if other != path:
