@@ -61,12 +61,8 @@ class Outputs:
         precision: str,
         *,
         num_rollbacks: int,
-        copied_from: str = "",
     ) -> None:
-        """Begin to write, after what earlier attempts wrote.
-
-        `copied_from` is the folder that this run's folder is a copy of.
-        """
+        """Begin to write, after what earlier attempts wrote."""
         self.attempt = attempt.number
         if not self.world.is_main:
             return
@@ -86,7 +82,6 @@ class Outputs:
             device=self.world.device,
             wandb=mode,
             **provenance(self.world.device),
-            **({"copied_from": copied_from} if copied_from else {}),
         )
 
     def close(self) -> None:
