@@ -181,7 +181,6 @@ def measure(
             num_reference_rows=num_reference_rows,
             required=required,
             cache=FeatureCache(),
-            resume_samples=True,
             planned=planned,
             start_task=start_task,
             device=world.device,

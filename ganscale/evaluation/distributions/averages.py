@@ -20,6 +20,7 @@ from ganscale.evaluation.distributions.evaluate import Workload, column_of
 from ganscale.evaluation.distributions.features import (
     FeatureCache,
     StartTask,
+    extract,
     plan_reference,
 )
 from ganscale.evaluation.image_sets import GeneratedImages, ImageSet
@@ -125,7 +126,7 @@ def compare_averages(
                 f"{reference.shape}: only images of one shape can be compared"
             )
         progress = start_task(samples.description, num_images)
-        features = cache.extract(samples, extractor, world, keep=False, progress=progress)
+        features = extract(samples, extractor, world, progress=progress)
         if features is not None:
             rows[name] = features.rows
     if of_reference is None:

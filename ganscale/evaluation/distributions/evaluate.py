@@ -132,7 +132,6 @@ def evaluate(
     num_reference_rows: int | None = None,
     required: bool = False,
     cache: FeatureCache | None = None,
-    resume_samples: bool = False,
     planned: Callable[[Workload], None] = lambda workload: None,
     start_task: StartTask = lambda what, total: lambda num: None,
     device: str = "cpu",
@@ -149,8 +148,6 @@ def evaluate(
         required: whether a metric that cannot be computed is an error; else it is skipped with a
             reason.
         cache: keeps the reference's features.
-        resume_samples: whether an interrupted pass over the samples is resumed by the cache; their
-            digest must then tell different samples apart.
         planned: called on every rank when it is known how many images will be extracted.
         start_task: called with each part and its number of images; what it returns is called with
             progress.
@@ -183,8 +180,7 @@ def evaluate(
         of_reference = plan.features(extractor, world, cache=cache, start_task=start_task)
     with _timed("samples", seconds):
         progress = start_task(samples.description, len(samples))
-        resumable = cache if resume_samples else None
-        of_samples = _sample_features(samples, extractor, world, resumable, progress)
+        of_samples = extract(samples, extractor, world, progress=progress)
     if of_samples is None or of_reference is None:
         return None
     comparison = _Comparison(of_samples, of_reference, extractor, device)
@@ -215,20 +211,6 @@ def _with_reference_classes(
         if required:
             raise
         return samples, {"fid_per_class": str(error)}
-
-
-def _sample_features(
-    samples: ImageSet,
-    extractor: FeatureExtractor,
-    world: World,
-    cache: FeatureCache | None,
-    progress: Callable[[int], None],
-) -> Features | None:
-    """The samples' features on rank 0; with a cache an interrupted pass over them is resumed."""
-    if cache is None:
-        return extract(samples, extractor, world, progress=progress)
-    # Not kept once they are complete: the next evaluation is of other weights.
-    return cache.extract(samples, extractor, world, keep=False, progress=progress)
 
 
 def _protocol(samples: ImageSet, reference: ImageSet, extractor: FeatureExtractor) -> Protocol:

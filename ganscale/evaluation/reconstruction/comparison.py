@@ -193,7 +193,6 @@ def sample_metrics(
         metrics=[metric],
         required=True,
         cache=FeatureCache(),
-        resume_samples=True,
         planned=planned,
         start_task=start_task,
         device=networks.world.device,
