@@ -30,8 +30,9 @@ def report(
 
     It can be made at any time, also while a run trains, and is complete in itself.
     """
+    from rich.filesize import decimal
+
     from ganscale.report import write_report
-    from ganscale.report.text import size
 
     written = write_report(runs, out)
-    typer.echo(f"wrote {written.path} ({size(written.num_bytes)})")
+    typer.echo(f"wrote {written.path} ({decimal(written.num_bytes)})")

@@ -31,10 +31,10 @@ def sweep(
     The same command resumes a sweep that was interrupted. docs/how-to/sweeps.md describes the file.
     """
     from ganscale.config.sweep import Sweep
-    from ganscale.tracking.wandb_settings import check_environment
+    from ganscale.tracking.wandb_sink import resolve_mode
 
     checked = Sweep.load(file)
-    check_environment(checked.base.tracking.wandb)
+    resolve_mode(checked.base.tracking.wandb)
     if dry_run:
         for trial in checked.trials():
             typer.echo("  ".join([trial.name, *_words(checked.settings(trial.values))]))

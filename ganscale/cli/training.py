@@ -124,10 +124,10 @@ def doctor(
 
 def _check_environment(config: Config) -> None:
     """Raise now what would otherwise end the run only after its shards have been built."""
-    from ganscale.tracking.wandb_settings import check_environment
+    from ganscale.tracking.wandb_sink import resolve_mode
     from ganscale.world import check_cuda
 
-    check_environment(config.tracking.wandb)
+    resolve_mode(config.tracking.wandb)
     if config.launch.use_gpu and config.launch.backend == "inprocess":
         check_cuda("launch.use_gpu=true")
 

@@ -6,11 +6,11 @@ instead of being set without effect.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field
 
-from ganscale.config.section import Section
+from ganscale.config.section import Section, by_name
 
 __all__ = [
     "BiganMethod",
@@ -72,18 +72,9 @@ class BiganMethod(Section):
     name: Literal["bigan"] = "bigan"
 
 
-def _name(value: Any) -> Any:
-    # Without a name the default method is meant, whose error messages are then the useful ones.
-    return value.get("name", "gan") if isinstance(value, dict) else getattr(value, "name", value)
-
-
 MethodConfig = Annotated[
-    Annotated[GanMethod, Tag("gan")]
-    | Annotated[VaeMethod, Tag("vae")]
-    | Annotated[VaeGanMethod, Tag("vae-gan")]
-    | Annotated[EncoderMethod, Tag("encoder")]
-    | Annotated[BiganMethod, Tag("bigan")]
-    | Annotated[SemiSupervisedMethod, Tag("semi-supervised")],
-    Discriminator(_name),
+    GanMethod | VaeMethod | VaeGanMethod | EncoderMethod | BiganMethod | SemiSupervisedMethod,
+    Field(discriminator="name"),
+    by_name("gan"),
 ]
 """One of the methods, chosen by its `name`."""

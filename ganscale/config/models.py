@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
-from ganscale.config.section import Section
+from ganscale.config.section import Section, by_name
 
 __all__ = [
     "BigganModel",
@@ -97,17 +97,9 @@ class Stylegan2Model(_ModelSection):
     """Residual blocks in the discriminator; the CIFAR form has none."""
 
 
-def _name(value: Any) -> Any:
-    return value.get("name", "dcgan") if isinstance(value, dict) else getattr(value, "name", value)
-
-
 ModelConfig = Annotated[
-    Annotated[DcganModel, Tag("dcgan")]
-    | Annotated[SnganModel, Tag("sngan")]
-    | Annotated[SndcganModel, Tag("sndcgan")]
-    | Annotated[BigganModel, Tag("biggan")]
-    | Annotated[R3ganModel, Tag("r3gan")]
-    | Annotated[Stylegan2Model, Tag("stylegan2")],
-    Discriminator(_name),
+    DcganModel | SnganModel | SndcganModel | BigganModel | R3ganModel | Stylegan2Model,
+    Field(discriminator="name"),
+    by_name("dcgan"),
 ]
 """One of the architectures, chosen by its `name`."""

@@ -7,9 +7,11 @@ NaN are refused everywhere, since no setting has a meaning for them.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
 
-__all__ = ["Section"]
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+__all__ = ["Section", "by_name"]
 
 
 class Section(BaseModel):
@@ -18,3 +20,13 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+
+def by_name(default: str) -> BeforeValidator:
+    """A section of a union by its name alone, or the default one where no name is given."""
+
+    def expand(value: Any) -> Any:
+        value = {"name": value} if isinstance(value, str) else value
+        return {"name": default, **value} if isinstance(value, dict) else value
+
+    return BeforeValidator(expand)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError
 
 from ganscale.config.changes import MAY_CHANGE_IN_POPULATION
 from ganscale.config.loading import load_config, read_yaml
@@ -21,7 +21,7 @@ from ganscale.config.messages import explain, unknown_field
 from ganscale.config.run import Config, field_names
 from ganscale.config.schedule import Schedule
 from ganscale.config.search_space import Domain, drawn
-from ganscale.config.section import Section
+from ganscale.config.section import Section, by_name
 from ganscale.config.sections import refuse_old_metric
 from ganscale.errors import ConfigError
 
@@ -61,16 +61,7 @@ class NoScheduler(Section):
     name: Literal["none"] = "none"
 
 
-def _name(value: Any) -> Any:
-    return value.get("name") if isinstance(value, dict) else getattr(value, "name", value)
-
-
-Scheduler = Annotated[
-    Annotated[Asha, Tag("asha")]
-    | Annotated[Population, Tag("pbt")]
-    | Annotated[NoScheduler, Tag("none")],
-    Discriminator(_name),
-]
+Scheduler = Annotated[Asha | Population | NoScheduler, Field(discriminator="name"), by_name("none")]
 
 
 class SweepFile(Section):
@@ -96,14 +87,6 @@ class SweepFile(Section):
     """Decides what is drawn."""
     max_concurrent: int | None = Field(None, ge=1)
     """Trials at once; null is as many as there is room for, which a population always takes."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _scheduler_by_name(cls, value: Any) -> Any:
-        # "scheduler: none" for one without options.
-        if isinstance(value, dict) and isinstance(value.get("scheduler"), str):
-            return {**value, "scheduler": {"name": value["scheduler"]}}
-        return value
 
     @property
     def num_points(self) -> int:

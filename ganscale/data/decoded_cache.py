@@ -10,7 +10,6 @@ decode the same image write the same bytes.
 from __future__ import annotations
 
 import math
-import mmap
 import os
 import socket
 import tempfile
@@ -103,7 +102,7 @@ class HostPixels:
     ) -> None:
         self.shape = shape
         memory = _shared_memory(math.prod(shape) * dtype.itemsize, rank, exchange)
-        self._rows = np.frombuffer(memory, dtype=dtype).reshape(shape[0], -1)
+        self._rows = memory.view(dtype).reshape(shape[0], -1)
 
     def put(self, ids: NDArray[np.int64], pixels: torch.Tensor) -> None:
         self._rows[ids] = pixels.numpy().reshape(len(ids), math.prod(self.shape[1:]))
@@ -172,7 +171,7 @@ def _available_memory() -> int:
         return available
 
 
-def _shared_memory(num_bytes: int, rank: int, exchange: Exchange) -> mmap.mmap:
+def _shared_memory(num_bytes: int, rank: int, exchange: Exchange) -> NDArray[np.uint8]:
     # One rank of each node makes the file. Its failure is passed to all ranks as None, so that they
     # all raise: one that raised alone would leave the others waiting in the next exchange.
     nodes = exchange(_node())
@@ -184,11 +183,7 @@ def _shared_memory(num_bytes: int, rank: int, exchange: Exchange) -> mmap.mmap:
             f"data.cache=ram needs {num_bytes / 2**30:.2f} GiB on every node, and at least one "
             f"has less in {', '.join(_places())}: set data.cache=none"
         )
-    descriptor = os.open(paths[leader], os.O_RDWR)
-    try:
-        memory = mmap.mmap(descriptor, num_bytes)
-    finally:
-        os.close(descriptor)
+    memory = np.asarray(np.memmap(paths[leader], np.uint8, "r+"))
     exchange(None)  # a barrier: all ranks have mapped it
     if leader == rank:
         os.unlink(paths[leader])

@@ -175,7 +175,6 @@ def measure(
             num_reference_rows=num_reference_rows,
             required=required,
             cache=FeatureCache(),
-            resume_samples=True,
             start_task=start_task,
         )
         # Ranks other than 0 have done their share.

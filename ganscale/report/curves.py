@@ -25,7 +25,6 @@ __all__ = [
     "averaged",
     "groups_of",
     "step_parts",
-    "thinned",
 ]
 
 Point = tuple[float, float]
@@ -133,29 +132,6 @@ def step_parts(run: Run) -> dict[str, list[Point]]:
     return dict(sorted(parts.items(), key=lambda part: -sum(y for _, y in part[1])))
 
 
-def thinned(points: Sequence[Point], num_buckets: int) -> list[Point]:
-    """Few of many points that look the same when drawn: the extremes of each bucket stay.
-
-    A bucket keeps its smallest and its largest value, and a NaN if it has one, in their order; the
-    first and the last point always stay. Buckets have equally many points.
-    """
-    if len(points) <= 2 * num_buckets:
-        return list(points)
-    kept = {0, len(points) - 1}
-    for bucket in range(num_buckets):
-        first = bucket * len(points) // num_buckets
-        last = (bucket + 1) * len(points) // num_buckets
-        finite = [i for i in range(first, last) if math.isfinite(points[i][1])]
-        if finite:
-            kept |= {
-                min(finite, key=lambda i: points[i][1]),
-                max(finite, key=lambda i: points[i][1]),
-            }
-        if len(finite) < last - first:
-            kept.add(next(i for i in range(first, last) if not math.isfinite(points[i][1])))
-    return [points[i] for i in sorted(kept)]
-
-
 def averaged(points: Sequence[Point], num_buckets: int) -> tuple[list[Point], tuple[Bar, ...]]:
     """The mean of each of some buckets of points, and its smallest and largest value.
 
@@ -205,10 +181,12 @@ def _panel(curve: Curve, names: Sequence[str], runs: Sequence[Run], num_buckets:
 def _lines(run: Run, number: int, names: Sequence[str], num_buckets: int) -> list[Line]:
     curves = {name: points for name in names if (points := run.points(name))}
     if len(curves) > _MAX_WORKERS and all(name.startswith("workers/") for name in names):
-        points, ranges = _over_workers(list(curves.values()), num_buckets)
+        points = sorted(x for points in curves.values() for x in points if math.isfinite(x[1]))
         if not points:
             return []
-        return [Line("mean of the workers", number, points, points[-1][1], ranges=ranges)]
+        # Workers log at the same positions, so a bucket of one position has a value of each.
+        means, ranges = averaged(points, min(len({x for x, _ in points}), num_buckets))
+        return [Line("mean of the workers", number, means, means[-1][1], ranges=ranges)]
     lines = []
     for name, points in curves.items():
         finite = [y for _, y in points if math.isfinite(y)]
@@ -225,16 +203,6 @@ def _lines(run: Run, number: int, names: Sequence[str], num_buckets: int) -> lis
             line = replace(line, points=means, ranges=ranges)
         lines.append(line)
     return lines
-
-
-def _over_workers(
-    curves: Sequence[Sequence[Point]], num_buckets: int
-) -> tuple[list[Point], tuple[Bar, ...]]:
-    """The means of several curves, and their smallest and largest values."""
-    points = sorted(point for curve in curves for point in curve if math.isfinite(point[1]))
-    # Workers log at the same positions, so a bucket of one position has a value of each.
-    num_positions = len({x for x, _ in points})
-    return averaged(points, min(num_positions, num_buckets))
 
 
 def _bars(run: Run, name: str) -> tuple[Bar, ...]:

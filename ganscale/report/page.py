@@ -11,7 +11,7 @@ import base64
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ganscale.atomic_files import write_text
 from ganscale.report import summary, text
 from ganscale.report.advice import Advice, advice_for
 from ganscale.report.curves import Group, Line, groups_of, step_parts
-from ganscale.report.pictures import Album, album_of, picture_bytes
+from ganscale.report.pictures import Album, album_of
 from ganscale.report.plots import (
     DASHES,
     NUM_COLOURS,
@@ -37,24 +37,15 @@ from ganscale.report.plots import (
 from ganscale.report.runs import Run, open_runs
 from ganscale.report.settings import Difference, difference_from_preset, differences_between
 from ganscale.report.status import Status, status_of
-from ganscale.report.timeline import (
-    Happening,
-    Timeline,
-    checkpoint_summary,
-    happenings,
-    timeline_of,
-)
+from ganscale.report.timeline import Happening, checkpoint_summary, happenings, timeline_of
 from ganscale.run_directory import RunDirectory
 
-__all__ = ["LIMIT_BYTES", "Report", "write_report"]
+__all__ = ["Report", "write_report"]
 
-LIMIT_BYTES = 3_000_000
-"""Size of a page: small enough to be sent around."""
-_RESERVE_BYTES = 40_000
-_LEAST_PICTURES_BYTES = 300_000
+_PICTURE_BYTES = 250_000
+"""Of a picture, divided by the number of runs, so that the page is small enough to be sent."""
 _NUM_BUCKETS = 240
 _MAX_MARKS = 40
-_WIDE, _NARROW = 1060.0, 380.0
 _READOUTS = 8
 
 
@@ -107,8 +98,7 @@ class RunView:
     advice: list[Advice]
     parts: list[Part]
     step: Plot | None
-    wide: Plot | None
-    narrow: Plot | None
+    timeline: Plot | None
     happenings: list[Happening]
     num_left_out: int
     checkpoints: str
@@ -116,8 +106,8 @@ class RunView:
     difference: Difference | None
     machine: list[tuple[str, str]]
     attempts: list[tuple[str, ...]]
-    album: Album | None = None
-    readouts: list[str] = field(default_factory=list)
+    album: Album
+    readouts: list[str]
 
 
 def write_report(places: Sequence[str], out: Path | None = None) -> Report:
@@ -136,7 +126,8 @@ def write_report(places: Sequence[str], out: Path | None = None) -> Report:
 
 
 def _render(runs: Sequence[Run]) -> str:
-    views = [_view(run, number) for number, run in enumerate(runs)]
+    limit = _PICTURE_BYTES // len(runs)
+    views = [_view(run, number, limit) for number, run in enumerate(runs)]
     groups = groups_of(runs, num_buckets=max(60, _NUM_BUCKETS // len(runs)))
     figures = [(group, _figures(group, views)) for group in groups]
     package = resources.files("ganscale.report")
@@ -153,29 +144,19 @@ def _render(runs: Sequence[Run]) -> str:
         "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "text": text,
+        "slider": _slider(views),
     }
-    template = _environment().get_template("page.html.j2")
-    # Pictures get what everything else leaves of the limit.
-    rest = len(template.render(context, slider=None).encode())
-    budget: float = max(_LEAST_PICTURES_BYTES, LIMIT_BYTES - _RESERVE_BYTES - rest)
-    # Runs with few pictures first: what they leave is for those with many.
-    for number, view in enumerate(sorted(views, key=lambda view: picture_bytes(view.run))):
-        view.album = album_of(view.run, budget / (len(views) - number))
-        budget -= view.album.cost
-    return template.render(context, slider=_slider(views))
-
-
-def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("ganscale.report", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    return environment.get_template("page.html.j2").render(context)
 
 
-def _view(run: Run, number: int) -> RunView:
+def _view(run: Run, number: int, limit: int) -> RunView:
     status = status_of(run)
     timeline = timeline_of(run)
     parts = step_parts(run)
@@ -187,9 +168,7 @@ def _view(run: Run, number: int) -> RunView:
         advice=advice_for(run, status, parts),
         parts=_parts(parts),
         step=step_plot(parts, f"step-{number}") if _is_curve(parts) else None,
-        # A drawing for a wide page would be too small to read on a narrow one.
-        wide=_timeline(timeline, f"wide-{number}", _WIDE),
-        narrow=_timeline(timeline, f"narrow-{number}", _NARROW),
+        timeline=None if timeline is None else timeline_plot(timeline, f"timeline-{number}"),
         happenings=listed,
         num_left_out=left_out,
         checkpoints=checkpoint_summary(run),
@@ -197,11 +176,9 @@ def _view(run: Run, number: int) -> RunView:
         difference=None if run.config is None else difference_from_preset(run.config),
         machine=summary.machine(run),
         attempts=summary.attempts(run),
+        album=album_of(run, limit),
+        readouts=_readout_names(run),
     )
-
-
-def _timeline(timeline: Timeline | None, ident: str, width: float) -> Plot | None:
-    return None if timeline is None else timeline_plot(timeline, ident, width=width)
 
 
 def _figures(group: Group, views: Sequence[RunView]) -> list[Figure]:
@@ -260,27 +237,23 @@ def _parts(parts: dict[str, list[tuple[float, float]]]) -> list[Part]:
 
 def _slider(views: Sequence[RunView]) -> dict[str, Any] | None:
     """What the slider's script needs: positions, and for each run its pictures and values there."""
-    albums = [view.album for view in views if view.album is not None]
-    positions = sorted({frame.nimg for album in albums for frame in album.frames})
+    positions = sorted({frame.nimg for view in views for frame in view.album.frames})
     if not positions:
         return None
-    runs = []
-    for view in views:
-        view.readouts = _readout_names(view.run)
-        assert view.album is not None
-        runs.append(
-            [
-                {
-                    "nimg": frame.nimg,
-                    # The newest one is in the page already.
-                    "url": "" if frame is view.album.frames[-1] else frame.picture.url,
-                    "values": [
-                        text.number(view.run.latest(name, frame.nimg)) for name in view.readouts
-                    ],
-                }
-                for frame in view.album.frames
-            ]
-        )
+    runs = [
+        [
+            {
+                "nimg": frame.nimg,
+                # The newest one is in the page already.
+                "url": "" if frame is view.album.frames[-1] else frame.picture.url,
+                "values": [
+                    text.number(view.run.latest(name, frame.nimg)) for name in view.readouts
+                ],
+            }
+            for frame in view.album.frames
+        ]
+        for view in views
+    ]
     return {
         "positions": positions,
         "labels": [text.kimg(position) for position in positions],

@@ -154,9 +154,9 @@ def step_plot(parts: Mapping[str, Sequence[Point]], ident: str) -> Plot:
     return Plot(_inline(written.getvalue(), ident), ident)
 
 
-def timeline_plot(timeline: Timeline, ident: str, *, width: float) -> Plot:
+def timeline_plot(timeline: Timeline, ident: str) -> Plot:
     """Position over time, and below it what happened, a lane for each kind."""
-    left, lane_height, top, gap = 84.0, 20.0, 130.0, 12.0
+    width, left, lane_height, top, gap = 1060.0, 84.0, 20.0, 130.0, 12.0
     height = top + gap + lane_height * len(timeline.lanes) + 30
     with _figure(ident, width, height) as (figure, written):
         bottom = height - top
@@ -188,7 +188,7 @@ def timeline_plot(timeline: Timeline, ident: str, *, width: float) -> Plot:
         lower.set_yticks(
             range(len(timeline.lanes)), [lane.name for lane in reversed(timeline.lanes)]
         )
-        lower.xaxis.set_major_locator(MaxNLocator(max(3, int(width / 110)), steps=_STEPS))
+        lower.xaxis.set_major_locator(MaxNLocator(9, steps=_STEPS))
         lower.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{_tick(x)} {timeline.unit}"))
     return Plot(_inline(written.getvalue(), ident), ident)
 

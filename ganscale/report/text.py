@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 
-__all__ = ["clock", "counted", "duration", "kimg", "number", "size"]
+__all__ = ["clock", "counted", "duration", "kimg", "number"]
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -50,10 +50,3 @@ def clock(time: float | None) -> str:
     if time is None:
         return "–"
     return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
-def size(num_bytes: int) -> str:
-    """Bytes in the unit that fits: 812 bytes, 48 kB, 2.4 MB."""
-    if num_bytes < 1000:
-        return f"{num_bytes} bytes"
-    return f"{num_bytes / 1e3:.0f} kB" if num_bytes < 1e6 else f"{num_bytes / 1e6:.1f} MB"

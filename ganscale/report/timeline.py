@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
-from ganscale.report.curves import Point, thinned
+from ganscale.report.curves import Point
 from ganscale.report.runs import BEGINNINGS, Row, Run
 from ganscale.report.text import clock, counted, duration, kimg
 from ganscale.tracking.live_view import describe_event
@@ -23,8 +24,7 @@ __all__ = [
     "timeline_of",
 ]
 
-_NUM_BUCKETS = 300
-_MAX_MARKS = 400
+_MAX_POINTS = 400
 _MAX_LISTED = 200
 _UNITS = ((2 * 86400, 86400.0, "d"), (2 * 3600, 3600.0, "h"), (120, 60.0, "min"), (0, 1.0, "s"))
 
@@ -94,7 +94,7 @@ def timeline_of(run: Run) -> Timeline | None:
     ):
         events = [event for event in run.of_kind(*kinds) if "protocol" not in event]
         if events or name in ("checkpoints", "faults"):
-            marks = _few([at(event["time"]) for event in events])
+            marks = tuple(_few([at(event["time"]) for event in events]))
             lanes.append(Lane(name, marks=marks, is_bad=is_bad))
     return Timeline(_segments(run, at), lanes, length / seconds, unit)
 
@@ -129,11 +129,11 @@ def _segments(run: Run, at: Callable[[float], float]) -> list[Segment]:
         for lost, stretch in groupby(rows, key=lambda row: id(row) not in effective):
             more = [(at(row["time/unix"]), row["nimg"] / 1000) for row in stretch]
             if lost != is_lost:
-                segments.append(Segment(thinned(points, _NUM_BUCKETS), is_lost))
+                segments.append(Segment(_few(points), is_lost))
                 # From the last point on, so that the line has no gap.
                 is_lost, points = lost, points[-1:]
             points += more
-        segments.append(Segment(thinned(points, _NUM_BUCKETS), is_lost))
+        segments.append(Segment(_few(points), is_lost))
     return [segment for segment in segments if len(segment.points) > 1]
 
 
@@ -149,10 +149,10 @@ def _labelled_on_change(
     return tuple(labelled)
 
 
-def _few(marks: list[float]) -> tuple[float, ...]:
-    """Marks that are too many to be told apart are thinned evenly."""
-    step = -(-len(marks) // _MAX_MARKS) or 1
-    return tuple(marks[::step])
+def _few(points: list[Any]) -> list[Any]:
+    """Points that are too many to be told apart are thinned evenly; the last one stays."""
+    step = -(-len(points) // _MAX_POINTS) or 1
+    return points[:-1:step] + points[-1:]
 
 
 def _happening(events: Sequence[Row]) -> Happening:

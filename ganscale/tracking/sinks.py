@@ -48,7 +48,7 @@ FAULTS = (
 
 
 class Sink(Protocol):
-    """Takes metrics, pictures, snapshots and events of a run; no method waits for a network."""
+    """Takes metrics, pictures and events of a run; no method waits for a network."""
 
     def begin(self, rows: Sequence[Row], events: Sequence[Row]) -> None:
         """The rows and events that the run's files hold already. Called once, before all others."""
@@ -60,10 +60,6 @@ class Sink(Protocol):
 
     def log_picture(self, name: str, path: Path, *, nimg: int, step: int) -> None:
         """A PNG that has been written."""
-        ...
-
-    def log_snapshot(self, path: Path, *, average: str, nimg: int) -> None:
-        """A snapshot that has been written; `average` is "best" or the name of an average."""
         ...
 
     def event(self, event: Row) -> None:
@@ -85,9 +81,6 @@ class NullSink:
         return
 
     def log_picture(self, name: str, path: Path, *, nimg: int, step: int) -> None:
-        return
-
-    def log_snapshot(self, path: Path, *, average: str, nimg: int) -> None:
         return
 
     def event(self, event: Row) -> None:
@@ -114,10 +107,6 @@ class Sinks:
     def log_picture(self, name: str, path: Path, *, nimg: int, step: int) -> None:
         for sink in self.sinks:
             sink.log_picture(name, path, nimg=nimg, step=step)
-
-    def log_snapshot(self, path: Path, *, average: str, nimg: int) -> None:
-        for sink in self.sinks:
-            sink.log_snapshot(path, average=average, nimg=nimg)
 
     def event(self, event: Row) -> None:
         for sink in self.sinks:

@@ -2,14 +2,12 @@
 
     python -m ganscale.tracking.wandb_process SETTINGS < pipe
 
-It follows the files of the run's folder and logs them to an offline run, for which wandb asks no
-server. If the mode is online, a thread uploads that run while it grows, with `wandb beta sync
---live`. How far the files were logged is kept in a file: a process that is killed loses nothing,
-its successor logs the last second once more.
+It logs the files of the run's folder to an offline run, for which wandb asks no server, and notes
+how far it came: its successor logs the last second before a kill once more. If the mode is online,
+a thread uploads that run while it grows, with `wandb beta sync --live`.
 
-SETTINGS is the JSON object that `WandbSink` makes. Anything on standard input says that the run has
-ended; an end without it, that the training process was killed. Messages for the user go to standard
-output, one a line.
+SETTINGS is JSON that `WandbSink` makes. Anything on standard input says that the run has ended; an
+end without it, that training was killed. The exit code says whether W&B has all of the run.
 """
 
 from __future__ import annotations
@@ -17,16 +15,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import select
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +35,7 @@ from ganscale.atomic_files import write_bytes
 from ganscale.json_lines import end_of_lines, parse_lines
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.sinks import FAULTS, FaultCounts, Row
-from ganscale.tracking.wandb_settings import artifacts_to_log, seconds
-from ganscale.tracking.wandb_sink import POSITIONS
+from ganscale.tracking.wandb_sink import NOT_UPLOADED, POSITIONS
 
 __all__ = ["RunLog", "main"]
 
@@ -49,30 +44,27 @@ _FLUSH_SECONDS = 0.05
 """wandb's own default of 15 s delays the curves, and loses as much to a kill."""
 _RETRY_SECONDS = 60.0
 """Between two uploads, where the first one ended too early."""
-_ALERTS = ("alarm", "checkpoint_failed", "evaluation_failed", "rollback", "stall")
 
 
-def main() -> None:
-    """Serve one run, to its close or the other side's end."""
+def main() -> int:
+    """Serve one run, to its close or the other side's end; returns the exit code."""
     # Schedulers such as Slurm send these to all processes of a job. This one still has rows to log
     # then, and ends when the training process does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    say = partial(_say, os.dup(1))
-    os.dup2(2, 1)  # for what wandb prints
     settings = json.loads(sys.argv[1])
+    root = Path(settings["root"])
     # That of an attempt which was killed may still be logging its last rows, and both would log
     # them. Held until this process ends.
-    FileLock(Path(settings["root"], "wandb", ".lock")).acquire()
+    FileLock(root / "wandb" / ".lock").acquire()
     run = _offline_run(settings)
     folder = Path(run.settings.sync_dir)
     core = next(child for child in psutil.Process().children() if child.name() == "wandb-core")
-    log = RunLog(Path(settings["root"]), run, say)
+    log = RunLog(root, run)
     ending = threading.Event()
     upload = threading.Thread(target=_upload, args=(folder, ending), daemon=True)
     if settings["mode"] == "online":
         upload.start()
-        threading.Timer(seconds("WANDB_INIT_TIMEOUT"), _check_upload, (folder, say)).start()
     while not select.select([0], [], [], _POLL_SECONDS)[0]:
         # Only now is it certain that what was logged a second ago is in wandb's file: a row that
         # is sent to wandb-core while that dies goes unnoticed.
@@ -87,15 +79,14 @@ def main() -> None:
     # After a kill the upload is left to the next process, which may have begun.
     if upload.is_alive() and is_closed:
         ending.set()
-        upload.join(seconds("WANDB_FINISH_TIMEOUT"))
-        if not _is_uploaded(folder):
-            say(f"W&B did not take all of the run in time: {_sync_later(folder)}")
+        upload.join(settings["upload_seconds"])
     if upload.is_alive():
         time.sleep(_POLL_SECONDS)  # for the end of the file, as above
         core.kill()
     else:
         wandb.teardown()  # which writes the end of the file
     log.keep_positions()
+    return NOT_UPLOADED if settings["mode"] == "online" and not _is_uploaded(folder) else 0
 
 
 def _offline_run(settings: Mapping[str, Any]) -> Any:
@@ -118,22 +109,19 @@ def _offline_run(settings: Mapping[str, Any]) -> Any:
             console="off",
         ),
     )
-    # Not wandb's counter of rows, which cannot go back as a run does that resumes at an earlier
-    # position.
+    # Not wandb's counter of rows, which cannot go back as a run does that resumes earlier.
     run.define_metric("nimg")
     run.define_metric("*", step_metric="nimg")
     return run
 
 
 class RunLog:
-    """Logs the files of the folder `root` to a W&B run; `say` takes messages for the user."""
+    """Logs the files of the folder `root` to a W&B run."""
 
-    def __init__(self, root: Path, run: Any, say: Callable[[str], None]) -> None:
+    def __init__(self, root: Path, run: Any) -> None:
         self._root = root
         self._run = run
-        self._say = say
         self._positions = self._kept = json.loads((root / POSITIONS).read_text())
-        self._artifacts = artifacts_to_log()
         self._nimg = 0
         self._faults = FaultCounts()
         for event in self._lines("events.jsonl", 0, self._positions["events.jsonl"]):
@@ -151,8 +139,8 @@ class RunLog:
                 self._log(line)
             except ConnectionError:
                 raise
-            except Exception as error:  # a picture has been deleted; wandb raises what it likes
-                self._say(f"W&B: something was not logged ({type(error).__name__}: {error})")
+            except Exception:  # a picture has been deleted; wandb raises what it likes
+                traceback.print_exc()
         self._positions = ends
 
     def keep_positions(self) -> None:
@@ -169,40 +157,17 @@ class RunLog:
             return parse_lines(file.read(end - start))
 
     def _log(self, line: Row) -> None:
-        if "event" in line:
-            self._log_event(line)
-        elif "picture" in line:
+        if "picture" in line:
             picture = wandb.Image(line["path"], caption=f"{line['nimg'] / 1000:g} kimg")
             self._run.log({line["picture"]: picture, "nimg": line["nimg"]})
-        elif "average" in line:
-            self._log_snapshot(line["average"], line["path"], line["nimg"])
-        else:
+        elif "event" not in line:
             self._nimg = line["nimg"]
             counts = {f"faults/{kind}": self._faults[kind] for kind in FAULTS}
             self._run.log({**{k: v for k, v in line.items() if v is not None}, **counts})
-
-    def _log_event(self, event: Row) -> None:
-        """Draw a fault over the curves, where its count steps up; send alerts of severe ones."""
-        if not self._faults.add(event):
-            return
-        kind = event["event"]
-        nimg = event.get("nimg", self._nimg)
-        self._run.log({f"faults/{kind}": self._faults[kind], "nimg": nimg})
-        if kind in _ALERTS:
-            text = str(event.get("message") or json.dumps(event))
-            self._run.alert(f"{self._root.name}: {kind}", text, level="WARN")
-
-    def _log_snapshot(self, average: str, path: str, nimg: int) -> None:
-        """Make the snapshot a version of the run's model, if the user asked for that."""
-        is_best = average == "best"
-        if self._artifacts == "none" or (self._artifacts == "best" and not is_best):
-            return
-        name = self._root.name + ("" if is_best or not average else f"-{average}")
-        metadata = {"nimg": nimg, "average": average, "run": self._root.name}
-        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), "model", metadata=metadata)
-        artifact.add_file(path, skip_cache=True)
-        aliases = ["best" if is_best else "latest", f"kimg-{nimg / 1000:g}"]
-        self._run.log_artifact(artifact, aliases=aliases)
+        elif self._faults.add(line):  # drawn over the curves, where its count steps up
+            count = self._faults[line["event"]]
+            row = {f"faults/{line['event']}": count, "nimg": line.get("nimg", self._nimg)}
+            self._run.log(row)
 
 
 def _upload(folder: Path, ending: threading.Event) -> None:
@@ -222,32 +187,15 @@ def _upload(folder: Path, ending: threading.Event) -> None:
         ending.wait(_RETRY_SECONDS)
 
 
-def _check_upload(folder: Path, say: Callable[[str], None]) -> None:
-    # wandb writes this file when the server has answered.
-    if not any(folder.glob("*.wandb.syncstate")):
-        limit = seconds("WANDB_INIT_TIMEOUT")
-        say(f"W&B has not answered within {limit:g} s, and is asked on: {_sync_later(folder)}")
-
-
 def _is_uploaded(folder: Path) -> bool:
     """Whether wandb has marked an offline run as uploaded to its end."""
     return any(folder.glob("*.wandb.synced"))
 
 
-def _sync_later(folder: Path) -> str:
-    return f"what it lacks can be uploaded later: wandb sync {folder.parent}/offline-run-*"
-
-
-def _say(answers: int, message: str) -> None:
-    """Tell the user, if anybody still listens."""
-    with suppress(OSError):
-        os.write(answers, f"{' '.join(message.split())}\n".encode())
-
-
 if __name__ == "__main__":
     try:
-        main()
+        code = main()
     except BaseException:
         traceback.print_exc()
-        os._exit(1)
-    os._exit(0)  # at once: wandb's own hooks would wait for the network
+        code = 1
+    os._exit(code)  # at once: wandb's own hooks would wait for the network

@@ -15,26 +15,60 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from ganscale.atomic_files import write_text
+from ganscale.errors import ConfigError
 from ganscale.json_lines import append_line, end_of_lines, open_lines
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.sinks import NullSink, Row
-from ganscale.tracking.wandb_settings import resolve_mode, seconds, variables
 
 __all__ = ["FILES", "FOLLOWED", "POSITIONS", "WandbSink", "resolve_mode", "variables"]
 
 FILES = "wandb/files.jsonl"
-"""In the run's folder: its pictures and snapshots, a line each."""
+"""In the run's folder: its pictures, a line each."""
 FOLLOWED = ("events.jsonl", "metrics.jsonl", FILES)
 POSITIONS = "wandb/positions.json"
 """How many bytes of each followed file are in W&B's files."""
+NOT_UPLOADED = 3
+"""Exit code of the process where the server did not take all of the run in time."""
 _MARGIN_SECONDS = 30.0
 """For starting the process and logging what waits, on a busy machine."""
 _RESTART_SECONDS = 600.0
 """At least, between the starts of two processes."""
+_PASSED_ON = "BASE_URL ENTITY FINISH_TIMEOUT JOB_TYPE MODE NOTES RUN_GROUP TAGS"
+_MODES = {"run": "online", "dryrun": "offline"}
+"""Old names that wandb still knows."""
+
+
+def resolve_mode(setting: str) -> str:
+    """What `tracking.wandb` means here: "auto" is online where an API key is known.
+
+    Raises `ConfigError` for a WANDB_MODE that is unknown; wandb's `shared` is not supported.
+    """
+    if setting != "auto":
+        return setting
+    if stated := os.environ.get("WANDB_MODE"):
+        if (mode := _MODES.get(stated, stated)) not in ("online", "offline", "disabled"):
+            raise ConfigError(f"WANDB_MODE={stated!r}: expected online, offline or disabled")
+        return mode
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    with suppress(OSError, ValueError, NetrcParseError):
+        host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+        path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+        if host is not None and netrc(str(path)).authenticators(host) is not None:
+            return "online"
+    return "offline"
+
+
+def variables() -> dict[str, str]:
+    """What is set here of W&B's variables that workers on other machines should have as well."""
+    names = [f"WANDB_{name}" for name in _PASSED_ON.split()]
+    return {name: os.environ[name] for name in names if os.environ.get(name)}
 
 
 class WandbSink(NullSink):
@@ -49,6 +83,9 @@ class WandbSink(NullSink):
         config: Mapping[str, Any],
         report: Callable[[str], None] = lambda message: None,
     ) -> None:
+        stated = os.environ.get("WANDB_FINISH_TIMEOUT") or "20"
+        if not stated.isdecimal():
+            raise ConfigError(f"WANDB_FINISH_TIMEOUT={stated!r}: expected a number of seconds")
         root = run_dir.root
         self._files = open_lines(root / FILES)
         if not (root / POSITIONS).is_file():
@@ -59,56 +96,44 @@ class WandbSink(NullSink):
             write_text(run_dir.wandb_run_id, secrets.token_hex(4))
         self._report = report
         self._log = root / "wandb" / "process.log"
-        self._closing_seconds = seconds("WANDB_FINISH_TIMEOUT") + _MARGIN_SECONDS
         self._settings: dict[str, Any] = {
             "root": str(root.absolute()),
             "project": project,
             "mode": mode,
             "config": dict(config),
-            "closing_seconds": self._closing_seconds,
+            "upload_seconds": int(stated),
+            "closing_seconds": int(stated) + _MARGIN_SECONDS,
             "pid": os.getpid(),
         }
         self._start()
 
     def log(self, row: Row) -> None:
-        """Pass on what the process has to say, and replace it if it has ended."""
-        assert self._process.stdout is not None
-        with suppress(BlockingIOError):  # which is how a pipe says that it has nothing
-            self._pass_on(os.read(self._process.stdout.fileno(), 2**16))
+        """Replace the process if it has ended."""
         if self._process.poll() is not None and time.monotonic() > self._next_start:
             self._replace()
 
     def log_picture(self, name: str, path: Path, *, nimg: int, step: int) -> None:
         """Note the picture for the process."""
-        self._note(path, picture=name, nimg=nimg)
-
-    def log_snapshot(self, path: Path, *, average: str, nimg: int) -> None:
-        """Note the snapshot for the process."""
-        self._note(path, average=average, nimg=nimg)
+        line = {"time": time.time(), "path": str(path), "picture": name, "nimg": nimg}
+        try:
+            append_line(self._files, line)
+        except OSError as error:  # the disk is full; what training needs has been written
+            self._report(f"W&B will not have {path}: {error}")
 
     def close(self) -> None:
         """Let the process finish the run, or end it after the stated time."""
         if self._process.poll() is not None:
             self._replace()
-        try:
-            said, _ = self._process.communicate(b"close", timeout=self._closing_seconds)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            said, _ = self._process.communicate()
-        self._pass_on(said)
-        if self._process.returncode:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.communicate(b"close", self._settings["closing_seconds"])
+        self._process.kill()
+        code = self._process.wait()
+        if code == NOT_UPLOADED:
+            command = f"wandb sync {self._log.parent}/offline-run-*"
+            self._report(f"W&B did not take all of the run in time; to upload it later: {command}")
+        elif code:
             self._report(f"{self._how_it_ended(self._process)}; the run is whole in metrics.jsonl")
         self._files.close()
-
-    def _note(self, path: Path, **what: Any) -> None:
-        try:
-            append_line(self._files, {"time": time.time(), "path": str(path), **what})
-        except OSError as error:  # the disk is full; what training needs has been written
-            self._report(f"W&B will not have {path}: {error}")
-
-    def _pass_on(self, said: bytes) -> None:
-        for line in said.decode().splitlines():
-            self._report(line)
 
     def _how_it_ended(self, process: subprocess.Popen[bytes]) -> str:
         code = process.returncode  # negative for the signal that killed it
@@ -121,8 +146,7 @@ class WandbSink(NullSink):
         except OSError as error:  # no memory for a process; it is tried again
             self._report(f"W&B's process could not be started: {error}")
             return
-        said, _ = ended.communicate()
-        self._pass_on(said)
+        ended.communicate()
         self._report(f"{self._how_it_ended(ended)}: another one goes on where it stopped")
 
     def _start(self) -> None:
@@ -133,16 +157,14 @@ class WandbSink(NullSink):
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "WANDB_DIR": self._settings["root"],
         }
-        with self._log.open("ab") as errors:
+        with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", f"{__package__}.wandb_process", json.dumps(self._settings)],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
+                stdout=log,
+                stderr=log,
                 # Not in the group of the training process, which a terminal's Ctrl-C or a scheduler
                 # kills as a whole: it has the last rows to log.
                 start_new_session=True,
                 env=environment,
             )
-        assert self._process.stdout is not None
-        os.set_blocking(self._process.stdout.fileno(), False)

@@ -61,12 +61,8 @@ class Outputs:
         precision: str,
         *,
         num_rollbacks: int,
-        copied_from: str = "",
     ) -> None:
-        """Begin to write, after what earlier attempts wrote.
-
-        `copied_from` is the folder that this run's folder is a copy of.
-        """
+        """Begin to write, after what earlier attempts wrote."""
         self.attempt = attempt.number
         if not self.world.is_main:
             return
@@ -86,7 +82,6 @@ class Outputs:
             device=self.world.device,
             wandb=mode,
             **provenance(self.world.device),
-            **({"copied_from": copied_from} if copied_from else {}),
         )
 
     def close(self) -> None:
@@ -128,9 +123,7 @@ class Outputs:
     def save_snapshots(self, state: TrainingState) -> None:
         """Write the networks of each average."""
         for average in state.emas:
-            path = self.run_dir.snapshot(state.nimg, average)
-            self._save_snapshot(state, average, path)
-            self._sink.log_snapshot(path, average=average, nimg=state.nimg)
+            self._save_snapshot(state, average, self.run_dir.snapshot(state.nimg, average))
 
     def save_best(self, state: TrainingState) -> None:
         """Write the averaged networks in place of the best ones so far."""
@@ -138,7 +131,6 @@ class Outputs:
             return
         path = self.run_dir.snapshot(state.nimg, "best")
         self._save_snapshot(state, "", path)
-        self._sink.log_snapshot(path, average="best", nimg=state.nimg)
         # Only now that the new one is whole: a crash in between leaves two, never none.
         for other in path.parent.glob("*.safetensors"):
             if other != path:

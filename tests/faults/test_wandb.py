@@ -69,7 +69,6 @@ Begin = Callable[..., Run]
 @pytest.fixture
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short timeouts, for servers that let them pass."""
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
     monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "1")
 
 
@@ -123,9 +122,9 @@ def test_a_server_in_trouble_costs_nothing_and_gets_all_rows_later(
             run.log(range(10, 20))
             run.close()
             assert run.steps_in_files() == list(range(20))
-            assert "W&B did not take all of the run" in run.told[-1]
-            assert all("wandb sync" in message for message in run.told)
-        assert ["has not answered" in run.told[0] for run in runs] == [True, False, False]
+            (message,) = run.told
+            assert "W&B did not take all of the run" in message
+            assert "wandb sync" in message
         # The command of the message, where the server had nothing and where it had a part.
         for server, run in zip(servers[:2], runs[:2], strict=True):
             server.fault = None
@@ -139,25 +138,20 @@ def test_a_server_in_trouble_costs_nothing_and_gets_all_rows_later(
             assert [row["step"] for row in server.rows] == list(range(20))
 
 
-def test_rows_reach_a_server_that_comes_back_while_the_run_goes_on(
-    begin: Begin, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+def test_rows_reach_a_server_that_comes_back_while_the_run_goes_on(begin: Begin) -> None:
     with wandb_server() as server:
         server.fault = "500"
         run = begin("back", server)
-        run.log(range(3))
-        while not run.told:  # which is asked for when a row is logged
-            run.log([3])
-            time.sleep(0.2)
+        run.log(range(4))
+        _wait(lambda: server.num_refused > 1, "requests that the server could not answer")
         server.fault = None
         _wait(lambda: server.rows, "rows")
         run.close()
-        assert len(run.told) == 1
+        assert run.told == []
         assert {row["step"] for row in server.rows} == {0, 1, 2, 3}
 
 
-def test_a_sound_server_gets_rows_group_alerts_and_faults(
+def test_a_sound_server_gets_rows_group_and_faults(
     begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_RUN_GROUP", "sweep-1")
@@ -174,8 +168,6 @@ def test_a_sound_server_gets_rows_group_alerts_and_faults(
     (begun, *_) = [asked for name, asked in server.asked if name == "UpsertBucket"]
     assert (begun["project"], begun["displayName"]) == ("tests", "sound")
     assert (begun["groupName"], begun["jobType"]) == ("sweep-1", "train")
-    (alert,) = [asked for name, asked in server.asked if name == "NotifyScriptableRunAlert"]
-    assert (alert["title"], alert["text"]) == ("sound: alarm", "no")
     alarms = [(row["nimg"], row["faults/alarm"]) for row in server.rows if "faults/alarm" in row]
     assert alarms == [(0, 0), (16, 0), (32, 0), (80, 1), (96, 1), (112, 1)]
     full = [row for row in server.rows if "step" in row]
@@ -230,7 +222,7 @@ def test_a_wandb_that_stands_still_is_left_and_the_next_attempt_logs_what_it_lac
 def test_a_process_that_can_never_begin_is_reported_with_its_log(
     begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WANDB_RESUME", "sometimes")  # which `ganscale train` refuses
+    monkeypatch.setenv("WANDB_RESUME", "sometimes")
     run = begin("never")
     _wait(lambda: run.sink._process.poll() is not None, "its end")
     run.log([1])
@@ -240,32 +232,19 @@ def test_a_process_that_can_never_begin_is_reported_with_its_log(
     assert "resume" in log.read_text()
 
 
-def test_pictures_and_artifacts_are_in_an_offline_run_over_nimg(
-    begin: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GANSCALE_WANDB_ARTIFACTS", "all")
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+def test_pictures_are_in_an_offline_run_over_nimg(begin: Begin, tmp_path: Path) -> None:
     run = begin("run")
-    picture, snapshot = tmp_path / "samples.png", tmp_path / "snapshot.safetensors"
+    picture = tmp_path / "samples.png"
     Image.new("RGB", (4, 4)).save(picture)
-    snapshot.write_bytes(b"weights")
     run.log([2])
     run.sink.log_picture("samples", picture, nimg=32, step=2)
-    run.sink.log_snapshot(snapshot, average="", nimg=32)
-    run.sink.log_snapshot(snapshot, average="best", nimg=32)
     run.close()
     assert run.told == []
     (file,) = run.files
     (samples,) = [row for row in _history(file) if row.get("samples._type") == "image-file"]
     assert (samples["nimg"], samples["samples.caption"]) == (32, "0.032 kimg")
     assert (file.parent / "files" / samples["samples.path"]).read_bytes() == picture.read_bytes()
-    records = _records(file)
-    models = [r["artifact"] for r in records if r["type"] == "artifact"]
-    assert [(model["name"], set(model["aliases"])) for model in models] == [
-        ("run", {"latest", "kimg-0.032"}),
-        ("run", {"latest", "best", "kimg-0.032"}),  # W&B calls the last version the latest
-    ]
-    metrics = [r for r in records if r["type"] == "metric"]
+    metrics = [r for r in _records(file) if r["type"] == "metric"]
     axes = {r["metric"].get("glob_name"): r["metric"].get("step_metric") for r in metrics}
     assert axes["*"] == "nimg"
 

@@ -113,8 +113,8 @@ def test_the_slider_and_the_curves_are_read_by_keyboard(
     assert [float(value.text) for value in shown] == pytest.approx(expected, abs=0.005)
     losses.find_element(By.CSS_SELECTOR, ".enlarge").click()
     assert losses.size["width"] > 1000
-    # Images of the grid are magnified four times, without smoothing.
-    sprite = reader.sees(".sprites i")
-    assert (sprite.size["width"], sprite.size["height"]) == (128, 128)
-    assert sprite.value_of_css_property("image-rendering") == "pixelated"
+    # The grid is magnified without smoothing.
+    picture = reader.sees(".still .pixels")
+    assert picture.size["width"] == 2 * 265
+    assert picture.value_of_css_property("image-rendering") == "pixelated"
     assert reader.problems() == []

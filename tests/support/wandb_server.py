@@ -38,7 +38,6 @@ _ANSWERS: dict[str, Any] = {
     "UpsertBucket": {"upsertBucket": {"bucket": _BUCKET, "inserted": True}},
     "CreateRunFiles": {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": []}},
     "Viewer": {"viewer": _VIEWER},
-    "NotifyScriptableRunAlert": {"notifyScriptableRunAlert": {"success": True}},
 }
 
 
@@ -54,6 +53,8 @@ class WandbServer:
     """Rows by `_step`, the client's count of them: a row that is sent again takes its own place."""
     num_sent: int = 0
     """Rows that came, those that were sent again included."""
+    num_refused: int = 0
+    """Requests that were answered with 500."""
     closed: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -113,6 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if state.fault == "500":
+            state.num_refused += 1
             self._answer(500, {})
         elif self.path == "/graphql":
             self._answer(200, {"data": self._graphql(json.loads(body))})

@@ -181,10 +181,6 @@ MISTAKES = [
     ("train tracking.project=a/b", 2, "tracking.project='a/b': a W&B project has 1 to 128"),
     ("train tracking.wandb=on", 2, "tracking.wandb=True: input should be 'auto', 'online'"),
     ("WANDB_MODE=ofline train", 2, "WANDB_MODE='ofline': expected online, offline or"),
-    ("WANDB_TAGS=a,,b train", 2, "WANDB_TAGS='a,,b': "),
-    ("WANDB_BASE_URL=localhost train --dry-run", 2, "WANDB_BASE_URL='localhost': "),
-    ("WANDB_RUN_ID=a/b train", 2, "WANDB_RUN_ID='a/b': "),
-    ("WANDB_INIT_TIMEOUT=soon train", 2, "WANDB_INIT_TIMEOUT='soon': expected a number"),
     ("dashboard --project a/b", 2, "--project a/b: a W&B project has 1 to 128"),
     # Data.
     ("train data.shards=absent", 1, "Build it: ganscale shards build"),

@@ -11,7 +11,6 @@ from PIL import Image
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ganscale.errors import DataError
-from ganscale.evaluation.distributions.blocks import BLOCK
 from ganscale.evaluation.distributions.evaluate import evaluate
 from ganscale.evaluation.distributions.features import FeatureCache, extract
 from ganscale.evaluation.image_sets import ImageSet, ImagesOfShards, open_images
@@ -63,38 +62,6 @@ def test_a_reference_is_worked_through_once(tmp_path: Path) -> None:
     assert torch.equal(first.rows, second.rows)
     assert torch.equal(first.moments.scatter, second.moments.scatter)
     assert not torch.equal(first.rows, other.rows)
-
-
-class Interrupted(BaseException):
-    """Stands for Ctrl-C."""
-
-
-@pytest.mark.parametrize("damaged", [False, True])
-def test_an_interrupted_pass_goes_on_with_the_blocks_it_has(damaged: bool, tmp_path: Path) -> None:
-    images, extractor = opened(folder_of(tmp_path / "a", 350)), SmallExtractor()
-    cache = FeatureCache(tmp_path / "cache")
-    done: list[int] = []
-
-    def progress(num_images: int) -> None:
-        done.append(num_images)
-        if sum(done) == 2 * BLOCK:
-            raise Interrupted
-
-    with process_group(WORLD):
-        whole = extract(images, SmallExtractor(), WORLD)
-        with pytest.raises(Interrupted):
-            cache.extract(images, extractor, WORLD, progress=progress)
-        if damaged:  # the second of two blocks, as a full disk leaves it
-            sorted(cache.folder.glob("*.partial/*"))[1].write_bytes(b"")
-        extractor.num_images = 0
-        found = cache.extract(images, extractor, WORLD, keep=False)
-    assert whole is not None
-    assert found is not None
-    assert torch.equal(found.rows, whole.rows)
-    assert torch.equal(found.moments.scatter, whole.moments.scatter)
-    rest = 350 - (BLOCK if damaged else 2 * BLOCK)
-    assert extractor.num_images == -(-rest // 50) * 50
-    assert not list(cache.folder.iterdir())
 
 
 def test_damaged_features_are_made_anew(tmp_path: Path) -> None:

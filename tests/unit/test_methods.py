@@ -152,13 +152,13 @@ def test_encoder_and_generator_of_a_bigan_learn_from_both_sides() -> None:
     discriminator = bigan.discriminator.model.module.eval()  # spectral norm stands still
     inputs, variant = step_inputs(bigan, batch)
     noise = inputs.noise
-    encoded, made = bigan.pairs.module(batch.real_images, noise["G posterior"], noise["G z"])
+    encoded, made = bigan.generator.module(batch.real_images, noise["G posterior"], noise["G z"])
     real, fake = discriminator(batch.real_images, encoded), discriminator(made, noise["G z"])
     expected = nn.functional.softplus(-fake) + nn.functional.softplus(real)
-    with recorded_gradients(bigan.pairs) as gradients:
-        statistics = bigan.update_pairs(inputs, variant)
+    with recorded_gradients(bigan.generator) as gradients:
+        statistics = bigan.update_generator(inputs, variant)
     torch.testing.assert_close(statistics["loss_G"], expected.mean())
-    assert len(gradients) == len(list(bigan.pairs.module.parameters()))
+    assert len(gradients) == len(list(bigan.generator.module.parameters()))
     assert all(gradient.norm() > 0 for gradient in gradients)
 
 

@@ -132,9 +132,6 @@ class Recorder:
     def log_picture(self, name: str, path: Path, *, nimg: int, step: int) -> None:
         self.calls.append((name, path, nimg, step))
 
-    def log_snapshot(self, path: Path, *, average: str, nimg: int) -> None:
-        self.calls.append((path, average, nimg))
-
     def event(self, event: Any) -> None:
         self.calls.append(event)
 
@@ -149,14 +146,12 @@ def test_several_sinks_get_the_same() -> None:
     sinks.begin([{"step": 0}], [alarm])
     sinks.log({"step": 1})
     sinks.log_picture("samples", Path("a.png"), nimg=64, step=1)
-    sinks.log_snapshot(Path("a.safetensors"), average="best", nimg=64)
     sinks.event(alarm)
     sinks.close()
     assert first.calls == [
         ([{"step": 0}], [alarm]),
         {"step": 1},
         ("samples", Path("a.png"), 64, 1),
-        (Path("a.safetensors"), "best", 64),
         alarm,
         "close",
     ]

@@ -20,38 +20,38 @@ from ganscale.errors import DataError
 from ganscale.evaluation.image_sets import ImageSet
 from ganscale.world import World
 
-__all__ = ["BLOCK", "map_blocks", "numbers_of_block"]
+__all__ = ["BLOCK", "map_blocks"]
 
 BLOCK = 100
 """Images that a rank processes before the results are gathered: ten seconds of a CPU's core with
-Inception. That much is lost when an evaluation is interrupted."""
+Inception."""
 
 Action = Callable[[NDArray[np.int64]], Tensor]
 
 
 def map_blocks(
-    action: Action, images: ImageSet, world: World, *, first_block: int = 0
+    action: Action, images: ImageSet, world: World
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
     """Numbers of images (n,) and what `action` made of them (n, ...), in order, on rank 0.
 
     Every rank iterates over this inside a process group; it yields nothing on ranks other than 0.
     `action` takes at most `BLOCK` numbers, maybe none, and returns (BLOCK, ...), of which the rows
-    beyond the numbers are ignored. Blocks before `first_block` are left out. A `DataError`,
-    `OSError` or `RuntimeError` that it raises on any rank becomes the same `DataError` on all.
+    beyond the numbers are ignored. A `DataError`, `OSError` or `RuntimeError` that it raises on any
+    rank becomes the same `DataError` on all.
     """
     num_blocks = -(-len(images) // BLOCK)
-    for first in range(first_block, num_blocks, world.world_size):
-        mine = numbers_of_block(first + world.rank, len(images))
+    for first in range(0, num_blocks, world.world_size):
+        mine = _numbers(first + world.rank, len(images))
         # After the last block some ranks have nothing to do, but still take part in the
         # collectives.
         block = _call_or_raise_on_all_ranks(partial(action, mine), images.description)
         for number, part in enumerate(_gather(block, world)):
-            where = numbers_of_block(first + number, len(images))
+            where = _numbers(first + number, len(images))
             if len(where):
                 yield where, part[: len(where)]
 
 
-def numbers_of_block(block: int, num_images: int) -> NDArray[np.int64]:
+def _numbers(block: int, num_images: int) -> NDArray[np.int64]:
     """The images of a block; none after the last."""
     return np.arange(min(block * BLOCK, num_images), min((block + 1) * BLOCK, num_images))
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -122,7 +121,6 @@ def evaluate(
     num_reference_rows: int | None = None,
     required: bool = False,
     cache: FeatureCache | None = None,
-    resume_samples: bool = False,
     start_task: StartTask = lambda what, total: lambda num: None,
 ) -> Evaluation | None:
     """Compare images with a reference; returns the metrics on rank 0, None on other ranks.
@@ -138,8 +136,6 @@ def evaluate(
         required: whether a metric that cannot be computed is an error; else it is skipped with a
             reason.
         cache: keeps the reference's features.
-        resume_samples: whether an interrupted pass over the samples is resumed by the cache; their
-            digest must then tell different samples apart.
         start_task: called with each part and its number of images; what it returns is called with
             progress.
 
@@ -179,9 +175,7 @@ def evaluate(
         of_reference = plan.features(extractor, world, cache=cache, start_task=start_task)
     with _timed("samples", seconds):
         progress = start_task(samples.description, len(samples))
-        # Not kept once they are complete: the next evaluation is of other weights.
-        draw = partial(cache.extract, keep=False) if cache and resume_samples else extract
-        of_samples = draw(samples, extractor, world, progress=progress)
+        of_samples = extract(samples, extractor, world, progress=progress)
     if of_samples is None or of_reference is None:
         return None
     comparison = _Comparison(of_samples, of_reference, extractor, world.device)

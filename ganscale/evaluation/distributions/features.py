@@ -12,10 +12,8 @@ images have to go through the network.
 from __future__ import annotations
 
 import hashlib
-import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -29,7 +27,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ganscale.atomic_files import write_bytes
-from ganscale.evaluation.distributions.blocks import BLOCK, map_blocks, numbers_of_block
+from ganscale.evaluation.distributions.blocks import BLOCK, map_blocks
 from ganscale.evaluation.distributions.precomputed import (
     PrecomputedStatistics,
     content_digest,
@@ -45,7 +43,6 @@ from ganscale.world import World
 __all__ = [
     "FeatureCache",
     "Features",
-    "PartialFeatures",
     "ReferencePlan",
     "extract",
     "plan_reference",
@@ -87,48 +84,17 @@ class Features:
         return Features(self.moments, self.rows[torch.from_numpy(places)], indices, labels)
 
 
-class PartialFeatures:
-    """Files with the features of an unfinished pass, by which an interrupted pass is resumed."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def read(self) -> list[Tensor]:
-        """The blocks from the first to the last before one that is missing, each (n, d)."""
-        blocks: list[Tensor] = []
-        with suppress(OSError, SafetensorError, KeyError):
-            while True:
-                blocks.append(load_file(self._path(len(blocks)))["features"])
-        return blocks
-
-    def add(self, block: int, features: Tensor) -> None:
-        """Write a block's features; if they cannot be written, the pass continues without them."""
-        with suppress(OSError):
-            data = save({"features": features.contiguous()})
-            # Not flushed to the disk: a block that a crash loses is computed again.
-            write_bytes(self._path(block), data, fsync=False)
-
-    def remove(self) -> None:
-        """Remove all blocks, when the pass is complete."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _path(self, block: int) -> Path:
-        return self._folder / f"{block:06d}.safetensors"
-
-
 def extract(
     images: ImageSet,
     extractor: FeatureExtractor,
     world: World,
     *,
-    partial: PartialFeatures | None = None,
     progress: Progress = lambda num_images: None,
 ) -> Features | None:
     """The features of all images, on rank 0; every rank calls this inside a process group.
 
-    With `partial`, blocks that an interrupted pass left there are not extracted again. Raises
-    `DataError`, on every rank alike, if an image cannot be read on any of them, has other than one
-    or three channels, or gets a feature that is not finite.
+    Raises `DataError`, on every rank alike, if an image cannot be read on any of them, has other
+    than one or three channels, or gets a feature that is not finite.
     """
     kept = _draw_indices(len(images), _MAX_KEPT)
     rows = torch.empty(len(kept) if world.is_main else 0, extractor.num_features)
@@ -137,19 +103,7 @@ def extract(
     def features(indices: NDArray[np.int64]) -> Tensor:
         return _block_features(images, extractor, indices)
 
-    def all_blocks() -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-        # Rank 0 alone has files; the others must skip the same blocks, or they would meet in
-        # different collectives.
-        done = partial.read() if partial is not None and world.is_main else []
-        for block, part in enumerate(done):
-            yield numbers_of_block(block, len(images)), part
-        first = _broadcast_from_rank_0(len(done))
-        for where, part in map_blocks(features, images, world, first_block=first):
-            if partial is not None:
-                partial.add(int(where[0]) // BLOCK, part)
-            yield where, part
-
-    for where, part in all_blocks():
+    for where, part in map_blocks(features, images, world):
         # Block by block in the order of the images, whoever computed them: sums in another order
         # would differ in their last bits.
         moments = moments.merged(Moments.of(part))
@@ -180,26 +134,18 @@ class FeatureCache:
         extractor: FeatureExtractor,
         world: World,
         *,
-        keep: bool = True,
         progress: Progress = lambda num_images: None,
     ) -> Features | None:
-        """Read features from the folder, or extract them; rank 0 alone reads and writes it.
-
-        An interrupted pass continues where it was. Without `keep`, features that are complete are
-        removed again: those of a generator's images are rarely needed twice.
-        """
+        """Read features from the folder, or extract them; rank 0 alone reads and writes it."""
         path = self._path(images, extractor)
         # Ranks may not share a disk, so rank 0 decides for all whether there is work.
         cached = self._load(path) if world.is_main else None
         if _broadcast_from_rank_0(cached is not None):
             progress(len(images))
             return cached
-        partial = PartialFeatures(path.with_suffix(".partial"))
-        features = extract(images, extractor, world, partial=partial, progress=progress)
+        features = extract(images, extractor, world, progress=progress)
         if features is not None:
-            if keep:
-                self._save(path, features)
-            partial.remove()
+            self._save(path, features)
         return features
 
     def has(self, images: ImageSet, extractor: FeatureExtractor) -> bool:

@@ -192,7 +192,6 @@ def sample_metrics(
         metrics=[metric],
         required=True,
         cache=FeatureCache(),
-        resume_samples=True,
         start_task=start_task,
     )
     assert evaluation is not None

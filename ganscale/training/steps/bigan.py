@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from ganscale.config import Config
@@ -16,13 +15,10 @@ from ganscale.generation.latents import Draw
 from ganscale.models import build_encoder, build_generator, build_joint_discriminator
 from ganscale.models.autoencoder import sampled
 from ganscale.training.inputs import StepInputs, StepVariant
-from ganscale.training.optimized_model import OptimizedModel
-from ganscale.training.precision import Precision
 from ganscale.training.steps.adversarial_schedules import adversarial_draws
-from ganscale.training.steps.discriminator import DiscriminatorTrainer, Samples, orthogonal_loss
+from ganscale.training.steps.discriminator import Samples
 from ganscale.training.steps.generator import generator_loss
-from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
-from ganscale.world import World
+from ganscale.training.steps.method import AdversarialMethod
 
 __all__ = ["Bigan"]
 
@@ -40,24 +36,10 @@ class _Pairs(nn.Module):
         return sampled(mean, log_variance, noise), self.generator(z)
 
 
-class Bigan(TrainingMethod):
+class Bigan(AdversarialMethod):
     """Encoder and generator learn as one, against a discriminator of pairs."""
 
-    discriminator: DiscriminatorTrainer
-
-    def __init__(
-        self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
-    ) -> None:
-        super().__init__(config, precision)
-        # One module with one forward: DDP takes the parameters that its latest forward did not
-        # reach for unused, which would be the encoder's if the two were called one after the other.
-        pairs = _Pairs(networks["encoder"], networks["generator"])
-        self.pairs = OptimizedModel(pairs, config.optimizer, precision, world)
-        self.discriminator = DiscriminatorTrainer(
-            config, networks["discriminator"], precision, world
-        )
-        self.models = {"G": self.pairs, "D": self.discriminator.model}
-        self.statistics = (*self.discriminator.statistics, "loss_G", "grad_norm_G")
+    generator_phase = "generator and encoder"
 
     @staticmethod
     def networks(config: Config) -> dict[str, nn.Module]:
@@ -68,35 +50,25 @@ class Bigan(TrainingMethod):
             "discriminator": build_joint_discriminator(spec),
         }
 
+    def generator_module(self, networks: Mapping[str, nn.Module]) -> nn.Module:
+        return _Pairs(networks["encoder"], networks["generator"])
+
     def draws(self, variant: StepVariant) -> dict[str, Draw]:
         latents = self.latent_draws(variant, "posterior", "z")
         # The encoder's part of the loss judges real pairs, whatever the objective is.
         return latents | adversarial_draws(self.config, variant, judges_real=True)
 
-    def phases(self, variant: StepVariant) -> list[PhaseUpdate]:
-        phases: list[PhaseUpdate] = [("discriminator", self.update_discriminator)]
-        if variant.generator_turn:
-            phases.append(("generator and encoder", self.update_pairs))
-        return phases
+    def make_samples(self, inputs: StepInputs, variant: StepVariant) -> tuple[Samples, Samples]:
+        """Pairs (x, E(x)) and (G(z), z)."""
+        return self._make_pairs(self.generator.module, inputs, "D")
 
-    def update_discriminator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
-        """One update of the discriminator on pairs (x, E(x)) and (G(z), z)."""
-
-        @torch.no_grad()
-        def make_samples(part: StepInputs) -> tuple[Samples, Samples]:
-            return self._make_pairs(self.pairs.module, part, "D")
-
-        return self.discriminator.update(inputs, variant, make_samples)
-
-    def update_pairs(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
+    def update_generator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
         """One update of generator and encoder, who make each other's pairs alike."""
         # A fresh posterior sample and fresh latents: the pairs of the discriminator's phase belong
         # to a graph that was not recorded.
-        real, fake = self._make_pairs(self.pairs.ddp_module, inputs, "G")
+        real, fake = self._make_pairs(self.generator.ddp_module, inputs, "G")
         loss = generator_loss(self.discriminator, inputs, real, fake, real_learns=True)
-        orthogonal = orthogonal_loss(self.pairs.module, self.config.penalty.orthogonal)
-        self.pairs.backward(loss + orthogonal)
-        return {"loss_G": loss.detach(), "grad_norm_G": self.pairs.step(inputs.rates("G"))}
+        return self.minimise(inputs, loss)
 
     def _make_pairs(
         self, network: nn.Module, inputs: StepInputs, phase: str

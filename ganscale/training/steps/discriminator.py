@@ -117,7 +117,9 @@ class DiscriminatorTrainer:
         def learn(part: StepInputs) -> dict[str, Tensor]:
             # Forward, losses and backward; DDP averages the gradients over ranks in the last one.
             extra, statistics = (0.0, {}) if extra_loss is None else extra_loss(part)
-            loss, own_statistics = self.loss(part, variant, *make_samples(part))
+            with torch.no_grad():
+                samples = make_samples(part)
+            loss, own_statistics = self.loss(part, variant, *samples)
             weights = self.model.module
             self.model.backward(loss_factor * loss + extra + orthogonal_loss(weights, orthogonal))
             return statistics | own_statistics

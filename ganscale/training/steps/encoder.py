@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from ganscale.config import Config, EncoderMethod
@@ -18,19 +17,11 @@ from ganscale.generation.latents import Draw
 from ganscale.generation.snapshot import load_generator
 from ganscale.models import build_discriminator, build_encoder
 from ganscale.training.inputs import StepInputs, StepVariant
-from ganscale.training.optimized_model import OptimizedModel
-from ganscale.training.precision import Precision
 from ganscale.training.steps.adversarial_schedules import adversarial_draws
-from ganscale.training.steps.discriminator import (
-    DiscriminatorTrainer,
-    Samples,
-    orthogonal_loss,
-    real_and_fake,
-)
+from ganscale.training.steps.discriminator import Samples, real_and_fake
 from ganscale.training.steps.generator import generator_loss
 from ganscale.training.steps.likelihood import reconstruction_likelihood
-from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
-from ganscale.world import World
+from ganscale.training.steps.method import AdversarialMethod
 
 __all__ = ["InDomainEncoder"]
 
@@ -52,25 +43,12 @@ class _Inverse(nn.Module):
         return made
 
 
-class InDomainEncoder(TrainingMethod):
+class InDomainEncoder(AdversarialMethod):
     """The encoder learns, against a discriminator of its reconstructions."""
 
-    discriminator: DiscriminatorTrainer
-
-    def __init__(
-        self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
-    ) -> None:
-        assert isinstance(config.method, EncoderMethod)
-        super().__init__(config, precision)
-        self.adversarial = config.method.adversarial
-        inverse = _Inverse(networks["encoder"], networks["generator"])
-        self.inverse = OptimizedModel(inverse, config.optimizer, precision, world)
-        self.discriminator = DiscriminatorTrainer(
-            config, networks["discriminator"], precision, world
-        )
-        self.models = {"E": self.inverse, "D": self.discriminator.model}
-        own = ("loss_E", "grad_norm_E", "adversarial_loss", "squared_error")
-        self.statistics = (*self.discriminator.statistics, *own)
+    letter = "E"
+    generator_phase = "encoder"
+    generator_statistics = ("loss_E", "grad_norm_E", "adversarial_loss", "squared_error")
 
     @staticmethod
     def networks(config: Config) -> dict[str, nn.Module]:
@@ -93,31 +71,24 @@ class InDomainEncoder(TrainingMethod):
             "discriminator": build_discriminator(spec),
         }
 
+    def generator_module(self, networks: Mapping[str, nn.Module]) -> nn.Module:
+        return _Inverse(networks["encoder"], networks["generator"])
+
     def draws(self, variant: StepVariant) -> dict[str, Draw]:
         return adversarial_draws(self.config, variant)
 
-    def phases(self, variant: StepVariant) -> list[PhaseUpdate]:
-        phases: list[PhaseUpdate] = [("discriminator", self.update_discriminator)]
-        if variant.generator_turn:
-            phases.append(("encoder", self.update_encoder))
-        return phases
+    def make_samples(self, inputs: StepInputs, variant: StepVariant) -> tuple[Samples, Samples]:
+        """The fakes are reconstructions of the real images."""
+        with self.precision.autocast():
+            fake_images = self.generator.module(inputs.batch.real_images, inputs.batch.labels)
+        return real_and_fake(inputs.batch, fake_images)
 
-    def update_discriminator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
-        """One update of the discriminator on reconstructions."""
-
-        @torch.no_grad()
-        def make_samples(part: StepInputs) -> tuple[Samples, Samples]:
-            with self.precision.autocast():
-                fake_images = self.inverse.module(part.batch.real_images, part.batch.labels)
-            return real_and_fake(part.batch, fake_images)
-
-        return self.discriminator.update(inputs, variant, make_samples)
-
-    def update_encoder(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
+    def update_generator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
         """One update of the encoder: likelihoods of pixels and features, adversarial loss."""
+        assert isinstance(self.config.method, EncoderMethod)
         batch = inputs.batch
         with self.precision.autocast():
-            fake_images = self.inverse.ddp_module(batch.real_images, batch.labels)
+            fake_images = self.generator.ddp_module(batch.real_images, batch.labels)
         real, fake = real_and_fake(batch, fake_images)
         # Equation 2 of the paper weighs features against pixels by a constant. Here each has the
         # variance that maximises its likelihood, so neither has to be tuned.
@@ -128,12 +99,8 @@ class InDomainEncoder(TrainingMethod):
             batch, real_features, self.discriminator.features(fake)
         )
         adversarial = generator_loss(self.discriminator, inputs, real, fake)
-        loss = pixels.nll + features.nll + self.adversarial * adversarial
-        orthogonal = orthogonal_loss(self.inverse.module, self.config.penalty.orthogonal)
-        self.inverse.backward(loss + orthogonal)
-        return {
-            "loss_E": loss.detach(),
+        loss = pixels.nll + features.nll + self.config.method.adversarial * adversarial
+        return self.minimise(inputs, loss) | {
             "adversarial_loss": adversarial.detach(),
             "squared_error": pixels.squared_error.detach(),
-            "grad_norm_E": self.inverse.step(inputs.rates("E")),
         }

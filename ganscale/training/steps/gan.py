@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -11,34 +9,19 @@ from ganscale.config import Config
 from ganscale.generation.latents import Draw
 from ganscale.models import build_discriminator, build_generator
 from ganscale.training.inputs import StepInputs, StepVariant
-from ganscale.training.optimized_model import OptimizedModel
-from ganscale.training.precision import Precision
 from ganscale.training.steps.adversarial_schedules import adversarial_draws
-from ganscale.training.steps.discriminator import DiscriminatorTrainer, Samples, real_and_fake
+from ganscale.training.steps.discriminator import Samples, real_and_fake
 from ganscale.training.steps.generator import update_generator
-from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
-from ganscale.world import World
+from ganscale.training.steps.method import AdversarialMethod
 
 __all__ = ["Gan"]
 
 
-class Gan(TrainingMethod):
+class Gan(AdversarialMethod):
     """Both networks learn in turn, each on latents of its own."""
 
-    discriminator: DiscriminatorTrainer
-
-    def __init__(
-        self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
-    ) -> None:
-        super().__init__(config, precision)
-        self.generator = OptimizedModel(networks["generator"], config.optimizer, precision, world)
-        self.discriminator = DiscriminatorTrainer(
-            config, networks["discriminator"], precision, world
-        )
-        self.models = {"G": self.generator, "D": self.discriminator.model}
-        self.statistics = (*self.discriminator.statistics, "loss_G", "grad_norm_G")
-        # Of a step in which both networks are updated from one batch of fakes, between the two.
-        self._shared_fakes: Tensor | None = None
+    _shared_fakes: Tensor | None = None
+    """Of a step that updates both networks from one batch of fakes, between the two."""
 
     @staticmethod
     def networks(config: Config) -> dict[str, nn.Module]:
@@ -51,27 +34,16 @@ class Gan(TrainingMethod):
             latents.pop("G z", None)
         return latents | adversarial_draws(self.config, variant)
 
-    def phases(self, variant: StepVariant) -> list[PhaseUpdate]:
-        phases: list[PhaseUpdate] = [("discriminator", self.update_discriminator)]
-        if variant.generator_turn:
-            phases.append(("generator", self.update_generator))
-        return phases
-
-    def update_discriminator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
-        """One update of the discriminator; the generator's comes after it."""
+    def make_samples(self, inputs: StepInputs, variant: StepVariant) -> tuple[Samples, Samples]:
         shared = variant.generator_turn and self.config.training.shared_fakes
         # Where the generator learns from these fakes too, DDP has to see the forward. Without
         # gradients there is nothing for it to average. Fakes take the labels of the real images, so
         # a class is as frequent on both sides.
         generator = self.generator.ddp_module if shared else self.generator.module
-
-        def make_samples(part: StepInputs) -> tuple[Samples, Samples]:
-            with self.precision.autocast(), torch.set_grad_enabled(shared):
-                fake_images = generator(part.noise["D z"], part.batch.labels)
-            self._shared_fakes = fake_images if shared else None
-            return real_and_fake(part.batch, fake_images)
-
-        return self.discriminator.update(inputs, variant, make_samples)
+        with self.precision.autocast(), torch.set_grad_enabled(shared):
+            fake_images = generator(inputs.noise["D z"], inputs.batch.labels)
+        self._shared_fakes = fake_images if shared else None
+        return real_and_fake(inputs.batch, fake_images)
 
     def update_generator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
         """One update of the generator against the updated discriminator.

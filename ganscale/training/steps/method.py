@@ -20,11 +20,15 @@ from ganscale.training.inputs import StepContext, StepInputs, StepVariant, scala
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
 from ganscale.training.steps.adversarial_schedules import adversarial_schedules, penalty_weights
-from ganscale.training.steps.discriminator import DiscriminatorTrainer
+from ganscale.training.steps.discriminator import (
+    DiscriminatorTrainer,
+    Samples,
+    orthogonal_loss,
+)
 from ganscale.training.watchdog import Phase
 from ganscale.world import World
 
-__all__ = ["AVERAGED", "MethodClass", "PhaseUpdate", "TrainingMethod"]
+__all__ = ["AVERAGED", "AdversarialMethod", "MethodClass", "PhaseUpdate", "TrainingMethod"]
 
 AVERAGED = ("generator", *OTHERS)
 """Networks that are averaged and, with that, part of snapshots."""
@@ -139,6 +143,66 @@ class TrainingMethod(ABC):
         which has learnt from it by then."""
         follows = self.discriminator is not None and letter != "D"
         return context.nimg_after if follows else context.nimg
+
+
+class AdversarialMethod(TrainingMethod):
+    """A method with two networks that learn in turn: a generator and a discriminator of its fakes.
+
+    A subclass says in `networks` what they are, in `make_samples` what the discriminator compares,
+    and in `update_generator` what the generator minimises.
+    """
+
+    discriminator: DiscriminatorTrainer
+    letter = "G"
+    """That of the generator's statistics and rates, and its key in checkpoints."""
+    generator_phase: Phase = "generator"
+    generator_statistics: tuple[str, ...] = ("loss_G", "grad_norm_G")
+
+    def __init__(
+        self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
+    ) -> None:
+        super().__init__(config, precision)
+        module = self.generator_module(networks)
+        self.generator = OptimizedModel(module, config.optimizer, precision, world)
+        judge = networks["classifier" if "classifier" in networks else "discriminator"]
+        self.discriminator = DiscriminatorTrainer(config, judge, precision, world)
+        self.models = {self.letter: self.generator, "D": self.discriminator.model}
+        self.statistics = (*self.discriminator.statistics, *self.generator_statistics)
+
+    def generator_module(self, networks: Mapping[str, nn.Module]) -> nn.Module:
+        """What learns besides the discriminator: the generator, alone or with an encoder.
+
+        One module with one forward: DDP takes the parameters that its latest forward did not reach
+        for unused, which would be the encoder's if the two were called one after the other.
+        """
+        return networks["generator"]
+
+    def phases(self, variant: StepVariant) -> list[PhaseUpdate]:
+        phases: list[PhaseUpdate] = [("discriminator", self.update_discriminator)]
+        if variant.generator_turn:
+            phases.append((self.generator_phase, self.update_generator))
+        return phases
+
+    @abstractmethod
+    def make_samples(self, inputs: StepInputs, variant: StepVariant) -> tuple[Samples, Samples]:
+        """Real samples of the discriminator's phase and as many fakes; called without gradients."""
+
+    def update_discriminator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
+        """One update of the discriminator; the generator's comes after it."""
+        return self.discriminator.update(
+            inputs, variant, lambda part: self.make_samples(part, variant)
+        )
+
+    @abstractmethod
+    def update_generator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
+        """One update of the generator against the updated discriminator."""
+
+    def minimise(self, inputs: StepInputs, loss: Tensor) -> dict[str, Tensor]:
+        """Update the generator on a loss, (), and the penalty on its weights; its statistics."""
+        weights = self.generator.module
+        self.generator.backward(loss + orthogonal_loss(weights, self.config.penalty.orthogonal))
+        grad_norm = self.generator.step(inputs.rates(self.letter))
+        return {f"loss_{self.letter}": loss.detach(), f"grad_norm_{self.letter}": grad_norm}
 
 
 class MethodClass(Protocol):

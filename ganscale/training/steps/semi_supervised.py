@@ -19,45 +19,37 @@ from ganscale.models import build_classifier, build_generator
 from ganscale.models.classifying import ClassifyingDiscriminator
 from ganscale.training.collectives import sum_over_ranks
 from ganscale.training.inputs import StepInputs, StepVariant
-from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
 from ganscale.training.steps.adversarial_schedules import adversarial_draws, augmentation_draw
 from ganscale.training.steps.discriminator import (
-    DiscriminatorTrainer,
     Samples,
     flip_and_shift,
     frozen,
     orthogonal_loss,
 )
-from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
+from ganscale.training.steps.method import AdversarialMethod, PhaseUpdate
 from ganscale.training.steps.statistics import summed
 from ganscale.world import World
 
 __all__ = ["SemiSupervised"]
 
 
-class SemiSupervised(TrainingMethod):
+class SemiSupervised(AdversarialMethod):
     """An unconditional generator against a classifier.
 
     With `adversarial` 0 the classifier learns from the labels alone, with all else equal, so that
     the two can be compared.
     """
 
-    discriminator: DiscriminatorTrainer
-
     def __init__(
         self, config: Config, networks: Mapping[str, nn.Module], precision: Precision, world: World
     ) -> None:
         assert isinstance(config.method, SemiSupervisedMethod)
-        super().__init__(config, precision)
+        super().__init__(config, networks, precision, world)
         self.adversarial = config.method.adversarial
         self.world_size = world.world_size
-        self.generator = OptimizedModel(networks["generator"], config.optimizer, precision, world)
-        self.discriminator = DiscriminatorTrainer(config, networks["classifier"], precision, world)
-        self.models = {"G": self.generator, "D": self.discriminator.model}
         own = ("cross_entropy", "accuracy", "grad_norm_D")
-        adversarial = (*self.discriminator.statistics, "loss_G", "grad_norm_G")
-        names = (*adversarial, *own) if self.adversarial else own
+        names = (*self.statistics, *own) if self.adversarial else own
         # `grad_norm_D` is in both lists; a name may come once.
         self.statistics = tuple(dict.fromkeys(names))
 
@@ -76,28 +68,25 @@ class SemiSupervised(TrainingMethod):
         return draws
 
     def phases(self, variant: StepVariant) -> list[PhaseUpdate]:
-        phases: list[PhaseUpdate] = [("discriminator", self.update_classifier)]
-        if variant.generator_turn and self.adversarial:
-            phases.append(("generator", self.update_generator))
-        return phases
+        # Without an adversarial loss the generator has nothing to learn from.
+        return super().phases(variant)[: None if self.adversarial else 1]
 
-    def update_classifier(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
+    def make_samples(self, inputs: StepInputs, variant: StepVariant) -> tuple[Samples, Samples]:
+        with self.precision.autocast():
+            fake_images = self.generator.module(inputs.noise["D z"])
+        return Samples(inputs.batch.real_images), Samples(fake_images)
+
+    def update_discriminator(self, inputs: StepInputs, variant: StepVariant) -> dict[str, Tensor]:
         """One update of the classifier, on labels and, with `adversarial`, on real and fake."""
         if not self.adversarial:
             return self._learn_labels(inputs)
-
-        @torch.no_grad()
-        def make_samples(part: StepInputs) -> tuple[Samples, Samples]:
-            with self.precision.autocast():
-                fake_images = self.generator.module(part.noise["D z"])
-            return Samples(part.batch.real_images), Samples(fake_images)
 
         # Labelled, real and fake images go through in three forwards and one backward: the sum of
         # the supervised and the adversarial loss is one objective with one optimizer.
         return self.discriminator.update(
             inputs,
             variant,
-            make_samples,
+            lambda part: self.make_samples(part, variant),
             extra_loss=self.supervised_loss,
             loss_factor=self.adversarial,
         )
