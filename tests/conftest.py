@@ -32,7 +32,7 @@ RAY_FILES = {f"test_{name}.py" for name in ("ray", "jobs", "user_trainer", "swee
 LONG_FIRST = ("integration", "faults", "distributed", "docs", "unit")
 
 
-class ByFile(LoadScopeScheduling):
+class ByFile(LoadScopeScheduling):  # type: ignore[misc]
     """Gives the tests of a file to one process, so that their fixtures are made once."""
 
     def _split_scope(self, nodeid: str) -> str:

@@ -64,7 +64,7 @@ class Holder:
     since: float
     """When the run was started, in seconds since 1970."""
     run_dir: str
-    """Absolute path of the run's folder on `host`, for people."""
+    """Absolute path of the run's folder on `host`."""
 
     @classmethod
     def here(cls, run_dir: Path) -> Self:
@@ -128,6 +128,8 @@ class Session:
     newest_attempt: int
     """The number of the newest attempt when the run was free to be started, 0 without any. A later
     attempt of another session means that this one has lost the run."""
+    copied_from: str = ""
+    """The folder of the run that this run's folder is a copy of; empty if it is none."""
 
 
 class Heartbeat(PeriodicThread):

@@ -76,7 +76,6 @@ def averages(
                     metrics=["fid"],
                     required=True,
                     cache=cache,
-                    resume_samples=True,
                     start_task=start_task,
                 )
             except DataError as error:

@@ -84,6 +84,8 @@ class CheckpointManager:
         header: list[Any] = [None]
         if self.store is not None:
             store, token, session = self.store, secrets.token_hex(8), self.session
+            if session is not None and session.copied_from:
+                self._leave_wandb_run_of_the_original(session)
             # The token stays the same over all tries, so a claim whose answer was lost is
             # recognised as ours.
             self.attempt, files = retry(
@@ -206,6 +208,16 @@ class CheckpointManager:
             RetryPolicy.of(self.config.data),
             max_staleness_seconds=60 * checkpoint.max_staleness_minutes,
         )
+
+    def _leave_wandb_run_of_the_original(self, session: Session) -> None:
+        """Give a copied run a W&B run of its own, once, at the first attempt that it begins.
+
+        Before the attempt: from then on the folder no longer counts as a copy.
+        """
+        assert self.store is not None
+        has_begun = self.store.backend.exists(session.holder.beat_file)
+        if not has_begun and self.run_dir.wandb_run_id.is_file():
+            write_text(self.run_dir.wandb_run_id, secrets.token_hex(4))
 
     def _restore_history(self, files: SavedFiles) -> None:
         """On a machine that has not seen the run, or not all of it: its rows and its W&B run."""

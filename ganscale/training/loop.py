@@ -255,12 +255,14 @@ class Trainer:
             must_capture=graphs == "on",
             recover=self.state.method.recover,
         )
+        session = self.checkpoints.session
         # Last: the event that opens the attempt tells the position that was loaded.
         self.outputs.open(
             self.checkpoints.attempt,
             self.state,
             precision.name,
             num_rollbacks=num_rollbacks,
+            copied_from="" if session is None else session.copied_from,
         )
 
     def _make_actions(self, precision: Precision) -> list[Callback]:

@@ -61,8 +61,12 @@ class Outputs:
         precision: str,
         *,
         num_rollbacks: int,
+        copied_from: str = "",
     ) -> None:
-        """Begin to write, after what earlier attempts wrote."""
+        """Begin to write, after what earlier attempts wrote.
+
+        `copied_from` is the folder that this run's folder is a copy of.
+        """
         self.attempt = attempt.number
         if not self.world.is_main:
             return
@@ -82,6 +86,7 @@ class Outputs:
             device=self.world.device,
             wandb=mode,
             **provenance(self.world.device),
+            **({"copied_from": copied_from} if copied_from else {}),
         )
 
     def close(self) -> None:

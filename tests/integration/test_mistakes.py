@@ -5,6 +5,7 @@ Also runs whose folders people move, rename and copy.
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
@@ -34,7 +35,7 @@ from ganscale.run_directory import RunDirectory
 from ganscale.training.loop import Trainer
 from tests.conftest import MakeConfig, Verb
 from tests.support.ranks import free_port
-from tests.support.runs import final_digest, start_ranks, wait_all, wait_for_rows
+from tests.support.runs import final_digest, read_rows, start_ranks, wait_all, wait_for_rows
 
 QUIET = Console(quiet=True)
 LONGER = {"training.total_kimg": 0.32}
@@ -172,11 +173,12 @@ def finished(make_config: MakeConfig) -> Config:
     return config
 
 
-def resumed(folder: Path) -> tuple[tuple[int, str], str]:
-    """Resume a run: position and digest of its weights, and its W&B run."""
+def resumed(folder: Path) -> tuple[tuple[int, str], str, str]:
+    """Resume a run: position and digest of its weights, its W&B run, and what the console said."""
+    said = io.StringIO()
     config = resume_config(str(folder), dict(LONGER))
-    start(config, QUIET)
-    return final_digest(config), RunDirectory(folder).wandb_run_id.read_text()
+    start(config, Console(file=said, width=1000))
+    return final_digest(config), RunDirectory(folder).wandb_run_id.read_text(), said.getvalue()
 
 
 @pytest.mark.parametrize("place", ["elsewhere/tiny", "renamed", "elsewhere/renamed"])
@@ -187,26 +189,52 @@ def test_a_run_that_was_moved_or_renamed_is_the_same_run(
     folder.parent.mkdir(exist_ok=True)
     finished.run_dir.rename(folder)
     for _ in range(2):  # and then it is where it was
-        (nimg, _), wandb_run_id = resumed(folder)
+        (nimg, _), wandb_run_id, said = resumed(folder)
         assert (nimg, wandb_run_id) == (320, "original")
+        assert "copy" not in said
     assert not finished.run_dir.exists()
 
 
-def test_the_copy_of_a_live_run_is_taken_over_without_harm_to_the_run(
+def test_a_copied_run_is_a_run_of_its_own_and_the_original_stays(
     finished: Config, tmp_path: Path
 ) -> None:
-    copy = tmp_path / "copy"
-    with run_session(finished.with_changes(LONGER), QUIET) as held:
+    copy = tmp_path / "copies" / "tiny"
+    shutil.copytree(finished.run_dir, copy)
+    before = contents(finished.run_dir)
+    digest, wandb_run_id, said = resumed(copy)
+    assert contents(finished.run_dir) == before
+    assert wandb_run_id not in ("original", "")
+    assert f"{copy} is a copy of {finished.run_dir}" in said
+    events = read_rows(RunDirectory(copy).events)
+    assert [e.get("copied_from") for e in events if e["event"] in ("start", "resume")] == [
+        None,
+        str(finished.run_dir),
+    ]
+    again = resumed(copy)
+    assert again[:2] == (digest, wandb_run_id)
+    assert "is a copy of" not in again[2]
+    original = resumed(finished.run_dir)
+    assert original[:2] == (digest, "original")
+    assert "is a copy of" not in original[2]
+
+
+def test_a_link_to_a_run_is_no_copy(finished: Config, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(finished.run_dir)
+    assert resumed(link)[1] == "original"
+
+
+def test_the_copy_of_a_live_run_is_free(finished: Config, tmp_path: Path) -> None:
+    longer = finished.with_changes(LONGER)
+    with run_session(longer, QUIET) as held:
         assert held is not None
-        train_in_process(finished.with_changes(LONGER), held.session)
+        train_in_process(longer, held.session)
+        copy = tmp_path / "copy"
         shutil.copytree(finished.run_dir, copy)
-        before = contents(finished.run_dir)
         with pytest.raises(RunInUse):
-            resumed(copy)
-        longer = resume_config(str(copy), {"training.total_kimg": 0.64})
-        start(longer, QUIET, take_over=True)
-        assert final_digest(longer)[0] == 640
-        assert contents(finished.run_dir) == before
+            resumed(finished.run_dir)
+        assert resumed(copy)[0] == final_digest(longer)
+    resumed(finished.run_dir)
 
 
 def test_a_renamed_run_whose_checkpoints_are_elsewhere_says_what_to_rename(
