@@ -17,8 +17,6 @@ from typing import BinaryIO
 
 from ganscale.errors import naming_file
 
-__all__ = ["replacing", "write_bytes", "write_text"]
-
 
 @contextmanager
 def replacing(path: Path, *, fsync: bool = True) -> Iterator[BinaryIO]:

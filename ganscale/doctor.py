@@ -15,8 +15,6 @@ from ganscale.data.resolve_source import CIFAR10_ENV
 from ganscale.metrics.extractors import inception_weights
 from ganscale.tracking.wandb_sink import resolve_mode
 
-__all__ = ["findings"]
-
 _PACKAGES = ("ganscale", "torch", "torchvision", "ray", "webdataset", "wandb", "numpy")
 
 

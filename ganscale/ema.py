@@ -13,8 +13,6 @@ import copy
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Ema", "ema_weight"]
-
 
 def ema_weight(batch_size: int, halflife_nimg: float) -> float:
     """1 - beta, the weight of the new weights in one update of `batch_size` images.

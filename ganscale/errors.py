@@ -12,16 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "GanscaleError",
-    "TrainingFault",
-    "describe_os_error",
-    "naming_file",
-]
-
 
 class GanscaleError(Exception):
     """A failure with a message meant for the user (exit code 1)."""

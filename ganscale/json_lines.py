@@ -16,17 +16,6 @@ from typing import IO, Any, TextIO
 
 from ganscale.errors import naming_file
 
-__all__ = [
-    "add_missing_lines",
-    "append_line",
-    "encode_line",
-    "end_of_lines",
-    "locked",
-    "open_lines",
-    "parse_lines",
-    "read_lines",
-]
-
 _PIECE_BYTES = 2**16
 
 

@@ -11,8 +11,6 @@ from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
 
-__all__ = ["PeriodicThread"]
-
 
 class PeriodicThread(ABC):
     """Calls `_tick` on a thread every `seconds` while a block runs, the first time after `seconds`.

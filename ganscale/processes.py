@@ -10,8 +10,6 @@ import os
 import socket
 from pathlib import Path
 
-__all__ = ["machine_id", "process_start"]
-
 
 def machine_id() -> str:
     """Differs between boots, hosts and containers with process ids of their own.

@@ -16,8 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["provenance"]
-
 _PACKAGES = ("ganscale", "torch", "torchvision", "ray", "numpy")
 _GIT_SECONDS = 10.0
 

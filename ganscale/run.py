@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from ganscale.generation.generator import Generator
 
-__all__ = ["Run"]
-
 _SHOWN = ("train/loss_G", "train/loss_D", "metrics/diversity", "time/images_per_second")
 """Columns whose newest values stand in the short form of a run, if it has them."""
 _FRECHET = ("metrics/fid", "metrics/fd_")

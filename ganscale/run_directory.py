@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["RunDirectory", "containing_run"]
-
 
 @dataclass(frozen=True)
 class RunDirectory:

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-__all__ = ["World", "check_cuda", "is_device_shared", "launched_rank", "process_group"]
-
 
 @dataclass(frozen=True)
 class World:

@@ -12,8 +12,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["jitter_colour", "recolour"]
-
 
 def recolour(
     images: Tensor, luma_shift: Tensor, luma_gain: Tensor, chroma_gain: Tensor, hue: Tensor

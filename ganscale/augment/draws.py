@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Chances", "Columns", "Draws"]
-
 
 @dataclass(frozen=True)
 class Draws:

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["gather_pixels", "sum_in_fixed_point"]
-
 _BITS = 46
 """Of an image and channel's largest value; a sum of up to 65,536 of them then fits into 63 bits."""
 

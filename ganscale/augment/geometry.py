@@ -24,8 +24,6 @@ from torch import Tensor
 
 from ganscale.augment.gather import gather_pixels
 
-__all__ = ["cut_out", "inverse_motion", "move_whole_pixels", "resample", "shift_into_zeros"]
-
 SYM6 = (
     0.015404109327044824,
     0.0034907120842221625,

@@ -23,8 +23,6 @@ from ganscale.augment.geometry import (
     shift_into_zeros,
 )
 
-__all__ = ["AUGMENTATIONS", "Augmentation", "Draws"]
-
 TRANSFORMS: dict[str, tuple[int, int]] = {
     # ADA
     "xflip": (2, 0),

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from ganscale.errors import CheckpointError
 
-__all__ = ["decode", "flatten", "tensor_file", "tree_file"]
-
 _PIECE_BYTES = 2**24
 _NAMES = {
     torch.float64: "F64",

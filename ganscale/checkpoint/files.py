@@ -28,8 +28,6 @@ from ganscale.checkpoint.lineage import Attempt, CheckpointName
 from ganscale.errors import CheckpointError
 from ganscale.storage import MissingData, RetryPolicy, open_store
 
-__all__ = ["MANIFEST", "CheckpointFiles", "SavedFiles", "SavedState", "saved_state"]
-
 _TENSORS, _TREE, _META, _HISTORY = "state.safetensors", "state.json", "meta.json", "metrics.jsonl"
 _FILES = (_TENSORS, _TREE, _META, _HISTORY)
 MANIFEST = "manifest.json"

@@ -34,8 +34,6 @@ from ganscale.periodic import PeriodicThread
 from ganscale.processes import machine_id, process_start
 from ganscale.storage import MissingData, Store
 
-__all__ = ["BEAT_SECONDS", "SILENT_SECONDS", "Heartbeat", "Holder", "Session"]
-
 BEAT_SECONDS = 10.0
 """Between two renewals of a holder's file."""
 SILENT_SECONDS = 60.0

@@ -20,8 +20,6 @@ from typing import Any, Literal, Self
 
 from ganscale.checkpoint.holder import Holder
 
-__all__ = ["Attempt", "CheckpointName", "prunable", "lineage"]
-
 _NAME = re.compile(r"nimg-(\d{12})-a(\d{4,})")
 
 

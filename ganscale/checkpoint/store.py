@@ -24,14 +24,6 @@ from ganscale.checkpoint.holder import Holder, Session, beat_files
 from ganscale.checkpoint.lineage import Attempt, CheckpointName, lineage, prunable
 from ganscale.errors import CheckpointError
 
-__all__ = [
-    "CheckpointStore",
-    "DamagedCheckpointWarning",
-    "Retention",
-    "RunInUse",
-    "Superseded",
-]
-
 _ATTEMPTS = "attempts"
 _DAMAGED = "damaged"
 _CLAIM = re.compile(r"attempts/a([0-9]{4,})\.json")

@@ -27,8 +27,6 @@ from ganscale.checkpoint.store import CheckpointStore, Retention, Superseded
 from ganscale.errors import CheckpointError
 from ganscale.storage import RetryPolicy, one_line, retry
 
-__all__ = ["BackgroundWriter", "HostCopy", "SaveResult"]
-
 # Whatever a store raises is noted, and the next checkpoint is tried. These are bugs of this
 # program, and a run that hid them would train on without any checkpoint.
 _PROGRAMMING_ERRORS = (AssertionError, AttributeError, NameError, TypeError)

@@ -15,9 +15,6 @@ from ganscale.errors import naming_file
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["app", "stderr_console", "write_json"]
-
-
 _GROUPS = {
     "Train": ("train", "resume", "presets", "sweep", "stability"),
     "Look": ("watch", "report", "sample", "interpolate", "directions", "mix", "nearest"),

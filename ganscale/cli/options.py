@@ -15,29 +15,6 @@ import typer
 from ganscale.config import ExtractorName
 from ganscale.errors import ConfigError
 
-__all__ = [
-    "AutoDevice",
-    "ConfigSource",
-    "DegradationTask",
-    "Device",
-    "Extractor",
-    "Fit",
-    "JsonFile",
-    "Label",
-    "Layout",
-    "NumReference",
-    "Overrides",
-    "RatingTask",
-    "Reference",
-    "Scale",
-    "Seed",
-    "Snapshot",
-    "Split",
-    "TruncationPsi",
-    "parse_integers",
-    "parse_names",
-]
-
 Split = Literal["train", "test"]
 Layout = Literal["auto", "top-folders", "leaf-folders", "flat", "tars"]
 Fit = Literal["crop", "pad"]

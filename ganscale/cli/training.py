@@ -22,8 +22,6 @@ from ganscale.world import launched_rank
 if TYPE_CHECKING:
     from ganscale.training.stopping import TrainResult
 
-__all__ = ["PRESETS"]
-
 # A list here, since reading the folder would load the configuration for `ganscale --help`.
 PRESETS = (
     "quickstart, dcgan-cifar10, speedrun-cifar10, sngan-cifar10, biggan-cifar10, "

@@ -10,13 +10,6 @@ from typing import Any
 
 from ganscale.config.run import Config
 
-__all__ = [
-    "MAY_CHANGE_IN_POPULATION",
-    "MAY_CHANGE_ON_RESUME",
-    "changed_settings",
-    "settings_by_name",
-]
-
 MAY_CHANGE_ON_RESUME = (
     "name",
     "storage",

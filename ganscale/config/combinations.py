@@ -16,8 +16,6 @@ from ganscale.config.schedule import Schedule
 if TYPE_CHECKING:
     from ganscale.config.run import Config
 
-__all__ = ["impossible"]
-
 _LIPSCHITZ_MODELS = ("sndcgan", "sngan", "biggan")
 _BATCH_NORM_MODELS = ("dcgan", "sndcgan", "sngan", "biggan")
 _ENCODER_METHODS = ("vae", "vae-gan", "encoder", "bigan")

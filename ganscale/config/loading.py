@@ -17,8 +17,6 @@ from ganscale.config.messages import abbreviated, nearest
 from ganscale.config.run import Config, merged, validated
 from ganscale.errors import ConfigError, naming_file
 
-__all__ = ["load_config", "parse_overrides", "preset_names", "read_yaml"]
-
 
 def preset_names() -> list[str]:
     """Names of the presets that ship with the package."""

@@ -6,8 +6,6 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["abbreviated", "explain", "nearest", "unknown_field"]
-
 _MAX_SHOWN = 120
 """Characters of a value that a message shows."""
 

@@ -12,16 +12,6 @@ from pydantic import Field
 
 from ganscale.config.section import Section, by_name
 
-__all__ = [
-    "BiganMethod",
-    "EncoderMethod",
-    "GanMethod",
-    "MethodConfig",
-    "SemiSupervisedMethod",
-    "VaeGanMethod",
-    "VaeMethod",
-]
-
 
 class GanMethod(Section):
     """Goodfellow et al. 2014: a generator against a discriminator."""

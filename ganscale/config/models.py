@@ -8,16 +8,6 @@ from pydantic import Field, model_validator
 
 from ganscale.config.section import Section, by_name
 
-__all__ = [
-    "BigganModel",
-    "DcganModel",
-    "ModelConfig",
-    "R3ganModel",
-    "SndcganModel",
-    "SnganModel",
-    "Stylegan2Model",
-]
-
 
 class _ModelSection(Section):
     resolution: int = Field(32, ge=16, le=256)

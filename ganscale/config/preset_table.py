@@ -5,8 +5,6 @@ from __future__ import annotations
 from ganscale.config.loading import load_config, preset_names
 from ganscale.config.run import Config
 
-__all__ = ["PRESET_COLUMNS", "preset_rows"]
-
 PRESET_COLUMNS = (
     "preset",
     "model",

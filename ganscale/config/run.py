@@ -36,8 +36,6 @@ from ganscale.config.sections import (
 )
 from ganscale.errors import ConfigError
 
-__all__ = ["Config", "field_names", "merged", "validated"]
-
 
 def _valid_name(name: str) -> str:
     # It becomes a folder, a prefix in an object store and a name in W&B, so it has to be valid as

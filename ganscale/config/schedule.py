@@ -20,8 +20,6 @@ from pydantic import (
 
 from ganscale.config.section import Section
 
-__all__ = ["Schedule", "within"]
-
 
 class Schedule(Section):
     """A value for every position; after `kimg` it stays at `end`."""

@@ -16,8 +16,6 @@ from pydantic import Field, model_validator
 
 from ganscale.config.section import Section
 
-__all__ = ["Domain", "drawn", "generator_for"]
-
 _KINDS = ("choice", "grid", "uniform", "loguniform", "integers")
 
 Bounds = tuple[float, float]

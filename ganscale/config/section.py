@@ -11,8 +11,6 @@ from typing import Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-__all__ = ["Section", "by_name"]
-
 
 class Section(BaseModel):
     """A frozen section with finite numbers and without unknown fields."""

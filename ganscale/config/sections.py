@@ -13,27 +13,6 @@ from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
 from ganscale.config.schedule import Schedule, within
 from ganscale.config.section import Section
 
-__all__ = [
-    "AugmentConfig",
-    "CheckpointConfig",
-    "DataConfig",
-    "EvaluationConfig",
-    "ExtractorName",
-    "GuardConfig",
-    "LaunchConfig",
-    "MetricName",
-    "ObjectiveConfig",
-    "OptimizerConfig",
-    "PenaltyConfig",
-    "RENAMED_METRICS",
-    "SamplesConfig",
-    "TrackingConfig",
-    "TrainingConfig",
-    "refuse_old_metric",
-    "valid_wandb_project",
-]
-
-
 ExtractorName = Literal["auto", "inception-v3", "efficientnet-lite0", "dinov2", "clip"]
 MetricName = Literal[
     "fid",

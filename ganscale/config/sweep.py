@@ -25,8 +25,6 @@ from ganscale.config.section import Section, by_name
 from ganscale.config.sections import refuse_old_metric
 from ganscale.errors import ConfigError
 
-__all__ = ["Asha", "NoScheduler", "Population", "Sweep", "SweepFile", "Trial"]
-
 _PLACES = ("name", "storage", "checkpoint.location", "launch.ray_address")
 """Fields that say where things are; the sweep gives each trial its own."""
 

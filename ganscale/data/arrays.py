@@ -18,8 +18,6 @@ from PIL import Image, ImageOps
 from ganscale.data.images import CHANNELS, Fit, Normalised
 from ganscale.errors import DataError
 
-__all__ = ["decode_npy", "encode_npy", "normalised_npy"]
-
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 

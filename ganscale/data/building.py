@@ -42,8 +42,6 @@ from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import ConfigError, DataError
 from ganscale.storage import LocalStore
 
-__all__ = ["build_shards", "check_free", "default_num_shards", "index_shards", "source_digest"]
-
 Notify = Callable[[str], None]
 
 _BUILD_VERSION = 2

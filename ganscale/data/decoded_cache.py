@@ -25,8 +25,6 @@ from numpy.typing import NDArray
 from ganscale.data.reader import DeviceRows, ImageReader, Images
 from ganscale.errors import ConfigError
 
-__all__ = ["CacheKind", "DecodedImages", "DevicePixels", "Exchange", "HostPixels", "choose_cache"]
-
 CacheKind = Literal["none", "ram", "device"]
 Exchange = Callable[[Any], list[Any]]
 """Gives every rank what each rank gave, in the order of ranks."""

@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from ganscale.data.arrays import decode_npy, normalised_npy
 from ganscale.data.images import Fit, Normalised, decode, normalised_png
 
-__all__ = ["ENCODINGS", "NPY", "PNG", "Encoding"]
-
 
 class _Normalise(Protocol):
     def __call__(

@@ -17,8 +17,6 @@ from typing import Protocol
 from ganscale.data.tally import Tally
 from ganscale.errors import DataError
 
-__all__ = ["FileTree", "FolderTree", "ZipTree", "open_tree"]
-
 
 class FileTree(Protocol):
     """Files below one place."""

@@ -21,8 +21,6 @@ from PIL import ExifTags, Image, ImageOps
 
 from ganscale.errors import DataError
 
-__all__ = ["CHANNELS", "Fit", "Normalised", "decode", "normalised_png"]
-
 CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 """Channels of the image modes that can be trained on, by Pillow's name."""
 _MODES = {channels: mode for mode, channels in CHANNELS.items()}

@@ -9,8 +9,6 @@ from numpy.typing import ArrayLike
 
 from ganscale.errors import ConfigError, DataError
 
-__all__ = ["check_labels", "named_classes", "numbered_classes"]
-
 # Below a thousand any label passes, as small subsets of sets such as ImageNet have gaps.
 _SPARSE_CLASSES = 1000
 _CLASSES_PER_SAMPLE = 10

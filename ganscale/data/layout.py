@@ -21,20 +21,6 @@ from ganscale.data.labels import check_labels, numbered_classes
 from ganscale.data.tally import Tally
 from ganscale.errors import DataError
 
-__all__ = [
-    "ARRAY_SUFFIX",
-    "IMAGE_SUFFIXES",
-    "LAYOUTS",
-    "Arrangement",
-    "Layout",
-    "Split",
-    "archives_of",
-    "arrange",
-    "is_hidden",
-    "part_of",
-    "trained_on",
-]
-
 Split = Literal["train", "test"]
 Layout = Literal["auto", "top-folders", "leaf-folders", "flat", "tars"]
 """How classes are read from folders.

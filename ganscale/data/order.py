@@ -30,8 +30,6 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Order", "BatchIndices", "keyed_permutation"]
-
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 

@@ -12,8 +12,6 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CLASSES", "SPLIT_SIZES", "procedural_image"]
-
 Array = npt.NDArray[np.float64]
 
 RESOLUTION = 32

@@ -31,16 +31,6 @@ from ganscale.data.shards import ShardSet
 from ganscale.errors import ConfigError, DataError
 from ganscale.storage import MissingData, Span, Store
 
-__all__ = [
-    "Batch",
-    "BatchReader",
-    "DamagedSample",
-    "ImageReader",
-    "Images",
-    "ReadAhead",
-    "ShardImages",
-]
-
 
 class DamagedSample(DataError):
     """A sample whose bytes are missing, not those that were indexed, or not the expected image."""

@@ -32,14 +32,6 @@ from ganscale.data.sources import SourceSpec, cifar_class
 from ganscale.data.tars import check_end
 from ganscale.errors import ConfigError, DataError
 
-__all__ = [
-    "CIFAR100_ENV",
-    "CIFAR10_ENV",
-    "NAMED_SOURCES",
-    "resolve_source",
-    "source_variable",
-]
-
 CIFAR10_ENV = "GANSCALE_CIFAR10"
 CIFAR100_ENV = "GANSCALE_CIFAR100"
 NAMED_SOURCES = ("auto", "cifar10", "cifar100", "procedural", "spectrograms")

@@ -23,8 +23,6 @@ from ganscale.data.shards import Shard
 from ganscale.errors import ConfigError
 from ganscale.storage import MissingData, ObjectStore, OpenFile, Span
 
-__all__ = ["CachedStore"]
-
 _FETCHES_AT_ONCE = 4
 _MAX_FETCHES = 3
 _MAX_OPEN_FILES = 256

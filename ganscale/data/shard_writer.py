@@ -30,8 +30,6 @@ from ganscale.data.tally import Tally
 from ganscale.data.tars import BLOCK_BYTES, scan_tar
 from ganscale.errors import DataError
 
-__all__ = ["MAKE_ALIKE", "BuiltShard", "Recipe", "build_shard", "read_shard"]
-
 MAKE_ALIKE = "To make them alike: ganscale shards build --resolution N --img-channels C"
 
 

@@ -37,8 +37,6 @@ from ganscale.storage import (
     retry,
 )
 
-__all__ = ["INDEX_NAME", "SAMPLE_DTYPE", "SAMPLES_NAME", "Shard", "ShardSet", "verify_shards"]
-
 INDEX_NAME = "index.json"
 SAMPLES_NAME = "samples.npy"
 SAMPLE_DTYPE = np.dtype(

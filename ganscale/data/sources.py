@@ -33,8 +33,6 @@ from ganscale.data.tally import Tally
 from ganscale.data.tars import BLOCK_BYTES, TarSample, scan_tar, tars_in
 from ganscale.errors import DataError
 
-__all__ = ["Source", "SourceSpec", "cifar_class", "open_source"]
-
 
 class Source(Protocol):
     """Encoded images in a fixed order, with labels."""

@@ -14,8 +14,6 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CLASSES", "SPLIT_SIZES", "magnitudes", "spectrogram"]
-
 Array = npt.NDArray[np.float64]
 
 RESOLUTION = 64

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-__all__ = ["Tally"]
-
 
 class Tally:
     """How often each reason occurred, and the first example of it.

@@ -21,8 +21,6 @@ from ganscale.data.layout import ARRAY_SUFFIX, IMAGE_SUFFIXES, is_hidden
 from ganscale.data.tally import Tally
 from ganscale.errors import DataError
 
-__all__ = ["BLOCK_BYTES", "TarSample", "check_end", "scan_tar", "tars_in"]
-
 BLOCK_BYTES = tarfile.BLOCKSIZE
 _END_BYTES = 2 * BLOCK_BYTES
 _CHUNK_BYTES = 2**20

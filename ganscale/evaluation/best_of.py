@@ -24,8 +24,6 @@ from ganscale.generation.sample_plan import PlannedImage
 from ganscale.generation.sampler import SampleableGenerator
 from ganscale.run_directory import containing_run
 
-__all__ = ["BestImages", "best_images", "run_discriminator"]
-
 _ROWS = 64
 """The most images of a forward of the discriminator."""
 _SAME = ("resolution", "img_channels", "num_classes")

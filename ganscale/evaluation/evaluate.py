@@ -31,8 +31,6 @@ from ganscale.metrics.extractors import FeatureExtractor, open_extractor
 from ganscale.tracking.console import progress_bars, stderr_console
 from ganscale.world import World, process_group
 
-__all__ = ["choose_metrics", "evaluate", "measure", "open_reference"]
-
 
 def evaluate(
     images: SampleableGenerator | HeldImages | str | Path,

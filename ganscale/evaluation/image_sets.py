@@ -36,16 +36,6 @@ from ganscale.generation.snapshot import load_generator, snapshot_file
 from ganscale.storage import is_url
 from ganscale.user_cache import user_cache
 
-__all__ = [
-    "FileImages",
-    "GeneratedImages",
-    "ImageSet",
-    "ImagesOfShards",
-    "Indices",
-    "open_images",
-    "required_labels",
-]
-
 Indices = NDArray[np.int64]
 
 _ARRAYS = (

@@ -17,8 +17,6 @@ from torch import Tensor
 from ganscale.errors import DataError
 from ganscale.evaluation.image_sets import ImageSet, Indices
 
-__all__ = ["Concatenated", "Relabelled", "Subset", "halves", "with_classes_of"]
-
 _NUM_SHOWN = 12
 
 

@@ -16,8 +16,6 @@ from torch import Tensor
 from ganscale.errors import DataError
 from ganscale.evaluation.image_sets import Indices
 
-__all__ = ["HeldImages", "MemoryImages"]
-
 HeldImages = Tensor | NDArray[Any] | Sequence[Image.Image]
 """A tensor (N, C, H, W) of uint8 or of floats in [0, 1], an array (N, H, W, C) of uint8, or a list
 of Pillow images of one size: what calling a `Generator` returns."""

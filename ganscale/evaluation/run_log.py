@@ -11,8 +11,6 @@ from ganscale.json_lines import read_lines
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.sinks import EventLog, JsonlSink
 
-__all__ = ["log_evaluation"]
-
 
 def log_evaluation(run: Path, samples: ImageSet, evaluation: Evaluation) -> None:
     """Append the metrics to the run's rows of metrics, and the protocol to its events.

@@ -11,8 +11,6 @@ from ganscale.config import Config, load_config
 from ganscale.errors import ConfigError
 from ganscale.run_directory import containing_run
 
-__all__ = ["RunReference", "default_reference", "due_by"]
-
 
 @dataclass(frozen=True)
 class RunReference:

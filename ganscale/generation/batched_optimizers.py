@@ -16,8 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["LossFn", "Minimum", "adam", "lbfgs"]
-
 LossFn = Callable[[Tensor], Tensor]
 """Points (N, d) to losses (N,), each row of its own."""
 

@@ -20,19 +20,6 @@ from torch.nn import functional as F
 from ganscale.errors import ConfigError
 from ganscale.generation.latents import seed_for
 
-__all__ = [
-    "TASKS",
-    "Degradation",
-    "colourise",
-    "deblur",
-    "build_degradation",
-    "denoise",
-    "identity",
-    "inpaint",
-    "build_mask",
-    "superres",
-]
-
 TASKS = ("identity", "inpaint", "superres", "denoise", "deblur", "colourise")
 
 _LUMA = (0.299, 0.587, 0.114)

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from ganscale.errors import ConfigError
 from ganscale.generation.latent_sampler import LatentSampler
 
-__all__ = ["Directions", "closed_form_directions", "find_directions", "edit_images", "first_weight"]
-
 # Latents by which the spread of w along a direction is measured.
 _SPREAD_SEEDS = 256
 

@@ -19,8 +19,6 @@ from ganscale.errors import DataError
 from ganscale.generation.sampler import SampleableGenerator
 from ganscale.generation.snapshot import load_generator, save_generator
 
-__all__ = ["ImageDifference", "export_generator", "image_difference"]
-
 _MAX_DIFFERENCE = 8.0
 """Of any value of an image, on a scale of 0 to 255, from rounding to half precision."""
 

@@ -47,8 +47,6 @@ from ganscale.generation.snapshot import (
 )
 from ganscale.run_directory import RunDirectory
 
-__all__ = ["Generator", "ImageList", "OutputType"]
-
 OutputType = Literal["pil", "pt", "np"]
 ClassLabels = int | str | Sequence[int | str] | None
 

@@ -24,14 +24,6 @@ from ganscale.generation.latents import seeded_labels, seeded_latents
 from ganscale.generation.sampler import SampleableGenerator
 from ganscale.generation.snapshot import describe
 
-__all__ = [
-    "ONNX_TOLERANCE",
-    "TORCH_EXPORT_TOLERANCE",
-    "export_onnx",
-    "export_program",
-    "graph_usage",
-]
-
 TORCH_EXPORT_TOLERANCE = 1e-6
 """Largest difference that is allowed, as a part of the range of values. The graph consists of the
 operations that the network calls, so there should be none."""

@@ -13,8 +13,6 @@ from types import ModuleType
 from ganscale import __version__
 from ganscale.errors import CheckpointError, ConfigError
 
-__all__ = ["download", "is_repository", "upload"]
-
 _FILES = ("*.safetensors", "config.json", "README.md")
 
 

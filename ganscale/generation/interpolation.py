@@ -11,8 +11,6 @@ from torch.nn import functional as F
 from ganscale.errors import ConfigError
 from ganscale.generation.latent_sampler import LatentSampler
 
-__all__ = ["class_frames", "frames_between", "lerp", "path", "slerp"]
-
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

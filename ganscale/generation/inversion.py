@@ -29,8 +29,6 @@ from ganscale.generation.degradations import Degradation
 from ganscale.generation.latents import seed_for
 from ganscale.generation.sampler import SampleableGenerator
 
-__all__ = ["GROUP", "InversionResult", "InversionSettings", "encode", "invert"]
-
 GROUP = 16
 """Images that are inverted at once; a smaller group is filled up by its last image."""
 _ROWS = 64

@@ -21,8 +21,6 @@ from ganscale.generation.pictures import as_pictures
 from ganscale.generation.sampler import SampleableGenerator
 from ganscale.generation.truncation import truncated_latents, truncated_styles
 
-__all__ = ["LatentSampler"]
-
 Label = int | list[int] | None
 """A class for all images, one for each of them, or those that the seeds decide."""
 _MEAN_SEEDS = 1024

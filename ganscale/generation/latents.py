@@ -12,16 +12,6 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Draw",
-    "draw_noise",
-    "normal",
-    "seed_for",
-    "seeded_labels",
-    "seeded_latents",
-    "uniform",
-]
-
 
 def seed_for(*key: int | str) -> int:
     """A 63-bit seed decided by `key`, the same on every platform."""

@@ -17,15 +17,6 @@ from ganscale.generation.sampler import SampleableGenerator
 from ganscale.run_directory import containing_run
 from ganscale.tracking.history import History
 
-__all__ = [
-    "card_text",
-    "evaluation_summary",
-    "frechet_distance_of",
-    "hub_header",
-    "recorded_evaluation",
-    "usage_of",
-]
-
 _PROTOCOL = (
     "extractor",
     "num_samples",

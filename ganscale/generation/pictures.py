@@ -17,25 +17,6 @@ from ganscale.atomic_files import replacing
 from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import ConfigError
 
-__all__ = [
-    "ANIMATED",
-    "GRID_FORMATS",
-    "as_pictures",
-    "as_pillow",
-    "check_format",
-    "cubehelix",
-    "grid_columns",
-    "label_sheet",
-    "lay_out",
-    "magnification",
-    "make_grid",
-    "save_grid",
-    "write_animation",
-    "write_array",
-    "write_grid",
-    "write_picture",
-]
-
 GRID_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 """Formats of grids by the suffix of the file name in lower case."""
 

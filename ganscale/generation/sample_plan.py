@@ -12,8 +12,6 @@ from typing import Any
 
 from ganscale.generation.latents import seeded_labels
 
-__all__ = ["PlannedImage", "describe_samples", "plan_per_class", "plan_samples"]
-
 
 @dataclass(frozen=True)
 class PlannedImage:

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from ganscale.data.values import PIXELS, ValueRange
 from ganscale.generation.latents import seeded_labels, seeded_latents
 
-__all__ = ["SampleableGenerator", "diversity", "rows_per_forward", "to_uint8"]
-
 _CPU_ROWS = 16
 _GPU_ROWS = 512
 """Of images up to 32x32; of larger ones as many as have as many pixels."""

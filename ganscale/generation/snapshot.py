@@ -30,20 +30,6 @@ from ganscale.models import build_classifier, build_encoder, build_generator
 from ganscale.models.classifying import ClassifyingDiscriminator
 from ganscale.run_directory import RunDirectory
 
-__all__ = [
-    "FOLDER_FILE",
-    "OTHERS",
-    "describe",
-    "load_classifier",
-    "load_encoder",
-    "load_generator",
-    "save_generator",
-    "save_snapshot",
-    "snapshot_classes",
-    "snapshot_file",
-    "weights_digest",
-]
-
 OTHERS = ("encoder", "classifier")
 """Networks that a snapshot may hold besides the generator."""
 

@@ -11,8 +11,6 @@ from torch import Tensor
 from ganscale.errors import ConfigError
 from ganscale.generation.latent_sampler import LatentSampler
 
-__all__ = ["mixed_images"]
-
 
 def mixed_images(sampler: LatentSampler, rows: list[int], columns: list[int], layer: int) -> Tensor:
     """Images with the row seed's styles before `layer` and the column seed's from it on.

@@ -13,8 +13,6 @@ from torch import Tensor
 from ganscale.errors import ConfigError
 from ganscale.generation.latents import seed_for
 
-__all__ = ["truncated_latents", "truncated_styles"]
-
 _SMALLEST = 0.05
 """Below it nearly every draw is rejected, and the images are nearly one."""
 

@@ -31,8 +31,6 @@ from ganscale.storage import MissingData, Store, is_url, open_store
 if TYPE_CHECKING:  # they load torch, which the driver's side of a copy does without
     from ganscale.checkpoint import CheckpointStore
 
-__all__ = ["LINES", "Copy", "StoreCopy", "Target", "restore_run_dir", "store_copy"]
-
 LINES = ("metrics.jsonl", "events.jsonl")
 """Files that only grow, line by line."""
 

@@ -22,8 +22,6 @@ from ganscale.launch.documents import LINES, Copy
 from ganscale.run_directory import RunDirectory
 from ganscale.world import World
 
-__all__ = ["DriverActor", "Messages", "copied_to_driver", "marked", "start_driver_actor"]
-
 _AT_ONCE = ("config.yaml", "wandb_run_id", *LINES)
 _LINES_SECONDS, _FILES_SECONDS = 1.0, 10.0
 

@@ -11,8 +11,6 @@ from ray.train import UserCallback
 
 from ganscale.launch.driver_actor import Messages
 
-__all__ = ["FaultCallback", "first_cause"]
-
 
 class FaultCallback(UserCallback):  # type: ignore[misc]
     """Tells the driver of faults, from Ray's controller, which outlives the workers and may be on

@@ -13,8 +13,6 @@ from ganscale.checkpoint import CheckpointStore, Heartbeat, Holder, Session
 from ganscale.config import Config
 from ganscale.storage import RetryPolicy, retry
 
-__all__ = ["HeldRun", "hold"]
-
 
 class HeldRun:
     """A run that this process may train; `session` goes to the worker that begins its attempts."""

@@ -14,8 +14,6 @@ from ganscale.training.loop import train
 from ganscale.training.stopping import StopRequest, TrainResult
 from ganscale.world import World, process_group
 
-__all__ = ["train_here", "train_in_process"]
-
 
 def train_in_process(
     config: Config, session: Session | None = None, callbacks: Sequence[Callback] = ()

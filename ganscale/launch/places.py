@@ -18,8 +18,6 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-__all__ = ["Places"]
-
 _ANSWER_SECONDS = 1.0
 """Ray places a group within some tens of milliseconds where there is room for it."""
 _POLL_SECONDS = 0.02

@@ -17,16 +17,6 @@ import ray
 from ganscale.config import Config
 from ganscale.errors import ConfigError, GanscaleError
 
-__all__ = [
-    "cluster",
-    "num_fitting",
-    "num_workers_fitting",
-    "require_capacity",
-    "resources_text",
-    "started_early",
-    "worker_takes",
-]
-
 # Read by Ray Train: workers stay where paths are valid, a fault is noticed in a second, a worker
 # that does not answer is given up in time, a group that does not fit is not waited for.
 _RAY_ENVIRONMENT = {

@@ -33,8 +33,6 @@ from ganscale.launch.secrets import NAMES_VARIABLE, own
 from ganscale.launch.signals import EXIT_CODES
 from ganscale.storage import is_url
 
-__all__ = ["Job", "Jobs", "Submission", "connect", "variables"]
-
 _RUN_KEY = "ganscale_run"
 _STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 _STOP_SECONDS = 3.0

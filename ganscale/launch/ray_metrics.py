@@ -16,8 +16,6 @@ from ray.util.metrics import Gauge
 
 from ganscale.tracking.sinks import FAULTS, FaultCounts, NullSink, Row
 
-__all__ = ["GAUGES", "RayMetrics", "prometheus_names"]
-
 GAUGES: dict[str, tuple[str, str | None]] = {
     "step": ("Global batches done", None),
     "position_kimg": ("Thousands of real images seen", None),

@@ -36,8 +36,6 @@ from ganscale.launch.supervisor import Failure, Supervisor
 from ganscale.tracking.wandb_sink import variables
 from ganscale.training.stopping import StopRequest, TrainResult
 
-__all__ = ["train_in_groups", "train_on_ray"]
-
 _POLL_SECONDS = 0.3
 
 

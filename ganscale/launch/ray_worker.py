@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from ganscale.checkpoint import Session
     from ganscale.training.stopping import StopRequest, TrainResult
 
-__all__ = ["train_loop_per_worker", "train_worker"]
-
 _STOP_SECONDS = 0.3
 """Between two looks for a message to stop."""
 _REPORT_SECONDS = 2.0

@@ -13,8 +13,6 @@ from collections.abc import Iterable
 
 from ganscale.errors import ConfigError
 
-__all__ = ["NAMES_VARIABLE", "for_workers", "own"]
-
 NAMES_VARIABLE = "GANSCALE_SECRETS"
 """Names, with commas, of a driver's environment variables that its workers get as well."""
 

@@ -19,8 +19,6 @@ from contextlib import contextmanager
 from ganscale.training.stopping import StopRequest
 from ganscale.world import launched_rank
 
-__all__ = ["EXIT_CODES", "stopping_on_signals"]
-
 EXIT_CODES = {"terminated": 128 + signal.SIGTERM, "interrupted": 128 + signal.SIGINT}
 """The exit code of a run that was stopped, by the reason in its `TrainResult`."""
 

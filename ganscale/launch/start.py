@@ -34,16 +34,6 @@ from ganscale.training.callbacks import Callback
 from ganscale.training.stopping import TrainResult
 from ganscale.world import launched_rank
 
-__all__ = [
-    "absolutize_paths",
-    "prepare_shards",
-    "resume_config",
-    "run_session",
-    "resolve_config",
-    "start",
-    "supervisor_of",
-]
-
 _RAY_PACKAGES = "/runtime_resources/working_dir_files/"
 """In the path of a job's working directory, which is a package that Ray has unpacked."""
 

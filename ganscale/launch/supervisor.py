@@ -17,8 +17,6 @@ from ganscale.config import Config
 from ganscale.errors import GanscaleError
 from ganscale.training.stopping import StopRequest, TrainResult
 
-__all__ = ["Failure", "Supervisor", "Workers"]
-
 _ROOM_SECONDS = 2.0
 """Between two looks at the cluster while a group trains."""
 _WAIT_SECONDS = 0.3

@@ -39,8 +39,6 @@ from ganscale.tracking.sinks import EventLog
 from ganscale.tracking.wandb_sink import variables
 from ganscale.training.stopping import StopRequest
 
-__all__ = ["run_sweep"]
-
 # Read by Tune: no files that nobody reads, no signal handlers, no other output.
 _TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",

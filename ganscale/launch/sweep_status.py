@@ -23,8 +23,6 @@ from ganscale.run_directory import RunDirectory
 from ganscale.tracking.history import History
 from ganscale.tracking.sinks import EventLog
 
-__all__ = ["Reports", "TrialStatus", "copy_trial", "read_status", "reports", "resume_point"]
-
 Reports = list[tuple[float, float | None]]  # position in kimg; the metric, None if not finite
 _FID = re.compile(r"metrics/(fid|fd_(?!infinity|per_class)\w+)")
 

@@ -13,8 +13,6 @@ from rich.table import Table
 from ganscale.config.sweep import Population, Sweep
 from ganscale.launch.sweep_status import TrialStatus
 
-__all__ = ["displayed", "ranked", "sweep_table"]
-
 
 @contextmanager
 def displayed(

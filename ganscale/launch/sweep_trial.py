@@ -34,8 +34,6 @@ from ganscale.tracking.logs import to_stderr
 from ganscale.training.stopping import StopRequest, TrainResult
 from ganscale.world import World
 
-__all__ = ["SweepTrial"]
-
 
 class SweepTrial(tune.Trainable):  # type: ignore[misc]
     """One trial; its configuration is `{"trial": {"name": ..., "values": ..., "kimg": ...}}`.

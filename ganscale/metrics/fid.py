@@ -17,12 +17,6 @@ from ganscale.errors import DataError
 from ganscale.metrics.intervals import Estimate, jackknife
 from ganscale.metrics.statistics import Moments
 
-__all__ = [
-    "frechet_distance",
-    "frechet_estimate",
-    "frechet_infinity",
-]
-
 # Each group costs one more eigendecomposition of (d, d), and ten give the interval's variance nine
 # degrees of freedom.
 _GROUPS = 10

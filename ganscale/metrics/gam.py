@@ -40,8 +40,6 @@ from ganscale.metrics.elo import rate_with_intervals
 from ganscale.metrics.intervals import Estimate
 from ganscale.metrics.votes import Votes, VoteTable
 
-__all__ = ["Match", "Scores", "RankedRun", "score"]
-
 # The paper does not say how near to 1 is near enough.
 _SAME_TEST_ERROR = 1.5
 _NUM_RESAMPLES = 300

@@ -13,8 +13,6 @@ from torch import Tensor
 from ganscale.errors import DataError
 from ganscale.metrics.intervals import Estimate, t_interval
 
-__all__ = ["inception_score"]
-
 # Both are torch-fidelity's.
 _SEED = 2020
 _SPLITS = 10

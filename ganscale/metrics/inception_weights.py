@@ -29,8 +29,6 @@ from torch import Tensor
 
 from ganscale.errors import ConfigError
 
-__all__ = ["InceptionWeights", "packaged_weights", "read_inception_weights"]
-
 STATE_DICT_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 ARCHIVE_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 

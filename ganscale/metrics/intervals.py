@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NORMAL_QUANTILE", "Estimate", "bootstrap", "jackknife", "t_interval", "wilson_interval"]
-
 NORMAL_QUANTILE = 1.959963984540054
 """The normal quantile of 0.975: all intervals here have 95 %."""
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from ganscale.errors import DataError
 from ganscale.metrics.intervals import NORMAL_QUANTILE, Estimate
 
-__all__ = ["kernel_distance"]
-
 _SEED = 2020  # torch-fidelity's
 
 

@@ -16,8 +16,6 @@ from torch import Tensor
 from ganscale.errors import DataError
 from ganscale.metrics.intervals import Estimate, bootstrap, wilson_interval
 
-__all__ = ["Prdc", "authenticity", "nearest", "prdc"]
-
 _ROWS = 1024
 # The published k: 3 for precision and recall (Kynkaanniemi et al.), 5 for density and coverage
 # (Naeem et al.).

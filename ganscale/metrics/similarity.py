@@ -13,8 +13,6 @@ from torch.nn import functional as F
 from ganscale.errors import DataError
 from ganscale.metrics.extractors import EfficientNetLite0, as_rgb
 
-__all__ = ["feature_distance", "perceptual_distance", "psnr", "ssim"]
-
 _PEAK = 255.0
 _WINDOW = 11
 _SIGMA = 1.5

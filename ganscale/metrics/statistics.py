@@ -15,8 +15,6 @@ from torch import Tensor
 
 from ganscale.errors import DataError
 
-__all__ = ["Moments", "check_features"]
-
 # At 2048 features a block is 64 MiB in float64; the whole of a large set would be gigabytes.
 _ROWS = 4096
 

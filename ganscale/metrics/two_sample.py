@@ -20,15 +20,6 @@ from torch import Tensor
 
 from ganscale.metrics.intervals import Estimate, wilson_interval
 
-__all__ = [
-    "AccuracyTest",
-    "NearestNeighbourTest",
-    "Repeat",
-    "TwoSampleReport",
-    "accuracy_test",
-    "nearest_neighbour_test",
-]
-
 _CHUNK_DISTANCES = 2**24
 """How many distances are held at once: 128 MiB of them."""
 

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from ganscale.models.stylegan2 import EqualisedConv2d
 
-__all__ = ["middle_features", "recorded_convolutions"]
-
 
 @contextmanager
 def recorded_convolutions(network: nn.Module) -> Iterator[list[Tensor]]:

@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Autoencoder", "Encoded", "sampled"]
-
 
 class Encoded(NamedTuple):
     """What an autoencoder makes of images."""

@@ -21,8 +21,6 @@ from ganscale.models.convolution import Conv2d
 from ganscale.models.layers import FullPrecision, spectral_norm, without_autocast
 from ganscale.models.residual import DownBlock, UpBlock, width_at
 
-__all__ = ["BigganDiscriminator", "BigganGenerator", "SelfAttention"]
-
 _EMBEDDING_DIM = 128
 _ATTENTION_RESOLUTION = 16
 _WEIGHTED = (nn.Conv2d, nn.Linear, nn.Embedding)

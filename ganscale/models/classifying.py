@@ -14,8 +14,6 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from ganscale.models.convolution import Conv2d
 
-__all__ = ["ClassifyingDiscriminator"]
-
 _SLOPE = 0.2
 _LAYERS_PER_STAGE = 3
 _SMALLEST_MAP = 8

@@ -12,8 +12,6 @@ from torch.nn import functional as F
 
 from ganscale.models.layers import at_least_fp32, without_autocast
 
-__all__ = ["ClassBatchNorm2d", "ConditionalBatchNorm2d", "ProjectionHead", "one_hot"]
-
 
 def one_hot(labels: Tensor | None, num_classes: int) -> Tensor:
     """Labels (N,) as fp32 unit vectors, (N, num_classes), without a host read."""

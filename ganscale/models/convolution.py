@@ -22,8 +22,6 @@ from torch import Tensor, nn
 
 from ganscale.models.input_gradients import are_parameters_wanted
 
-__all__ = ["Conv2d", "conv2d", "conv_transpose2d"]
-
 
 def conv2d(
     x: Tensor,

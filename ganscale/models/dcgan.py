@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from ganscale.models.convolution import Conv2d
 
-__all__ = ["DcganDiscriminator", "DcganGenerator"]
-
 _SLOPE = 0.2
 _INIT_STD = 0.02
 

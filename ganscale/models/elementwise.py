@@ -26,8 +26,6 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-__all__ = ["KernelCompiler", "elementwise"]
-
 F = TypeVar("F", bound=Callable[..., Tensor])
 
 _Kernel = Callable[..., Tensor]

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-__all__ = ["Encoder"]
-
 _SLOPE = 0.2
 _INIT_STD = 0.02
 _MAX_CHANNELS = 512

@@ -28,8 +28,6 @@ from torch.nn.functional import leaky_relu
 from ganscale.models.elementwise import elementwise
 from ganscale.models.input_gradients import are_parameters_wanted
 
-__all__ = ["bias_leaky_relu", "scaled_sum"]
-
 
 class _Shape(NamedTuple):
     """The constants of an activation."""

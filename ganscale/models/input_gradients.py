@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["are_parameters_wanted", "input_gradients_only"]
-
 # Not a thread's own: on CUDA a backward is run by a thread of the engine, while the one that asked
 # for it waits.
 _parameters_wanted = True

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from ganscale.models.convolution import Conv2d
 from ganscale.models.layers import spectral_norm
 
-__all__ = ["JointDiscriminator"]
-
 _SLOPE = 0.2
 _MAX_CHANNELS = 512
 

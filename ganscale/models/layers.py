@@ -12,18 +12,6 @@ from torch.nn.utils import parametrize
 
 from ganscale.models.convolution import conv2d, conv_transpose2d
 
-__all__ = [
-    "FullPrecision",
-    "MinibatchStd",
-    "SpectralNorm",
-    "at_least_fp32",
-    "binomial_filter",
-    "downsample",
-    "spectral_norm",
-    "upsample",
-    "without_autocast",
-]
-
 M = TypeVar("M", bound=nn.Module)
 
 

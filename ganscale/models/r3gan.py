@@ -29,8 +29,6 @@ from ganscale.models.layers import (
 )
 from ganscale.models.residual import width_at
 
-__all__ = ["R3ganDiscriminator", "R3ganGenerator"]
-
 _SLOPE = 0.2
 # He et al. (2015, arXiv 1502.01852): keeps the variance through a leaky ReLU.
 _GAIN = math.sqrt(2 / (1 + _SLOPE**2))

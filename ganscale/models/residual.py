@@ -12,8 +12,6 @@ from torch.nn import functional as F
 
 from ganscale.models.convolution import Conv2d
 
-__all__ = ["DownBlock", "UpBlock", "width_at"]
-
 _FULL_WIDTH_RESOLUTION = 32
 
 

@@ -19,8 +19,6 @@ from ganscale.models.conditioning import ClassBatchNorm2d, ProjectionHead
 from ganscale.models.convolution import Conv2d
 from ganscale.models.layers import spectral_norm
 
-__all__ = ["SndcganDiscriminator", "SndcganGenerator"]
-
 _SLOPE = 0.1
 _INIT_STD = 0.02
 _LARGEST_FACTOR = 8

@@ -16,8 +16,6 @@ from ganscale.models.conditioning import ClassBatchNorm2d, ProjectionHead
 from ganscale.models.layers import spectral_norm
 from ganscale.models.residual import DownBlock, UpBlock, width_at
 
-__all__ = ["SnganDiscriminator", "SnganGenerator"]
-
 
 class SnganGenerator(nn.Module):
     """Latents (N, z_dim) to images (N, img_channels, resolution, resolution) in [-1, 1]."""

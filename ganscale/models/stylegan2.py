@@ -31,14 +31,6 @@ from ganscale.models.layers import (
     without_autocast,
 )
 
-__all__ = [
-    "EqualisedConv2d",
-    "EqualisedLinear",
-    "Stylegan2Discriminator",
-    "Stylegan2Generator",
-    "modulated_conv2d",
-]
-
 _SLOPE = 0.2
 _CLAMP = 256.0
 _EPSILON = 1e-8

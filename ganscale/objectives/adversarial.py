@@ -42,8 +42,6 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
-__all__ = ["OBJECTIVES", "Objective"]
-
 
 @dataclass(frozen=True)
 class Objective:

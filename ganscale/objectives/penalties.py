@@ -30,16 +30,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = [
-    "PENALTIES",
-    "LogitsFn",
-    "Penalty",
-    "PenaltyInputs",
-    "gradient_normalised",
-    "input_gradient",
-    "orthogonal_penalty",
-]
-
 LogitsFn = Callable[[Tensor], Tensor]
 """Images (n, C, H, W) to logits (n,), through the augmentation, with the images' condition."""
 

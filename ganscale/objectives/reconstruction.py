@@ -17,8 +17,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["gaussian_kl", "gaussian_nll"]
-
 
 def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
     """KL(N(mean, exp(log_variance)) || N(0, 1)) of each row, (N,); arguments are (N, z_dim)."""

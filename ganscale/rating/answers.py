@@ -17,8 +17,6 @@ from ganscale.errors import DataError
 from ganscale.json_lines import encode_line
 from ganscale.rating.questions import ANSWERS
 
-__all__ = ["Answer", "AnswerLog", "read_answers"]
-
 
 @dataclass(frozen=True)
 class Answer:

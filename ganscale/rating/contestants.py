@@ -24,8 +24,6 @@ from ganscale.rating.questions import REAL
 from ganscale.run_directory import RunDirectory, containing_run
 from ganscale.storage import is_url
 
-__all__ = ["Contestant", "default_reference", "encode_png", "open_contestant", "open_runs"]
-
 _SNAPSHOT = ".safetensors"
 
 

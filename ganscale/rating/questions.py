@@ -15,8 +15,6 @@ from typing import Literal
 
 import numpy as np
 
-__all__ = ["ANSWERS", "REAL", "Picture", "Question", "Task", "num_needed", "questions_for"]
-
 Task = Literal["realness", "preference"]
 
 ANSWERS: dict[Task, tuple[str, str]] = {

@@ -20,8 +20,6 @@ from ganscale.metrics.intervals import Estimate, bootstrap, wilson_interval
 from ganscale.rating.answers import Answer
 from ganscale.rating.questions import REAL
 
-__all__ = ["Rate", "as_json", "as_table", "own_errors", "rates_of"]
-
 Measure = Literal["error", "fakes_called_real", "reals_called_fake", "preferred"]
 
 _NUM_RESAMPLES = 10_000

@@ -23,8 +23,6 @@ from typing import Any
 from ganscale.errors import ConfigError
 from ganscale.rating.session import RatingSession, rater_name
 
-__all__ = ["RatingServer", "is_loopback"]
-
 _MAX_BODY_BYTES = 4096
 _IDLE_SECONDS = 60
 _IMAGE_PREFIX = "/image/"

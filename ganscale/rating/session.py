@@ -28,8 +28,6 @@ from ganscale.rating.contestants import Contestant
 from ganscale.rating.questions import ANSWERS, REAL, Question, Task, num_needed, questions_for
 from ganscale.rating.results import own_errors
 
-__all__ = ["ANSWERS_NAME", "SESSION_NAME", "RatingSession", "rater_name"]
-
 SESSION_NAME, ANSWERS_NAME = "session.json", "answers.jsonl"
 _MAX_NAME = 64
 

@@ -16,8 +16,6 @@ from ganscale.report.runs import Run
 from ganscale.report.status import Status, remaining
 from ganscale.report.text import counted, kimg
 
-__all__ = ["Advice", "advice_for"]
-
 _SLOW_DATA = 0.2
 """Part of a step's time beyond which waiting for data is worth a look."""
 

@@ -16,17 +16,6 @@ from dataclasses import dataclass, replace
 from ganscale.report.runs import Run
 from ganscale.tracking.dashboard import SECTIONS, WITHOUT_PANEL, Curve
 
-__all__ = [
-    "Bar",
-    "Group",
-    "Line",
-    "Panel",
-    "Point",
-    "averaged",
-    "groups_of",
-    "step_parts",
-]
-
 Point = tuple[float, float]
 
 _OWN_PANEL = ("distances", "inception score, authenticity, two-sample tests")

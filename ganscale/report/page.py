@@ -40,8 +40,6 @@ from ganscale.report.status import Status, status_of
 from ganscale.report.timeline import Happening, checkpoint_summary, happenings, timeline_of
 from ganscale.run_directory import RunDirectory
 
-__all__ = ["Report", "write_report"]
-
 _PICTURE_BYTES = 250_000
 """Of a picture, divided by the number of runs, so that the page is small enough to be sent."""
 _NUM_BUCKETS = 240

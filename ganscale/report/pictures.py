@@ -20,8 +20,6 @@ from PIL import Image, UnidentifiedImageError
 
 from ganscale.report.runs import Run
 
-__all__ = ["Album", "Frame", "Picture", "Still", "album_of"]
-
 _TYPES = {
     ".png": "image/png",
     ".apng": "image/png",

@@ -24,16 +24,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from ganscale.report.curves import Line, Panel, Point
 from ganscale.report.timeline import Lane, Timeline
 
-__all__ = [
-    "DASHES",
-    "NUM_COLOURS",
-    "Plot",
-    "panel_plot",
-    "part_colour",
-    "step_plot",
-    "timeline_plot",
-]
-
 NUM_COLOURS = 8
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))
 """On and off lengths of line styles, so that curves also differ without colours."""

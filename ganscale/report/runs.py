@@ -24,8 +24,6 @@ from ganscale.json_lines import read_lines
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.history import BEGINNINGS, History, Row
 
-__all__ = ["BEGINNINGS", "Attempt", "Row", "Run", "open_runs"]
-
 _META = "checkpoints/nimg-*/meta.json"
 _MAX_HEADER_BYTES = 2**20
 

@@ -11,8 +11,6 @@ from ganscale.config import Config, load_config, preset_names
 from ganscale.config.changes import settings_by_name
 from ganscale.report.runs import Run
 
-__all__ = ["Difference", "Setting", "difference_from_preset", "differences_between"]
-
 _PLACES = ("name", "storage", "data.shards")
 """Where a run lies and reads from, which is different for every run and says nothing of it."""
 

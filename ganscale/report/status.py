@@ -16,10 +16,9 @@ from statistics import median
 from typing import Any, Literal
 
 from ganscale.processes import machine_id, process_start
-from ganscale.report.runs import BEGINNINGS, Row, Run
+from ganscale.report.runs import Run
 from ganscale.report.text import duration
-
-__all__ = ["Kind", "Status", "remaining", "status_of"]
+from ganscale.tracking.history import BEGINNINGS, Row
 
 Kind = Literal["empty", "finished", "running", "stopped", "failed", "interrupted"]
 

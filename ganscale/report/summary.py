@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ganscale.report import text
-from ganscale.report.runs import Row, Run
-
-__all__ = ["Measurement", "attempts", "facts", "machine", "measurements"]
+from ganscale.report.runs import Run
+from ganscale.tracking.history import Row
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 
-__all__ = ["clock", "counted", "duration", "kimg", "number"]
-
 
 def number(value: float | None, digits: int = 4) -> str:
     """A value with so many significant digits; a dash for None."""

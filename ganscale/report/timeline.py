@@ -9,20 +9,11 @@ from itertools import groupby
 from typing import Any
 
 from ganscale.report.curves import Point
-from ganscale.report.runs import BEGINNINGS, Row, Run
+from ganscale.report.runs import Run
 from ganscale.report.text import clock, counted, duration, kimg
+from ganscale.tracking.history import BEGINNINGS, Row
 from ganscale.tracking.live_view import describe_event
 from ganscale.tracking.sinks import WRONG
-
-__all__ = [
-    "Happening",
-    "Lane",
-    "Segment",
-    "Timeline",
-    "checkpoint_summary",
-    "happenings",
-    "timeline_of",
-]
 
 _MAX_POINTS = 400
 _MAX_LISTED = 200

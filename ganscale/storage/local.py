@@ -12,8 +12,6 @@ from pathlib import Path
 from ganscale.atomic_files import replacing
 from ganscale.storage.spans import MissingData, Span
 
-__all__ = ["Add", "LocalStore", "OpenFile"]
-
 _TEMPORARY = ".tmp-"
 _CHUNK_BYTES = 2**24
 _MAX_OPEN_FILES = 128

@@ -39,8 +39,6 @@ from ganscale.storage.local import Add, Pieces
 from ganscale.storage.retry import RetryPolicy, SlowStoreWarning, StoreError, retry
 from ganscale.storage.spans import MissingData, Span
 
-__all__ = ["ObjectStore"]
-
 _SCHEMES = ("s3", "gs", "az", "abfs", "abfss", "http", "https")
 _PIECE_BYTES = 2**22
 _PIECES_AT_ONCE = 4

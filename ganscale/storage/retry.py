@@ -21,8 +21,6 @@ from ganscale.errors import DataError
 if TYPE_CHECKING:
     from ganscale.config import DataConfig
 
-__all__ = ["RetryPolicy", "SlowStoreWarning", "StoreError", "one_line", "retry"]
-
 _PATIENCE_SECONDS = 10.0
 
 Result = TypeVar("Result")

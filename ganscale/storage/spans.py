@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 from ganscale.errors import DataError
 
-__all__ = ["MissingData", "Span"]
-
 
 class Span(NamedTuple):
     """Bytes of a file of a store."""

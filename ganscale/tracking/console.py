@@ -14,8 +14,6 @@ from rich.progress import Progress
 
 from ganscale.periodic import PeriodicThread
 
-__all__ = ["counting", "progress_bars", "stderr_console"]
-
 _LINE_SECONDS = 25.0
 """Between two lines about a task where there is no terminal: at least one every half minute.
 

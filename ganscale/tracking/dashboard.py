@@ -13,18 +13,6 @@ from typing import Any
 
 from ganscale.errors import ConfigError
 
-__all__ = [
-    "SECTIONS",
-    "WITHOUT_PANEL",
-    "Curve",
-    "Pictures",
-    "Section",
-    "definition",
-    "report",
-    "saved",
-    "workspace",
-]
-
 _TIMEOUT_SECONDS = 30
 
 

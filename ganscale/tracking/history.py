@@ -16,8 +16,6 @@ from typing import Any, Self
 from ganscale.json_lines import read_lines
 from ganscale.run_directory import RunDirectory
 
-__all__ = ["BEGINNINGS", "History", "Row", "effective"]
-
 Row = Mapping[str, Any]
 
 BEGINNINGS = ("start", "resume", "rollback")

@@ -28,8 +28,6 @@ from ganscale.periodic import PeriodicThread
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.sinks import WRONG
 
-__all__ = ["RunFollower", "RunStatus", "describe_event"]
-
 _POLL_SECONDS = 0.3
 _LINE_SECONDS = 30.0
 _LINE_SHARE = 0.05

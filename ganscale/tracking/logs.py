@@ -16,8 +16,6 @@ from typing import Any
 
 from ganscale.tracking.sinks import WRONG
 
-__all__ = ["log_event", "log_row", "to_stderr"]
-
 _FORMAT = "%(asctime)s %(levelname)s run=%(run)s rank=%(rank)s step=%(step)s %(message)s"
 _BRIEF = ("train/loss_D", "train/loss_G", "time/images_per_second", "time/data_wait_seconds")
 

@@ -18,8 +18,6 @@ from typing import Any, Protocol
 
 from ganscale.json_lines import append_line, open_lines
 
-__all__ = ["FAULTS", "WRONG", "EventLog", "FaultCounts", "JsonlSink", "NullSink", "Sink", "Sinks"]
-
 Row = Mapping[str, Any]
 
 WRONG = (

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["RunningMeans"]
-
 
 class RunningMeans:
     """Sums of named scalars over steps, in float64.

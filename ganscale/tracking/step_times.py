@@ -13,8 +13,6 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["StepTimes"]
-
 _MAX_MARKS = 4096
 """Stamps that are kept before those that have passed are added up."""
 

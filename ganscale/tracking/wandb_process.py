@@ -37,8 +37,6 @@ from ganscale.run_directory import RunDirectory
 from ganscale.tracking.sinks import FAULTS, FaultCounts, Row
 from ganscale.tracking.wandb_sink import NOT_UPLOADED, POSITIONS
 
-__all__ = ["RunLog", "main"]
-
 _POLL_SECONDS = 1.0
 _FLUSH_SECONDS = 0.05
 """wandb's own default of 15 s delays the curves, and loses as much to a kill."""

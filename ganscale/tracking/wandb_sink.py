@@ -26,8 +26,6 @@ from ganscale.json_lines import append_line, end_of_lines, open_lines
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.sinks import NullSink, Row
 
-__all__ = ["FILES", "FOLLOWED", "POSITIONS", "WandbSink", "resolve_mode", "variables"]
-
 FILES = "wandb/files.jsonl"
 """In the run's folder: its pictures, a line each."""
 FOLLOWED = ("events.jsonl", "metrics.jsonl", FILES)

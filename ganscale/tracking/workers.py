@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 import psutil
 import torch
 
-__all__ = ["WorkerStats", "merged"]
-
 _MAX_WORKERS_NAMED = 16
 """More would make rows long; their times still count in the means."""
 _OWN = ("data_wait_seconds", "cpu_percent", "memory_gib", "gpu_memory_gib")

@@ -27,8 +27,6 @@ from ganscale.training.outputs import Outputs
 from ganscale.training.state import TrainingState
 from ganscale.training.watchdog import Phase, Watchdog
 
-__all__ = ["DrawSamples", "Evaluate", "LogMetrics", "SaveCheckpoint", "SaveSnapshots"]
-
 # An event is one line of a file, and a damaged set may have any number of bad samples.
 _MAX_SKIPS_NAMED = 100
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ganscale.config import AugmentConfig
 
-__all__ = ["AdaController", "LecamAnchors", "ada_p_step"]
-
 _STEPS_PER_ADAPTATION = 4
 _ANCHOR_DECAY = 0.99
 

@@ -19,8 +19,6 @@ from ganscale.models.input_gradients import are_parameters_wanted
 from ganscale.models.layers import MinibatchStd, at_least_fp32
 from ganscale.training.collectives import sum_over_ranks, sum_over_ranks_with_gradient
 
-__all__ = ["GlobalBatchNorm2d", "GlobalMinibatchStd", "convert_batch_statistics"]
-
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose statistics in training are those of the global batch, on any device.

@@ -31,16 +31,6 @@ from ganscale.training.precision import Precision
 from ganscale.training.stopping import StopRequest
 from ganscale.world import World, process_group
 
-__all__ = [
-    "CUDA_VARIANTS",
-    "TrainingSpeed",
-    "Variant",
-    "VariantSpeeds",
-    "bench_training",
-    "compare_variants",
-    "speed_variants",
-]
-
 _MIN_STEPS_IN_A_ROW = 10
 _WARM_UP_ROWS = 2
 """Kernels are chosen, caches filled, compiled code made."""

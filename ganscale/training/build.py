@@ -36,15 +36,6 @@ from ganscale.training.state import TrainingState
 from ganscale.training.steps import AVERAGED, METHODS
 from ganscale.world import World
 
-__all__ = [
-    "build_order",
-    "build_reader",
-    "build_state",
-    "check_against_shards",
-    "check_generator",
-    "load_shards",
-]
-
 
 def build_state(config: Config, precision: Precision, world: World) -> TrainingState:
     """A fresh state whose weights depend on the seed alone, but for those that are loaded."""

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ganscale.training.state import TrainingState
 
-__all__ = ["Callback", "Rollback"]
-
 
 class Rollback(Exception):  # noqa: N818 - not an error: the loop goes on from a checkpoint
     """Asks the loop to go on from the newest checkpoint up to `healthy_nimg`.

@@ -38,8 +38,6 @@ from ganscale.storage import RetryPolicy, retry
 from ganscale.training.collectives import broadcast_bytes
 from ganscale.world import World
 
-__all__ = ["CheckpointManager", "non_finite"]
-
 
 class CheckpointManager:
     """Checkpoints of one rank's run.

@@ -11,15 +11,6 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-__all__ = [
-    "broadcast_bytes",
-    "gather_objects",
-    "global_mean",
-    "kth_largest",
-    "sum_over_ranks",
-    "sum_over_ranks_with_gradient",
-]
-
 _PIECE_BYTES = 2**28
 
 

@@ -15,8 +15,6 @@ from ganscale.errors import ConfigError
 from ganscale.models.elementwise import KernelCompiler
 from ganscale.user_cache import user_cache
 
-__all__ = ["kernel_compiler"]
-
 _FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 _LIMITED_BY_MEMORY = ("r3gan", "stylegan2")
 """Models in which biases and activations take a large part of a step on a GPU: a third of R3GAN's,

@@ -10,8 +10,6 @@ import os
 
 import torch
 
-__all__ = ["use_deterministic_kernels"]
-
 # What cuBLAS asks of those who want its sums in one order; read when it first works.
 _CUBLAS_WORKSPACE = ":4096:8"
 

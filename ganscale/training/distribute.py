@@ -16,11 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from ganscale.training.batch_statistics import convert_batch_statistics
 from ganscale.world import World
 
-__all__ = [
-    "distribute",
-    "wrap_in_ddp",
-]
-
 # Buffers are the same on all ranks by construction; a broadcast in each forward would be wasted,
 # and two forwards before a backward do not bear it. torch 2.14 renamed the option.
 _NO_BUFFER_SYNC: dict[str, Any] = (

@@ -11,8 +11,6 @@ from ganscale.training.build import build_order, load_shards
 from ganscale.training.memory import estimate_memory
 from ganscale.training.steps import METHODS
 
-__all__ = ["describe_plan"]
-
 
 def describe_plan(config: Config) -> list[str]:
     """Lines about parameters, memory, steps and shards per worker."""

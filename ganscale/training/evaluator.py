@@ -20,8 +20,6 @@ from ganscale.generation.sampler import SampleableGenerator
 from ganscale.metrics.extractors import chosen_extractor, open_extractor
 from ganscale.world import World
 
-__all__ = ["Evaluator", "Measured"]
-
 
 @dataclass(frozen=True)
 class Measured:

@@ -20,8 +20,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Alarm", "Guard"]
-
 _PATIENCE = {
     "non_finite": 1,
     "scale_collapse": 3,

@@ -31,21 +31,6 @@ if TYPE_CHECKING:
     from ganscale.training.labelled import LabelledPool
     from ganscale.training.steps import TrainingMethod
 
-__all__ = [
-    "HostInputs",
-    "InputPreparer",
-    "Labelled",
-    "LocalBatch",
-    "PackedInputs",
-    "Rates",
-    "StepContext",
-    "StepInputs",
-    "StepVariant",
-    "ema_halflives",
-    "network_input",
-    "scalar",
-]
-
 _STEPS_AHEAD = 4
 """More than one, so that a slow batch delays no step as long as the mean keeps up."""
 _ALIGNMENT = 16

@@ -13,8 +13,6 @@ from ganscale.errors import ConfigError
 from ganscale.generation.latents import seed_for
 from ganscale.training.inputs import Labelled, network_input
 
-__all__ = ["LabelledPool", "labelled_samples"]
-
 
 class LabelledPool:
     """Some labelled images, all of them on the device: 12 MB for 4,000 of CIFAR-10.

@@ -58,8 +58,6 @@ from ganscale.training.stopping import (
 from ganscale.training.watchdog import Phase, Watchdog
 from ganscale.world import World
 
-__all__ = ["Trainer", "train"]
-
 
 def train(
     config: Config,

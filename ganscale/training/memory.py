@@ -38,8 +38,6 @@ from ganscale.training.precision import LossScaler, Precision
 from ganscale.training.steps import AVERAGED, METHODS, TrainingMethod
 from ganscale.world import World, process_group
 
-__all__ = ["MemoryEstimate", "estimate_memory", "out_of_memory_message", "saved_for_backward"]
-
 
 @dataclass(frozen=True)
 class MemoryEstimate:

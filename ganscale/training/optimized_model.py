@@ -17,8 +17,6 @@ from ganscale.training.precision import Precision
 from ganscale.training.scheduled_adam import ScheduledAdam
 from ganscale.world import World
 
-__all__ = ["OptimizedModel"]
-
 
 class OptimizedModel:
     """A network that learns: forward through `ddp_module`, then `backward`, then `step`.

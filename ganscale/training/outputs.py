@@ -25,8 +25,6 @@ from ganscale.tracking.wandb_sink import WandbSink, resolve_mode
 from ganscale.training.state import TrainingState
 from ganscale.world import World
 
-__all__ = ["Outputs"]
-
 
 class Outputs:
     """The files of a run, its W&B run and other `sinks`; ranks other than 0 write nothing.

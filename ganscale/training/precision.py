@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["LossScaler", "Precision"]
-
 # The customary 2**16 overflows in the first steps of a DCGAN; from here the scale grows by itself.
 _INITIAL_FP16_SCALE = 2.0**12
 

@@ -11,8 +11,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["ScheduledAdam"]
-
 
 class ScheduledAdam(torch.optim.Optimizer):
     """Adam (Kingma and Ba 2015, arXiv 1412.6980, algorithm 1) with tensors for its rates.

@@ -17,8 +17,6 @@ from ganscale.tracking.stats import RunningMeans
 from ganscale.training.steps import TrainingMethod
 from ganscale.world import World
 
-__all__ = ["TrainingState"]
-
 
 class TrainingState:
     """The state of a run, which the loop advances and callbacks look at.

@@ -22,16 +22,6 @@ from ganscale.errors import ConfigError
 from ganscale.training.inputs import HostInputs, PackedInputs, StepVariant
 from ganscale.training.watchdog import Phase
 
-__all__ = [
-    "Capture",
-    "CudaCapture",
-    "Graph",
-    "StepRunner",
-    "Update",
-    "choose_capture",
-    "own_stream",
-]
-
 _STEPS_BEFORE_CAPTURE = 3
 """Of each form: they make what is made once, such as moments, filters and workspaces."""
 _FIRST_CAPTURE = 11

@@ -13,8 +13,6 @@ from typing import Literal
 import torch
 from torch import distributed as dist
 
-__all__ = ["RankRequests", "StopConsensus", "StopRequest", "TrainResult"]
-
 StopReason = Literal["", "regroup", "terminated", "interrupted"]
 # In the order of their strength: the maximum over ranks is what all do. A regroup goes on by itself
 # afterwards, so a request to end outweighs it.

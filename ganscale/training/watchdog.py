@@ -23,8 +23,6 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from ganscale.world import World
 
-__all__ = ["PHASES", "Heartbeat", "Phase", "Watchdog", "laggards"]
-
 Phase = Literal[
     "start",
     "evaluation",

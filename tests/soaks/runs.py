@@ -11,8 +11,6 @@ from typing import Any
 from ganscale.checkpoint import CheckpointStore
 from ganscale.config import Config
 
-__all__ = ["add_arguments", "newest", "small_run", "train_undisturbed", "write_config"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of every soak."""

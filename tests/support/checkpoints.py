@@ -19,8 +19,6 @@ from torch import Tensor
 from ganscale.checkpoint import Attempt, CheckpointName, CheckpointStore
 from ganscale.checkpoint.files import saved_state
 
-__all__ = ["Raw", "begin", "bits", "newest", "s3_bucket", "state_at", "write"]
-
 
 @contextmanager
 def s3_bucket() -> Iterator[str]:

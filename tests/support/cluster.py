@@ -14,8 +14,6 @@ import psutil
 
 from tests.support.ranks import free_port
 
-__all__ = ["JobsHead"]
-
 
 class JobsHead:
     """A head with its own ports and folder while the block runs.

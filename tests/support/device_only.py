@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["HostAccess", "device_only"]
-
 _READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
 _CONSTRUCTORS = ("tensor", "as_tensor", "asarray", "from_numpy", "frombuffer", "scalar_tensor")
 _REFUSED = {

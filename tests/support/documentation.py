@@ -11,18 +11,6 @@ from pathlib import Path
 
 import ganscale
 
-__all__ = [
-    "DOCS",
-    "PAGES",
-    "ROOT",
-    "ShellCommand",
-    "column_pattern",
-    "is_documented_column",
-    "shell_commands",
-    "string_pieces",
-    "table_names",
-]
-
 PACKAGE = Path(ganscale.__file__).parent
 ROOT = PACKAGE.parent
 DOCS = ROOT / "docs"

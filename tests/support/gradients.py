@@ -18,8 +18,6 @@ from ganscale.training.steps import METHODS, TrainingMethod
 from ganscale.world import World
 from tests.support.steps import local_batch, step_inputs
 
-__all__ = ["BATCH_SIZE", "StepResult", "fresh_networks", "relative_difference", "steps_of_cases"]
-
 BATCH_SIZE = 10
 _STILL = {"optimizer": {"eps": 1e6}}  # updates too small to matter to who learns next
 

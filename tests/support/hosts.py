@@ -12,8 +12,6 @@ from typing import Self
 
 import psutil
 
-__all__ = ["DASHBOARD", "DISK", "RAY_ADDRESS", "Host", "Network"]
-
 PORT = 6379
 RAY_ADDRESS = f"10.77.0.1:{PORT}"
 """Of the cluster, from any of the hosts."""

@@ -13,8 +13,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["Fault", "FolderServer", "answering", "serving"]
-
 Fault = Literal["cut", "reset", "stall", "flip", "no range", "no length", "503", "403", "404"]
 
 

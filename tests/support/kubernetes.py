@@ -18,16 +18,6 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
-__all__ = [
-    "Json",
-    "build",
-    "cluster_spec",
-    "custom_resource",
-    "pods",
-    "quantity",
-    "schema_problems",
-]
-
 Json = dict[str, Any]
 
 VERSIONS = ("1.30", "1.37")

@@ -21,8 +21,6 @@ from pathlib import Path
 
 from tests.support.syscalls import run_until_call
 
-__all__ = ["Tree", "states_after_power_loss"]
-
 Tree = tuple[tuple[str, bytes | None], ...]
 """Paths with their bytes; None for a folder."""
 

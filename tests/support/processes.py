@@ -15,8 +15,6 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["FORKED", "Command"]
-
 # As the command sets it before it imports torch, which the server has done when it forks.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 FORKED = multiprocessing.get_context("forkserver")

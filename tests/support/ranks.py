@@ -12,8 +12,6 @@ from typing import Any
 from ganscale.world import World, process_group
 from tests.support.processes import FORKED
 
-__all__ = ["free_port", "run_ranks"]
-
 _TIMEOUT_SECONDS = 120.0
 
 

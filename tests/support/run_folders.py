@@ -13,8 +13,6 @@ from PIL import Image
 
 from ganscale.config import Config, load_config
 
-__all__ = ["BEGAN", "begin", "checkpoint", "end", "noise_grid", "row", "write_run"]
-
 BEGAN = 1_700_000_000.0
 """When the runs began, in seconds since 1970."""
 _BATCH = 64

@@ -18,15 +18,6 @@ from ganscale.config import Config
 from tests.support.processes import Command
 from tests.support.ranks import free_port
 
-__all__ = [
-    "final_digest",
-    "own_ray",
-    "read_rows",
-    "start_ranks",
-    "wait_all",
-    "wait_for_rows",
-]
-
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The JSON lines of a file; half a line, of a killed or a busy writer, is none."""

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from ganscale.errors import DataError
 
-__all__ = ["SmallExtractor"]
-
 
 class SmallExtractor:
     """A seeded convolution of eight features."""

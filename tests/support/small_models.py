@@ -10,8 +10,6 @@ from ganscale.config import Config
 from ganscale.generation.sampler import SampleableGenerator
 from ganscale.models import build_generator
 
-__all__ = ["SMALL_MODELS", "small_generator"]
-
 _COMMON = {"resolution": 16, "z_dim": 12}
 SMALL_MODELS: dict[str, dict[str, Any]] = {
     "dcgan": {**_COMMON, "name": "dcgan", "base_channels": 8},

@@ -21,8 +21,6 @@ from ganscale.training.loop import Trainer
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.steps import TrainingMethod
 
-__all__ = ["local_batch", "next_inputs", "recorded_gradients", "step_inputs"]
-
 
 def local_batch(
     images: Tensor,

@@ -27,8 +27,6 @@ from ganscale.checkpoint import CheckpointStore, encoding
 from ganscale.storage import RetryPolicy, objects
 from tests.support.checkpoints import s3_bucket
 
-__all__ = ["FAULTS", "PART_BYTES", "Bucket", "Fault", "Request", "StoreProxy", "failing_bucket"]
-
 PART_BYTES = 4096
 """Of an upload in parts; S3 wants 5 MiB."""
 

@@ -8,8 +8,6 @@ import signal
 import traceback
 from collections.abc import Callable
 
-__all__ = ["PtraceRefused", "run_until_call"]
-
 _TRACEME, _SYSCALL, _SETOPTIONS = 0, 24, 0x4200
 _STOP_IS_CALL, _KILL_WITH_TRACER = 0x1, 0x100000
 _CALL_STOP = signal.SIGTRAP | 0x80

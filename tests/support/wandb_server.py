@@ -17,8 +17,6 @@ from typing import Any, Literal
 
 from tests.support.http_server import answering
 
-__all__ = ["KEY", "WandbServer", "wandb_server"]
-
 KEY = "local" + 35 * "0"
 """Has the form of an API key."""
 

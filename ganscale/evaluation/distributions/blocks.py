@@ -20,8 +20,6 @@ from ganscale.errors import DataError
 from ganscale.evaluation.image_sets import ImageSet
 from ganscale.world import World
 
-__all__ = ["BLOCK", "map_blocks"]
-
 BLOCK = 100
 """Images that a rank processes before the results are gathered: ten seconds of a CPU's core with
 Inception."""

@@ -43,8 +43,6 @@ from ganscale.metrics.prdc import authenticity, prdc
 from ganscale.metrics.statistics import Moments
 from ganscale.world import World
 
-__all__ = ["METRICS", "Evaluation", "Protocol", "StartTask", "column_of", "evaluate"]
-
 METRICS: tuple[MetricName, ...] = get_args(MetricName)
 
 

@@ -40,14 +40,6 @@ from ganscale.metrics.statistics import Moments, check_features
 from ganscale.user_cache import user_cache
 from ganscale.world import World
 
-__all__ = [
-    "FeatureCache",
-    "Features",
-    "ReferencePlan",
-    "extract",
-    "plan_reference",
-]
-
 _ROWS = 50
 """The number of images of every forward; an incomplete group is filled with black images. Kernels
 choose their arithmetic by the batch size, so the features of an image would depend on its group's

@@ -17,8 +17,6 @@ from ganscale.errors import DataError
 from ganscale.evaluation.image_sets import ImageSet, Indices
 from ganscale.metrics.extractors import FeatureExtractor, as_rgb
 
-__all__ = ["Nearest", "features_of", "nearest_in_features", "nearest_in_pixels", "probe_indices"]
-
 # Pixels of a block of 32x32 RGB images are 12 MiB in float32.
 _BLOCK = 1000
 _GROUP = 50

@@ -29,8 +29,6 @@ from ganscale.metrics.extractors import FeatureExtractor
 from ganscale.metrics.statistics import Moments
 from ganscale.world import World
 
-__all__ = ["PrecomputedStatistics", "content_digest", "precomputed_candidates"]
-
 
 @dataclass(frozen=True)
 class PrecomputedStatistics:

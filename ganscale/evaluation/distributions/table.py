@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ganscale.evaluation.distributions.evaluate import Evaluation, Protocol
 
-__all__ = ["table_of"]
-
 # Published figures are of 10,000 or 50,000 samples; the bias of fewer is what one would see.
 _FEW_SAMPLES = 10_000
 

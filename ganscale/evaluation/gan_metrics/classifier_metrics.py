@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ganscale.errors import ConfigError
-from ganscale.evaluation.distributions.evaluate import Evaluation, StartTask
+from ganscale.evaluation.distributions.evaluate import Evaluation
+from ganscale.evaluation.distributions.features import StartTask
 from ganscale.evaluation.gan_metrics.two_sample import LONG_TEST, SHORT_TEST, network_two_sample
 from ganscale.evaluation.image_sets import ImageSet
 from ganscale.evaluation.recognition.accuracy_score import (
@@ -23,8 +24,6 @@ from ganscale.evaluation.recognition.accuracy_score import (
     classification_accuracy_score,
 )
 from ganscale.metrics.intervals import Estimate
-
-__all__ = ["CLASSIFIER_METRICS", "with_classifier_metrics"]
 
 CLASSIFIER_METRICS = ("c2st", "cas")
 # Twice the median p-value over seeds is reported: one split by chance decides nothing.

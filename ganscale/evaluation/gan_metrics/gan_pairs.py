@@ -34,8 +34,6 @@ from ganscale.generation.sampler import SampleableGenerator
 from ganscale.models import build_discriminator, build_generator
 from ganscale.run_directory import RunDirectory
 
-__all__ = ["GanPair", "ScoringDiscriminator", "score_images", "load_gan_pairs", "threshold"]
-
 # Images of a batch; a minibatch standard deviation depends on it.
 _ROWS = 64
 

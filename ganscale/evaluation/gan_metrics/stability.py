@@ -20,14 +20,6 @@ from ganscale.metrics.intervals import Estimate, t_interval, wilson_interval
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.history import History
 
-__all__ = [
-    "RunSummary",
-    "Spread",
-    "StabilityReport",
-    "summarise",
-    "summarise_run",
-]
-
 # The guard's fraction, which is repeated here because evaluation does not import training.
 _LOST_DIVERSITY = 0.25
 """Fraction of a run's best diversity; a run that ends below it has collapsed."""

@@ -19,8 +19,6 @@ from ganscale.evaluation.image_sets import GeneratedImages, ImageSet
 from ganscale.evaluation.image_views import Subset, halves, with_classes_of
 from ganscale.metrics.gam import Scores, score
 
-__all__ = ["Tournament", "run_tournament", "num_scored"]
-
 
 @dataclass(frozen=True)
 class Tournament:

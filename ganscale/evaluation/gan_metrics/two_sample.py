@@ -31,13 +31,6 @@ from ganscale.metrics.two_sample import (
     nearest_neighbour_test,
 )
 
-__all__ = [
-    "LONG_TEST",
-    "SHORT_TEST",
-    "neighbour_two_sample",
-    "network_two_sample",
-]
-
 # No recipe augments: a generator may betray itself at an image's border, which shifts would hide.
 SHORT_TEST = ClassifierRecipe(num_passes=20_000, crop_and_flip=False)
 """The recipe for CPUs: 20 seconds for each seed on one core."""

@@ -33,16 +33,6 @@ from ganscale.evaluation.recognition.classifier import (
 )
 from ganscale.metrics.intervals import NORMAL_QUANTILE, Estimate, wilson_interval
 
-__all__ = [
-    "LONG_SCORE",
-    "SHORT_SCORE",
-    "AccuracyScore",
-    "ClassAccuracy",
-    "classification_accuracy_score",
-    "unpaired_difference",
-    "paired_difference",
-]
-
 SHORT_SCORE = ClassifierRecipe(num_passes=250_000, crop_and_flip=True)
 """The recipe for CPUs: five epochs of 50,000 images, 0.795 on real CIFAR-10 in 260 s of one
 core."""

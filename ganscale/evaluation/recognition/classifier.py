@@ -27,14 +27,6 @@ from torch.nn import functional as F
 from ganscale.errors import DataError
 from ganscale.evaluation.image_sets import ImageSet
 
-__all__ = [
-    "Classifier",
-    "ClassifierRecipe",
-    "Progress",
-    "predict",
-    "train_classifier",
-]
-
 Labels = NDArray[np.int64]
 Progress = Callable[[int], object]
 """Called with the number of images trained on since the last call; `num_passes` in all."""

@@ -25,16 +25,6 @@ from ganscale.evaluation.image_views import Subset, with_classes_of
 from ganscale.metrics.intervals import Estimate, t_interval
 from ganscale.models.activations import recorded_convolutions
 
-__all__ = [
-    "FeatureFn",
-    "LogisticRegression",
-    "ProbeResult",
-    "fit_logistic",
-    "pooled_activations",
-    "probe",
-    "scaled_pixels",
-]
-
 FeatureFn = Callable[[Tensor], Tensor]
 """uint8 images (n, C, H, W) to features (n, F)."""
 StartTask = Callable[[str, int], Callable[[int], object]]

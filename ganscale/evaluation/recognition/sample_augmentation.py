@@ -20,12 +20,6 @@ from ganscale.evaluation.image_views import Concatenated, Subset, with_classes_o
 from ganscale.evaluation.recognition.classifier import ClassifierRecipe, predict, train_classifier
 from ganscale.metrics.intervals import Estimate, t_interval
 
-__all__ = [
-    "AugmentResult",
-    "augment_with_samples",
-    "same_of_each_class",
-]
-
 _PURPOSE = "training a classifier"
 
 

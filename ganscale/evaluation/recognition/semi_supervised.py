@@ -15,8 +15,6 @@ from ganscale.evaluation.image_views import with_classes_of
 from ganscale.generation.snapshot import load_classifier
 from ganscale.models.classifying import ClassifyingDiscriminator
 
-__all__ = ["classifier_of_run", "snapshot_accuracy"]
-
 _ROWS = 256
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ganscale.config import MetricName, load_config
 from ganscale.errors import ConfigError
-from ganscale.evaluation.distributions.evaluate import StartTask, evaluate
-from ganscale.evaluation.distributions.features import FeatureCache
+from ganscale.evaluation.distributions.evaluate import evaluate
+from ganscale.evaluation.distributions.features import FeatureCache, StartTask
 from ganscale.evaluation.image_sets import GeneratedImages, ImageSet
 from ganscale.evaluation.reconstruction.reconstruct import (
     ReconstructionMethod,
@@ -34,17 +34,6 @@ from ganscale.metrics.intervals import Estimate, t_interval
 from ganscale.run_directory import RunDirectory, containing_run
 from ganscale.tracking.history import History
 from ganscale.world import World
-
-__all__ = [
-    "TrainingCost",
-    "ComparedRun",
-    "EvaluationNetworks",
-    "TaskResult",
-    "training_cost",
-    "load_run",
-    "sample_metrics",
-    "reconstruct_with_all",
-]
 
 _MEMORY = ("gpu/peak_memory_gib", "workers/0/memory_gib")
 """Columns of peak memory in order of preference: of the GPU, else of the process."""

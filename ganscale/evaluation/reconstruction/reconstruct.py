@@ -29,15 +29,6 @@ from ganscale.metrics.extractors import EfficientNetLite0, FeatureExtractor
 from ganscale.metrics.similarity import feature_distance, perceptual_distance, psnr, ssim
 from ganscale.world import World
 
-__all__ = [
-    "ReconstructionMethod",
-    "Reconstructions",
-    "Reconstructor",
-    "labels_for",
-    "similarity",
-    "reconstruct",
-]
-
 ReconstructionMethod = Literal["inversion", "encoder"]
 
 

@@ -19,15 +19,6 @@ from ganscale.objectives.penalties import PENALTIES
 from ganscale.training.adaptive import ada_p_step
 from ganscale.training.inputs import StepContext, StepVariant, scalar
 
-__all__ = [
-    "adversarial_draws",
-    "adversarial_schedules",
-    "augmentation_draw",
-    "augmentation_named",
-    "penalty_weights",
-    "uses_top_k",
-]
-
 
 def penalty_weights(config: Config, *, nimg: int, step: int) -> dict[str, float]:
     """The penalties on logits that are on in a step, and their weights.

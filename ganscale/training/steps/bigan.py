@@ -20,8 +20,6 @@ from ganscale.training.steps.discriminator import Samples
 from ganscale.training.steps.generator import generator_loss
 from ganscale.training.steps.method import AdversarialMethod
 
-__all__ = ["Bigan"]
-
 
 class _Pairs(nn.Module):
     """Both ways at once: images to latents, latents to images."""

@@ -35,17 +35,6 @@ from ganscale.training.steps.adversarial_schedules import augmentation_named
 from ganscale.training.steps.statistics import summed
 from ganscale.world import World
 
-__all__ = [
-    "DiscriminatorTrainer",
-    "PartLoss",
-    "Samples",
-    "center_logits",
-    "flip_and_shift",
-    "frozen",
-    "orthogonal_loss",
-    "real_and_fake",
-]
-
 
 @dataclass(frozen=True)
 class Samples:

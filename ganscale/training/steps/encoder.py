@@ -23,8 +23,6 @@ from ganscale.training.steps.generator import generator_loss
 from ganscale.training.steps.likelihood import reconstruction_likelihood
 from ganscale.training.steps.method import AdversarialMethod
 
-__all__ = ["InDomainEncoder"]
-
 
 class _Inverse(nn.Module):
     """Images through the encoder and a generator that does not learn."""

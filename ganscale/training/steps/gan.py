@@ -14,8 +14,6 @@ from ganscale.training.steps.discriminator import Samples, real_and_fake
 from ganscale.training.steps.generator import update_generator
 from ganscale.training.steps.method import AdversarialMethod
 
-__all__ = ["Gan"]
-
 
 class Gan(AdversarialMethod):
     """Both networks learn in turn, each on latents of its own."""

@@ -23,8 +23,6 @@ from ganscale.training.steps.discriminator import (
 )
 from ganscale.training.steps.statistics import summed
 
-__all__ = ["generator_loss", "top_k_weights", "update_generator"]
-
 
 def update_generator(
     generator: OptimizedModel,

@@ -15,8 +15,6 @@ from ganscale.objectives.reconstruction import gaussian_kl, gaussian_nll
 from ganscale.training.collectives import sum_over_ranks
 from ganscale.training.inputs import LocalBatch
 
-__all__ = ["Likelihood", "posterior_kl", "reconstruction_likelihood"]
-
 
 @dataclass(frozen=True)
 class Likelihood:

@@ -28,8 +28,6 @@ from ganscale.training.steps.discriminator import (
 from ganscale.training.watchdog import Phase
 from ganscale.world import World
 
-__all__ = ["AVERAGED", "AdversarialMethod", "MethodClass", "PhaseUpdate", "TrainingMethod"]
-
 AVERAGED = ("generator", *OTHERS)
 """Networks that are averaged and, with that, part of snapshots."""
 

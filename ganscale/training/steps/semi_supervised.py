@@ -31,8 +31,6 @@ from ganscale.training.steps.method import AdversarialMethod, PhaseUpdate
 from ganscale.training.steps.statistics import summed
 from ganscale.world import World
 
-__all__ = ["SemiSupervised"]
-
 
 class SemiSupervised(AdversarialMethod):
     """An unconditional generator against a classifier.

@@ -8,8 +8,6 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-__all__ = ["summed"]
-
 
 def summed(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """By name, the sum of what all parts of a batch have; the parts have the same names."""

@@ -18,8 +18,6 @@ from ganscale.training.steps.likelihood import posterior_kl, reconstruction_like
 from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
 from ganscale.world import World
 
-__all__ = ["Vae"]
-
 
 class Vae(TrainingMethod):
     """Encoder and generator learn as one; the loss is the negative bound per dimension."""

@@ -24,8 +24,6 @@ from ganscale.training.steps.generator import generator_loss
 from ganscale.training.steps.likelihood import posterior_kl, reconstruction_likelihood
 from ganscale.training.steps.method import AdversarialMethod
 
-__all__ = ["VaeGan"]
-
 
 class VaeGan(AdversarialMethod):
     """Encoder and generator learn as one, against the discriminator."""
