@@ -15,9 +15,16 @@ project = "ganscale"
 author = "the authors of ganscale"
 release = version = __version__
 
-extensions = ["ganscale_reference", "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = [
+    "ganscale_reference",
+    "mathml",
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+]
+html_math_renderer = "mathml"
 exclude_patterns = ["_build"]
-myst_enable_extensions = ["colon_fence", "deflist", "fieldlist"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "fieldlist"]
 # Headings down to this level can be linked to, as in `page.md#heading`.
 myst_heading_anchors = 3
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
-_COLUMNS = 16
+_COLUMNS = 12
 """Images that the picture of a task shows."""
 
 

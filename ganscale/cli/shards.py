@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ganscale.cli.app import app, stderr_console
-from ganscale.cli.options import Fit, Layout, Split
+from ganscale.cli.options import Fit, Layout, Scale, Split
 from ganscale.errors import DataError
 
 if TYPE_CHECKING:
@@ -182,6 +182,7 @@ def shards_show(
     num: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Decides which images.")] = 0,
     out: Annotated[Path, typer.Option(help="A grid as .png or .jpg.")] = Path("real.png"),
+    scale: Scale = 1,
 ) -> None:
     """Draw some of a set's images as a grid, to look at beside generated ones."""
     import numpy as np
@@ -196,7 +197,7 @@ def shards_show(
     images = ShardImages(shard_set).read(np.sort(chosen))
     if images.damaged:
         raise images.damaged[0]
-    save_grid(as_pictures(images.pixels, shard_set.values), out)
+    save_grid(as_pictures(images.pixels, shard_set.values), out, scale=scale)
     typer.echo(f"wrote {num} images of {root} to {out}")
 
 

@@ -268,6 +268,9 @@ def _losses(row: Mapping[str, Any]) -> str:
         value = row[name]
         shown = "not finite" if value is None else f"{value:.3f}"
         words.append(f"{name[-1]} {shown}")
+    # A classifier that is trained on its labels alone has no other loss.
+    if (value := row.get("train/cross_entropy")) is not None:
+        words.append(f"cross-entropy {value:.3f}")
     scales = _each(row, "train/loss_scale_")
     if scales.strip("1/"):  # 1 without fp16
         words.append(f"scale {scales}")

@@ -114,9 +114,11 @@ def parsed(arguments: list[str]) -> dict[str, Any]:
 
 def check_settings(values: dict[str, Any]) -> None:
     """Raise `ConfigError` for a setting that does not exist or cannot be."""
-    overrides = values.get("overrides") or []
-    if values.get("config") in preset_names():
-        load_config(values["config"], overrides)
+    overrides, config = values.get("overrides") or [], values.get("config")
+    if config in preset_names():
+        load_config(config, overrides)
+    elif config and (ROOT / config).is_file():
+        load_config(ROOT / config, overrides)
     else:
         assert not set(parse_overrides(overrides)) - set(field_names())
 
@@ -159,6 +161,7 @@ def test_every_command_parses() -> None:
         "ganscale train --konfig quickstart",
         "ganscale train --config quickstart training.batch=3",
         "ganscale train --config quickstart objective.name=wasserstein",
+        "ganscale train --config docs/tutorial/small.yaml objective.name=wasserstein",
         "WANDB_MODE=offline ganscale resume > log",
         "torchrun --nproc-per-node 2 -m ganscale evaluate --num many",
         "sbatch --nodes=4 cluster/slurm/train.sbatch --config r3gan-cifar10 launch.workers=3",

@@ -52,6 +52,18 @@ def test_a_row_names_the_losses_that_the_method_has(method: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [({}, "cross-entropy 0.728"), ({"D": 0.5, "G": 2.0}, "D 0.500  G 2.000  cross-entropy 0.728")],
+)
+def test_a_classifier_shows_its_loss(losses: dict[str, float], expected: str) -> None:
+    row = {"nimg": 1000, "time/images_per_second": 500.0, "train/cross_entropy": 0.7277}
+    row |= {f"train/loss_{letter}": loss for letter, loss in losses.items()}
+    status = RunStatus("mine", 31_000)
+    status.take_row(row)
+    assert describe_row(status, {}).endswith(f"left  loss {expected}")
+
+
 def test_scales_and_skips_appear_where_they_say_something() -> None:
     status = RunStatus("mine", 2000)
     status.take_row({**row_of(1000), "train/loss_scale_D": 1024.0, "train/skips_G": 3})

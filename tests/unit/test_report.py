@@ -643,3 +643,8 @@ def test_real_images_are_drawn_as_they_are(
         ]
     assert len(set(drawn)) == 9
     assert set(drawn) <= known
+    large = tmp_path / "large.png"
+    verb("shards", "show", procedural_shards, "--num", 9, "--scale", 3, "--out", large)
+    with Image.open(out) as grid, Image.open(large) as magnified:
+        expected = grid.resize((3 * grid.width, 3 * grid.height), Image.Resampling.NEAREST)
+        assert magnified.tobytes() == expected.tobytes()
