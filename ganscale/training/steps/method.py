@@ -162,8 +162,8 @@ class AdversarialMethod(TrainingMethod):
         super().__init__(config, precision)
         module = self.generator_module(networks)
         self.generator = OptimizedModel(module, config.optimizer, precision, world)
-        judge = networks["classifier" if "classifier" in networks else "discriminator"]
-        self.discriminator = DiscriminatorTrainer(config, judge, precision, world)
+        network = networks["classifier" if "classifier" in networks else "discriminator"]
+        self.discriminator = DiscriminatorTrainer(config, network, precision, world)
         self.models = {self.letter: self.generator, "D": self.discriminator.model}
         self.statistics = (*self.discriminator.statistics, *self.generator_statistics)
 
