@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -26,6 +27,7 @@ from ganscale.storage import MissingData, ObjectStore, OpenFile, Span
 _FETCHES_AT_ONCE = 4
 _MAX_FETCHES = 3
 _MAX_OPEN_FILES = 256
+_ROOM_POLL_SECONDS = 0.05
 
 
 class CachedStore:
@@ -118,11 +120,18 @@ class CachedStore:
             temporary.unlink(missing_ok=True)
 
     def _make_room(self, num_bytes: int, temporary: Path) -> None:
-        """Evict until `num_bytes` fit, and claim them by a file of that size.
+        """Wait until `num_bytes` fit, and claim them by a file of that size.
 
         Several processes fetch at the same time. Each sees what the others have claimed, so
         together they stay within the limit; the claim becomes the file that is fetched into.
         """
+        while not self._claim(num_bytes, temporary):
+            # What others are opening or fetching now can be evicted soon. Nobody who waits here
+            # keeps an entry from being evicted: his own is not in the cache yet.
+            time.sleep(_ROOM_POLL_SECONDS)
+
+    def _claim(self, num_bytes: int, temporary: Path) -> bool:
+        """Evict what is needed for `num_bytes`, and claim them if they fit."""
         with self._lock("evict"):
             entries = self._entries()
             total = sum(state.st_size for state in entries.values())
@@ -131,8 +140,11 @@ class CachedStore:
                     break
                 if self._evict(path):
                     total -= entries[path].st_size
+            if self.limit_bytes is not None and total + num_bytes > self.limit_bytes:
+                return False
             with temporary.open("wb") as file:
                 file.truncate(num_bytes)
+            return True
 
     def _entries(self) -> dict[Path, os.stat_result]:
         """What lies in the cache now; others may rename and remove meanwhile."""

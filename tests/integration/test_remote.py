@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import boto3
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from moto.server import ThreadedMotoServer
 
 from ganscale.data.decoded_cache import DecodedImages, DevicePixels, HostPixels
@@ -274,6 +276,23 @@ def test_the_cache_keeps_to_its_limit(server: FolderServer, expected: str, tmp_p
     assert digest(reader(shard_set, images), EPOCH) == expected
     held = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.t*"))
     assert 0 < held <= limit
+
+
+def test_a_fetch_waits_for_room_while_others_open_what_could_be_evicted(
+    server: FolderServer, tmp_path: Path
+) -> None:
+    shard_set = ShardSet.load(server.url, POLICY)
+    first, second, *_ = shard_set.shards
+    limit = max(shard.num_bytes for shard in shard_set.shards)
+    cache, other = (cached(shard_set, tmp_path, limit) for _ in range(2))
+    cache.prefetch([first.name])
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(tmp_path / "locks" / f"{first.sha256}.lock"):
+            fetch = pool.submit(other.prefetch, [second.name])
+            time.sleep(0.3)
+            assert [path.stem for path in tmp_path.glob("*.t*")] == [first.sha256]
+        fetch.result()
+    assert [path.stem for path in tmp_path.glob("*.t*")] == [second.sha256]
 
 
 def _read_for(url: str, folder: str, seconds: float, rank: int, results: Any) -> None:
