@@ -27,7 +27,9 @@ Verb = Callable[..., tuple[int, str, str]]
 
 # Tests of these files start Ray, whose processes take seconds to come up and mostly wait for each
 # other. They share one process of pytest, so no two of their clusters are up at the same time.
-RAY_FILES = {f"test_{name}.py" for name in ("ray", "jobs", "user_trainer", "sweep", "autoscaling")}
+RAY_FILES = {
+    f"test_{name}.py" for name in ("ray", "jobs", "user_trainer", "sweep", "grafana", "autoscaling")
+}
 # What these directories hold runs for minutes, so it comes first; the others fill what is left.
 LONG_FIRST = ("integration", "faults", "distributed", "docs", "unit")
 

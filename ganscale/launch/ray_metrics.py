@@ -73,6 +73,7 @@ class RayMetrics(NullSink):
             name: Gauge(f"ganscale_{name}", text, ("run", tag) if tag else ("run",))
             for name, (text, tag) in GAUGES.items()
         }
+        self._values: dict[tuple[str, str | None], float] = {}
         self._set("length_kimg", total_nimg / 1000)
 
     def begin(self, rows: Sequence[Row], events: Sequence[Row]) -> None:
@@ -90,6 +91,10 @@ class RayMetrics(NullSink):
                 if found := re.fullmatch(pattern, name):
                     self._set_matched(gauge, found, value)
                     break
+        # All of them again: Ray drops what was set before it had found the node's agent, which on a
+        # busy machine takes a while, and some of these change only once in a run.
+        for (gauge, tag), value in self._values.items():
+            self._show(gauge, tag, value)
 
     def event(self, event: Row) -> None:
         """Show what an event changes."""
@@ -110,8 +115,11 @@ class RayMetrics(NullSink):
 
     def _set(self, gauge: str, value: float, tag: str | None = None) -> None:
         """A value that is not finite is not shown; the last one stays."""
-        if not math.isfinite(value):
-            return
+        if math.isfinite(value):
+            self._values[gauge, tag] = value
+            self._show(gauge, tag, value)
+
+    def _show(self, gauge: str, tag: str | None, value: float) -> None:
         _, name = GAUGES[gauge]
         tags = {"run": self._run}
         if name is not None:

@@ -177,6 +177,7 @@ def test_halving_goes_on_from_the_checkpoints_after_a_stop_and_a_kill(
     assert table(verb("sweep", file)[1]) == rows  # all are over: there is nothing to do
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_member_of_a_population_takes_over_another_s_weights_and_a_third_fails(
     ray_address: str, write_sweep: WriteSweep, verb: Verb
