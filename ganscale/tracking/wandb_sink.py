@@ -155,6 +155,8 @@ class WandbSink(NullSink):
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "WANDB_DIR": self._settings["root"],
         }
+        # Of a wandb in the caller's process, whose service ends with it; ours has its own.
+        environment.pop("WANDB_SERVICE", None)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", f"{__package__}.wandb_process", json.dumps(self._settings)],

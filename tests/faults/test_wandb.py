@@ -232,8 +232,20 @@ def test_a_process_that_can_never_begin_is_reported_with_its_log(
     assert "resume" in log.read_text()
 
 
-def test_pictures_are_in_an_offline_run_over_nimg(begin: Begin, tmp_path: Path) -> None:
-    run = begin("run")
+def service_of_another_wandb() -> str:
+    """Where wandb says that its service is, in a process that has used it."""
+    code = "import os, wandb; wandb.setup(); print(os.environ['WANDB_SERVICE'])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
+
+
+def test_pictures_are_in_an_offline_run_over_nimg(
+    begin: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as callers:
+        # As where the caller of ganscale.train has used wandb before.
+        callers.setenv("WANDB_SERVICE", service_of_another_wandb())
+        run = begin("run")
     picture = tmp_path / "samples.png"
     Image.new("RGB", (4, 4)).save(picture)
     run.log([2])
