@@ -42,6 +42,7 @@ def test_the_wheel_has_every_file_of_the_package_and_is_small(wheel: Path) -> No
     assert "Classifier: Typing :: Typed" in metadata
 
 
+@pytest.mark.slow
 def test_the_wheel_works_outside_the_clone(
     wheel: Path, procedural_shards: Path, tmp_path: Path
 ) -> None:

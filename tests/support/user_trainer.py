@@ -1,4 +1,6 @@
-"""A user's own TorchTrainer, and a Tuner over it: `python -m tests.support.user_trainer SHARDS`.
+"""A Tuner over a TorchTrainer, as users write them.
+
+    python -m tests.support.user_trainer CONFIG FOLDER
 
 Prints a JSON object with what Ray has of both.
 """
@@ -39,37 +41,28 @@ def trainer(settings: dict[str, Any], storage: Path, **options: Any) -> TorchTra
 
 
 def main() -> None:
-    """Train once by hand, then with another learning rate by a Tuner."""
+    """Train by a TorchTrainer, in a trial of a Tuner that chooses the learning rate."""
     config, storage = sys.argv[1], Path(sys.argv[2])
     ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     settings = {"config": config, "storage": str(storage), "training.total_kimg": STEPS_KIMG}
-    result = trainer({**settings, "name": "by-hand"}, storage).fit()
 
     def trial(rates: dict[str, float]) -> None:
-        name = f"rate-{rates['optimizer.lr']:g}"
         callbacks = [TuneReportCallback()]
-        trainer({**settings, **rates, "name": name}, storage, callbacks=callbacks).fit()
+        result = trainer({**settings, **rates, "name": "tuned"}, storage, callbacks=callbacks).fit()
+        assert result.checkpoint is not None
+        with result.checkpoint.as_directory() as folder:
+            pointer = json.loads(Path(folder, "ganscale.json").read_text())
+        told = {"pointer": pointer, "ended_at": result.return_value.nimg, "metrics": result.metrics}
+        (storage / "result.json").write_text(json.dumps(told))
 
     tuner = tune.Tuner(
         tune.with_resources(trial, {"CPU": 1}),
         param_space={"optimizer.lr": tune.grid_search([TUNED_RATE])},
-        tune_config=tune.TuneConfig(max_concurrent_trials=1),
         run_config=tune.RunConfig(storage_path=str(storage / "tune"), verbose=0),
     )
-    trials = tuner.fit()
-    with result.checkpoint.as_directory() as folder:
-        pointer = json.loads(Path(folder, "ganscale.json").read_text())
-    print(
-        json.dumps(
-            {
-                "pointer": pointer,
-                "ended_at": result.return_value.nimg,
-                "metrics": result.metrics,
-                "errors": trials.num_errors,
-                "tuned": [trial.metrics for trial in trials],
-            }
-        )
-    )
+    (tuned,) = tuner.fit()
+    result = json.loads((storage / "result.json").read_text())
+    print(json.dumps({**result, "tuned": tuned.metrics}))
     ray.shutdown()
 
 
