@@ -117,7 +117,19 @@ class Scores:
         lines.append(" " * width + "".join(f"  {name:>{width}}" for name in self.names))
         for name, row in zip(self.names, self.chosen, strict=True):
             lines.append(f"{name:{width}}" + "".join(f"  {value:{width}.3f}" for value in row))
-        return [*lines, "", *map(_describe, self.matches)]
+        return [*lines, "", *map(_describe, self.matches), "", self.conclusion()]
+
+    def conclusion(self) -> str:
+        """Who is ahead, by how much, and whether that may be chance, in one sentence."""
+        first, second, *_ = self.standings
+        if first.rating.low > second.rating.high:
+            sure = f"the lead over {second.name} is larger than chance explains"
+        else:
+            sure = f"the lead over {second.name} may be chance, since their intervals overlap"
+        return (
+            f"{first.name} is ahead: the discriminators of the others choose its samples over test "
+            f"images {first.chosen.value:.0%} of the time (50% would be perfect), and {sure}."
+        )
 
 
 def score(logits: Floats, thresholds: Floats, names: Sequence[str], *, seed: int = 0) -> Scores:

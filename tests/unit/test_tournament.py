@@ -131,6 +131,23 @@ def test_two_runs_are_as_far_apart_as_their_games_say() -> None:
     assert first.chosen.value == pytest.approx(0.4)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ([[0.1, 0.2], [0.4, 0.1]], "b is larger than chance explains."),
+        ([[0.1, 0.39], [0.4, 0.1]], "b may be chance, since their intervals overlap."),
+    ],
+)
+def test_the_last_line_says_who_is_ahead_and_how_surely(
+    chosen: list[list[float]], words: str
+) -> None:
+    scores = score(logits_of(chosen), np.full(2, 100.0), ["a", "b"])
+    line = scores.lines()[-1]
+    assert line.startswith("a is ahead: the discriminators of the others choose its samples over ")
+    assert "test images 40% of the time (50% would be perfect), and the lead over" in line
+    assert line.endswith(words)
+
+
 def test_the_rating_of_a_generator_allows_for_the_judges_that_it_met() -> None:
     """Odds are generator over judge: 1/9, 1 and 9 against judges that are 9 times sharper each."""
     odds = np.outer([1 / 9, 1, 9], [1, 3, 9])
