@@ -122,7 +122,8 @@ class Scores:
     def conclusion(self) -> str:
         """Who is ahead, by how much, and whether that may be chance, in one sentence."""
         first, second, *_ = self.standings
-        if first.rating.low > second.rating.high:
+        low, high = first.rating.low, second.rating.high
+        if low is not None and high is not None and low > high:
             sure = f"the lead over {second.name} is larger than chance explains"
         else:
             sure = f"the lead over {second.name} may be chance, since their intervals overlap"
