@@ -25,8 +25,8 @@ MakeConfig = Callable[..., Config]
 Verb = Callable[..., tuple[int, str, str]]
 
 
-# Tests of these files start Ray, whose processes take seconds to come up and mostly wait for each
-# other. They share one process of pytest, so no two of their clusters are up at the same time.
+# Tests of these files start Ray, which takes both cores of a small machine for some seconds. They
+# share one process of pytest, so that no two of their clusters are up at the same time.
 RAY_FILES = {
     f"test_{name}.py" for name in ("ray", "jobs", "user_trainer", "sweep", "grafana", "autoscaling")
 }

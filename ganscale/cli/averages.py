@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +16,10 @@ from ganscale.errors import CheckpointError, ConfigError, DataError
 from ganscale.run_directory import RunDirectory
 from ganscale.world import World, process_group
 
-__all__: list[str] = []
+if TYPE_CHECKING:
+    from ganscale.evaluation.distributions.evaluate import Evaluation
+    from ganscale.evaluation.image_sets import ImageSet
+    from ganscale.metrics.extractors import FeatureExtractor
 
 _MAIN = "main"
 
@@ -38,12 +42,10 @@ def averages(
     json_file: JsonFile = None,
 ) -> None:
     """Compare the averages of a run's generator (training.extra_ema_halflives_kimg) by FID."""
-    from ganscale.evaluation.distributions.evaluate import Evaluation, column_of, evaluate
-    from ganscale.evaluation.distributions.features import FeatureCache
-    from ganscale.evaluation.image_sets import GeneratedImages, open_images
+    from ganscale.evaluation.distributions.evaluate import Evaluation, column_of
+    from ganscale.evaluation.image_sets import open_images
     from ganscale.evaluation.run_references import default_reference
     from ganscale.metrics.extractors import open_extractor
-    from ganscale.tracking.console import progress_bars
 
     snapshots, nimg = _snapshots(run)
     world = World.detect(device)
@@ -58,32 +60,8 @@ def averages(
             "snapshots of the averages one by one, ganscale evaluate --snapshot FILE --metrics kid "
             "from 1,000 images on, prdc with fewer"
         )
-    column, cache = column_of("fid", network), FeatureCache()
-    evaluations: dict[str, Evaluation] = {}
-    problems: dict[str, str] = {}
-    console = stderr_console() if world.is_main else None
-    with process_group(world), progress_bars(console) as start_task:
-        for name, path in snapshots.items():
-            samples = GeneratedImages.of_snapshot(path, num, seed=seed, device=world.device)
-            # An average that reaches back to the initial weights may draw one image only; that says
-            # nothing about the others.
-            try:
-                evaluation = evaluate(
-                    samples,
-                    real,
-                    network,
-                    world,
-                    metrics=["fid"],
-                    required=True,
-                    cache=cache,
-                    start_task=start_task,
-                )
-            except DataError as error:
-                problems[name] = str(error)
-            else:
-                # Ranks other than 0 have done their share.
-                if evaluation is not None:
-                    evaluations[name] = evaluation
+    column = column_of("fid", network)
+    evaluations, problems = _evaluations(snapshots, real, network, world, num=num, seed=seed)
     if not world.is_main:
         return
     if not evaluations:
@@ -116,6 +94,49 @@ def averages(
     ]
     values = {"nimg": nimg, "metric": column, "best": best or _MAIN, "averages": rows}
     write_json(json_file, {**values, "protocol": {**asdict(protocol), "seed": seed}})
+
+
+def _evaluations(
+    snapshots: Mapping[str, Path],
+    real: ImageSet,
+    network: FeatureExtractor,
+    world: World,
+    *,
+    num: int,
+    seed: int,
+) -> tuple[dict[str, Evaluation], dict[str, str]]:
+    """The FID of each average, and why others have none; on ranks other than 0 no FID."""
+    from ganscale.evaluation.distributions.evaluate import evaluate
+    from ganscale.evaluation.distributions.features import FeatureCache
+    from ganscale.evaluation.image_sets import GeneratedImages
+    from ganscale.tracking.console import progress_bars
+
+    evaluations: dict[str, Evaluation] = {}
+    problems: dict[str, str] = {}
+    cache = FeatureCache()
+    console = stderr_console() if world.is_main else None
+    with process_group(world), progress_bars(console) as start_task:
+        for name, path in snapshots.items():
+            samples = GeneratedImages.of_snapshot(path, num, seed=seed, device=world.device)
+            # An average that reaches back to the initial weights may draw one image only; that says
+            # nothing about the others.
+            try:
+                evaluation = evaluate(
+                    samples,
+                    real,
+                    network,
+                    world,
+                    metrics=["fid"],
+                    required=True,
+                    cache=cache,
+                    start_task=start_task,
+                )
+            except DataError as error:
+                problems[name] = str(error)
+            else:
+                if evaluation is not None:
+                    evaluations[name] = evaluation
+    return evaluations, problems
 
 
 def _snapshots(run: str) -> tuple[dict[str, Path], int]:

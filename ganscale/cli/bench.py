@@ -13,8 +13,6 @@ from ganscale.cli.options import ConfigSource, JsonFile, Overrides
 from ganscale.config import Config, load_config
 from ganscale.world import World
 
-__all__: list[str] = []
-
 _PHASES = ("discriminator", "generator")
 
 bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)

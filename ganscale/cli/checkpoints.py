@@ -15,7 +15,6 @@ from ganscale.run_directory import RunDirectory
 if TYPE_CHECKING:
     from ganscale.checkpoint import CheckpointStore
 
-__all__: list[str] = []
 
 checkpoint_app = typer.Typer(help="Inspect a run's checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     )
     from ganscale.metrics.intervals import Estimate
 
-__all__: list[str] = []
 
 _COLUMNS = 12
 """Images that the picture of a task shows."""

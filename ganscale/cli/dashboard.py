@@ -13,8 +13,6 @@ from ganscale.cli.app import app, stderr_console, write_json
 from ganscale.config.sections import valid_wandb_project
 from ganscale.errors import ConfigError, GanscaleError
 
-__all__: list[str] = []
-
 
 def _check_project(name: str) -> str:
     try:

@@ -24,7 +24,6 @@ from ganscale.world import World
 if TYPE_CHECKING:
     from ganscale.evaluation.image_sets import ImageSet
 
-__all__: list[str] = []
 
 # A list here, since reading the modules would load torch for `ganscale --help`.
 _METRICS = (

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from ganscale.evaluation.image_sets import ImageSet
     from ganscale.generation.latent_sampler import LatentSampler
 
-__all__: list[str] = []
-
 
 @app.command(
     epilog="Example: ganscale interpolate runs/quickstart --seeds 1,2,3 --out strip.png    "

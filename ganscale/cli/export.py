@@ -12,8 +12,6 @@ from ganscale.cli.app import app
 from ganscale.cli.options import Snapshot
 from ganscale.errors import ConfigError
 
-__all__: list[str] = []
-
 Format = Literal["safetensors", "torch-export", "onnx"]
 
 _SUFFIXES: dict[Format, str] = {

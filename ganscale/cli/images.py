@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ganscale.generation.sample_plan import PlannedImage
     from ganscale.generation.sampler import SampleableGenerator
 
-__all__: list[str] = []
 
 _TEXT_KEYWORD = "ganscale"
 _NUM_PRINTED = 64

@@ -17,7 +17,6 @@ from ganscale.errors import ConfigError, GanscaleError
 if TYPE_CHECKING:
     from ganscale.launch.ray_jobs import Job, Jobs
 
-__all__: list[str] = []
 
 job_app = typer.Typer(help="Manage runs on a Ray cluster.", no_args_is_help=True)
 app.add_typer(job_app, name="job")

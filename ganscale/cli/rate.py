@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from ganscale.rating.contestants import Contestant
     from ganscale.rating.questions import Task
 
-__all__: list[str] = []
-
 
 @app.command(epilog="Example: ganscale rate runs/quickstart --num 100 --out ratings/quickstart")
 def rate(

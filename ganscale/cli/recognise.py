@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ganscale.evaluation.recognition.probe import FeatureFn
     from ganscale.metrics.intervals import Estimate
 
-__all__: list[str] = []
 
 recognise = typer.Typer(help="Measure how much a GAN improves a classifier.", no_args_is_help=True)
 app.add_typer(recognise, name="recognise")

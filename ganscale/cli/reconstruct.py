@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ganscale.generation.degradations import Degradation
     from ganscale.metrics.extractors import FeatureExtractor
 
-__all__: list[str] = []
 
 _COLUMNS = 16
 """Images that the grid shows."""

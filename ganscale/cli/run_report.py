@@ -9,8 +9,6 @@ import typer
 
 from ganscale.cli.app import app
 
-__all__: list[str] = []
-
 
 @app.command(
     epilog="Example: ganscale report runs/quickstart    Several, side by side: ganscale report "

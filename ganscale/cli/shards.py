@@ -16,7 +16,6 @@ from ganscale.errors import DataError
 if TYPE_CHECKING:
     from ganscale.data.shards import ShardSet
 
-__all__: list[str] = []
 
 _ValueRange = Annotated[
     tuple[float, float] | None,

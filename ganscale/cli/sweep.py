@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from ganscale.config.sweep import Sweep
     from ganscale.launch.sweep_status import TrialStatus
 
-__all__: list[str] = []
-
 
 @app.command(epilog="Example: ganscale sweep docs/sweeps/learning-rates.yaml --dry-run")
 def sweep(

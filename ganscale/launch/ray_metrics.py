@@ -75,6 +75,7 @@ class RayMetrics(NullSink):
         }
         self._values: dict[tuple[str, str | None], float] = {}
         self._set("length_kimg", total_nimg / 1000)
+        self._show()
 
     def begin(self, rows: Sequence[Row], events: Sequence[Row]) -> None:
         """Take up the counts of faults and the last checkpoint's time."""
@@ -82,6 +83,7 @@ class RayMetrics(NullSink):
             self._note(event)
         for fault in FAULTS:
             self._set("faults", self._faults[fault], fault)
+        self._show()
 
     def log(self, row: Row) -> None:
         """Show the row."""
@@ -91,15 +93,13 @@ class RayMetrics(NullSink):
                 if found := re.fullmatch(pattern, name):
                     self._set_matched(gauge, found, value)
                     break
-        # All of them again: Ray drops what was set before it had found the node's agent, which on a
-        # busy machine takes a while, and some of these change only once in a run.
-        for (gauge, tag), value in self._values.items():
-            self._show(gauge, tag, value)
+        self._show()
 
     def event(self, event: Row) -> None:
         """Show what an event changes."""
         if self._note(event):
             self._set("faults", self._faults[event["event"]], event["event"])
+        self._show()
 
     def _note(self, event: Mapping[str, Any]) -> bool:
         if event["event"] == "checkpoint":
@@ -117,12 +117,18 @@ class RayMetrics(NullSink):
         """A value that is not finite is not shown; the last one stays."""
         if math.isfinite(value):
             self._values[gauge, tag] = value
-            self._show(gauge, tag, value)
 
-    def _show(self, gauge: str, tag: str | None, value: float) -> None:
-        _, name = GAUGES[gauge]
-        tags = {"run": self._run}
-        if name is not None:
-            assert tag is not None
-            tags[name] = tag
-        self._gauges[gauge].set(value, tags=tags)
+    def _show(self) -> None:
+        """Set all gauges, also those that have not changed.
+
+        Ray drops what was set before it had found the node's agent, which on a busy machine takes a
+        while, and some of these change only once in a run.
+        """
+        # A copy, since events come from other threads than rows do.
+        for (gauge, tag), value in self._values.copy().items():
+            _, name = GAUGES[gauge]
+            tags = {"run": self._run}
+            if name is not None:
+                assert tag is not None
+                tags[name] = tag
+            self._gauges[gauge].set(value, tags=tags)

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from ganscale.config import Config
+from ganscale.launch import ray_metrics
 from ganscale.launch.ray_metrics import prometheus_names
 from tests.support.ranks import free_port
 
@@ -41,6 +42,29 @@ def asked() -> set[str]:
 
 def test_the_board_asks_for_all_gauges() -> None:
     assert asked() == prometheus_names()
+
+
+def test_every_row_sets_all_gauges_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ray forgets what was set before it had found the node's agent."""
+    shown: set[str] = set()
+
+    class Gauge:
+        def __init__(self, name: str, text: str, tag_keys: tuple[str, ...]) -> None:
+            self.name = name
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            shown.add(f"{self.name} {value:g} {tags}")
+
+    monkeypatch.setattr(ray_metrics, "Gauge", Gauge)
+    gauges = ray_metrics.RayMetrics("tiny", 64_000)
+    gauges.begin([], [])
+    gauges.event({"event": "start", "world_size": 2, "time": 1.0, "nimg": 0})
+    shown.clear()
+    gauges.log({"nimg": 1000, "step": 1})
+    assert "ganscale_length_kimg 64 {'run': 'tiny'}" in shown
+    assert "ganscale_workers 2 {'run': 'tiny'}" in shown
+    assert "ganscale_position_kimg 1 {'run': 'tiny'}" in shown
+    assert any(text.startswith("ganscale_faults 0") for text in shown)
 
 
 @pytest.fixture(scope="module")
