@@ -131,9 +131,8 @@ def _check_environment(config: Config) -> None:
 
 
 def _run(config: Config, *, take_over: bool) -> None:
-    from ganscale.launch.signals import EXIT_CODES
-
-    with _ray_started_early(config):
+    with _ray_started_early(config):  # before anything here imports torch
+        from ganscale.launch.signals import EXIT_CODES
         from ganscale.launch.start import start
 
         result = start(config, stderr_console(), take_over=take_over)

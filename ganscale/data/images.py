@@ -150,14 +150,14 @@ def _from_rows(rows: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     # made here, of the checked rows (level 0 is no compression). The operator is called directly
     # because its Python wrapper warns at every call that torchcodec should be used.
     png = _png_head(shape) + _chunk(b"IDAT", zlib.compress(rows, level=0)) + _PNG_END
-    decode_png, unchanged = _torchvision_decoder()
+    decode_png, unchanged = png_decoder()
     encoded = torch.frombuffer(bytearray(png), dtype=torch.uint8)
     array: NDArray[np.uint8] = decode_png(encoded, unchanged, False).numpy()
     return array
 
 
 @cache
-def _torchvision_decoder() -> tuple[Callable[..., torch.Tensor], int]:
+def png_decoder() -> tuple[Callable[..., torch.Tensor], int]:
     """The operator and its mode that keeps channels as they are.
 
     Imported when it is needed: torchvision takes seconds to load, and building decodes with Pillow.

@@ -22,9 +22,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-import torchvision.io  # noqa: F401  # takes seconds to load, which must not pass within a step
 from numpy.typing import NDArray
 
+from ganscale.data.images import png_decoder
 from ganscale.data.order import BatchIndices, Order
 from ganscale.data.shard_cache import CachedStore
 from ganscale.data.shards import ShardSet
@@ -107,6 +107,7 @@ class ShardImages:
     def __init__(self, shard_set: ShardSet, store: Store | CachedStore | None = None) -> None:
         self.shard_set = shard_set
         self.store = store or shard_set.store
+        png_decoder()  # takes seconds to load, which must not pass within a step
 
     def read(self, samples: NDArray[np.int64]) -> Images:
         crc32s = self.shard_set.samples["crc32"][samples].tolist()

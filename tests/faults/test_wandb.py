@@ -88,7 +88,7 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Begin]:
 
 
 def _wait(condition: Callable[[], Any], what: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < deadline, f"expected: {what}"
         time.sleep(0.05)
@@ -97,7 +97,7 @@ def _wait(condition: Callable[[], Any], what: str) -> None:
 def _records(file: Path) -> list[dict[str, Any]]:
     """The records of an offline file, read by wandb's own tool, which bears a cut-off end."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
@@ -133,7 +133,7 @@ def test_a_server_in_trouble_costs_nothing_and_gets_all_rows_later(
                 cwd=run.run_dir.root,
                 env={**os.environ, **server.settings()},
                 check=True,
-                timeout=60,
+                timeout=600,
             )
             assert [row["step"] for row in server.rows] == list(range(20))
 
@@ -182,9 +182,10 @@ def test_after_a_kill_another_process_goes_on_and_no_row_is_lost(begin: Begin, v
         run.log(range(5))
         _wait(lambda: len(server.rows) == 5, "rows on the server")
         core = next(p for p in run.process.children() if p.name() == "wandb-core")
+        killed = run.sink._process  # the sink may replace it at any of the rows that follow
         (run.process if victim == "ganscale's process" else core).kill()
         run.log(range(5, 10))  # of which nobody knows
-        _wait(lambda: run.sink._process.poll() is not None, "its end")
+        _wait(lambda: killed.poll() is not None, "its end")
         run.log(range(10, 12))
         run.close()
         (message,) = run.told
@@ -271,7 +272,7 @@ def test_training_with_a_server_that_hangs_is_training_without_one(
         server.fault = "hang"
         for variable, value in server.settings().items():
             monkeypatch.setenv(variable, value)
-        wait_all(start_ranks(config, 1), timeout=120)
+        wait_all(start_ranks(config, 1), timeout=600)
     run_dir = RunDirectory(config.run_dir)
     assert final_digest(config) == final_digest(alone)
     assert [row["step"] for row in read_rows(run_dir.metrics)] == list(range(1, 11))

@@ -71,7 +71,7 @@ def test_a_run_is_given_nodes_that_were_not_there(
     container = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--net"]
     done = subprocess.run(
         [*container, "bash", "-c", inside],
-        env={**os.environ, **IN_THE_HEAD}, capture_output=True, text=True, timeout=240, cwd=ROOT,
+        env={**os.environ, **IN_THE_HEAD}, capture_output=True, text=True, timeout=600, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     run = RunDirectory(config.run_dir)

@@ -164,7 +164,7 @@ def test_stop_training_ends_the_run_of_its_container_at_a_checkpoint(
     """
     container = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     done = subprocess.run(
-        [*container, "bash", "-c", inside], capture_output=True, text=True, timeout=200, cwd=ROOT
+        [*container, "bash", "-c", inside], capture_output=True, text=True, timeout=600, cwd=ROOT
     )
     assert done.stdout.splitlines() == ["stopped 0", "ended 143", "nothing to stop 0"], done.stderr
     (newest, *_) = CheckpointStore(config.checkpoints).lineage()

@@ -148,7 +148,7 @@ def run(
             time.sleep(0.5)
             found = scraped(port)
         driver.terminate()
-        driver.communicate(timeout=120)
+        driver.communicate(timeout=600)
         if wanted <= set(found):
             return config, found
     raise AssertionError(f"not exported: {sorted(wanted - set(found))}")

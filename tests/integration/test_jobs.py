@@ -106,7 +106,7 @@ def test_a_stopped_job_goes_on_to_the_bits_of_an_undisturbed_run_and_shows_no_se
     stopped = head.call("job", "stop", "mine")
     assert stopped.returncode == 0, stopped.stderr
     assert "STOPPED" in stopped.stdout
-    output, _ = follower.communicate(timeout=300)
+    output, _ = follower.communicate(timeout=600)
     assert follower.returncode == 143, output
     (stop,) = [row for row in read_rows(run_dir.events) if row["event"] == "stop"]
     assert f"stopped at {stop['nimg'] / 1000:g} of 1.6 kimg" in stopped.stdout
@@ -117,7 +117,7 @@ def test_a_stopped_job_goes_on_to_the_bits_of_an_undisturbed_run_and_shows_no_se
     assert again.returncode == 2
     assert "mine is on this cluster already, as job mine-2 (" in again.stderr
     expected = make_config(name="torchrun", **{**SETTINGS, "checkpoint__location": None})
-    wait_all(start_ranks(expected, 2), timeout=280)
+    wait_all(start_ranks(expected, 2), timeout=600)
     rest = head.call("job", "logs", "mine", "--follow")
     assert rest.returncode == 0, rest.stdout
     assert f"resume at {stop['nimg'] / 1000:g} kimg: 2 workers" in rest.stdout

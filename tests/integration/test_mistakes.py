@@ -157,7 +157,7 @@ def test_a_take_over_ends_the_first_start(make_config: MakeConfig, verb: Verb) -
     shorter = f"training.total_kimg={nimg / 1000:g}"
     code, _, errors = verb("resume", config.run_dir, "--take-over", shorter)
     assert code == 0, errors
-    _, errors = first.communicate(timeout=60)
+    _, errors = first.communicate(timeout=600)
     assert first.returncode == 1
     assert "a newer one has begun" in errors
     assert len(store.attempts()) == 2
@@ -253,7 +253,7 @@ def test_of_torchruns_ranks_only_the_first_speaks(make_config: MakeConfig) -> No
     wait_for_rows(RunDirectory(config.run_dir).metrics, 3, ranks[0])
     for rank in ranks:
         rank.terminate()
-    first, second = [rank.communicate(timeout=60)[1] for rank in ranks]
+    first, second = [rank.communicate(timeout=600)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [143, 143]
     assert "start at 0 kimg: 2 workers" in first
     assert first.count("SIGTERM: finishing the step") == 1
@@ -310,7 +310,7 @@ def test_waiting_for_what_is_not_there_says_what_and_ends_at_once(
     assert contents(config.run_dir) == before
     waiting.send_signal(signal.SIGINT)
     began = time.monotonic()
-    output, errors = waiting.communicate(timeout=60)
+    output, errors = waiting.communicate(timeout=600)
     print(f"ended {time.monotonic() - began:.1f} s after SIGINT")
     assert waiting.returncode == 130
     assert errors == "\nganscale: SIGINT: no longer waiting for room\n"

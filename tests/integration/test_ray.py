@@ -109,7 +109,7 @@ def test_kills_of_all_kinds_and_a_stop_change_nothing(
     driver = start(config)
     _trains_again(config, attempts, driver)
     driver.terminate()
-    _, errors = driver.communicate(timeout=200)
+    _, errors = driver.communicate(timeout=600)
     assert driver.returncode == 143, errors
     (stop,) = [row for row in read_rows(run_dir.events) if row["event"] == "stop"]
     assert final_digest(config)[0] == stop["nimg"] < config.total_nimg
@@ -128,7 +128,7 @@ def test_an_error_that_would_come_again_is_told_once(make_config: MakeConfig, st
         training__total_kimg=3.2,
     )
     driver = start(config)
-    _, errors = driver.communicate(timeout=200)
+    _, errors = driver.communicate(timeout=600)
     assert driver.returncode == 1
     assert "ganscale: training failed on rank 0: stopped at" in errors
     assert _attempts(config) == 1
@@ -239,5 +239,5 @@ def test_a_lost_node_and_a_new_one(
         assert regroup["num_workers"] == 1
         assert events("resume")[-1]["nimg"] == stop["nimg"]  # nothing was trained twice
     driver.terminate()
-    driver.communicate(timeout=200)
+    driver.communicate(timeout=600)
     assert driver.returncode == 143

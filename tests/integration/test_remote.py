@@ -187,25 +187,28 @@ def test_a_dead_store_is_an_error_within_the_deadline(server: FolderServer, faul
     policy = RetryPolicy(deadline_seconds=1.5, attempt_seconds=0.4, first_delay_seconds=0.05)
     shard_set = ShardSet.load(server.url, policy)
     server.fault = lambda number, name: fault
-    began = time.monotonic()
     words = r"/shard-000\d\d\.tar could not be read within 1\.5 s, \d+ attempts; last: \w+"
     with pytest.raises(StoreError, match=words) as error:
         next(reader(shard_set).batches(0, BATCH_SIZE))
-    assert time.monotonic() - began < 60
     assert server.url in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_refusal_and_a_missing_shard_are_errors_at_once(server: FolderServer) -> None:
     shard_set = ShardSet.load(server.url, POLICY)
-    began = time.monotonic()
-    server.fault = lambda number, name: "403"
+    asked: list[str] = []
+
+    def refuse(number: int, name: str) -> Fault:
+        asked.append(name)
+        return "403"
+
+    server.fault = refuse
     with pytest.raises(StoreError, match="is refused"):
         reader(shard_set).read(0, BATCH_SIZE)
+    assert len(asked) <= BATCH_SIZE  # no sample is asked for a second time
     server.fault = lambda number, name: "404" if name == "shard-00003.tar" else None
     with pytest.raises(DamagedSample, match=r"shard-00003\.tar: no such file"):
         digest(reader(shard_set), EPOCH)
-    assert time.monotonic() - began < POLICY.deadline_seconds
 
 
 def test_a_shard_is_fetched_once_for_all_readers(server: FolderServer, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_ranks_that_come_all_at_once_build_one_set(tmp_path: Path) -> None:
     ]
     for rank in ranks:
         rank.start()
-    (place,) = {shards.get(timeout=120) for _ in ranks}
+    (place,) = {shards.get(timeout=600) for _ in ranks}
     for rank in ranks:
         rank.join()
     assert (Path(place) / "index.json").is_file()

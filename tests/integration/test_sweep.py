@@ -94,7 +94,7 @@ def newest_attempt(sweep: Sweep, trial: str) -> Attempt:
 
 
 def wait(what: Callable[[], object], driver: Command) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not what():
         assert driver.poll() is None, driver.communicate()
         assert time.monotonic() < deadline, "nothing happened"

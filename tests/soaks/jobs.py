@@ -291,7 +291,7 @@ class Soak:
     def _wait(
         self, what: Callable[[], object], aim: str, follower: subprocess.Popen[bytes]
     ) -> None:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while not what():
             if follower.poll() is not None:
                 raise Broken(f"the job ended before it was seen {aim}")
@@ -323,7 +323,7 @@ def _s3_server(network: Network) -> Iterator[None]:
     """On the head's host, for all."""
     command = [sys.executable, "-m", "moto.server", "-H", "0.0.0.0", "-p", "5555"]
     server = network.head.start(command, "s3.log")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while True:
         try:
             urlopen(S3, timeout=5).close()

@@ -72,7 +72,7 @@ class OpenWandb:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not self._answers():
             assert time.monotonic() < deadline, (folder / "log").read_text()
             time.sleep(0.2)

@@ -66,7 +66,7 @@ class JobsHead:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while self.call("job", "list").returncode != 0:
             assert self._head.poll() is None, (self.folder / "head.log").read_text()
             assert time.monotonic() < deadline, "the dashboard does not answer"
@@ -85,7 +85,7 @@ class JobsHead:
             env={**self.environment, **variables},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=600,
         )
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:

@@ -167,7 +167,7 @@ class Network:
             # As a service manager does: Ray's daemons end when the head has given them up.
             again = f"while :; do {command}; sleep 1; done"
             host.start(["bash", "-c", again], "ray.log", **HEALTH_CHECKS, **token)
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 600
             log = host.folder / "ray.log"
             while "runtime started" not in log.read_text(errors="replace"):
                 if time.monotonic() > deadline:

@@ -58,7 +58,7 @@ def start_ranks(config: Config, world_size: int) -> list[Command]:
     ]
 
 
-def wait_all(processes: list[Command], timeout: float = 180) -> None:
+def wait_all(processes: list[Command], timeout: float = 600) -> None:
     """Wait until all have ended well; the error output of one that has not is in the failure."""
     for process in processes:
         _, errors = process.communicate(timeout=timeout)
@@ -67,10 +67,10 @@ def wait_all(processes: list[Command], timeout: float = 180) -> None:
 
 def wait_for_rows(path: Path, count: int, process: subprocess.Popen[str] | Command) -> None:
     """Wait until a file has `count` complete lines, while `process` lives."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while len(read_rows(path)) < count:
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, f"{path} has too few rows after two minutes"
+        assert time.monotonic() < deadline, f"{path} has too few rows after ten minutes"
         time.sleep(0.005)
 
 

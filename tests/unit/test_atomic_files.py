@@ -45,7 +45,7 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
 def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("old")
-    code = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False, timeout=60)
+    code = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False, timeout=600)
     assert code.returncode == -9
     assert path.read_text() == "old"
     (left,) = set(tmp_path.iterdir()) - {path}

@@ -213,7 +213,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
     )
     workers: list[psutil.Process] = []
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while len(finished(partial(folder / "set"))) < 3:
             assert process.poll() is None
             assert time.monotonic() < deadline
@@ -328,7 +328,7 @@ def test_a_set_appears_with_its_index_or_not_at_all(tmp_path: Path) -> None:
                 limit=200,
                 progress=lambda _: seen.append(set(os.listdir(out)) if out.exists() else set()),
             )
-            complete, deadline = set(os.listdir(out)), time.monotonic() + 30
+            complete, deadline = set(os.listdir(out)), time.monotonic() + 600
             while complete not in seen and time.monotonic() < deadline:
                 time.sleep(0.01)
         finally:

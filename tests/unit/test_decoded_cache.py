@@ -150,7 +150,7 @@ def test_the_processes_of_a_node_share_the_memory_and_no_file_is_left() -> None:
     ]
     for process in ranks:
         process.start()
-    found = [results.get(timeout=60) for _ in ranks]
+    found = [results.get(timeout=600) for _ in ranks]
     for process in ranks:
         process.join()
     assert sorted((rank, sums) for rank, sums, _ in found) == [(0, [84, 0]), (1, [84, 0])]

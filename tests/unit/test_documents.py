@@ -62,7 +62,7 @@ def write(path: Path, data: bytes, *, at: float = SETTLED) -> None:
 
 
 def until(what: Any) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 600
     while not what():
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.01)

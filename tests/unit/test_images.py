@@ -287,13 +287,13 @@ HUGE = {
 def test_a_huge_image_is_refused_before_it_costs_anything(data: bytes) -> None:
     assert len(data) < 500_000
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     refusal(data, (3, 16, 16))
     with pytest.raises(DataError, match=r"too large|claims"):
         normalised_png(data)
     with pytest.raises(DataError, match=r"too large|claims"):
         normalised_png(data, resolution=16, img_channels=3)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert seconds < 1

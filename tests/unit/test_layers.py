@@ -164,12 +164,24 @@ def test_the_order_and_the_configuration_need_no_torch() -> None:
         "import ganscale.data.order, ganscale.config, ganscale.run_directory, sys;"
         "assert not {'torch', 'ray'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 
 def test_the_command_line_loads_neither_torch_nor_ray() -> None:
     code = "import ganscale.cli, sys; assert not {'torch', 'ray'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
+
+
+def test_ray_is_started_without_waiting_for_torch_and_a_driver_needs_no_torchvision() -> None:
+    code = (
+        "import sys;"
+        "from ganscale.cli import training;"
+        "from ganscale.launch import ray_cluster;"
+        "assert 'torch' not in sys.modules;"
+        "from ganscale.launch import ray_train, start;"
+        "assert not {'torchvision', 'torch._dynamo'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 
 def test_a_report_reads_files_and_needs_no_code_that_trains() -> None:
@@ -183,4 +195,4 @@ def test_a_report_reads_files_and_needs_no_code_that_trains() -> None:
     }
     assert not lazy_and_eager
     code = "import ganscale.report, sys; assert not {'torch', 'ray'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)

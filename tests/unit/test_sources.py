@@ -522,7 +522,7 @@ def test_two_that_unpack_the_same_archive_at_once_both_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tarred(write_images(tmp_path / "in", CLASSIFIED), tmp_path / "images.tar")
-    both_are_unpacking = threading.Barrier(2, timeout=20)
+    both_are_unpacking = threading.Barrier(2, timeout=600)
     extractall = tarfile.TarFile.extractall
 
     def together(self: tarfile.TarFile, *args: Any, **kwargs: Any) -> None:
