@@ -17,6 +17,8 @@ fi
 export WANDB_MODE=offline RAY_AUTH_MODE=disabled
 # A test a core: threads of torch's would fight for it.
 export OMP_NUM_THREADS=1
+# Hundreds of processes import the package, which is compiled by the first of them.
+unset PYTHONDONTWRITEBYTECODE
 
 # The rating page is tested in a browser; where none is and none can be had, those tests are skipped.
 if ! command -v chromium > /dev/null && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
@@ -26,7 +28,7 @@ fi
 
 ruff format --check .
 ruff check .
-mypy
+mypy --num-workers auto
 # One more process than there are cores, since tests wait for servers, time-outs and each other's ranks.
 processes=$(($(getconf _NPROCESSORS_ONLN) + 1))
 pytest -n "$processes" --no-loadscope-reorder --durations 30 -m "not slow and not gpu" "$@"

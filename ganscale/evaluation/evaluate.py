@@ -161,7 +161,11 @@ def measure(
         num_reference_rows: how many images of the reference the metrics of single images use.
         real_test: real images of another split, for `cas`.
         show_progress: on standard error, by rank 0.
+
+    Raises `ConfigError` for `cas` without `real_test`.
     """
+    if "cas" in metrics and real_test is None:  # now, and not when all else has been measured
+        raise ConfigError("cas needs real images that nothing was trained on: give --test")
     console = stderr_console() if show_progress and world.is_main else None
     with process_group(world), progress_bars(console) as start_task:
         evaluation = evaluate_features(

@@ -38,7 +38,7 @@ ARRAYS: dict[str, Any] = {"model.img_channels": 1, "training.total_kimg": 0.72}
     ("shards", "changes", "world_size", "caches"),
     [
         ("procedural_shards", {}, 2, ["none", "ram"]),
-        ("spectrogram_shards", ARRAYS, 1, ["none", "device"]),
+        pytest.param("spectrogram_shards", ARRAYS, 1, ["none", "device"], marks=pytest.mark.slow),
         pytest.param("procedural_shards", {}, 2, ["none", "device"], marks=pytest.mark.slow),
         pytest.param("procedural_shards", {}, 1, CACHES, marks=pytest.mark.slow),
         pytest.param("spectrogram_shards", ARRAYS, 2, CACHES, marks=pytest.mark.slow),

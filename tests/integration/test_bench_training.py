@@ -28,7 +28,7 @@ AGAIN = Variant("again", {"launch.threads_per_worker": 1})
 def test_a_configuration_is_trained_for_some_seconds_and_leaves_nothing(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    found = bench_training(make_config(), World(), seconds=4.0)
+    found = bench_training(make_config(), World(), seconds=2.0)
     assert found.precision == "fp32"
     assert found.peak_memory_gib is found.device_memory_gib is None
     a_step = 16 / found.images_per_second
@@ -61,7 +61,7 @@ def test_the_verb_prints_and_writes_what_was_measured(
     with pytest.raises(SystemExit) as exit_:
         main(
             ["bench", "train", f"data.shards={procedural_shards}", "model.base_channels=4"]
-            + ["--seconds", "4", "--json", str(out)]
+            + ["--seconds", "1", "--json", str(out)]
         )
     assert exit_.value.code == 0
     assert "images/s" in capsys.readouterr().out
@@ -114,6 +114,7 @@ def test_a_gpu_is_compared_by_how_steps_are_launched_and_a_cpu_by_its_threads(
     assert len(speed_variants(config, torch.device("cpu"))) == 2
 
 
+@pytest.mark.slow  # variants are compared above, and the verb is tried without
 def test_the_verb_compares(
     procedural_shards: Path,
     tmp_path: Path,

@@ -239,6 +239,7 @@ def test_without_a_key_the_command_prints_the_definition(
     assert set(json.loads((tmp_path / "dashboard.json").read_text())) == {"workspace", "report"}
 
 
+@pytest.mark.slow  # wandb asks for twenty seconds
 def test_a_server_that_cannot_be_asked_is_an_error_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

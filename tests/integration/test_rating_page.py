@@ -174,6 +174,7 @@ def test_twenty_answers_over_a_killed_server(
     assert {problem["source"] for problem in problems} <= {"network"}, problems
 
 
+@pytest.mark.slow
 def test_of_two_images_one_is_preferred_and_a_lost_answer_is_sent_again(
     browser: Chrome, images: tuple[Path, Path], tmp_path: Path
 ) -> None:

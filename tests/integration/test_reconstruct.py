@@ -79,7 +79,10 @@ def folder_of(path: Path, num: int, *, size: int = 32, mode: str = "RGB") -> Pat
     return path
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task",
+    [t if t == "inpaint" else pytest.param(t, marks=pytest.mark.slow) for t in TASKS],
+)
 def test_every_task_is_done_by_inversion_and_by_encoder(
     verb: Verb, runs: dict[str, Path], procedural_shards: Path, tmp_path: Path, task: str
 ) -> None:

@@ -140,7 +140,9 @@ def test_a_remote_set_verifies(s3_url: str) -> None:
     assert verify_shards(ShardSet.load(s3_url, POLICY)) == []
 
 
-@pytest.mark.parametrize("fault", ["cut", "reset", "stall", "no length", "503"])
+@pytest.mark.parametrize(
+    "fault", ["cut", "reset", pytest.param("stall", marks=pytest.mark.slow), "no length", "503"]
+)
 @pytest.mark.parametrize("kept", [False, True], ids=["ranges", "cache_dir"])
 def test_every_tenth_request_going_wrong_changes_no_batch(
     server: FolderServer, expected: str, tmp_path: Path, fault: Fault, kept: bool

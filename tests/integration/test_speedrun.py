@@ -106,6 +106,7 @@ def test_configurations_are_trained_measured_and_compared(run: Run, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("known_speed")
+@pytest.mark.slow
 def test_a_run_that_the_budget_ends_goes_on_with_the_time_it_has_left(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +134,7 @@ def test_a_run_that_the_budget_ends_goes_on_with_the_time_it_has_left(
         run("--names", "hinge", "--keep-newest", "--set", "seed=1")
 
 
+@pytest.mark.slow
 def test_a_configuration_that_fails_does_not_cost_the_others(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -107,7 +107,9 @@ def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one["means"] == other["means"]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [c if c != "micro-batches" else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
 def test_replayed_steps_have_the_bits_of_launched_ones(
     make_config: MakeConfig, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,7 +156,8 @@ def test_each_form_of_a_step_has_its_graph(make_config: MakeConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("must_capture", "micro_batch_size"), [(False, None), (False, 6), (True, None)]
+    ("must_capture", "micro_batch_size"),
+    [(False, None), pytest.param(False, 6, marks=pytest.mark.slow), (True, None)],
 )
 def test_a_step_that_cannot_be_captured_leaves_no_trace(
     make_config: MakeConfig, must_capture: bool, micro_batch_size: int | None
