@@ -12,14 +12,16 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from ganscale.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
 
 CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 """Channels of the image modes that can be trained on, by Pillow's name."""
@@ -149,6 +151,8 @@ def _from_rows(rows: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     # meanwhile. But it ends the process on an error in the pixel data, so it gets a PNG that was
     # made here, of the checked rows (level 0 is no compression). The operator is called directly
     # because its Python wrapper warns at every call that torchcodec should be used.
+    import torch
+
     png = _png_head(shape) + _chunk(b"IDAT", zlib.compress(rows, level=0)) + _PNG_END
     decode_png, unchanged = png_decoder()
     encoded = torch.frombuffer(bytearray(png), dtype=torch.uint8)
@@ -160,8 +164,9 @@ def _from_rows(rows: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
 def png_decoder() -> tuple[Callable[..., torch.Tensor], int]:
     """The operator and its mode that keeps channels as they are.
 
-    Imported when it is needed: torchvision takes seconds to load, and building decodes with Pillow.
+    Imported when it is needed: both take seconds to load, and building decodes with Pillow.
     """
+    import torch
     from torchvision.io import ImageReadMode
 
     return torch.ops.image.decode_png.default, ImageReadMode.UNCHANGED.value

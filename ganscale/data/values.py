@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class ValueRange:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The type of the stored values."""
+        import torch
+
         return cast(torch.dtype, getattr(torch, self.dtype))
 
     def to_network(self, values: Tensor) -> Tensor:

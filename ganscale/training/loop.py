@@ -48,13 +48,8 @@ from ganscale.training.labelled import LabelledPool
 from ganscale.training.outputs import Outputs
 from ganscale.training.precision import Precision
 from ganscale.training.step_graphs import StepRunner, choose_capture, own_stream
-from ganscale.training.stopping import (
-    RankRequests,
-    StopConsensus,
-    StopReason,
-    StopRequest,
-    TrainResult,
-)
+from ganscale.training.stop_consensus import RankRequests, StopConsensus
+from ganscale.training.stopping import StopReason, StopRequest, TrainResult
 from ganscale.training.watchdog import Phase, Watchdog
 from ganscale.world import World
 

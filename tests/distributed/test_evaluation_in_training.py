@@ -45,7 +45,7 @@ def trained(config: Config, world_size: int = 1) -> list[dict[str, Any]]:
     return [row for row in rows if "metrics/fd_small" in row]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_measures_itself_and_keeps_its_best(make_config: MakeConfig, world_size: int) -> None:
     config = make_config(**SETTINGS)
     rows = trained(config, world_size)

@@ -216,7 +216,13 @@ def test_a_store_that_stalls_is_an_error_after_the_timeout(bucket: Bucket) -> No
     assert go_on(store, bucket.copy) == OLDER
 
 
-@pytest.mark.parametrize("num_refused", [1, math.inf], ids=["abort works", "abort fails"])
+@pytest.mark.parametrize(
+    "num_refused",
+    [
+        pytest.param(1, marks=pytest.mark.slow, id="abort works"),
+        pytest.param(math.inf, id="abort fails"),
+    ],
+)
 @pytest.mark.parametrize(
     ("kind", "number"), [("upload part", 1), ("upload part", 2), ("complete upload", 1)]
 )
@@ -241,7 +247,7 @@ def test_a_try_that_failed_never_touches_what_a_later_one_has_written(
     assert newest(bucket.copy(store)).nimg == NEWER
 
 
-@pytest.mark.parametrize("kind", ["upload part", "put"])
+@pytest.mark.parametrize("kind", ["upload part", pytest.param("put", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("one_try")
 def test_a_checkpoint_is_saved_when_a_storm_of_refusals_is_over(bucket: Bucket, kind: str) -> None:
     store = bucket.store("run")

@@ -109,6 +109,7 @@ def test_what_follows_a_rollback_is_not_what_came_before(config: Config) -> None
     assert after[0]["train/fake_logits"] != expected["train/fake_logits"]
 
 
+@pytest.mark.slow
 def test_a_fault_that_comes_again_ends_the_run_after_max_rollbacks(config: Config) -> None:
     results = run_ranks(2, _train_poisoned, config.with_changes({"guard.max_rollbacks": 2}), 99)
     endings = {ending for ending, _, _ in results}
@@ -118,7 +119,7 @@ def test_a_fault_that_comes_again_ends_the_run_after_max_rollbacks(config: Confi
     assert [num_rollbacks for _, num_rollbacks, _ in results] == [2, 2]
 
 
-@pytest.mark.parametrize("policy", ["warn", "stop"])
+@pytest.mark.parametrize("policy", [pytest.param("warn", marks=pytest.mark.slow), "stop"])
 def test_the_other_policies_note_it_and_go_on_or_end(config: Config, policy: str) -> None:
     results = run_ranks(2, _train_poisoned, config.with_changes({"guard.policy": policy}), 1)
     assert all(bool(ending) == (policy == "stop") for ending, _, _ in results)

@@ -138,6 +138,7 @@ def test_a_server_in_trouble_costs_nothing_and_gets_all_rows_later(
             assert [row["step"] for row in server.rows] == list(range(20))
 
 
+@pytest.mark.slow
 def test_rows_reach_a_server_that_comes_back_while_the_run_goes_on(begin: Begin) -> None:
     with wandb_server() as server:
         server.fault = "500"
@@ -175,7 +176,9 @@ def test_a_sound_server_gets_rows_group_and_faults(
     assert all(row["faults/resume"] == 1 for row in full)
 
 
-@pytest.mark.parametrize("victim", ["ganscale's process", "wandb-core"])
+@pytest.mark.parametrize(
+    "victim", ["ganscale's process", pytest.param("wandb-core", marks=pytest.mark.slow)]
+)
 def test_after_a_kill_another_process_goes_on_and_no_row_is_lost(begin: Begin, victim: str) -> None:
     with wandb_server() as server:
         run = begin("killed", server)
@@ -199,6 +202,7 @@ def test_after_a_kill_another_process_goes_on_and_no_row_is_lost(begin: Begin, v
         assert ids == {run.run_dir.wandb_run_id.read_text()}
 
 
+@pytest.mark.slow
 def test_a_wandb_that_stands_still_is_left_and_the_next_attempt_logs_what_it_lacks(
     begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,7 @@ def test_the_verb_prints_and_writes_what_was_measured(
     assert json.loads(out.read_text())["images_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_variants_are_measured_in_turns_and_those_that_fail_say_why(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -114,7 +115,6 @@ def test_a_gpu_is_compared_by_how_steps_are_launched_and_a_cpu_by_its_threads(
     assert len(speed_variants(config, torch.device("cpu"))) == 2
 
 
-@pytest.mark.slow  # variants are compared above, and the verb is tried without
 def test_the_verb_compares(
     procedural_shards: Path,
     tmp_path: Path,

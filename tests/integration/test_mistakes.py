@@ -289,6 +289,7 @@ def head() -> Iterator[str]:
         node.communicate()
 
 
+@pytest.mark.slow
 def test_waiting_for_what_is_not_there_says_what_and_ends_at_once(
     make_config: MakeConfig, head: str
 ) -> None:

@@ -196,9 +196,8 @@ def test_of_two_images_one_is_preferred_and_a_lost_answer_is_sent_again(
     assert answer.correct is None
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_also_where_a_shell_lets_none_through(
     images: tuple[Path, Path], tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -172,6 +172,11 @@ def test_the_command_line_loads_neither_torch_nor_ray() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 
+def test_what_manages_jobs_waits_for_no_torch() -> None:
+    code = "import ganscale.launch.ray_jobs, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
+
+
 def test_ray_is_started_without_waiting_for_torch_and_a_driver_needs_no_torchvision() -> None:
     code = (
         "import sys;"

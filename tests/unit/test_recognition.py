@@ -224,6 +224,7 @@ def test_images_are_chosen_evenly_over_the_classes() -> None:
         same_of_each_class(images, 1000, seed=3)
 
 
+@pytest.mark.slow
 def test_more_images_of_the_same_kind_help() -> None:
     """Of four images brightness is all that differs; two hundred stand for generated ones."""
 
