@@ -97,8 +97,6 @@ class _DuplicateKeyError(Exception):
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe loading that refuses a key that stands twice in one mapping."""
-
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Here merge keys (<<) are not resolved yet, which may rightly repeat a key.
         node = super().compose_mapping_node(anchor)

@@ -7,8 +7,7 @@ Kingma and Welling (2014, arXiv 1312.6114), for a posterior q = N(m, s^2) and th
 
 The likelihood is N(x; x', v) with one variance for all dimensions, the one that maximises it: the
 mean squared error itself (Rybkin et al. 2021, arXiv 2006.13202, equation 8). So no weight between
-the terms needs tuning. The error is that of all ranks, so that W workers minimise what one would;
-this takes one all-reduce a likelihood.
+the terms needs tuning. It takes one all-reduce a likelihood.
 """
 
 from __future__ import annotations
