@@ -86,7 +86,10 @@ def evaluate(
     from ganscale.evaluation.run_references import default_reference
     from ganscale.metrics.extractors import open_extractor
 
-    subject = _one_of(run, snapshot, images)
+    given = [value for value in (run, snapshot, images) if value is not None]
+    if len(given) != 1:
+        raise ConfigError("expected one of --run, --snapshot and --images")
+    subject = str(given[0])
     chosen = choose_metrics(None if metrics is None else parse_names(metrics))
     world = World.detect(device)
     network = open_extractor(extractor, weights=weights, weights_sha256=weights_sha256)
@@ -138,10 +141,3 @@ def _log_evaluation(run: Path, samples: ImageSet, evaluation: Evaluation) -> Non
     events.write("evaluation", attempt=attempt, nimg=nimg, **evaluation.to_json())
     sink.close()
     events.close()
-
-
-def _one_of(run: Path | None, snapshot: Path | None, images: str | None) -> str:
-    given = [value for value in (run, snapshot, images) if value is not None]
-    if len(given) != 1:
-        raise ConfigError("expected one of --run, --snapshot and --images")
-    return str(given[0])
