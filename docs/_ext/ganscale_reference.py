@@ -28,7 +28,7 @@ from pydantic.fields import FieldInfo
 from ganscale.cli import app
 from ganscale.config import Config, Schedule
 from ganscale.config.changes import MAY_CHANGE_IN_POPULATION, MAY_CHANGE_ON_RESUME
-from ganscale.config.preset_table import PRESET_COLUMNS, preset_rows
+from ganscale.config.loading import PRESET_COLUMNS, preset_rows
 from ganscale.config.sweep import SweepFile
 
 if TYPE_CHECKING:

@@ -31,7 +31,6 @@ from ganscale.cli import (  # noqa: F401
     rate,
     recognise,
     reconstruct,
-    run_report,
     shards,
     sweep,
     training,
@@ -55,7 +54,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     _show_own_warnings()
     if threading.excepthook is threading.__excepthook__:  # not one of a debugger or a test
         threading.excepthook = _thread_excepthook(debug=debug)
-    # torch warns that DDP's find_unused_parameters finds nothing; distribute.py says why it is set.
+    # torch warns that DDP's find_unused_parameters finds nothing; `wrap_in_ddp` says why it is set.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     _let_waiting_threads_sleep()
     try:

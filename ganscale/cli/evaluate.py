@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,9 +20,12 @@ from ganscale.cli.options import (
     parse_names,
 )
 from ganscale.errors import ConfigError
+from ganscale.json_lines import read_lines
+from ganscale.run_directory import RunDirectory
 from ganscale.world import World
 
 if TYPE_CHECKING:
+    from ganscale.evaluation.distributions.evaluate import Evaluation
     from ganscale.evaluation.image_sets import ImageSet
 
 
@@ -79,11 +83,13 @@ def evaluate(
     """Compare generated images with real ones: FID, KID, precision, recall, copies."""
     from ganscale.evaluation.evaluate import choose_metrics, measure, open_reference
     from ganscale.evaluation.image_sets import GeneratedImages, open_images
-    from ganscale.evaluation.run_log import log_evaluation
     from ganscale.evaluation.run_references import default_reference
     from ganscale.metrics.extractors import open_extractor
 
-    subject = _one_of(run, snapshot, images)
+    given = [value for value in (run, snapshot, images) if value is not None]
+    if len(given) != 1:
+        raise ConfigError("expected one of --run, --snapshot and --images")
+    subject = str(given[0])
     chosen = choose_metrics(None if metrics is None else parse_names(metrics))
     world = World.detect(device)
     network = open_extractor(extractor, weights=weights, weights_sha256=weights_sha256)
@@ -114,12 +120,24 @@ def evaluate(
     typer.echo(str(evaluation))
     # The run first: a --json path that cannot be written must not lose an hour's result.
     if run is not None:
-        log_evaluation(run, samples, evaluation)
+        _log_evaluation(run, samples, evaluation)
     write_json(json_file, evaluation.to_json())
 
 
-def _one_of(run: Path | None, snapshot: Path | None, images: str | None) -> str:
-    given = [value for value in (run, snapshot, images) if value is not None]
-    if len(given) != 1:
-        raise ConfigError("expected one of --run, --snapshot and --images")
-    return str(given[0])
+def _log_evaluation(run: Path, samples: ImageSet, evaluation: Evaluation) -> None:
+    """Append the metrics to the run's rows of metrics, and the protocol to its events."""
+    from ganscale.evaluation.image_sets import GeneratedImages
+    from ganscale.tracking.sinks import EventLog, JsonlSink
+
+    assert isinstance(samples, GeneratedImages)
+    run_dir = RunDirectory(run.expanduser().absolute())
+    nimg = int(samples.generator.info["nimg"])
+    rows = read_lines(run_dir.metrics)
+    # The row must belong to the attempt that the run is in, or `History` would take it for one that
+    # a rollback undid.
+    attempt = int(rows[-1]["attempt"]) if rows else 0
+    sink, events = JsonlSink(run_dir.metrics), EventLog(run_dir.events)
+    sink.log({"nimg": nimg, **evaluation.row(), "attempt": attempt, "time/unix": time.time()})
+    events.write("evaluation", attempt=attempt, nimg=nimg, **evaluation.to_json())
+    sink.close()
+    events.close()

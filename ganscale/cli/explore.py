@@ -139,8 +139,8 @@ def mix(
     """Mix the styles of images, for generators with styles (StyleGAN2)."""
     import torch
 
+    from ganscale.generation.latent_sampler import mixed_images
     from ganscale.generation.pictures import lay_out, write_picture
-    from ganscale.generation.style_mixing import mixed_images
 
     sampler = _latent_sampler(path, truncation_psi, device)
     left, top = parse_integers("--rows", rows), parse_integers("--columns", columns)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -156,7 +156,7 @@ def job_stop(
 def _follow(jobs: Jobs, job: Job) -> None:
     """Print the job's output until its end, and exit with its code."""
     try:
-        ended = jobs.follow(job.id, _write_and_flush)
+        ended = jobs.follow(job.id, partial(print, end="", flush=True))
     except KeyboardInterrupt:
         # Ctrl-C ends only this process: the job runs on the cluster.
         name = job.run or job.id
@@ -169,11 +169,6 @@ def _follow(jobs: Jobs, job: Job) -> None:
         raise typer.Exit(_INTERRUPTED) from None
     typer.echo(f"job {ended.id} {ended.status}", err=True)
     raise typer.Exit(ended.exit_code)
-
-
-def _write_and_flush(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _line(job: Job) -> str:

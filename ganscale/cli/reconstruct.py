@@ -141,7 +141,6 @@ def _protocol(
     compared: _Compared,
     seed: int,
 ) -> dict[str, Any]:
-    """What the metrics depend on."""
     protocol: dict[str, Any] = {
         "task": degradation.name,
         "noise": degradation.noise * 127.5,

@@ -1,4 +1,4 @@
-"""Commands that train, and that show what a training would use."""
+"""Commands that train, and that show what a run would use, does and has done."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 from ganscale.cli.app import app, stderr_console
 from ganscale.cli.options import Overrides
 from ganscale.config import Config, load_config, parse_overrides
-from ganscale.config.preset_table import PRESET_COLUMNS, preset_rows
+from ganscale.config.loading import PRESET_COLUMNS, preset_rows
 from ganscale.errors import ConfigError
 from ganscale.run_directory import RunDirectory
 from ganscale.world import launched_rank
@@ -95,6 +95,32 @@ def watch(
     with follower:
         while not follower.status.is_over:
             time.sleep(0.3)
+
+
+@app.command(
+    epilog="Example: ganscale report runs/quickstart    Several, side by side: ganscale report "
+    "runs/a runs/b --out compared.html"
+)
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The file; default: report.html in the run's folder, or here for several runs.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write one HTML file about runs from their folders: samples, curves, faults, what next.
+
+    It can be made at any time, also while a run trains, and is complete in itself.
+    """
+    from rich.filesize import decimal
+
+    from ganscale.report import write_report
+
+    written = write_report(runs, out)
+    typer.echo(f"wrote {written.path} ({decimal(written.num_bytes)})")
 
 
 @app.command(epilog="Example: ganscale presets")

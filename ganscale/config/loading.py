@@ -17,6 +17,19 @@ from ganscale.config.messages import abbreviated, nearest
 from ganscale.config.run import Config, merged, validated
 from ganscale.errors import ConfigError, naming_file
 
+PRESET_COLUMNS = (
+    "preset",
+    "model",
+    "resolution",
+    "classes",
+    "method: losses",
+    "D steps x batch",
+    "kimg",
+)
+
+_REQUIRED = {"encoder-cifar10": ("method.generator=runs/dcgan-cifar10",)}
+"""Settings without a default that a preset leaves to its user, so that it can be loaded."""
+
 
 def preset_names() -> list[str]:
     """Names of the presets that ship with the package."""
@@ -37,6 +50,13 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{source}: expected sections of fields, got {type(values).__name__}")
     values.setdefault("name", default_name)
     return validated(merged(values, parse_overrides(overrides)))
+
+
+def preset_rows() -> list[tuple[str, ...]]:
+    """A row of texts for each preset, with the columns of `PRESET_COLUMNS`."""
+    return [
+        _preset_row(name, load_config(name, _REQUIRED.get(name, ()))) for name in preset_names()
+    ]
 
 
 def read_yaml(text: str, source: str | Path) -> Any:
@@ -77,8 +97,6 @@ class _DuplicateKeyError(Exception):
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe loading that refuses a key that stands twice in one mapping."""
-
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Here merge keys (<<) are not resolved yet, which may rightly repeat a key.
         node = super().compose_mapping_node(anchor)
@@ -114,3 +132,28 @@ def _read(source: str | Path) -> tuple[str, str]:
         )
     preset = resources.files("ganscale") / "presets" / f"{source}.yaml"
     return preset.read_text(encoding="utf-8"), str(source)
+
+
+def _preset_row(name: str, config: Config) -> tuple[str, ...]:
+    training, model = config.training, config.model
+    # A method without a discriminator has no steps of one.
+    steps = "" if config.method.name == "vae" else f"{training.discriminator_steps} x "
+    return (
+        name,
+        model.name,
+        str(model.resolution),
+        str(model.num_classes or "-"),
+        _losses(config),
+        f"{steps}{training.batch_size}",
+        f"{training.total_kimg:,.0f}",
+    )
+
+
+def _losses(config: Config) -> str:
+    method = config.method.name
+    if method == "vae":
+        return method
+    parts = [f"{method}: {config.objective.name}", *config.penalty.names]
+    if config.augment.name != "none":
+        parts.append(f"augmentation {config.augment.name}")
+    return ", ".join(parts)

@@ -115,7 +115,9 @@ def build_shards(
     if source.left_out:
         notify(f"Left out: {source.left_out}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _partial_folder(out, _fingerprint(recipe, dealt, num_shards)) as folder:
+    content = [_BUILD_VERSION, asdict(recipe), num_shards, [int(i) for i in dealt]]
+    fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    with _partial_folder(out, fingerprint) as folder:
         jobs = [(recipe, folder, n, tuple(dealt[n::num_shards])) for n in range(num_shards)]
         built = _in_processes(build_shard, jobs, progress)
         origin = _Origin(spec.kind, spec.split, classes, value_range)
@@ -360,11 +362,6 @@ def _partial_folder(out: Path, fingerprint: str) -> Iterator[Path]:
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)  # while it is held, so that it is ours
         lock.release()
-
-
-def _fingerprint(recipe: Recipe, dealt: Sequence[int], num_shards: int) -> str:
-    content = [_BUILD_VERSION, asdict(recipe), num_shards, [int(i) for i in dealt]]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _spread(count: int, limit: int | None) -> list[int]:

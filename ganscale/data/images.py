@@ -116,7 +116,11 @@ def normalised_png(
             raise DataError(f"cannot be decoded: {_first_line(error)}") from None
         # Else the bytes stay: encoding again would make them depend on the version of zlib.
         if changed is not image or image.format != "PNG" or len(changes):
-            data = _encoded(changed)
+            # Without the colour profile: decoders differ in whether they apply it, and pixels must
+            # not.
+            buffer = io.BytesIO()
+            changed.save(buffer, format="PNG", icc_profile=None)
+            data = buffer.getvalue()
     return Normalised(data, _chw(pixels), tuple(changes))
 
 
@@ -266,13 +270,6 @@ def _opened(data: bytes) -> Image.Image:
     except (OSError, SyntaxError, ValueError) as error:
         reason = "it is empty" if not data else _first_line(error).partition(" <_io.")[0]
         raise DataError(f"is not an image: {reason}") from None
-
-
-def _encoded(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    # Without the colour profile: decoders differ in whether they apply it, and pixels must not.
-    image.save(buffer, format="PNG", icc_profile=None)
-    return buffer.getvalue()
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,13 +11,9 @@ A stream goes through its shards strictly forward, window by window. So a rank n
 any time, and which ones come next is known: they can be fetched ahead, and a shard that has been
 left is not needed again in the epoch. A full shuffle would touch every shard in every batch.
 
-The order is computed a block at a time: one window of every stream, at most S * window samples,
-three blocks kept. Any position is reached without walking there, and a batch is a slice.
-
-The trade: the shuffle is as good as `window` (and the shards' own content) allow; a window that
-covers a stream's whole epoch is a full shuffle of that stream. Permutations come from a counter
-based hash (SplitMix64: Steele, Lea and Flood, 2014), not from a library's generator, whose output
-may change between versions. numpy only: no torch, no I/O.
+The order is computed a block at a time, one window of every stream, so any position is reached
+without walking there. The shuffle is as good as `window` (and the shards' own content) allow; a
+window that covers a stream's whole epoch is a full shuffle of that stream.
 """
 
 from __future__ import annotations
@@ -45,8 +41,10 @@ def keyed_permutation(n: int, *key: int | str) -> NDArray[np.int64]:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x ^= x >> np.uint64(31)
-    # Sorting hashed counters needs neither a loop nor a generator's state. The hash is a bijection
-    # of 64-bit integers, so no two are equal and any sorting algorithm gives the same permutation.
+    # SplitMix64 (Steele, Lea and Flood, 2014), as the output of a library's generator may change
+    # between versions. Sorting hashed counters needs neither a loop nor a generator's state. The
+    # hash is a bijection of 64-bit integers, so no two are equal and any sorting algorithm gives
+    # the same permutation.
     return np.argsort(x, kind="stable")
 
 

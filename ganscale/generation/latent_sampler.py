@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ganscale.errors import ConfigError
-from ganscale.generation.latents import seeded_labels, seeded_latents
+from ganscale.generation.latents import seed_for, seeded_labels, seeded_latents
 from ganscale.generation.pictures import as_pictures
 from ganscale.generation.sampler import SampleableGenerator
-from ganscale.generation.truncation import truncated_latents, truncated_styles
 
 Label = int | list[int] | None
 """A class for all images, one for each of them, or those that the seeds decide."""
 _MEAN_SEEDS = 1024
 """The number of latents that the mean of w is estimated from."""
+_LEAST_PSI = 0.05
+"""Below it nearly every draw is rejected, and the images are nearly one."""
 
 
 class LatentSampler:
@@ -163,6 +164,58 @@ class LatentSampler:
             assert self.mapping is not None
             self._means[key] = self._forward(self.mapping, z, self.classes(seeds, label)).mean(0)
         return self._means[key]
+
+
+def truncated_styles(w: Tensor, mean: Tensor, psi: float) -> Tensor:
+    """mean + psi (w - mean), which is the mean at psi = 0 and w itself at 1.
+
+    Karras et al. 2019, arXiv 1812.04948, appendix B.
+    """
+    return torch.lerp(mean.expand_as(w), w, psi)
+
+
+def truncated_latents(seeds: list[int], z_dim: int, *, threshold: float) -> Tensor:
+    """One latent for each seed, (n, z_dim), no element of which is larger than `threshold`.
+
+    Elements are of a truncated normal (Brock et al. 2019, arXiv 1809.11096, section 3.1). Those
+    that are small enough are those of `seeded_latents`, so images stay near theirs. Raises
+    `ConfigError` for a threshold below 0.05.
+    """
+    if not threshold >= _LEAST_PSI:
+        raise ConfigError(f"truncation_psi={threshold}: expected at least {_LEAST_PSI} without w")
+    rows = []
+    for seed in seeds:
+        # The seed of `seeded_latents`, whose first draw is repeated here.
+        generator = torch.Generator().manual_seed(seed_for("sample", seed))
+        z = torch.randn(z_dim, generator=generator)
+        # Rejected elements are drawn again from the same stream, which gives a truncated normal;
+        # clamping would pile them up at the threshold.
+        while bool((large := z.abs() > threshold).any()):
+            z = torch.where(large, torch.randn(z_dim, generator=generator), z)
+        rows.append(z)
+    return torch.stack(rows)
+
+
+def mixed_images(sampler: LatentSampler, rows: list[int], columns: list[int], layer: int) -> Tensor:
+    """Images with the row seed's styles before `layer` and the column seed's from it on.
+
+    Style mixing (Karras et al. 2019, arXiv 1812.04948, section 3.1): coarse layers take their
+    styles from one image and fine layers from another. Returns uint8 (rows, columns, C, H, W).
+    Raises `ConfigError` if the generator has no styles, or the layer is not one of 0 to their
+    number.
+    """
+    w_rows, w_columns = (
+        sampler.styles(sampler.latents(seeds), sampler.classes(seeds)).cpu()
+        for seeds in (rows, columns)
+    )
+    num_layers = sampler.num_layers
+    if not 0 <= layer <= num_layers:
+        raise ConfigError(f"layer {layer}: this generator has layers 0 to {num_layers}")
+    before = torch.arange(num_layers)[:, None] < layer  # (layers, 1)
+    w = torch.where(before, w_rows[:, None, None], w_columns[None, :, None])
+    images = sampler.draw_styles(w.flatten(0, 1))
+    grid: Tensor = images.unflatten(0, (len(rows), len(columns)))
+    return grid
 
 
 def _padded(rows: Tensor, num_rows: int) -> Tensor:

@@ -144,8 +144,6 @@ def copied_to_driver(
 
 
 class _DriverCopy:
-    """The copy on the driver's host."""
-
     def __init__(self, driver: Any, root: Path) -> None:
         self._driver = driver
         self._root = root

@@ -91,7 +91,8 @@ class RayMetrics(NullSink):
         for name, value in row.items():
             for pattern, gauge in _FROM_ROW:
                 if found := re.fullmatch(pattern, name):
-                    self._set_matched(gauge, found, value)
+                    full_name = gauge + found[2] if gauge == "worker_" else gauge
+                    self._set(full_name, value, found[1] if found.re.groups else None)
                     break
         self._show()
 
@@ -107,11 +108,6 @@ class RayMetrics(NullSink):
         if "world_size" in event:
             self._set("workers", event["world_size"])
         return self._faults.add(event)
-
-    def _set_matched(self, gauge: str, found: re.Match[str], value: float) -> None:
-        if gauge == "worker_":
-            gauge += found[2]
-        self._set(gauge, value, found[1] if found.re.groups else None)
 
     def _set(self, gauge: str, value: float, tag: str | None = None) -> None:
         """A value that is not finite is not shown; the last one stays."""

@@ -5,9 +5,8 @@ Im et al. (2016, arXiv 1602.05110), section 4, compare two GANs by exchanging th
     r_test    = err(D_i, test images) / err(D_j, test images)
     r_samples = err(D_i, samples of G_j) / err(D_j, samples of G_i)
 
-i wins if r_samples < 1 while r_test is about 1, j if r_samples > 1; else it is a tie, such as when
-one discriminator is simply better than the other. Here r_test is about 1 within a factor of 1.5,
-and r_samples differs from 1 when its interval does.
+i wins if r_samples < 1 while r_test is about 1, j if r_samples > 1; else it is a tie. Here
+r_samples differs from 1 when its interval does.
 
 An error rate depends on the discriminator's threshold, and a lenient discriminator is fooled by
 every generator. So the ratings, which rank any number of runs, use no threshold: a discriminator
@@ -19,8 +18,7 @@ better discriminator counts too.
 A second rating has generators and discriminators as separate players (as in Olsson et al. 2018,
 arXiv 1808.04888). It does not blame a generator for meeting sharp discriminators, but with few runs
 it depends much on the worst discriminator: measured on three snapshots it put the earliest
-generator first (benchmarks/EVALUATION.md). No discriminator scores its own generator, against which
-it was trained.
+generator first (benchmarks/EVALUATION.md).
 
 Intervals are of 95 % and resample images. They do not cover other seeds of the runs.
 """
@@ -184,7 +182,8 @@ def score(logits: Floats, thresholds: Floats, names: Sequence[str], *, seed: int
 def _wins_of_runs(chosen: Floats) -> Floats:
     """Shares of games that the row's run wins against the column's, (R, R)."""
     # i wins against j when j's discriminator chooses i's sample, [j, i], and when its own does not
-    # choose j's, 1 - [i, j]. The diagonal, a discriminator on its own generator, is no game.
+    # choose j's, 1 - [i, j]. The diagonal, a discriminator on the generator against which it was
+    # trained, is no game.
     return (1 - np.eye(len(chosen))) * (chosen.T + 1 - chosen)
 
 

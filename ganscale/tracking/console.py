@@ -53,8 +53,6 @@ class _LineReporter(PeriodicThread):
 
 
 class _Task:
-    """A task that a `_LineReporter` shows."""
-
     def __init__(self, description: str, total: int | None) -> None:
         self._description = description
         self._total = total

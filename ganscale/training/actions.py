@@ -16,8 +16,8 @@ from torch import distributed as dist
 
 from ganscale.config import Config
 from ganscale.errors import TrainingFault
+from ganscale.tracking.stats import WorkerStats, worker_columns
 from ganscale.tracking.step_times import StepTimes
-from ganscale.tracking.workers import WorkerStats, merged
 from ganscale.training.callbacks import Callback, Rollback
 from ganscale.training.checkpoints import CheckpointManager
 from ganscale.training.collectives import gather_objects, sum_over_ranks
@@ -150,7 +150,7 @@ class LogMetrics(Callback):
         extra = state.method.extra_metrics(state.nimg)
         row |= {f"train/{name}": value for name, value in extra.items()}
         # A collective: all ranks log at the same position.
-        row |= merged(gather_objects(self._worker.measure(self.times.means())))
+        row |= worker_columns(gather_objects(self._worker.measure(self.times.means())))
         row["time/images_per_second"] = num_steps * self.config.training.batch_size / seconds
         if self.config.data.on_error == "skip":
             row["data/num_skipped"] = self._report_skipped(state)

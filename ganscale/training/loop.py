@@ -283,7 +283,6 @@ class Trainer:
         ]
 
     def _enter(self, phase: Phase) -> None:
-        """Tell the watchdog and the step times that the next part of a step begins."""
         self.watchdog.mark(self.state.step, phase)
         self.times.enter("data_wait" if phase == "data" else phase.replace(" ", "_"))
 

@@ -196,7 +196,6 @@ def _module_bytes(module: nn.Module) -> int:
 
 
 def _tensors(method: TrainingMethod) -> Iterator[Tensor]:
-    """All networks' parameters and buffers."""
     for model in method.models.values():
         yield from model.module.parameters()
         yield from model.module.buffers()

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.testing import assert_close
 
-from ganscale.augment import Augmentation, Draws
+from ganscale.augment.draws import Draws
 from ganscale.augment.geometry import SYM6, resample
+from ganscale.augment.pipeline import Augmentation
 
 Rows = list[list[float]]
 Function = Callable[[Tensor, Tensor], Tensor]

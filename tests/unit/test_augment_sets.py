@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ganscale.augment import AUGMENTATIONS, Augmentation, Draws
-from ganscale.augment.pipeline import TRANSFORMS
+from ganscale.augment.draws import Draws
+from ganscale.augment.pipeline import AUGMENTATIONS, TRANSFORMS, Augmentation
 
 
 def random_images(n: int, resolution: int, channels: int = 3) -> Tensor:

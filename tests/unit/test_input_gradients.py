@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ganscale.config import Config
 from ganscale.models import build_discriminator
 from ganscale.models.input_gradients import are_parameters_wanted, input_gradients_only
-from ganscale.training.distribute import distribute
+from ganscale.training.optimized_model import distribute
 from ganscale.world import World, process_group
 from tests.support.small_models import SMALL_MODELS
 

@@ -18,7 +18,6 @@ from ganscale.generation.latents import draw_noise, uniform
 from ganscale.models import build_classifier
 from ganscale.models.autoencoder import Autoencoder, sampled
 from ganscale.models.classifying import ClassifyingDiscriminator
-from ganscale.objectives.reconstruction import gaussian_kl, gaussian_nll
 from ganscale.training.build import build_state, load_shards
 from ganscale.training.inputs import Labelled, LocalBatch
 from ganscale.training.labelled import LabelledPool, labelled_samples
@@ -26,6 +25,7 @@ from ganscale.training.loop import Trainer
 from ganscale.training.precision import Precision
 from ganscale.training.steps.bigan import Bigan
 from ganscale.training.steps.discriminator import Samples
+from ganscale.training.steps.likelihood import gaussian_kl, gaussian_nll
 from ganscale.training.steps.semi_supervised import SemiSupervised
 from ganscale.training.steps.vae import Vae
 from ganscale.world import World, process_group

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ganscale.tracking import step_times
+from ganscale.tracking.stats import WorkerStats, worker_columns
 from ganscale.tracking.step_times import StepTimes
-from ganscale.tracking.workers import WorkerStats, merged
 
 CPU = torch.device("cpu")
 
@@ -105,7 +105,7 @@ def test_a_row_has_means_of_times_and_each_workers_own() -> None:
         {"data_wait_seconds": 1.0, "generator_seconds": 2.0, "cpu_percent": 90.0},
         {"data_wait_seconds": 3.0, "generator_seconds": 2.0, "cpu_percent": 50.0},
     ]
-    assert merged(workers) == {
+    assert worker_columns(workers) == {
         "time/data_wait_seconds": 2.0,
         "time/generator_seconds": 2.0,
         "workers/0/data_wait_seconds": 1.0,
@@ -116,7 +116,7 @@ def test_a_row_has_means_of_times_and_each_workers_own() -> None:
 
 
 def test_rows_stay_short_with_many_workers() -> None:
-    row = merged([{"data_wait_seconds": float(rank)} for rank in range(100)])
+    row = worker_columns([{"data_wait_seconds": float(rank)} for rank in range(100)])
     assert row["time/data_wait_seconds"] == 49.5
     assert sum(name.startswith("workers/") for name in row) == 16
 

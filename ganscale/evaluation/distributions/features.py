@@ -3,10 +3,6 @@
 Images go through the network in fixed groups, whichever rank has them, and rank 0 puts their
 features together in the order of the images. So features, and whatever is computed from them, are
 the same for any number of ranks, bit for bit on one kind of machine.
-
-A comparison needs two things of its reference: the moments of all images, and the features of some
-(`plan_reference`). The moments of well-known sets ship with the package, so that only those few
-images have to go through the network.
 """
 
 from __future__ import annotations
@@ -242,9 +238,9 @@ def plan_reference(
 ) -> ReferencePlan:
     """Decide how the moments of all images and the features of `num_rows` are obtained.
 
-    The rows are of the same images, drawn with a fixed seed, whether or not the moments of all are
-    included. Where they are, only those images' features are extracted, else those of all; what is
-    in the cache already is not extracted again.
+    The moments of well-known sets ship with the package; then only the features of those rows are
+    extracted, else those of all images. The rows are of the same images either way, drawn with a
+    fixed seed. What is in the cache already is not extracted again.
 
     All ranks call this inside a process group. Raises `DataError` if an image cannot be read.
     """

@@ -7,8 +7,7 @@ more clearly, but make logits depend on the images beside (benchmarks/EVALUATION
 
 The meaning of a logit depends on the objective: with a cross-entropy it is a log probability ratio,
 a Wasserstein critic has no zero, and a relativistic one is defined up to a constant. So each
-discriminator has a threshold: the median of equally many logits of real images and of samples of
-its own run's generator. At this threshold it errs on both equally often.
+discriminator has a `threshold`, from real images and samples of its own run's generator.
 """
 
 from __future__ import annotations

@@ -7,9 +7,8 @@ betray each other. (Group norm, which has none, reached 41 % where batch norm re
 training.)
 
 The recipe is SGD with Nesterov momentum, a linear warm-up and a cosine to 0, for a fixed number of
-images passed, so that sets of different sizes get equal training. A seed decides the weights, the
-order and the augmentation: on the CPU, with the same number of threads, the same seed gives the
-same network bit for bit.
+images passed, so that sets of different sizes get equal training. On the CPU, with the same number
+of threads, the same seed gives the same network bit for bit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Truncation of latents and of styles."""
+"""Truncation of latents and of styles, and styles that are given by layer."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from scipy import stats
 
 from ganscale.config.models import DcganModel, Stylegan2Model
 from ganscale.errors import ConfigError
-from ganscale.generation.latent_sampler import LatentSampler
+from ganscale.generation.latent_sampler import (
+    LatentSampler,
+    mixed_images,
+    truncated_latents,
+    truncated_styles,
+)
 from ganscale.generation.latents import seeded_latents
 from ganscale.generation.sampler import SampleableGenerator, diversity
-from ganscale.generation.style_mixing import mixed_images
-from ganscale.generation.truncation import truncated_latents, truncated_styles
 from ganscale.models import build_generator
 
 
