@@ -32,6 +32,6 @@ Done in $((SECONDS - started)) s. Look at:
   runs/quickstart/samples/          the same latents while it learned
   runs/quickstart/metrics.jsonl     the curves; W&B: .venv/bin/wandb sync runs/quickstart/wandb/offline-run-*
 FID:    .venv/bin/ganscale evaluate --run runs/quickstart --metrics fid --num 2000
-        (says first how long it takes: about five minutes on a CPU)
+        (about five minutes on a CPU)
 Go on:  .venv/bin/ganscale resume runs/quickstart training.total_kimg=500
 END

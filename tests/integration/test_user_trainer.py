@@ -26,7 +26,8 @@ def test_rows_reach_ray_and_weights_are_those_of_ganscale_train(
     with tempfile.TemporaryDirectory(prefix="gs", ignore_cleanup_errors=True) as folder:
         found = subprocess.run(
             [sys.executable, "-m", "tests.support.user_trainer", str(file), str(tmp_path)],
-            env={**os.environ, "RAY_TMPDIR": folder},
+            # Else workers are nicer than the tests beside this one, and wait for them.
+            env={**os.environ, "RAY_TMPDIR": folder, "RAY_worker_niceness": "0"},
             capture_output=True,
             text=True,
             timeout=840,
