@@ -25,8 +25,8 @@ from ganscale.models import build_discriminator, build_generator
 from ganscale.objectives.adversarial import OBJECTIVES
 from ganscale.training.build import load_shards
 from ganscale.training.determinism import use_deterministic_kernels
-from ganscale.training.inputs import network_input
 from ganscale.training.precision import Precision
+from ganscale.training.step_inputs import network_input
 from ganscale.world import World
 
 _NUM_IMAGES = 10_000

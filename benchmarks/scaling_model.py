@@ -34,8 +34,8 @@ from ganscale.data.sources import SourceSpec
 from ganscale.generation.latents import draw_noise
 from ganscale.models import build_discriminator, build_generator
 from ganscale.training.build import load_shards
-from ganscale.training.inputs import StepContext
 from ganscale.training.loop import Trainer
+from ganscale.training.step_inputs import StepContext
 from ganscale.training.steps import TrainingMethod
 from ganscale.world import World, process_group
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ganscale.config import Config
-    from ganscale.evaluation.distributions.evaluate import Evaluation
+    from ganscale.evaluation.distributions.evaluation import Evaluation
     from ganscale.evaluation.evaluate import evaluate
     from ganscale.generation.generator import Generator
     from ganscale.run import Run
@@ -40,7 +40,7 @@ __version__ = "0.2.0"
 _MODULES = {
     "Callback": "ganscale.training.callbacks",
     "Config": "ganscale.config",
-    "Evaluation": "ganscale.evaluation.distributions.evaluate",
+    "Evaluation": "ganscale.evaluation.distributions.evaluation",
     "Generator": "ganscale.generation.generator",
     "Rollback": "ganscale.training.callbacks",
     "Run": "ganscale.run",

@@ -17,7 +17,7 @@ from ganscale.run_directory import RunDirectory
 from ganscale.world import World, process_group
 
 if TYPE_CHECKING:
-    from ganscale.evaluation.distributions.evaluate import Evaluation
+    from ganscale.evaluation.distributions.evaluation import Evaluation
     from ganscale.evaluation.image_sets import ImageSet
     from ganscale.metrics.extractors import FeatureExtractor
 
@@ -42,7 +42,8 @@ def averages(
     json_file: JsonFile = None,
 ) -> None:
     """Compare the averages of a run's generator (training.extra_ema_halflives_kimg) by FID."""
-    from ganscale.evaluation.distributions.evaluate import Evaluation, column_of
+    from ganscale.evaluation.distributions.evaluate import column_of
+    from ganscale.evaluation.distributions.evaluation import Evaluation
     from ganscale.evaluation.image_sets import open_images
     from ganscale.evaluation.run_references import default_reference
     from ganscale.metrics.extractors import open_extractor

@@ -25,7 +25,7 @@ from ganscale.run_directory import RunDirectory
 from ganscale.world import World
 
 if TYPE_CHECKING:
-    from ganscale.evaluation.distributions.evaluate import Evaluation
+    from ganscale.evaluation.distributions.evaluation import Evaluation
     from ganscale.evaluation.image_sets import ImageSet
 
 

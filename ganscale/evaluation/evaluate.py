@@ -13,8 +13,9 @@ from typing import cast
 from ganscale.config import RENAMED_METRICS, ExtractorName, MetricName
 from ganscale.data.layout import Split
 from ganscale.errors import CheckpointError, ConfigError
-from ganscale.evaluation.distributions.evaluate import METRICS, Evaluation
+from ganscale.evaluation.distributions.evaluate import METRICS
 from ganscale.evaluation.distributions.evaluate import evaluate as evaluate_features
+from ganscale.evaluation.distributions.evaluation import Evaluation
 from ganscale.evaluation.distributions.features import FeatureCache
 from ganscale.evaluation.gan_metrics.classifier_metrics import (
     CLASSIFIER_METRICS,

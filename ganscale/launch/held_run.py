@@ -11,7 +11,13 @@ from rich.console import Console
 
 from ganscale.checkpoint import CheckpointStore, Heartbeat, Holder, Session
 from ganscale.config import Config
+from ganscale.config.changes import changed_settings
+from ganscale.errors import ConfigError
+from ganscale.launch.documents import Copy, restore_run_dir, store_copy
+from ganscale.launch.prepare import previous_config
+from ganscale.run_directory import RunDirectory
 from ganscale.storage import RetryPolicy, retry
+from ganscale.world import launched_rank
 
 
 class HeldRun:
@@ -35,6 +41,57 @@ class HeldRun:
     def require_free(self) -> None:
         """Raise `RunInUse` if another process that is alive has begun an attempt meanwhile."""
         self._store.require_free(self.session.holder, self.session.newest_attempt)
+
+
+@contextmanager
+def run_session(
+    config: Config, console: Console, *, take_over: bool = False
+) -> Iterator[HeldRun | None]:
+    """Let this process train a run while the block runs.
+
+    Its folder and its checkpoints stay as they are until the first attempt begins. Yields None on
+    ranks of torchrun other than 0, which write nothing. Raises `ConfigError` if the folder holds a
+    run with other settings, `RunInUse` if another process that is alive trains the run, unless
+    `take_over`.
+    """
+    if config.launch.backend == "inprocess" and launched_rank():
+        _check_same_run(config, RunDirectory(config.run_dir))
+        yield None
+        return
+    with hold(config, console, take_over=take_over) as held:
+        restore_run_dir(config, CheckpointStore(config.checkpoints))
+        _check_same_run(config, RunDirectory(config.run_dir))
+        with _copied(config, console, held):
+            yield held
+
+
+@contextmanager
+def _copied(config: Config, console: Console, held: HeldRun) -> Iterator[None]:
+    """Keep a copy of the run's documents where its checkpoints are, if that is an object store."""
+    target = store_copy(config)
+    if target is None:
+        yield
+        return
+    copy = Copy(
+        config.run_dir, target, lines_seconds=60.0, files_seconds=60.0, is_allowed=held.is_current
+    )
+    with copy:
+        yield
+    if copy.problem:
+        text = f"the copy of {config.run_dir} beside the checkpoints is not complete: "
+        console.print(f"[yellow]{text}{copy.problem}[/yellow]", highlight=False, soft_wrap=True)
+
+
+def _check_same_run(config: Config, run_dir: RunDirectory) -> None:
+    begun = previous_config(config)
+    if begun is None:
+        return
+    changed = changed_settings(begun, config)
+    if changed:
+        raise ConfigError(
+            f"{run_dir.root} holds a run with other settings ({'; '.join(changed)}): "
+            "choose another name=..., or go on with it by ganscale resume"
+        )
 
 
 @contextmanager

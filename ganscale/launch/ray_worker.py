@@ -69,7 +69,8 @@ def train_loop_per_worker(settings: Mapping[str, Any]) -> TrainResult:
     be on storage that all nodes share, or `checkpoint.location` a URL. Shards are built first where
     `data.shards` is not set. Raises what `ganscale.train` raises.
     """
-    from ganscale.launch.start import resolve_config, run_session
+    from ganscale.launch.held_run import run_session
+    from ganscale.launch.prepare import resolve_config
     from ganscale.training.stopping import StopRequest
 
     changes = {name: value for name, value in settings.items() if name != "config"}

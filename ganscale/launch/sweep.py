@@ -27,10 +27,10 @@ from ganscale.config.search_space import generator_for
 from ganscale.config.sweep import Asha, Population, Sweep
 from ganscale.errors import GanscaleError
 from ganscale.launch.driver_actor import Messages, start_driver_actor
+from ganscale.launch.prepare import resolve_config
 from ganscale.launch.ray_cluster import cluster, num_workers_fitting, require_capacity
 from ganscale.launch.secrets import NAMES_VARIABLE, for_workers
 from ganscale.launch.signals import stopping_on_signals
-from ganscale.launch.start import resolve_config
 from ganscale.launch.sweep_status import TrialStatus, copy_trial, read_status
 from ganscale.launch.sweep_table import displayed
 from ganscale.launch.sweep_trial import SweepTrial

@@ -23,10 +23,11 @@ from ganscale.config import Config
 from ganscale.config.sweep import Population, Sweep
 from ganscale.errors import GanscaleError
 from ganscale.launch.driver_actor import Messages
+from ganscale.launch.held_run import run_session
 from ganscale.launch.local import train_here
 from ganscale.launch.ray_metrics import RayMetrics
 from ganscale.launch.ray_train import train_in_groups
-from ganscale.launch.start import run_session, supervisor_of
+from ganscale.launch.start import supervisor_of
 from ganscale.launch.sweep_status import Reports, reports, resume_point
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.console import stderr_console

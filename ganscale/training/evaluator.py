@@ -13,7 +13,8 @@ from torch import nn
 from ganscale.config import Config
 from ganscale.data.shards import ShardSet
 from ganscale.errors import DataError
-from ganscale.evaluation.distributions.evaluate import Evaluation, column_of, evaluate
+from ganscale.evaluation.distributions.evaluate import column_of, evaluate
+from ganscale.evaluation.distributions.evaluation import Evaluation
 from ganscale.evaluation.distributions.features import FeatureCache
 from ganscale.evaluation.image_sets import GeneratedImages, ImageSet, ImagesOfShards, open_images
 from ganscale.generation.sampler import SampleableGenerator

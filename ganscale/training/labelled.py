@@ -11,7 +11,7 @@ from ganscale.data.reader import ImageReader
 from ganscale.data.shards import ShardSet
 from ganscale.errors import ConfigError
 from ganscale.generation.latents import seed_for
-from ganscale.training.inputs import Labelled, network_input
+from ganscale.training.step_inputs import Labelled, network_input
 
 
 class LabelledPool:

@@ -43,11 +43,12 @@ from ganscale.training.compilation import kernel_compiler
 from ganscale.training.determinism import use_deterministic_kernels
 from ganscale.training.evaluator import Evaluator
 from ganscale.training.guard import Guard
-from ganscale.training.inputs import HostInputs, InputPreparer, PackedInputs, StepVariant
+from ganscale.training.inputs import HostInputs, InputPreparer, PackedInputs
 from ganscale.training.labelled import LabelledPool
 from ganscale.training.outputs import Outputs
 from ganscale.training.precision import Precision
 from ganscale.training.step_graphs import StepRunner, choose_capture, own_stream
+from ganscale.training.step_inputs import StepVariant
 from ganscale.training.stop_consensus import RankRequests, StopConsensus
 from ganscale.training.stopping import StopReason, StopRequest, TrainResult
 from ganscale.training.watchdog import Phase, Watchdog

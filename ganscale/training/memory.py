@@ -25,16 +25,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ganscale.config import Config
 from ganscale.errors import ConfigError
-from ganscale.training.inputs import (
+from ganscale.training.inputs import ema_halflives
+from ganscale.training.precision import LossScaler, Precision
+from ganscale.training.step_inputs import (
     Labelled,
     LocalBatch,
     StepContext,
     StepInputs,
     StepVariant,
-    ema_halflives,
     scalar,
 )
-from ganscale.training.precision import LossScaler, Precision
 from ganscale.training.steps import AVERAGED, METHODS, TrainingMethod
 from ganscale.world import World, process_group
 

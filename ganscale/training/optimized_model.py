@@ -17,9 +17,9 @@ from torch.nn.utils import get_total_norm
 
 from ganscale.config import OptimizerConfig, Schedule
 from ganscale.training.batch_statistics import convert_batch_statistics
-from ganscale.training.inputs import Rates, StepInputs
 from ganscale.training.precision import Precision
 from ganscale.training.scheduled_adam import ScheduledAdam
+from ganscale.training.step_inputs import Rates, StepInputs
 from ganscale.world import World
 
 # Buffers are the same on all ranks by construction; a broadcast in each forward would be wasted,

@@ -19,7 +19,8 @@ import torch
 from torch import distributed as dist
 
 from ganscale.errors import ConfigError
-from ganscale.training.inputs import HostInputs, PackedInputs, StepVariant
+from ganscale.training.inputs import HostInputs, PackedInputs
+from ganscale.training.step_inputs import StepVariant
 from ganscale.training.watchdog import Phase
 
 _STEPS_BEFORE_CAPTURE = 3

@@ -14,7 +14,8 @@ from ganscale.run_directory import RunDirectory
 from ganscale.training import loop
 from ganscale.training.build import load_shards
 from ganscale.training.checkpoints import non_finite
-from ganscale.training.inputs import HostInputs, PackedInputs, StepInputs
+from ganscale.training.inputs import HostInputs, PackedInputs
+from ganscale.training.step_inputs import StepInputs
 from ganscale.world import World
 from tests.conftest import MakeConfig
 from tests.support.ranks import run_ranks

@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.degradations import Changed, blur, noise
 from ganscale.data.shards import ShardSet
-from ganscale.evaluation.distributions.evaluate import Evaluation, evaluate
+from ganscale.evaluation.distributions.evaluate import evaluate
+from ganscale.evaluation.distributions.evaluation import Evaluation
 from ganscale.evaluation.image_sets import ImageSet, ImagesOfShards
 from ganscale.evaluation.image_views import Subset
 from ganscale.metrics.extractors import EfficientNetLite0

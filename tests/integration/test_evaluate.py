@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ganscale.evaluation.distributions.evaluate import Evaluation, Protocol
+from ganscale.evaluation.distributions.evaluation import Evaluation, Protocol
 from ganscale.evaluation.gan_metrics import classifier_metrics
 from ganscale.evaluation.gan_metrics.two_sample import SHORT_TEST
 from ganscale.launch.local import train_in_process

@@ -28,9 +28,10 @@ from ganscale.checkpoint import CheckpointStore, RunInUse
 from ganscale.config import Config
 from ganscale.errors import CheckpointError, ConfigError
 from ganscale.launch import ray_cluster
+from ganscale.launch.held_run import run_session
 from ganscale.launch.local import train_in_process
 from ganscale.launch.ray_cluster import cluster, require_capacity
-from ganscale.launch.start import resume_config, run_session, start
+from ganscale.launch.start import resume_config, start
 from ganscale.run_directory import RunDirectory
 from ganscale.training.loop import Trainer
 from tests.conftest import MakeConfig, Verb

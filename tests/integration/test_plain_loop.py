@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.plain_loop import PlainLoop, plain_loop_obstacle
 from ganscale.models.layers import at_least_fp32
-from ganscale.training.inputs import StepInputs
 from ganscale.training.precision import Precision
+from ganscale.training.step_inputs import StepInputs
 from ganscale.training.steps.gan import Gan
 from ganscale.world import World, process_group
 from tests.conftest import MakeConfig

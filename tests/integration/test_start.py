@@ -22,9 +22,10 @@ from ganscale.data.reader import ShardImages
 from ganscale.data.shards import ShardSet
 from ganscale.data.sources import SourceSpec
 from ganscale.errors import CheckpointError, ConfigError, GanscaleError
-from ganscale.launch import start as module
+from ganscale.launch import prepare as module
 from ganscale.launch.held_run import HeldRun
-from ganscale.launch.start import prepare_shards, resume_config, start, supervisor_of
+from ganscale.launch.prepare import prepare_shards
+from ganscale.launch.start import resume_config, start, supervisor_of
 from ganscale.training.loop import Trainer
 from tests.conftest import MakeConfig
 from tests.support.processes import FORKED

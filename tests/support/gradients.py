@@ -12,8 +12,8 @@ from torch import nn
 
 from ganscale.config import Config
 from ganscale.models import build_discriminator, build_encoder, build_generator
-from ganscale.training.inputs import Labelled, LocalBatch
 from ganscale.training.precision import Precision
+from ganscale.training.step_inputs import Labelled, LocalBatch
 from ganscale.training.steps import METHODS, TrainingMethod
 from ganscale.world import World
 from tests.support.steps import local_batch, step_inputs

@@ -9,16 +9,10 @@ import torch
 from torch import Tensor
 
 from ganscale.generation.latents import draw_noise
-from ganscale.training.inputs import (
-    HostInputs,
-    Labelled,
-    LocalBatch,
-    StepContext,
-    StepInputs,
-    StepVariant,
-)
+from ganscale.training.inputs import HostInputs
 from ganscale.training.loop import Trainer
 from ganscale.training.optimized_model import OptimizedModel
+from ganscale.training.step_inputs import Labelled, LocalBatch, StepContext, StepInputs, StepVariant
 from ganscale.training.steps import TrainingMethod
 
 

@@ -15,9 +15,9 @@ from ganscale.errors import GanscaleError
 from ganscale.training import benchmark
 from ganscale.training.build import build_state
 from ganscale.training.dry_run import describe_plan
-from ganscale.training.inputs import Labelled
 from ganscale.training.memory import estimate_memory, out_of_memory_message, saved_for_backward
 from ganscale.training.precision import LossScaler, Precision
+from ganscale.training.step_inputs import Labelled
 from ganscale.training.steps import METHODS, TrainingMethod
 from ganscale.world import World, process_group
 from tests.conftest import MakeConfig

@@ -19,10 +19,10 @@ from ganscale.models import build_classifier
 from ganscale.models.autoencoder import Autoencoder, sampled
 from ganscale.models.classifying import ClassifyingDiscriminator
 from ganscale.training.build import build_state, load_shards
-from ganscale.training.inputs import Labelled, LocalBatch
 from ganscale.training.labelled import LabelledPool, labelled_samples
 from ganscale.training.loop import Trainer
 from ganscale.training.precision import Precision
+from ganscale.training.step_inputs import Labelled, LocalBatch
 from ganscale.training.steps.bigan import Bigan
 from ganscale.training.steps.discriminator import Samples
 from ganscale.training.steps.likelihood import gaussian_kl, gaussian_nll

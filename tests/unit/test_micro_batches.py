@@ -13,8 +13,8 @@ from torch import nn
 from ganscale.config import Config
 from ganscale.errors import ConfigError
 from ganscale.models.layers import MinibatchStd, SpectralNorm
-from ganscale.training.inputs import Labelled, LocalBatch, StepInputs
 from ganscale.training.precision import Precision
+from ganscale.training.step_inputs import Labelled, LocalBatch, StepInputs
 from ganscale.training.steps import METHODS, TrainingMethod
 from ganscale.world import World, process_group
 from tests.support.gradients import fresh_networks

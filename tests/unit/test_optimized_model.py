@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ganscale.config import OptimizerConfig, Schedule
-from ganscale.training.inputs import Rates
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
+from ganscale.training.step_inputs import Rates
 from ganscale.world import World, process_group
 
 

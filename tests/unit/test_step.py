@@ -15,10 +15,10 @@ from ganscale.config import AugmentConfig, Config, OptimizerConfig, Schedule
 from ganscale.models import elementwise
 from ganscale.training.adaptive import AdaController, LecamAnchors, ada_p_step
 from ganscale.training.build import build_state, load_shards
-from ganscale.training.inputs import LocalBatch, Rates
 from ganscale.training.loop import Trainer
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
+from ganscale.training.step_inputs import LocalBatch, Rates
 from ganscale.training.steps.adversarial_schedules import penalty_weights
 from ganscale.training.steps.gan import Gan
 from ganscale.world import World, process_group

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ganscale.config import Config
 from ganscale.models import build_discriminator, build_encoder, build_generator
-from ganscale.training.inputs import Labelled, StepVariant
 from ganscale.training.precision import Precision
+from ganscale.training.step_inputs import Labelled, StepVariant
 from ganscale.training.steps import METHODS, TrainingMethod
 from ganscale.world import World, process_group
 from tests.support.device_only import HostAccess, device_only

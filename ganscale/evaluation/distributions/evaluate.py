@@ -10,10 +10,10 @@ look at single images use as many of the reference as there are samples, drawn w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, get_args
+from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ganscale.config import MetricName
 from ganscale.errors import DataError
+from ganscale.evaluation.distributions.evaluation import Evaluation, Protocol
 from ganscale.evaluation.distributions.features import (
     FeatureCache,
     Features,
@@ -30,7 +31,6 @@ from ganscale.evaluation.distributions.features import (
     extract,
     plan_reference,
 )
-from ganscale.evaluation.distributions.table import table_of
 from ganscale.evaluation.gan_metrics.two_sample import neighbour_two_sample
 from ganscale.evaluation.image_sets import ImageSet
 from ganscale.evaluation.image_views import with_classes_of
@@ -44,59 +44,6 @@ from ganscale.metrics.statistics import Moments
 from ganscale.world import World
 
 METRICS: tuple[MetricName, ...] = get_args(MetricName)
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How the metrics were measured; values of different protocols cannot be compared."""
-
-    extractor: str
-    extractor_digest: str
-    resizer: str
-    samples: str
-    num_samples: int
-    reference: str
-    reference_digest: str
-    num_reference: int
-    reference_statistics: str
-    """Where the moments of all reference images come from, "extracted" or an included file."""
-    num_reference_rows: int
-    """Reference images that metrics of single images use; 0 where no such metric is asked for."""
-
-
-@dataclass(frozen=True, repr=False)
-class Evaluation:
-    """The metrics of one set of samples and the protocol that they were measured by.
-
-    Shown as text it is the table that `ganscale evaluate` prints.
-    """
-
-    protocol: Protocol
-    metrics: Mapping[str, Estimate]
-    """The values with their 95 % intervals, by name."""
-    skipped: Mapping[str, str]
-    """Metrics that could not be computed, with the reasons."""
-    details: Mapping[str, Any] = field(default_factory=dict)
-    """Further results of a metric, by its name."""
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """How long each part took."""
-
-    def __repr__(self) -> str:
-        return table_of(self)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, as they are written to files."""
-        return {
-            "protocol": asdict(self.protocol),
-            "metrics": {name: asdict(value) for name, value in self.metrics.items()},
-            "skipped": dict(self.skipped),
-            "details": dict(self.details),
-            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
-        }
-
-    def row(self) -> dict[str, float]:
-        """The metrics as columns of a run's metrics.jsonl."""
-        return {f"metrics/{name}": value.value for name, value in self.metrics.items()}
 
 
 def column_of(metric: str, extractor: FeatureExtractor) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ganscale.evaluation.distributions.evaluate import Evaluation
+from ganscale.evaluation.distributions.evaluation import Evaluation
 from ganscale.evaluation.distributions.features import StartTask
 from ganscale.evaluation.gan_metrics.two_sample import LONG_TEST, SHORT_TEST, network_two_sample
 from ganscale.evaluation.image_sets import ImageSet

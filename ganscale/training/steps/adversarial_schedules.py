@@ -17,7 +17,7 @@ from ganscale.generation.latents import Draw, normal, uniform
 from ganscale.objectives.adversarial import OBJECTIVES
 from ganscale.objectives.penalties import PENALTIES
 from ganscale.training.adaptive import ada_p_step
-from ganscale.training.inputs import StepContext, StepVariant, scalar
+from ganscale.training.step_inputs import StepContext, StepVariant, scalar
 
 
 def penalty_weights(config: Config, *, nimg: int, step: int) -> dict[str, float]:

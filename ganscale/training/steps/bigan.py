@@ -14,7 +14,7 @@ from ganscale.config import Config
 from ganscale.generation.latents import Draw
 from ganscale.models import build_encoder, build_generator, build_joint_discriminator
 from ganscale.models.autoencoder import sampled
-from ganscale.training.inputs import StepInputs, StepVariant
+from ganscale.training.step_inputs import StepInputs, StepVariant
 from ganscale.training.steps.adversarial_schedules import adversarial_draws
 from ganscale.training.steps.discriminator import Samples
 from ganscale.training.steps.generator import generator_loss

@@ -28,9 +28,9 @@ from ganscale.objectives.penalties import (
 )
 from ganscale.training.adaptive import AdaController, LecamAnchors
 from ganscale.training.collectives import global_mean, sum_over_ranks
-from ganscale.training.inputs import LocalBatch, StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
+from ganscale.training.step_inputs import LocalBatch, StepInputs, StepVariant
 from ganscale.training.steps.adversarial_schedules import augmentation_named
 from ganscale.training.steps.statistics import summed
 from ganscale.world import World

@@ -16,7 +16,7 @@ from ganscale.errors import ConfigError
 from ganscale.generation.latents import Draw
 from ganscale.generation.snapshot import load_generator
 from ganscale.models import build_discriminator, build_encoder
-from ganscale.training.inputs import StepInputs, StepVariant
+from ganscale.training.step_inputs import StepInputs, StepVariant
 from ganscale.training.steps.adversarial_schedules import adversarial_draws
 from ganscale.training.steps.discriminator import Samples, real_and_fake
 from ganscale.training.steps.generator import generator_loss

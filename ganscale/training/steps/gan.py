@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ganscale.config import Config
 from ganscale.generation.latents import Draw
 from ganscale.models import build_discriminator, build_generator
-from ganscale.training.inputs import StepInputs, StepVariant
+from ganscale.training.step_inputs import StepInputs, StepVariant
 from ganscale.training.steps.adversarial_schedules import adversarial_draws
 from ganscale.training.steps.discriminator import Samples, real_and_fake
 from ganscale.training.steps.generator import update_generator

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ganscale.training.collectives import kth_largest
-from ganscale.training.inputs import StepInputs
 from ganscale.training.optimized_model import OptimizedModel
+from ganscale.training.step_inputs import StepInputs
 from ganscale.training.steps.adversarial_schedules import uses_top_k
 from ganscale.training.steps.discriminator import (
     DiscriminatorTrainer,

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ganscale.training.collectives import sum_over_ranks
-from ganscale.training.inputs import LocalBatch
+from ganscale.training.step_inputs import LocalBatch
 
 
 @dataclass(frozen=True)

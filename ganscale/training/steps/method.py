@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from ganscale.config import Config
 from ganscale.generation.latents import Draw, normal
 from ganscale.generation.snapshot import OTHERS
-from ganscale.training.inputs import StepContext, StepInputs, StepVariant, scalar
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
+from ganscale.training.step_inputs import StepContext, StepInputs, StepVariant, scalar
 from ganscale.training.steps.adversarial_schedules import adversarial_schedules, penalty_weights
 from ganscale.training.steps.discriminator import (
     DiscriminatorTrainer,

@@ -18,8 +18,8 @@ from ganscale.generation.latents import Draw
 from ganscale.models import build_classifier, build_generator
 from ganscale.models.classifying import ClassifyingDiscriminator
 from ganscale.training.collectives import sum_over_ranks
-from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.precision import Precision
+from ganscale.training.step_inputs import StepInputs, StepVariant
 from ganscale.training.steps.adversarial_schedules import adversarial_draws, augmentation_draw
 from ganscale.training.steps.discriminator import (
     Samples,

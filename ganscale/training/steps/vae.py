@@ -11,9 +11,9 @@ from ganscale.config import Config, VaeMethod
 from ganscale.generation.latents import Draw, normal
 from ganscale.models import build_encoder, build_generator
 from ganscale.models.autoencoder import Autoencoder
-from ganscale.training.inputs import StepInputs, StepVariant
 from ganscale.training.optimized_model import OptimizedModel
 from ganscale.training.precision import Precision
+from ganscale.training.step_inputs import StepInputs, StepVariant
 from ganscale.training.steps.likelihood import posterior_kl, reconstruction_likelihood
 from ganscale.training.steps.method import PhaseUpdate, TrainingMethod
 from ganscale.world import World

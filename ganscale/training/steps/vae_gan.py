@@ -17,7 +17,7 @@ from ganscale.config import Config, VaeGanMethod
 from ganscale.generation.latents import Draw, uniform
 from ganscale.models import build_discriminator, build_encoder, build_generator
 from ganscale.models.autoencoder import Autoencoder, Encoded
-from ganscale.training.inputs import StepInputs, StepVariant
+from ganscale.training.step_inputs import StepInputs, StepVariant
 from ganscale.training.steps.adversarial_schedules import adversarial_draws
 from ganscale.training.steps.discriminator import Samples, real_and_fake
 from ganscale.training.steps.generator import generator_loss

@@ -1,12 +1,12 @@
-"""An evaluation as a table for people: the protocol, then a row for each metric."""
+"""What was measured and by which protocol; as text, a table with a row for each metric."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-if TYPE_CHECKING:
-    from ganscale.evaluation.distributions.evaluate import Evaluation, Protocol
+from ganscale.metrics.intervals import Estimate
 
 # Published figures are of 10,000 or 50,000 samples; the bias of fewer is what one would see.
 _FEW_SAMPLES = 10_000
@@ -20,9 +20,57 @@ _KNOWN_FID = {
 }
 
 
-def table_of(evaluation: Evaluation) -> str:
-    """The table, without a newline at its end."""
-    return "\n".join(_lines(evaluation))
+@dataclass(frozen=True)
+class Protocol:
+    """How the metrics were measured; values of different protocols cannot be compared."""
+
+    extractor: str
+    extractor_digest: str
+    resizer: str
+    samples: str
+    num_samples: int
+    reference: str
+    reference_digest: str
+    num_reference: int
+    reference_statistics: str
+    """Where the moments of all reference images come from, "extracted" or an included file."""
+    num_reference_rows: int
+    """Reference images that metrics of single images use; 0 where no such metric is asked for."""
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation:
+    """The metrics of one set of samples and the protocol that they were measured by.
+
+    Shown as text it is the table that `ganscale evaluate` prints.
+    """
+
+    protocol: Protocol
+    metrics: Mapping[str, Estimate]
+    """The values with their 95 % intervals, by name."""
+    skipped: Mapping[str, str]
+    """Metrics that could not be computed, with the reasons."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Further results of a metric, by its name."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """How long each part took."""
+
+    def __repr__(self) -> str:
+        return "\n".join(_lines(self))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as they are written to files."""
+        return {
+            "protocol": asdict(self.protocol),
+            "metrics": {name: asdict(value) for name, value in self.metrics.items()},
+            "skipped": dict(self.skipped),
+            "details": dict(self.details),
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+        }
+
+    def row(self) -> dict[str, float]:
+        """The metrics as columns of a run's metrics.jsonl."""
+        return {f"metrics/{name}": value.value for name, value in self.metrics.items()}
 
 
 def _lines(evaluation: Evaluation) -> Iterator[str]:
