@@ -46,7 +46,7 @@ napoleon_numpy_docstring = False
 nitpick_ignore_regex = [
     (r"py:.*", r"(collections|pathlib|typing|torch|pydantic|rich|np|numpy|pd|PIL)\..*"),
     (r"py:.*", r"ganscale\.(generation\.(generator|sampler)|metrics\.extractors)\..*"),
-    (r"py:.*", r"ganscale\.(models\.classifying|training\.(inputs|optimized_model))\..*"),
+    (r"py:.*", r"ganscale\.(models\.classifying|training\.(step_inputs|optimized_model))\..*"),
     (r"py:.*", r"ganscale\.training\.steps\.discriminator\..*"),
     (r"py:.*", r"(Any|Callable|Literal|Mapping|Module|Path|Self|Sequence|Tensor|optional)"),
 ]

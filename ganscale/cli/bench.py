@@ -46,7 +46,7 @@ def bench_train(
 ) -> None:
     """Measure a configuration's training on one device: images per second, and time by part."""
 
-    from ganscale.launch.prepare import prepare_shards
+    from ganscale.launch.resolve_run import prepare_shards
     from ganscale.training.benchmark import bench_training
 
     console = stderr_console()

@@ -156,7 +156,7 @@ def _is_finished(config: Config) -> bool:
     Raises `ConfigError` if it was trained with other settings.
     """
     from ganscale.checkpoint import CheckpointStore
-    from ganscale.launch.prepare import absolutize_paths
+    from ganscale.launch.resolve_run import absolutize_paths
 
     file = RunDirectory(config.run_dir).config
     if not file.is_file():

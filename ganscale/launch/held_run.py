@@ -14,7 +14,7 @@ from ganscale.config import Config
 from ganscale.config.changes import changed_settings
 from ganscale.errors import ConfigError
 from ganscale.launch.documents import Copy, restore_run_dir, store_copy
-from ganscale.launch.prepare import previous_config
+from ganscale.launch.resolve_run import previous_config
 from ganscale.run_directory import RunDirectory
 from ganscale.storage import RetryPolicy, retry
 from ganscale.world import launched_rank

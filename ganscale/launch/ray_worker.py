@@ -70,7 +70,7 @@ def train_loop_per_worker(settings: Mapping[str, Any]) -> TrainResult:
     `data.shards` is not set. Raises what `ganscale.train` raises.
     """
     from ganscale.launch.held_run import run_session
-    from ganscale.launch.prepare import resolve_config
+    from ganscale.launch.resolve_run import resolve_config
     from ganscale.training.stopping import StopRequest
 
     changes = {name: value for name, value in settings.items() if name != "config"}

@@ -14,7 +14,7 @@ from ganscale.config import Config, load_config
 from ganscale.config.run import merged, validated
 from ganscale.errors import CheckpointError, ConfigError, GanscaleError
 from ganscale.launch.held_run import HeldRun, run_session
-from ganscale.launch.prepare import resolve_config
+from ganscale.launch.resolve_run import resolve_config
 from ganscale.launch.supervisor import Supervisor
 from ganscale.run_directory import RunDirectory
 from ganscale.storage import RetryPolicy, is_url, retry

@@ -27,8 +27,8 @@ from ganscale.config.search_space import generator_for
 from ganscale.config.sweep import Asha, Population, Sweep
 from ganscale.errors import GanscaleError
 from ganscale.launch.driver_actor import Messages, start_driver_actor
-from ganscale.launch.prepare import resolve_config
 from ganscale.launch.ray_cluster import cluster, num_workers_fitting, require_capacity
+from ganscale.launch.resolve_run import resolve_config
 from ganscale.launch.secrets import NAMES_VARIABLE, for_workers
 from ganscale.launch.signals import stopping_on_signals
 from ganscale.launch.sweep_status import TrialStatus, copy_trial, read_status

@@ -22,9 +22,9 @@ from ganscale.data.reader import ShardImages
 from ganscale.data.shards import ShardSet
 from ganscale.data.sources import SourceSpec
 from ganscale.errors import CheckpointError, ConfigError, GanscaleError
-from ganscale.launch import prepare as module
+from ganscale.launch import resolve_run as module
 from ganscale.launch.held_run import HeldRun
-from ganscale.launch.prepare import prepare_shards
+from ganscale.launch.resolve_run import prepare_shards
 from ganscale.launch.start import resume_config, start, supervisor_of
 from ganscale.training.loop import Trainer
 from tests.conftest import MakeConfig

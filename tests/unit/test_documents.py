@@ -18,7 +18,7 @@ from ganscale.checkpoint.files import saved_state
 from ganscale.config import Config, load_config
 from ganscale.errors import CheckpointError, ConfigError
 from ganscale.json_lines import add_missing_lines
-from ganscale.launch import driver_actor, held_run, prepare, start
+from ganscale.launch import driver_actor, held_run, resolve_run, start
 from ganscale.launch.documents import Copy, restore_run_dir, store_copy
 from ganscale.launch.driver_actor import DriverActor, Messages, copied_to_driver, marked
 from ganscale.run_directory import RunDirectory
@@ -227,18 +227,18 @@ def test_relative_paths_of_a_job_lead_to_the_home_folder(
     console = Console(record=True)
     config = Config().with_changes({"checkpoint.location": "saved"})
     monkeypatch.chdir(tmp_path)
-    kept = prepare.absolutize_paths(config, console)
+    kept = resolve_run.absolutize_paths(config, console)
     assert (kept.storage, kept.checkpoint.location) == (f"{tmp_path}/runs", f"{tmp_path}/saved")
     assert console.export_text() == ""
 
     package = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_12"
     package.mkdir(parents=True)
     monkeypatch.chdir(package)
-    kept = prepare.absolutize_paths(config, console)
+    kept = resolve_run.absolutize_paths(config, console)
     assert (kept.storage, kept.checkpoint.location) == ("~/runs", "~/saved")
     assert "storage is ~/runs, as Ray deletes the folder of a job" in console.export_text()
     absolute = Config().with_changes({"storage": "/runs", "checkpoint.location": "s3://b/runs"})
-    assert prepare.absolutize_paths(absolute, console) == absolute
+    assert resolve_run.absolutize_paths(absolute, console) == absolute
 
 
 class Call:
