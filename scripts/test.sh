@@ -28,7 +28,7 @@ fi
 
 ruff format --check .
 ruff check .
-mypy --num-workers auto
+mypy
 # One more process than there are cores, since tests wait for servers, time-outs and each other's ranks.
 processes=$(($(getconf _NPROCESSORS_ONLN) + 1))
 pytest -n "$processes" --no-loadscope-reorder --durations 30 -m "not slow and not gpu" "$@"
