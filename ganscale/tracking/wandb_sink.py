@@ -8,6 +8,7 @@ goes on where it stopped. Closing waits for a stated time at most.
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import subprocess
@@ -36,7 +37,8 @@ NOT_UPLOADED = 3
 _MARGIN_SECONDS = 30.0
 """For starting the process and logging what waits, on a busy machine."""
 _RESTART_SECONDS = 600.0
-"""At least, between the starts of two processes."""
+"""At least, between two replacements; the first is at once, so that a process that cannot begin, as
+with a wrong WANDB_TAGS, is reported soon."""
 _PASSED_ON = "BASE_URL ENTITY FINISH_TIMEOUT JOB_TYPE MODE NOTES RUN_GROUP TAGS"
 _MODES = {"run": "online", "dryrun": "offline"}
 """Old names that wandb still knows."""
@@ -103,11 +105,12 @@ class WandbSink(NullSink):
             "closing_seconds": int(stated) + _MARGIN_SECONDS,
             "pid": os.getpid(),
         }
+        self._next_replacement = -math.inf
         self._start()
 
     def log(self, row: Row) -> None:
         """Replace the process if it has ended."""
-        if self._process.poll() is not None and time.monotonic() > self._next_start:
+        if self._process.poll() is not None and time.monotonic() > self._next_replacement:
             self._replace()
 
     def log_picture(self, name: str, path: Path, *, nimg: int, step: int) -> None:
@@ -139,6 +142,7 @@ class WandbSink(NullSink):
 
     def _replace(self) -> None:
         ended = self._process
+        self._next_replacement = time.monotonic() + _RESTART_SECONDS
         try:
             self._start()
         except OSError as error:  # no memory for a process; it is tried again
@@ -148,7 +152,6 @@ class WandbSink(NullSink):
         self._report(f"{self._how_it_ended(ended)}: another one goes on where it stopped")
 
     def _start(self) -> None:
-        self._next_start = time.monotonic() + _RESTART_SECONDS
         environment = {
             # wandb refuses some of its variables if they are empty.
             **{name: value for name, value in os.environ.items() if value},

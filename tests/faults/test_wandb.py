@@ -229,9 +229,13 @@ def test_a_process_that_can_never_begin_is_reported_with_its_log(
 ) -> None:
     monkeypatch.setenv("WANDB_RESUME", "sometimes")
     run = begin("never")
-    _wait(lambda: run.sink._process.poll() is not None, "its end")
-    run.log([1])
+    monkeypatch.setattr(wandb_sink, "_RESTART_SECONDS", 1000.0)
+    for step in (1, 2):  # the first replacement is at once, the second is not
+        _wait(lambda: run.sink._process.poll() is not None, "its end")
+        run.log([step])
+        assert len(run.told) == 1
     run.close()
+    assert len(run.told) > 1
     log = run.run_dir.root / "wandb" / "process.log"
     assert all(f"its log is {log}" in message for message in run.told)
     assert "resume" in log.read_text()
