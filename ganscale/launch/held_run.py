@@ -1,4 +1,4 @@
-"""The driver's hold on a run: a second start is refused, and a copy is told from a moved folder."""
+"""How one process holds a run: other starts are refused, and a copy is told from a moved folder."""
 
 from __future__ import annotations
 

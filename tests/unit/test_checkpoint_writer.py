@@ -22,7 +22,7 @@ from tests.support.checkpoints import begin, bits
 
 SHORT = RetryPolicy(deadline_seconds=0.1, first_delay_seconds=0.02, max_delay_seconds=0.04)
 LONG = RetryPolicy(deadline_seconds=600, first_delay_seconds=0.01, max_delay_seconds=500)
-WAIT = 20.0
+WAIT = 200.0
 """Far more than anything here takes; far less than `LONG`."""
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from ganscale.periodic import PeriodicThread
 
-WAIT = 30.0
+WAIT = 200.0
 
 
 class Recorder(PeriodicThread):
