@@ -82,6 +82,7 @@ def _train(world: World, *configs: Config) -> None:
         train(config, world)
 
 
+@pytest.mark.slow  # test_kill_and_resume has it on the CPU
 @on_each_device
 def test_a_run_of_two_ranks_resumes_bit_for_bit(make_config: MakeConfig, device: str) -> None:
     settings: dict[str, Any] = {

@@ -97,6 +97,7 @@ def test_rollback_ends_in_a_healthy_run(config: Config) -> None:
     assert non_finite(files.state()) is None
 
 
+@pytest.mark.slow
 def test_what_follows_a_rollback_is_not_what_came_before(config: Config) -> None:
     """The same weights, the same images, other latents."""
     clean = config.with_changes({"name": "clean", "guard.rollback_lr_factor": 1.0})

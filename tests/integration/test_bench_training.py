@@ -37,6 +37,7 @@ def test_a_configuration_is_trained_for_some_seconds_and_leaves_nothing(
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_thirty_steps_are_measured_however_short_the_time(make_config: MakeConfig) -> None:
     assert bench_training(make_config(), World(), seconds=0.001).num_rows >= 1
 

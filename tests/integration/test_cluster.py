@@ -97,6 +97,7 @@ def ec2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     moto.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_ray_starts_the_nodes_of_the_aws_configuration(ec2: Any) -> None:
     from ray.autoscaler._private.aws.config import bootstrap_aws

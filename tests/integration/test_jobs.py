@@ -31,6 +31,7 @@ PLANTED = {
 SETTINGS = {
     "training__total_kimg": 1.6,
     "checkpoint__every_kimg": 0.32,
+    "checkpoint__snapshot_every_kimg": 0.032,
     "launch__num_workers": 1,  # test_ray has two
     "tracking__wandb": "offline",
     "checkpoint__location": "s3://runs/of-mine",
@@ -91,37 +92,14 @@ def _files_with(text: str, *roots: Path) -> list[Path]:
     return [path for path in files if text.encode() in path.read_bytes()]
 
 
-@pytest.mark.timeout(900)  # a head, three jobs and their workers start one after the other
-def test_a_stopped_job_goes_on_to_the_bits_of_an_undisturbed_run_and_shows_no_secret(
+@pytest.mark.timeout(900)  # a head, a job and its workers start one after the other
+def test_a_stopped_job_leaves_a_checkpoint_and_shows_no_secret(
     make_config: MakeConfig, head: JobsHead, s3: str
 ) -> None:
     config = make_config(name="mine", launch__backend="ray", **SETTINGS)
-    run_dir = RunDirectory(config.run_dir)
-    file = _write(config)
-    secret = [word for name in PLANTED for word in ("--secret", name)]
-    submit = ["submit", "--config", file, "--env", "AWS_ENDPOINT_URL", *secret]
-
-    follower = head.start(*submit)
-    _wait(lambda: len(read_rows(run_dir.metrics)) > 5, follower)
-    stopped = head.call("job", "stop", "mine")
-    assert stopped.returncode == 0, stopped.stderr
-    assert "STOPPED" in stopped.stdout
-    output, _ = follower.communicate(timeout=600)
-    assert follower.returncode == 143, output
-    (stop,) = [row for row in read_rows(run_dir.events) if row["event"] == "stop"]
-    assert f"stopped at {stop['nimg'] / 1000:g} of 1.6 kimg" in stopped.stdout
+    output = _train_and_stop(head, config)
+    (stop,) = [e for e in _events(config) if e["event"] == "stop"]
     assert final_digest(config)[0] == stop["nimg"] < config.total_nimg
-
-    assert head.call(*submit, "--no-wait").stdout.startswith("job mine-2 at")
-    again = head.call(*submit)
-    assert again.returncode == 2
-    assert "mine is on this cluster already, as job mine-2 (" in again.stderr
-    expected = make_config(name="torchrun", **{**SETTINGS, "checkpoint__location": None})
-    wait_all(start_ranks(expected, 1), timeout=600)
-    rest = head.call("job", "logs", "mine", "--follow")
-    assert rest.returncode == 0, rest.stdout
-    assert f"resume at {stop['nimg'] / 1000:g} kimg: 1 worker" in rest.stdout
-    assert final_digest(config) == final_digest(expected)
 
     # What the driver's folder shows lies beside the checkpoints as well.
     names = {path.name for path in (config.run_dir / "snapshots").iterdir()}
@@ -139,12 +117,68 @@ def test_a_stopped_job_goes_on_to_the_bits_of_an_undisturbed_run_and_shows_no_se
         shown = answer.read().decode()
     assert json.loads(shown)[0]["runtime_env"]["env_vars"]["AWS_ENDPOINT_URL"] == s3
     for value in PLANTED.values():
-        assert value not in "".join([shown, output, rest.stdout])
+        assert value not in shown + output
         assert _files_with(value, head.folder, config.run_dir.parent) == []
     # The search finds what is there.
-    assert _files_with("resume at", head.folder)
+    assert _files_with("start at", head.folder)
     assert _files_with(s3, head.folder)
     assert [path for path in config.run_dir.rglob("*.wandb") if path.stat().st_size > 1000]
+
+    # Any other start goes on with it, to the bits of a run that was left alone.
+    expected = make_config(name="torchrun", **{**SETTINGS, "checkpoint__location": None})
+    wait_all(start_ranks(expected, 1))
+    wait_all(start_ranks(config.with_changes({"launch.backend": "inprocess"}), 1))
+    assert final_digest(config) == final_digest(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_stopped_job_is_gone_on_with_by_the_next_and_there_is_one_at_a_time(
+    make_config: MakeConfig, head: JobsHead
+) -> None:
+    settings = {**SETTINGS, "checkpoint__location": None}
+    config = make_config(name="again", launch__backend="ray", **settings)
+    output = _train_and_stop(head, config)
+    (stop,) = [e for e in _events(config) if e["event"] == "stop"]
+
+    submit = _submit(config)
+    assert head.call(*submit, "--no-wait").stdout.startswith("job again-2 at")
+    refused = head.call(*submit)
+    assert refused.returncode == 2
+    assert "again is on this cluster already, as job again-2 (" in refused.stderr
+    expected = make_config(name="torchrun", **settings)
+    wait_all(start_ranks(expected, 1))
+    rest = head.call("job", "logs", "again", "--follow")
+    assert rest.returncode == 0, rest.stdout
+    assert f"resume at {stop['nimg'] / 1000:g} kimg: 1 worker" in rest.stdout
+    assert final_digest(config) == final_digest(expected)
+    for value in PLANTED.values():
+        assert value not in output + rest.stdout
+        assert _files_with(value, head.folder, config.run_dir.parent) == []
+
+
+def _submit(config: Config) -> list[str]:
+    secret = [word for name in PLANTED for word in ("--secret", name)]
+    return ["submit", "--config", _write(config), "--env", "AWS_ENDPOINT_URL", *secret]
+
+
+def _train_and_stop(head: JobsHead, config: Config) -> str:
+    """Submit the run and stop its job when it trains; what the submission printed."""
+    run_dir = RunDirectory(config.run_dir)
+    follower = head.start(*_submit(config))
+    _wait(lambda: len(read_rows(run_dir.metrics)) > 5, follower)
+    stopped = head.call("job", "stop", config.name)
+    assert stopped.returncode == 0, stopped.stderr
+    assert "STOPPED" in stopped.stdout
+    output, _ = follower.communicate(timeout=600)
+    assert follower.returncode == 143, output
+    (stop,) = [e for e in _events(config) if e["event"] == "stop"]
+    assert f"stopped at {stop['nimg'] / 1000:g} of 1.6 kimg" in stopped.stdout
+    return output
+
+
+def _events(config: Config) -> list[dict[str, Any]]:
+    return read_rows(RunDirectory(config.run_dir).events)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,7 @@ def test_a_new_run_that_cannot_train_leaves_no_folder(make_config: MakeConfig) -
     assert not config.run_dir.exists()
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_start_failed_resumes(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,6 +323,7 @@ def test_waiting_for_what_is_not_there_says_what_and_ends_at_once(
     assert final_digest(config)[0] == 320
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_on_a_ray_of_our_own_is_refused_with_the_fix(
     make_config: MakeConfig, head: str
 ) -> None:

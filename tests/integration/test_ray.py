@@ -65,6 +65,10 @@ def _attempts(config: Config) -> int:
     return len(CheckpointStore(config.checkpoints).attempts())
 
 
+def _events(config: Config) -> list[dict[str, Any]]:
+    return read_rows(RunDirectory(config.run_dir).events)
+
+
 def _trains_again(config: Config, attempts: int, driver: subprocess.Popen[str]) -> None:
     """Wait until an attempt beyond `attempts` has logged a few rows."""
     metrics = RunDirectory(config.run_dir).metrics
@@ -78,26 +82,50 @@ def _controller(driver: subprocess.Popen[str]) -> psutil.Process:
     raise AssertionError("no controller")
 
 
-@pytest.mark.timeout(1200)  # far less on a quiet machine
-def test_kills_of_all_kinds_and_a_stop_change_nothing(
-    make_config: MakeConfig, start: Start
-) -> None:
-    expected = make_config(name="torchrun", **SETTINGS)
-    wait_all(start_ranks(expected, 2))
+@pytest.fixture
+def expected(make_config: MakeConfig) -> Config:
+    """The same run without Ray and without a fault, which has ended."""
+    config = make_config(name="torchrun", **SETTINGS)
+    wait_all(start_ranks(config, 2))
+    return config
 
+
+def _stop_and_compare(driver: subprocess.Popen[str], config: Config, expected: Config) -> None:
+    """The driver is told to stop and leaves a checkpoint, from which the run comes to its end."""
+    driver.terminate()
+    _, errors = driver.communicate(timeout=600)
+    assert driver.returncode == 143, errors
+    (stop,) = [row for row in _events(config) if row["event"] == "stop"]
+    assert final_digest(config)[0] == stop["nimg"] < config.total_nimg
+    wait_all(start_ranks(config.with_changes({"launch.backend": "inprocess"}), 2))
+    assert final_digest(config) == final_digest(expected)
+
+
+@pytest.mark.timeout(900)  # far less on a quiet machine
+def test_a_killed_worker_and_a_stop_change_nothing(
+    make_config: MakeConfig, start: Start, expected: Config
+) -> None:
     config = make_config(name="ray", launch__backend="ray", **SETTINGS)
-    run_dir = RunDirectory(config.run_dir)
     driver = start(config)
-    wait_for_rows(run_dir.metrics, 25, driver)
-    started = next(row for row in read_rows(run_dir.events) if row["event"] == "start")
+    wait_for_rows(RunDirectory(config.run_dir).metrics, 25, driver)
+    started = next(row for row in _events(config) if row["event"] == "start")
     os.kill(started["pid"], signal.SIGKILL)
     _trains_again(config, 1, driver)
-    (fault,) = [row for row in read_rows(run_dir.events) if row["event"] == "fault"]
+    (fault,) = [row for row in _events(config) if row["event"] == "fault"]
     assert fault["message"] == "rank 0 is gone"
+    _stop_and_compare(driver, config, expected)
 
-    attempts = _attempts(config)
+
+@pytest.mark.slow  # the soak of kills does this at random moments
+@pytest.mark.timeout(1200)
+def test_a_killed_controller_and_a_killed_driver_change_nothing(
+    make_config: MakeConfig, start: Start, expected: Config
+) -> None:
+    config = make_config(name="ray", launch__backend="ray", **SETTINGS)
+    driver = start(config)
+    wait_for_rows(RunDirectory(config.run_dir).metrics, 25, driver)
     _controller(driver).kill()
-    _trains_again(config, attempts, driver)
+    _trains_again(config, 1, driver)
 
     driver.kill()
     driver.wait()
@@ -108,14 +136,7 @@ def test_kills_of_all_kinds_and_a_stop_change_nothing(
     attempts = _attempts(config)
     driver = start(config)
     _trains_again(config, attempts, driver)
-    driver.terminate()
-    _, errors = driver.communicate(timeout=600)
-    assert driver.returncode == 143, errors
-    (stop,) = [row for row in read_rows(run_dir.events) if row["event"] == "stop"]
-    assert final_digest(config)[0] == stop["nimg"] < config.total_nimg
-
-    wait_all(start_ranks(config.with_changes({"launch.backend": "inprocess"}), 2))
-    assert final_digest(config) == final_digest(expected)
+    _stop_and_compare(driver, config, expected)
 
 
 @pytest.mark.slow  # test_supervisor has the rule, without a cluster
@@ -211,7 +232,7 @@ def test_a_lost_node_and_a_new_one(
     seconds: dict[str, float] = {}
 
     def events(name: str) -> list[dict[str, Any]]:
-        return [row for row in read_rows(run_dir.events) if row["event"] == name]
+        return [row for row in _events(config) if row["event"] == name]
 
     def until(what: str, happened: Callable[[], object]) -> None:
         began = time.monotonic()

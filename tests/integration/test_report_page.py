@@ -67,7 +67,9 @@ class Reader:
         return log
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
+@pytest.mark.parametrize(
+    ("width", "scheme"), [pytest.param(1280, "light", marks=pytest.mark.slow), (400, "dark")]
+)
 def test_reports_fit_their_window_and_have_no_error(
     width: int, scheme: str, browser: Chrome, places: list[str], tmp_path: Path
 ) -> None:

@@ -77,6 +77,7 @@ def test_there_is_a_choice() -> None:
     assert len(speedrun.CONFIGURATIONS) >= 12
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("known_speed")
 def test_configurations_are_trained_measured_and_compared(run: Run, tmp_path: Path) -> None:
     names = ("hinge", "hinge-shared-fakes")

@@ -126,10 +126,20 @@ def table(output: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.timeout(600)  # far less on a quiet machine
-def test_halving_goes_on_from_the_checkpoints_after_a_stop_and_a_kill(
+def test_halving_stops_by_medians_and_a_trial_is_a_run_of_its_own(
     ray_address: str, write_sweep: WriteSweep, verb: Verb
 ) -> None:
     """One trial at a time, so that halving compares each with those before it."""
+    file = write_sweep(ASHA, 2, at_once=1)
+    sweep = Sweep.load(file)
+    _check_results(sweep, file, verb)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_halving_goes_on_from_the_checkpoints_after_a_stop_and_a_kill(
+    ray_address: str, write_sweep: WriteSweep, verb: Verb
+) -> None:
     file = write_sweep(ASHA, 3, at_once=1)
     sweep = Sweep.load(file)
     driver = Command("sweep", str(file), variables={"RAY_ADDRESS": ray_address})
@@ -152,13 +162,18 @@ def test_halving_goes_on_from_the_checkpoints_after_a_stop_and_a_kill(
     driver.communicate()
     before, resumed = reached(sweep), {t: len(events(sweep, t, "resume")) for t in reached(sweep)}
 
+    _check_results(sweep, file, verb)
+    for name, nimg in before.items():
+        for resume in events(sweep, name, "resume")[resumed[name] :][:1]:
+            assert resume["nimg"] >= nimg  # what was durable at the kill is not trained again
+
+
+def _check_results(sweep: Sweep, file: Path, verb: Verb) -> None:
+    """Bring the sweep to its end: the table, the command of its best, the first trial's weights."""
     code, output, errors = verb("sweep", file)
     assert code == 0, errors
     rows = table(output)
     assert rows.keys() == {trial.name for trial in sweep.trials()}
-    for name, nimg in before.items():
-        for resume in events(sweep, name, "resume")[resumed[name] :][:1]:
-            assert resume["nimg"] >= nimg  # what was durable at the kill is not trained again
     assert {name: row[:2] for name, row in rows.items()} == decided_by_medians(sweep)
     scores = [float(row[2]) for row in rows.values()]
     assert scores == sorted(scores, reverse=True)
@@ -166,7 +181,7 @@ def test_halving_goes_on_from_the_checkpoints_after_a_stop_and_a_kill(
     command = f"best: ganscale train --config {file.parent}/base.yaml name={best}-again"
     assert output.splitlines()[-1].startswith(command)
 
-    trial = sweep.trials()[0]  # which was stopped and killed
+    trial = sweep.trials()[0]  # nothing was there to stop it
     assert rows[trial.name][0] == "finished"
     config = sweep.config(trial.name, trial.values)
     places = {"name": "alone", "storage": str(file.parent), "launch.backend": "inprocess"}

@@ -55,6 +55,7 @@ def folder_of(path: Path, num: int, seed: int, low: int) -> Path:
     return path
 
 
+@pytest.mark.slow  # test_distances and test_inception_weights have the parts of it
 @pytest.mark.filterwarnings("ignore")  # of torch-fidelity's own
 def test_the_figures_of_two_folders_are_torch_fidelitys(tmp_path: Path) -> None:
     samples, reference = (

@@ -48,5 +48,5 @@ def test_rows_reach_ray_and_weights_are_those_of_ganscale_train(
     assert told["pointer"] == {"run": str(tuned.run_dir), "checkpoint": str(newest)}
 
     expected = config.with_changes(changes)
-    wait_all(start_ranks(expected, 2))
+    wait_all(start_ranks(expected, 1))
     assert final_digest(tuned) == final_digest(expected)

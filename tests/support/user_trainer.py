@@ -26,11 +26,11 @@ TUNED_RATE = 1e-3
 
 
 def trainer(settings: dict[str, Any], storage: Path, **options: Any) -> TorchTrainer:
-    """Two workers that train the run that `settings` describe."""
+    """One worker that trains the run that `settings` describe."""
     return TorchTrainer(
         ganscale.ray.train_loop_per_worker,
         train_loop_config=settings,
-        scaling_config=ScalingConfig(num_workers=2),
+        scaling_config=ScalingConfig(num_workers=1),
         run_config=TrainRunConfig(
             name=settings["name"],
             storage_path=str(storage / "ray"),
@@ -43,7 +43,7 @@ def trainer(settings: dict[str, Any], storage: Path, **options: Any) -> TorchTra
 def main() -> None:
     """Train by a TorchTrainer, in a trial of a Tuner that chooses the learning rate."""
     config, storage = sys.argv[1], Path(sys.argv[2])
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     settings = {"config": config, "storage": str(storage), "training.total_kimg": STEPS_KIMG}
 
     def trial(rates: dict[str, float]) -> None:

@@ -107,8 +107,12 @@ def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one["means"] == other["means"]
 
 
+_ALWAYS = ("dcgan", "r3gan, schedules, ADA, LeCam")
+"""Without randomness and with all of it; the other cases are marked as slow."""
+
+
 @pytest.mark.parametrize(
-    "case", [c if c != "micro-batches" else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+    "case", [pytest.param(c, marks=[] if c in _ALWAYS else pytest.mark.slow) for c in CASES]
 )
 def test_replayed_steps_have_the_bits_of_launched_ones(
     make_config: MakeConfig, case: str, monkeypatch: pytest.MonkeyPatch
