@@ -89,7 +89,7 @@ def train(
         ...     def run(self, state):
         ...         print(f"{state.nimg} images, {state.step} steps")
         >>>
-        >>> changes = ["launch.backend=inprocess", "launch.num_workers=1"]
+        >>> changes = ["name=mine", "launch.backend=inprocess", "launch.num_workers=1"]
         >>> ganscale.train("quickstart", changes, callbacks=[PrintPosition()])
 
     SIGTERM and Ctrl-C end it early, with a checkpoint. Raises `ConfigError` or `DataError` before

@@ -40,14 +40,16 @@ def sample(
     label: Label = None,
     per_class: Annotated[
         int | None,
-        typer.Option(min=1, help="So many images of each class instead, a row a class."),
+        typer.Option(
+            min=1, help="Draw this many images of every class, a row per class; replaces --num."
+        ),
     ] = None,
     best_of: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Draw so many candidates for each image, with seeds that follow one another, and "
-            "keep the one that the run's discriminator finds most real.",
+            help="Draw this many candidates for each image, with consecutive seeds, and keep the "
+            "one that the run's discriminator rates most real.",
         ),
     ] = 1,
     truncation_psi: TruncationPsi = None,

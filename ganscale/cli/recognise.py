@@ -163,9 +163,9 @@ def augment(
 
 @recognise.command(
     "semi-supervised",
-    epilog="Example: ganscale train --config semi-supervised-cifar10 name=game-0;  "
+    epilog="Example: ganscale train --config semi-supervised-cifar10 name=adversarial-0;  "
     "ganscale train --config semi-supervised-cifar10 name=alone-0 method.adversarial=0;  "
-    "ganscale recognise semi-supervised runs/game-0 runs/alone-0 --test data/cifar10-test",
+    "ganscale recognise semi-supervised runs/adversarial-0 runs/alone-0 --test data/cifar10-test",
 )
 def semi_supervised(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, of any seeds.")],
@@ -208,7 +208,7 @@ def _kind_of(run: Path) -> str:
     if not config.method.adversarial:
         return f"{config.method.labels} labels alone, {length}"
     weight = config.method.adversarial
-    beside = "the game" if weight == 1 else f"{weight:g} times the game"
+    beside = f"{weight:g} times " * (weight != 1) + "adversarial training"
     return f"{config.method.labels} labels and {beside}, {length}"
 
 

@@ -57,7 +57,7 @@ class DataConfig(Section):
     """Which images are trained on, in which order, and how they are read."""
 
     shards: str | None = None
-    """Path or URL (s3://, http://) of a shard set; null builds one from `source` first."""
+    """Path or URL (s3://, gs://, az://, http://) of a shard set; null builds one from `source`."""
     source: str = "auto"
     """auto, cifar10, procedural, spectrograms, or a path; used only to build missing shards."""
     shuffle_window: int = Field(1024, ge=1)
@@ -211,7 +211,8 @@ class CheckpointConfig(Section):
     """When checkpoints and snapshots are written, where, and how many are kept."""
 
     location: str | None = None
-    """Path or URL (s3://) that holds runs' checkpoints, each in NAME; null is the run's folder."""
+    """Path or URL (s3://, gs://, az://) for checkpoints of runs, each in NAME; null is the run's
+    folder."""
     every_kimg: float = Field(50.0, gt=0)
     """Distance between checkpoints; one more is written at the beginning and at the end."""
     every_minutes: float = Field(15.0, gt=0)
