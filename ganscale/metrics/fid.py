@@ -1,8 +1,8 @@
 """The Frechet distance between two sets of features, each taken for a Gaussian.
 
-With Inception features it is FID (Heusel et al. 2017, arXiv 1706.08500, equation 6). Its value for
-finitely many samples is biased by about a constant over their number, other for each generator, so
-it is also extrapolated to infinitely many (Chong and Forsyth 2020, arXiv 1911.07023).
+With Inception features it is FID (Heusel et al. 2017, arXiv 1706.08500, equation 6). For n samples
+it is biased by about c / n, with a c that differs between generators, so it is also extrapolated to
+infinitely many (Chong and Forsyth 2020, arXiv 1911.07023).
 """
 
 from __future__ import annotations

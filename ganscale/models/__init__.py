@@ -1,8 +1,9 @@
 """The networks' architectures: they take and return tensors and import only torch.
 
 Adding one is a file, a line in `MODELS`, its section of the configuration, and a test. All have the
-same faces: `generator(z, labels)` and `discriminator(images, labels)`, where labels are None or
-ignored if the model knows no classes. One encoder, `encoder(images)`, serves all generators.
+same call signatures: `generator(z, labels)` and `discriminator(images, labels)`, where labels are
+None or ignored if the model knows no classes. One encoder, `encoder(images)`, serves all
+generators.
 """
 
 from __future__ import annotations

@@ -11,19 +11,34 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from ganscale.models.layers import MinibatchStd
 from ganscale.models.stylegan2 import EqualisedConv2d
 
 
 @contextmanager
 def recorded_convolutions(network: nn.Module) -> Iterator[list[Tensor]]:
-    """The outputs of all convolutions (N, C, H, W), in the order of the forwards in the block."""
+    """The outputs of the convolutions (N, C, H, W), in the order of one forward in the block.
+
+    Those after a minibatch standard deviation are left out, since each depends on all images.
+    """
     outputs: list[Tensor] = []
-    handles = [
-        part.register_forward_hook(lambda _, __, output: outputs.append(output))
-        for part in network.modules()
+    is_mixed = False
+
+    def record(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        if not is_mixed:
+            outputs.append(output)
+
+    def note(*_: object) -> None:
+        nonlocal is_mixed
+        is_mixed = True
+
+    handles = []
+    for part in network.modules():
         # Modulated convolutions are left out: only generators have them.
-        if isinstance(part, nn.Conv2d | EqualisedConv2d)
-    ]
+        if isinstance(part, nn.Conv2d | EqualisedConv2d):
+            handles.append(part.register_forward_hook(record))
+        elif isinstance(part, MinibatchStd):
+            handles.append(part.register_forward_hook(note))
     try:
         yield outputs
     finally:
@@ -32,7 +47,7 @@ def recorded_convolutions(network: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def middle_features(network: nn.Module, images: Tensor, condition: Tensor | None) -> Tensor:
-    """Features that know what is where: of the last convolution at a quarter of the resolution.
+    """Spatial features: the output of the last convolution whose map has a quarter of the side.
 
     Returns (N, C, h, w) with h at least H / 4. The network is called as a discriminator.
     """

@@ -4,8 +4,9 @@ Residual networks with spectral norm on every weight (but the generator's class 
 orthogonal initialisation. The latent is split: a part enters the first layer, and one more with the
 class embedding sets the batch norm gains and biases of each block. Self-attention (Zhang et al.
 2019, arXiv 1805.08318) at 16x16, or at 8x8 of 16x16 images. `base_channels` is ch of the paper (96
-for CIFAR): the generator is 4 ch wide up to 32x32 and the discriminator 2 ch, halved with every
-doubling beyond. The first linear layer, attention weights, image and logit stay fp32.
+in StudioGAN's configuration for CIFAR): the generator is 4 ch wide up to 32x32 and the
+discriminator 2 ch, halved with every doubling beyond. The first linear layer, attention weights,
+image and logit stay fp32.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def conv2d(
     groups: int = 1,
 ) -> Tensor:
     """As `torch.nn.functional.conv2d`: x (N, I, H, W), weight (O, I / groups, K, K), bias (O,)."""
-    return _convolve(x, weight, bias, _Geometry(stride, padding, False, 0, groups))
+    return _convolve(x, weight, bias, _Geometry(stride, padding, False, groups))
 
 
 def conv_transpose2d(
@@ -43,11 +43,10 @@ def conv_transpose2d(
     *,
     stride: int = 1,
     padding: int = 0,
-    output_padding: int = 0,
     groups: int = 1,
 ) -> Tensor:
     """As `torch.nn.functional.conv_transpose2d`; its weight is (I, O / groups, K, K)."""
-    return _convolve(x, weight, bias, _Geometry(stride, padding, True, output_padding, groups))
+    return _convolve(x, weight, bias, _Geometry(stride, padding, True, groups))
 
 
 class Conv2d(nn.Conv2d):
@@ -73,16 +72,13 @@ class _Geometry:
     stride: int
     padding: int
     transposed: bool
-    output_padding: int
     groups: int
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """In the order of `aten.convolution`; the dilation is always 1."""
-        stride, padding, output_padding = (
-            [size, size] for size in (self.stride, self.padding, self.output_padding)
-        )
-        return stride, padding, [1, 1], self.transposed, output_padding, self.groups
+        """In the order of `aten.convolution`; no dilation, and no padding of the output."""
+        stride, padding = [self.stride, self.stride], [self.padding, self.padding]
+        return stride, padding, [1, 1], self.transposed, [0, 0], self.groups
 
     def adjoints(
         self, gradient: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool]

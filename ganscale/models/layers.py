@@ -97,29 +97,23 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False)
 
 
-def binomial_filter(num_taps: int) -> Tensor:
-    """Binomial coefficients that sum to 1, (num_taps,): 3 gives [1, 2, 1] / 4."""
-    taps = torch.ones(1)
-    for _ in range(num_taps - 1):
-        taps = F.pad(taps, (1, 0)) + F.pad(taps, (0, 1))
-    return taps / taps.sum()
+def binomial_filter() -> Tensor:
+    """[1, 3, 3, 1] / 8, (4,): the filter of bilinear interpolation to twice the side."""
+    return torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
 
 
 def upsample(x: Tensor, taps: Tensor) -> Tensor:
     """(N, C, H, W) to (N, C, 2H, 2W): zeros between the pixels, then the filter; means are kept.
 
-    The adjoint of `downsample`, times 4. `taps` has 3 or 4 elements: with 3 a pixel stays centred
-    on an even place, with 4 between its two halves.
+    The adjoint of `downsample`, times 4. `taps` (4,) are those of `binomial_filter`.
     """
     # Three of four places hold zeros, so the filter is four times as strong to keep the mean.
     kernel = _depthwise(4 * torch.outer(taps, taps), x)
-    # Without it an odd filter would give 2H - 1 rows.
-    extra = len(taps) % 2
-    return conv_transpose2d(x, kernel, stride=2, padding=1, output_padding=extra, groups=x.shape[1])
+    return conv_transpose2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
 
 
 def downsample(x: Tensor, taps: Tensor) -> Tensor:
-    """(N, C, H, W) to (N, C, H/2, W/2): the filter, with zeros beyond the border, each second."""
+    """(N, C, H, W) to (N, C, H/2, W/2): the filter (4,), zeros beyond the border, each second."""
     kernel = _depthwise(torch.outer(taps, taps), x)
     return conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
 

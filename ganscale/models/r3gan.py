@@ -181,14 +181,18 @@ class _Block(nn.Module):
 
 
 class _Resample(nn.Module):
-    """Twice or half the side through the filter [1, 2, 1], and a 1x1 where the width changes."""
+    """Twice or half the side, and a 1x1 where the width changes.
+
+    The filter is [1, 3, 3, 1] / 8, which doubles a side by bilinear interpolation: the published
+    code convolves the [1, 2, 1] of its configuration with the [1, 1] of the finer grid.
+    """
 
     taps: Tensor
 
     def __init__(self, in_channels: int, out_channels: int, *, up: bool) -> None:
         super().__init__()
         self.up = up
-        self.register_buffer("taps", binomial_filter(3), persistent=False)
+        self.register_buffer("taps", binomial_filter(), persistent=False)
         same = in_channels == out_channels
         self.conv = nn.Identity() if same else _conv1x1(in_channels, out_channels)
 

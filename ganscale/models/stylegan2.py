@@ -195,7 +195,7 @@ class EqualisedConv2d(nn.Module):
         self.weight = nn.Parameter(torch.randn(shape))
         self.down = down
         # A constant: it moves with the module and is no part of checkpoints.
-        self.register_buffer("taps", binomial_filter(4), persistent=False)
+        self.register_buffer("taps", binomial_filter(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         # He's scale at run time and not at initialisation, so that Adam's steps are as large for
@@ -273,7 +273,7 @@ class _ModulatedLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels, 1, 1))
         self.activation = _Activation()
         self.up = up
-        self.register_buffer("taps", binomial_filter(4), persistent=False)
+        self.register_buffer("taps", binomial_filter(), persistent=False)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         x = self.conv(x, w, self.taps if self.up else None, demodulate=True)
@@ -305,7 +305,7 @@ class _SynthesisBlock(nn.Module):
         self.layer1 = _ModulatedLayer(in_channels, out_channels, w_dim, up=True)
         self.layer2 = _ModulatedLayer(out_channels, out_channels, w_dim, up=False)
         self.to_image = _ToImage(out_channels, img_channels, w_dim)
-        self.register_buffer("taps", binomial_filter(4), persistent=False)
+        self.register_buffer("taps", binomial_filter(), persistent=False)
 
     def forward(self, x: Tensor, images: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         x = self.layer2(self.layer1(x, w), w)

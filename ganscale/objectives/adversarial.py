@@ -68,8 +68,8 @@ def _nonsaturating_generator(_: Tensor | None, fake_logits: Tensor) -> Tensor:
 
 
 def _minimax_generator(_: Tensor | None, fake_logits: Tensor) -> Tensor:
-    # Saturates: the gradient is sigmoid(logit), which vanishes where the discriminator is sure. It
-    # is here because it is the game of the paper; `nonsaturating` is what is played.
+    # Saturates: the gradient is sigmoid(logit), which vanishes where the discriminator is sure.
+    # Included because it is the paper's objective; use `nonsaturating` in practice.
     return -softplus(fake_logits.float())
 
 

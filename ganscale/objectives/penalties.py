@@ -24,11 +24,12 @@ before it is squared: neither its small elements nor its square leave the range.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LogitsFn = Callable[[Tensor], Tensor]
 """Images (n, C, H, W) to logits (n,), through the augmentation, with the images' condition."""
@@ -36,7 +37,8 @@ LogitsFn = Callable[[Tensor], Tensor]
 DRAGAN_STD = 0.25
 """c: half the standard deviation of the pixels of natural images in [-1, 1]."""
 FINITE_DIFFERENCE_STEP = 0.01
-"""s, in units of pixels in [-1, 1]."""
+"""s, in units of pixels in [-1, 1]. bf16 is too coarse for it: the difference of two logits is
+divided by s, and with it their rounding."""
 
 
 @dataclass(frozen=True)
@@ -103,17 +105,25 @@ def gradient_normalised(logits_fn: LogitsFn, scale: float = 1.0) -> LogitsFn:
     return normalised
 
 
-def orthogonal_penalty(parameters: Mapping[str, Tensor]) -> Tensor:
-    """sum of ||W W^T (1 - I)||_F^2 over all matrices and filter banks, ().
+def orthogonal_penalty(module: nn.Module) -> Tensor:
+    """sum of ||W W^T (1 - I)||_F^2 over the weights of linear layers and convolutions, ().
 
-    Brock et al. (2019, arXiv 1809.11096), equation 3: only what lies off the diagonal.
+    Brock et al. (2019, arXiv 1809.11096), equation 3: only what lies off the diagonal. A row of W
+    is what makes one output feature.
     """
-    total: Tensor = torch.zeros((), device=next(iter(parameters.values())).device)
-    for name, weight in parameters.items():
-        # Biases and gains have no rows to compare. Rows of a class embedding are no filters of one
-        # layer; BigGAN's published code leaves it out too.
-        if weight.ndim < 2 or "embedding" in name:
+    total: Tensor = torch.zeros((), device=next(module.parameters()).device)
+    for name, weight in module.named_parameters():
+        # Under spectral norm the parameter belongs to a module within the layer.
+        path = re.split(r"\.?parametrizations\.|\.?\w+$", name)[0]
+        layer = module.get_submodule(path)
+        # Biases and gains, and constants that a network starts from, have no rows to compare. Rows
+        # of a class embedding are no filters of one layer; BigGAN's published code leaves it out.
+        is_embedding = isinstance(layer, nn.Embedding) or "embedding" in name
+        if is_embedding or weight.ndim not in (2, 4):
             continue
+        # A transposed convolution has its outputs second.
+        if isinstance(layer, nn.ConvTranspose2d):
+            weight = weight.transpose(0, 1)
         rows = weight.flatten(1)
         products = rows @ rows.T
         # Off the diagonal alone: filters are to be orthogonal, not of norm 1, which limits them too

@@ -46,6 +46,7 @@ class Evaluator:
         settings = config.evaluation
         self.config = config
         self.world = world
+        self._classes = list(shard_set.classes)
         # Rank 0 decides what "auto" is: other machines may have other weights.
         name = [chosen_extractor(settings.extractor)]
         dist.broadcast_object_list(name, src=0)
@@ -75,7 +76,8 @@ class Evaluator:
 
         began = time.perf_counter()
         settings = self.config.evaluation
-        generator = SampleableGenerator(model, spec=self.config.generator_spec, info={})
+        info = {"classes": self._classes}  # for metrics by class, which match them by name
+        generator = SampleableGenerator(model, spec=self.config.generator_spec, info=info)
         samples = GeneratedImages(generator, settings.num_images, 0, self.config.name, str(nimg))
         evaluation: Evaluation | None = None
         problem = ""

@@ -47,12 +47,14 @@ def trained(config: Config, world_size: int = 1) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_measures_itself_and_keeps_its_best(make_config: MakeConfig, world_size: int) -> None:
-    config = make_config(**SETTINGS)
+    settings = {**SETTINGS, "evaluation__metrics": ["fid", "prdc", "fid_per_class"]}
+    config = make_config(model__name="sndcgan", model__num_classes=10, **settings)
     rows = trained(config, world_size)
     assert [row["nimg"] for row in rows] == [160, 320, 480, 640]
     for row in rows:
         assert row["metrics/fd_small"] > 0
         assert 0 <= row["metrics/recall_small"] <= 1
+        assert row["metrics/fd_per_class_small"] > 0
         assert row["time/evaluation_seconds"] > 0
     best = min(rows, key=lambda row: row["metrics/fd_small"])["nimg"]
     (snapshot,) = (RunDirectory(config.run_dir).snapshots / "best").iterdir()

@@ -12,16 +12,6 @@ from torch.nn import functional as F
 
 from ganscale.models.convolution import Conv2d, conv2d, conv_transpose2d
 
-
-def cropped_conv_transpose2d(*tensors: Tensor, **options: int) -> Tensor:
-    """`F.conv_transpose2d` whose paddings are a crop: 2.14 cannot differentiate the backward of one
-    with output_padding ("not supported for non-transposed convolutions")."""
-    before, extra = options.pop("padding"), options.pop("output_padding")
-    whole = F.conv_transpose2d(*tensors, **options)  # type: ignore[arg-type]
-    end = whole.shape[-1] - before + extra
-    return whole[..., before:end, before:end]
-
-
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Any, dict[str, int]]] = {
     "plain": (conv2d, F.conv2d, (6, 4, 3, 3), {"padding": 1}),
     "1x1": (conv2d, F.conv2d, (6, 4, 1, 1), {}),
@@ -38,9 +28,9 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Any, dict[s
     ),
     "transposed, grouped": (
         conv_transpose2d,
-        cropped_conv_transpose2d,
-        (4, 3, 3, 3),
-        {"stride": 2, "padding": 1, "output_padding": 1, "groups": 2},
+        F.conv_transpose2d,
+        (4, 3, 4, 4),
+        {"stride": 2, "padding": 1, "groups": 2},
     ),
     "transposed, depthwise": (
         conv_transpose2d,

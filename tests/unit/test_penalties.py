@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ganscale.models.layers import spectral_norm
 from ganscale.models.r3gan import R3ganDiscriminator
 from ganscale.objectives import penalties
 from ganscale.objectives.penalties import (
@@ -206,16 +207,23 @@ def test_gradients_of_normalised_logits_are_those_of_finite_differences() -> Non
 
 def test_the_orthogonal_penalty_sums_squared_products_of_different_filters() -> None:
     torch.manual_seed(0)
-    bank, bias, matrix = torch.randn(3, 2, 2, 2), torch.randn(4), torch.randn(2, 5)
-    embedding = torch.randn(3, 3)
+    conv, linear = nn.Conv2d(2, 3, 2), nn.Linear(5, 2)
+    transposed = nn.ConvTranspose2d(2, 4, 3)
+    net = nn.Sequential(conv, spectral_norm(linear), transposed, nn.Embedding(3, 3))
+    net.add_module("embedding", nn.Linear(3, 3))
+    net.register_parameter("constant", nn.Parameter(torch.randn(4, 4, 4)))
+    of_linear = linear.parametrizations.weight.original  # type: ignore[union-attr]
+    filters = [transposed.weight[:, output].flatten() for output in range(4)]
     expected = 0.0
-    for weight in (bank.flatten(1), matrix):
-        for i, one in enumerate(weight):
-            for j, other in enumerate(weight):
-                expected += float(one @ other) ** 2 if i != j else 0.0
-    named = {"conv.weight": bank, "bias": bias, "out.weight": matrix, "embedding.w": embedding}
-    assert float(orthogonal_penalty(named)) == pytest.approx(expected)
-    assert float(orthogonal_penalty({"w": torch.eye(3) * 7})) == 0
+    with torch.no_grad():
+        for weight in (conv.weight.flatten(1), of_linear, filters):
+            for i, one in enumerate(weight):
+                for j, other in enumerate(weight):
+                    expected += float(one @ other) ** 2 if i != j else 0.0
+        assert float(orthogonal_penalty(net)) == pytest.approx(expected)
+        linear = nn.Linear(3, 3)
+        linear.weight.copy_(torch.eye(3) * 7)
+        assert float(orthogonal_penalty(linear)) == 0
 
 
 @pytest.mark.parametrize("name", PENALTIES)

@@ -28,7 +28,7 @@ def test_convolutions_and_their_gradients_are_counted_by_their_loops(
     counter = Operations()
     with counter:
         if transposed:
-            y = conv_transpose2d(x, weight, stride=2, padding=2, output_padding=1, groups=groups)
+            y = conv_transpose2d(x, weight, stride=2, padding=2, groups=groups)
         else:
             y = conv2d(x, weight, stride=2, padding=2, groups=groups)
         y.sum().backward()

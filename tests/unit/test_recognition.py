@@ -149,14 +149,16 @@ def test_activations_are_the_largest_of_each_part_of_the_maps() -> None:
 
 
 @pytest.mark.parametrize("model", SMALL_MODELS)
-def test_every_discriminator_has_features_that_do_not_depend_on_labels(model: str) -> None:
+def test_features_of_every_discriminator_depend_on_one_image_and_no_label(model: str) -> None:
     spec = {"img_channels": 3, "num_classes": 0, "blocks_per_stage": 1, "mapping_layers": 2}
     spec |= {"residual": False, **SMALL_MODELS[model]}
     torch.manual_seed(0)
     network = build_discriminator(spec).eval()
     images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
-    found = pooled_activations(network, num_classes=int(spec["num_classes"]))(images)
+    features_of = pooled_activations(network, num_classes=int(spec["num_classes"]))
+    found = features_of(images)
     assert found.shape[0] == 4
+    torch.testing.assert_close(features_of(images[:1]), found[:1])
     assert torch.isfinite(found).all()
     assert found.std(0).max() > 0
 

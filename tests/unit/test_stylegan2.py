@@ -19,7 +19,7 @@ from ganscale.models.stylegan2 import (
     modulated_conv2d,
 )
 
-TAPS = binomial_filter(4).double()
+TAPS = binomial_filter().double()
 WIDTH, Z_DIM = 8, 6
 
 

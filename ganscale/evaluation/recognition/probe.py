@@ -165,8 +165,8 @@ def probe(
 
     Args:
         name: of the features, for messages and results.
-        describe_of: returns the function that extracts features, for a seed; one function for all
-            seeds if the network is trained.
+        features_for_seed: returns the function that extracts features, for a seed; one function
+            for all seeds if the network is trained.
         train: labelled images; a seed chooses `num_train` of them and which are held out.
         test: labelled images of the same shape, all of which are used; classes are matched by name.
         num_train: images to train on.

@@ -277,7 +277,7 @@ def center_logits(
 
 def orthogonal_loss(module: nn.Module, weight: float) -> Tensor | float:
     """The weighted orthogonal penalty of a network, (); 0 where the weight is 0."""
-    return weight * orthogonal_penalty(dict(module.named_parameters())) if weight else 0.0
+    return weight * orthogonal_penalty(module) if weight else 0.0
 
 
 def flip_and_shift(images: Tensor, noise: Tensor) -> Tensor:
