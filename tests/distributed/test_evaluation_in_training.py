@@ -47,7 +47,11 @@ def trained(config: Config, world_size: int = 1) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_measures_itself_and_keeps_its_best(make_config: MakeConfig, world_size: int) -> None:
-    settings = {**SETTINGS, "evaluation__metrics": ["fid", "prdc", "fid_per_class"]}
+    settings = {
+        **SETTINGS,
+        "evaluation__metrics": ["fid", "prdc", "fid_per_class"],
+        "evaluation__num_images": 400,
+    }
     config = make_config(model__name="sndcgan", model__num_classes=10, **settings)
     rows = trained(config, world_size)
     assert [row["nimg"] for row in rows] == [160, 320, 480, 640]
