@@ -19,12 +19,11 @@ from torch.nn import functional as F
 
 from ganscale.models.conditioning import ConditionalBatchNorm2d, ProjectionHead
 from ganscale.models.convolution import Conv2d
-from ganscale.models.layers import FullPrecision, spectral_norm, without_autocast
+from ganscale.models.layers import FullPrecision, spectral_norm_everywhere, without_autocast
 from ganscale.models.residual import DownBlock, UpBlock, width_at
 
 _EMBEDDING_DIM = 128
 _ATTENTION_RESOLUTION = 16
-_WEIGHTED = (nn.Conv2d, nn.Linear, nn.Embedding)
 
 
 class BigganGenerator(nn.Module):
@@ -67,7 +66,7 @@ class BigganGenerator(nn.Module):
             nn.Tanh(),
         )
         _initialise(self)
-        _normalise(self, besides=self.embedding)
+        spectral_norm_everywhere(self, besides=self.embedding)
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         assert labels is not None, "a class-conditional model needs labels"
@@ -106,7 +105,7 @@ class BigganDiscriminator(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.head = ProjectionHead(nn.Linear(width, 1), nn.Embedding(num_classes, width))
         _initialise(self)
-        _normalise(self)
+        spectral_norm_everywhere(self)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         x: Tensor = self.blocks(images).relu()
@@ -178,16 +177,8 @@ def _attention_size(resolution: int) -> int:
 def _initialise(module: nn.Module) -> None:
     """Orthogonal weights (Saxe et al. 2014, arXiv 1312.6120), no biases."""
     for part in module.modules():
-        if isinstance(part, _WEIGHTED):
+        if isinstance(part, nn.Conv2d | nn.Linear | nn.Embedding):
             nn.init.orthogonal_(part.weight)
             bias = getattr(part, "bias", None)
             if bias is not None:
                 nn.init.zeros_(bias)
-
-
-def _normalise(module: nn.Module, besides: nn.Module | None = None) -> None:
-    """Spectral norm on every weight but that of `besides`."""
-    # A list, since registering adds modules to those that are walked. Called after initialisation,
-    # which sets weights that are computed ones from here on.
-    for part in [p for p in module.modules() if isinstance(p, _WEIGHTED) and p is not besides]:
-        spectral_norm(part)

@@ -67,6 +67,17 @@ def spectral_norm(module: M) -> M:
     return module
 
 
+def spectral_norm_everywhere(module: nn.Module, besides: nn.Module | None = None) -> None:
+    """`spectral_norm` on every linear layer, convolution and embedding in `module` but `besides`.
+
+    To be called after initialisation, which sets weights that are computed ones from here on.
+    """
+    kinds = (nn.Conv2d, nn.Linear, nn.Embedding)
+    # A list, since registering adds modules to those that are walked.
+    for part in [p for p in module.modules() if isinstance(p, kinds) and p is not besides]:
+        spectral_norm(part)
+
+
 class MinibatchStd(nn.Module):
     """Appends a map that holds the mean standard deviation of the batch (N, C, H, W).
 
@@ -95,6 +106,11 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     if not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
+
+
+def side_lengths(resolution: int) -> list[int]:
+    """4, 8, ..., resolution."""
+    return [1 << level for level in range(2, resolution.bit_length())]
 
 
 def binomial_filter() -> Tensor:

@@ -24,6 +24,7 @@ from ganscale.models.layers import (
     FullPrecision,
     binomial_filter,
     downsample,
+    side_lengths,
     upsample,
     without_autocast,
 )
@@ -56,7 +57,7 @@ class R3ganGenerator(nn.Module):
         blocks_per_stage: int,
     ) -> None:
         super().__init__()
-        sizes = _sizes(resolution)
+        sizes = side_lengths(resolution)
         # L of Fixup counts the blocks of the whole network, not of a stage.
         num_blocks = blocks_per_stage * len(sizes)
         self.num_classes = num_classes
@@ -99,7 +100,7 @@ class R3ganDiscriminator(nn.Module):
         blocks_per_stage: int,
     ) -> None:
         super().__init__()
-        sizes = _sizes(resolution)[::-1]
+        sizes = side_lengths(resolution)[::-1]
         num_blocks = blocks_per_stage * len(sizes)
         self.from_image = _conv1x1(img_channels, width_at(resolution, base_channels))
         stages: list[nn.Module] = []
@@ -224,8 +225,3 @@ def _linear(in_features: int, out_features: int, *, gain: float = 1.0) -> nn.Lin
 def _he(weight: Tensor, gain: float) -> None:
     """N(0, gain^2 / fan_in)."""
     nn.init.normal_(weight, 0.0, gain / math.sqrt(weight[0].numel()))
-
-
-def _sizes(resolution: int) -> list[int]:
-    """4, 8, ..., resolution."""
-    return [1 << level for level in range(2, resolution.bit_length())]

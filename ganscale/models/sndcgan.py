@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ganscale.models.conditioning import ClassBatchNorm2d, ProjectionHead
 from ganscale.models.convolution import Conv2d
-from ganscale.models.layers import spectral_norm
+from ganscale.models.layers import spectral_norm_everywhere
 
 _SLOPE = 0.1
 _INIT_STD = 0.02
@@ -76,10 +76,7 @@ class SndcganDiscriminator(nn.Module):
         embedding = nn.Embedding(num_classes, last) if num_classes else None
         self.head = ProjectionHead(nn.Linear(last, 1), embedding)
         _initialise(self)
-        # A list, since registering adds modules to those that are walked; after initialisation,
-        # which sets weights that are computed ones from here on.
-        for part in [p for p in self.modules() if isinstance(p, _WEIGHTED)]:
-            spectral_norm(part)
+        spectral_norm_everywhere(self)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         x: Tensor = self.layers(images)
@@ -87,9 +84,6 @@ class SndcganDiscriminator(nn.Module):
         features = x.sum(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
         logits: Tensor = self.head(features, labels)
         return logits
-
-
-_WEIGHTED = (nn.Conv2d, nn.Linear, nn.Embedding)
 
 
 def _widths(resolution: int, base_channels: int) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ganscale.models.conditioning import ClassBatchNorm2d, ProjectionHead
-from ganscale.models.layers import spectral_norm
+from ganscale.models.layers import spectral_norm_everywhere
 from ganscale.models.residual import DownBlock, UpBlock, width_at
 
 
@@ -76,10 +76,7 @@ class SnganDiscriminator(nn.Module):
         embedding = nn.Embedding(num_classes, base_channels) if num_classes else None
         self.head = ProjectionHead(nn.Linear(base_channels, 1), embedding)
         _initialise(self)
-        # A list, since registering adds modules to those that are walked; after initialisation,
-        # which sets weights that are computed ones from here on.
-        for part in [p for p in self.modules() if isinstance(p, _WEIGHTED)]:
-            spectral_norm(part)
+        spectral_norm_everywhere(self)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         x: Tensor = self.blocks(images).relu()
@@ -88,9 +85,6 @@ class SnganDiscriminator(nn.Module):
         features = x.sum(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
         logits: Tensor = self.head(features, labels)
         return logits
-
-
-_WEIGHTED = (nn.Conv2d, nn.Linear, nn.Embedding)
 
 
 def _initialise(module: nn.Module) -> None:

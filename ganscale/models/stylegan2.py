@@ -27,6 +27,7 @@ from ganscale.models.layers import (
     MinibatchStd,
     binomial_filter,
     downsample,
+    side_lengths,
     upsample,
     without_autocast,
 )
@@ -67,7 +68,7 @@ class Stylegan2Generator(nn.Module):
         self.first = _ModulatedLayer(width, width, z_dim, up=False)
         self.first_image = _ToImage(width, img_channels, z_dim)
         self.blocks = nn.ModuleList()
-        for size in _sizes(resolution)[1:]:
+        for size in side_lengths(resolution)[1:]:
             out = _width(base_channels, size)
             self.blocks.append(_SynthesisBlock(width, out, img_channels, z_dim))
             width = out
@@ -100,7 +101,7 @@ class Stylegan2Discriminator(nn.Module):
         residual: bool,
     ) -> None:
         super().__init__()
-        sizes = _sizes(resolution)[::-1]
+        sizes = side_lengths(resolution)[::-1]
         self.from_image = _ConvLayer(img_channels, _width(base_channels, resolution), 1)
         block = _ResidualBlock if residual else _PlainBlock
         self.blocks = nn.Sequential(
@@ -378,11 +379,6 @@ def _filter(x: Tensor, kernel: Tensor, padding: int) -> Tensor:
 def _normalise(x: Tensor) -> Tensor:
     """To a mean square of 1 over each sample."""
     return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + _EPSILON)
-
-
-def _sizes(resolution: int) -> list[int]:
-    """4, 8, ..., resolution."""
-    return [1 << level for level in range(2, resolution.bit_length())]
 
 
 def _width(base_channels: int, resolution: int) -> int:
