@@ -23,7 +23,6 @@ from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, Wo
 from ray.util import remove_placement_group
 
 from ganscale.config import Config
-from ganscale.errors import GanscaleError
 from ganscale.launch.driver_actor import Messages, marked, start_driver_actor
 from ganscale.launch.fault_callback import FaultCallback, first_cause
 from ganscale.launch.held_run import HeldRun
@@ -44,7 +43,8 @@ def train_on_ray(config: Config, supervisor: Supervisor, held: HeldRun) -> Train
 
     Uses the cluster at `launch.ray_address` or RAY_ADDRESS, else starts Ray here without a
     dashboard and ends it afterwards. Raises `ConfigError` if the workers do not fit on a Ray that
-    was started here, `GanscaleError` with the worker's message when training failed for good.
+    was started here, `GanscaleError` when training failed for good: with the message and of the
+    class, such as `DataError` or `TrainingFault`, of the worker's error.
     """
     stop = StopRequest()
     # In this order: Ray replaces the handlers of signals when it starts.
@@ -134,20 +134,18 @@ class RayWorkers:
         if isinstance(ended, TrainResult):
             return ended
         _release_places(messages)
-        raise self._explained(ended) from ended
+        raise self._explained(ended, messages) from ended
 
     def _fit(
         self, trainer: TorchTrainer, messages: Messages, stop: StopRequest
-    ) -> TrainResult | BaseException:
-        """How the group ended; meanwhile pass on `stop`, and note what the controller tells."""
-        outcome: list[TrainResult | BaseException] = []
+    ) -> TrainResult | BaseException | None:
+        """How the group ended, as its workers or Ray say; meanwhile pass on `stop`, and note what
+        the controller tells."""
+        outcome: list[TrainResult | BaseException | None] = []
 
         def fit() -> None:
             try:
-                result = trainer.fit()
-                if error := messages.get("error"):
-                    raise GanscaleError(f"training failed on {error}")
-                outcome.append(result.return_value)
+                outcome.append(trainer.fit().return_value)
             except BaseException as error:
                 outcome.append(error)
 
@@ -167,8 +165,20 @@ class RayWorkers:
                 num_faults = len(faults)
         return outcome[0]
 
-    def _explained(self, error: BaseException) -> BaseException:
-        """The error that ends the run, or a `Failure` after which another group may go on."""
+    def _explained(self, error: BaseException | None, messages: Messages) -> BaseException:
+        """The error that ends the run, or a `Failure` after which another group may go on.
+
+        `error` is what Ray raised; None if its last workers only found what earlier ones had left.
+        """
+        # First, as Ray gives an error that would recur like any other fault of a worker, unless it
+        # has started workers again, and these have ended without a word.
+        try:
+            if told := messages.get("error"):
+                kind, text = told
+                return kind(f"training failed on {text}")
+        except RayError as lost:
+            error = error or lost
+        assert error is not None
         if isinstance(error, WorkerGroupError) and error.worker_failures:
             faults = self._num_restarts_by_ray() + 1
             return Failure(first_cause(error.worker_failures), faults=faults)
