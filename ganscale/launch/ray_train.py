@@ -78,10 +78,10 @@ class RayWorkers:
         self.config = config
         self._held = held
         self._note = note
-        self._messages: Messages | None = None
-        """With the group that is starting or trains."""
         self._num_workers = 0
-        """In that group."""
+        """In the group that is starting or trains; 0 without one."""
+        self._messages: Messages | None = None
+        """With that group, once nothing is asked for any more that it needs itself."""
         self._takes = worker_takes(config)
         self._places = Places(self._takes)
 
@@ -93,12 +93,14 @@ class RayWorkers:
         """How many more workers fit on the cluster now; none while a group takes its places, or
         the cluster's head does not answer."""
         launch = self.config.launch
+        # Read once, in this order: another thread may be about to run a group.
+        num_workers, messages = self._num_workers, self._messages
         try:
-            if self._messages is None:
+            if not num_workers:
                 return self._places.num_free(launch.max_workers, at_least=launch.min_workers)
-            if self._messages.get("places") is None:
+            if messages is None or messages.get("places") is None:
                 return 0
-            return self._places.num_free(launch.max_workers - self._num_workers)
+            return self._places.num_free(launch.max_workers - num_workers)
         except RayError:
             return 0
 
@@ -121,16 +123,19 @@ class RayWorkers:
         Raises `Failure` when a worker, its node or the controller is gone, the cause of an error
         that would recur, or `RunInUse` if another process has begun to train the run meanwhile.
         """
-        self._held.require_free()
-        # An actor for each group, so that one that has died fails no other group.
-        driver = start_driver_actor(self.config.run_dir, for_workers())
-        messages = Messages(driver, secrets.token_hex(8))
-        trainer = self._trainer(num_workers, messages)
-        self._places.give_back()
-        self._messages, self._num_workers = messages, num_workers
-        with marked(self.config.run_dir, messages.group):
-            ended = self._fit(trainer, messages, stop)
-        self._messages = None
+        self._num_workers = num_workers
+        try:
+            self._held.require_free()
+            # An actor for each group, so that one that has died fails no other group.
+            driver = start_driver_actor(self.config.run_dir, for_workers())
+            messages = Messages(driver, secrets.token_hex(8))
+            trainer = self._trainer(num_workers, messages)
+            self._places.give_back()
+            self._messages = messages
+            with marked(self.config.run_dir, messages.group):
+                ended = self._fit(trainer, messages, stop)
+        finally:
+            self._messages, self._num_workers = None, 0
         if isinstance(ended, TrainResult):
             return ended
         _release_places(messages)

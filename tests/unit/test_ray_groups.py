@@ -166,3 +166,72 @@ def test_faults_of_workers_and_of_the_driver_s_actor_may_be_survived(
         driver.run()
     driver.actor.is_dead = False
     assert driver.run() == TrainResult(10)
+
+
+class FakePlaces:
+    """Counts how often somebody looks for room, of which there is always some."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+        self.num_given_back = 0
+
+    def num_free(self, num_workers: int, *, at_least: int = 1) -> int:
+        self.asked.append((num_workers, at_least))
+        return num_workers
+
+    def give_back(self) -> None:
+        self.num_given_back += 1
+
+
+def test_there_is_no_room_for_more_until_a_group_has_its_places(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked for in the meantime could take the places that the group itself is to have."""
+    room: dict[str, int] = {}
+    start = ray_train.start_driver_actor
+
+    def slowly(*arguments: Any) -> Any:
+        room["as the actor starts"] = driver.workers.room()
+        return start(*arguments)
+
+    def fit(messages: Messages) -> TrainResult:
+        room["as Ray starts workers"] = driver.workers.room()
+        messages.put("places", "a placement group")
+        room["while they train"] = driver.workers.room()
+        messages.put("places", None)
+        room["after a fault"] = driver.workers.room()
+        return TrainResult(10)
+
+    def require_free() -> None:
+        room["as the store is read"] = driver.workers.room()
+
+    monkeypatch.setattr(ray_train, "start_driver_actor", slowly)
+    driver, places = make_driver(fit, num_workers=(1, 5)), FakePlaces()
+    driver.workers._places = places  # type: ignore[assignment]
+    driver.workers._held.require_free = require_free  # type: ignore[method-assign]
+    room["before"] = driver.workers.room()
+    driver.run()
+    room["at the end"] = driver.workers.room()
+    assert room == {
+        "before": 5,
+        "as the store is read": 0,
+        "as the actor starts": 0,
+        "as Ray starts workers": 0,
+        "while they train": 3,
+        "after a fault": 0,
+        "at the end": 5,
+    }
+    assert places.asked == [(5, 1), (3, 1), (5, 1)]
+
+
+def test_a_group_that_could_not_start_leaves_the_room_to_the_next(make_driver: MakeDriver) -> None:
+    driver = make_driver(num_workers=(1, 5))
+    driver.workers._places = FakePlaces()  # type: ignore[assignment]
+
+    def refuse() -> None:
+        raise RunInUse("another process")
+
+    driver.workers._held.require_free = refuse  # type: ignore[method-assign]
+    with pytest.raises(RunInUse):
+        driver.run()
+    assert driver.workers.room() == 5
