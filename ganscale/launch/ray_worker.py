@@ -200,7 +200,8 @@ def _pointer(config: Config) -> Iterator[ray.train.Checkpoint]:
     from ganscale.checkpoint import CheckpointStore
 
     newest = None
-    with suppress(GanscaleError):  # a store that is out of reach must not keep the report back
+    # A store that is out of reach must not keep the report back, for which all ranks wait.
+    with suppress(GanscaleError, OSError):
         store = CheckpointStore(config.checkpoints)
         newest = next((store.where(name) for name in store.lineage()), None)
     with tempfile.TemporaryDirectory() as folder:

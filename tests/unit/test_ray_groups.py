@@ -5,6 +5,7 @@ Ray itself is replaced: `fit()` does what a test says, and messages are kept in 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from ganscale.checkpoint import RunInUse
+from ganscale.checkpoint import CheckpointStore, RunInUse
 from ganscale.config import Config
 from ganscale.data.reader import DamagedSample
 from ganscale.errors import (
@@ -235,3 +236,18 @@ def test_a_group_that_could_not_start_leaves_the_room_to_the_next(make_driver: M
     with pytest.raises(RunInUse):
         driver.run()
     assert driver.workers.room() == 5
+
+
+def test_a_store_that_is_out_of_reach_does_not_hold_the_last_report_back(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An object store raises errors of the network, which are of `OSError`."""
+
+    def away(self: object) -> list[str]:
+        raise ConnectionResetError("the store is away")
+
+    monkeypatch.setattr(CheckpointStore, "lineage", away)
+    config = make_driver().config
+    with ray_worker._pointer(config) as pointer, pointer.as_directory() as folder:
+        told = json.loads(Path(folder, "ganscale.json").read_text())
+    assert told == {"run": str(config.run_dir), "checkpoint": None}
