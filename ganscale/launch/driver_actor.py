@@ -18,7 +18,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ganscale.json_lines import locked, open_lines
-from ganscale.launch.documents import LINES, Copy
+from ganscale.launch.documents import LINES, Copy, files_below
 from ganscale.run_directory import RunDirectory
 from ganscale.world import World
 
@@ -151,7 +151,7 @@ class _DriverCopy:
 
     def known(self) -> set[str]:
         """What lay here before the group began: the driver has it, or it is not the run's."""
-        return {path.relative_to(self._root).as_posix() for path in self._root.rglob("*")}
+        return {path.relative_to(self._root).as_posix() for path in files_below(self._root)}
 
     def grow(self, name: str, path: Path, start: int, end: int) -> None:
         """Only what is new."""
