@@ -42,6 +42,10 @@ _SETTLED_SECONDS = 5.0
 _PIECE_BYTES = 2**24
 
 
+class IncompleteCopyWarning(UserWarning):
+    """Some of what a run has written is not where people look for it."""
+
+
 class Target(Protocol):
     """A place that keeps a copy. Its methods may raise anything."""
 

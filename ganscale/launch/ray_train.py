@@ -11,6 +11,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -23,6 +24,7 @@ from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, Wo
 from ray.util import remove_placement_group
 
 from ganscale.config import Config
+from ganscale.launch.documents import IncompleteCopyWarning
 from ganscale.launch.driver_actor import Messages, marked, start_driver_actor
 from ganscale.launch.fault_callback import FaultCallback, first_cause
 from ganscale.launch.held_run import HeldRun
@@ -136,6 +138,10 @@ class RayWorkers:
                 ended = self._fit(trainer, messages, stop)
         finally:
             self._messages, self._num_workers = None, 0
+        with suppress(RayError):
+            if problem := messages.get("not_copied"):
+                # Not only as an event: this host's disk may be full, which is the likely reason.
+                warnings.warn(problem, IncompleteCopyWarning, stacklevel=2)
         if isinstance(ended, TrainResult):
             return ended
         _release_places(messages)

@@ -6,18 +6,21 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import RayTaskError
 from rich.console import Console
 
 from ganscale.checkpoint import CheckpointName, CheckpointStore
 from ganscale.checkpoint.files import saved_state
 from ganscale.config import Config, load_config
-from ganscale.errors import CheckpointError, ConfigError
+from ganscale.errors import CheckpointError, ConfigError, DataError
 from ganscale.json_lines import add_missing_lines
 from ganscale.launch import documents, driver_actor, held_run, resolve_run, start
 from ganscale.launch.documents import Copy, StoreCopy, restore_run_dir, store_copy
@@ -418,6 +421,62 @@ def test_what_rank_0_writes_on_another_host_appears_in_the_driver_s_folder(
     assert (driver / "samples/empty.png").read_bytes() == b""
     assert not (driver / "snapshots/a.safetensors").exists()
     assert not list(driver.rglob(".*"))
+
+
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_what_could_not_be_copied_to_the_driver_is_left_as_a_message(
+    tmp_path: Path, other_host: Any, monkeypatch: pytest.MonkeyPatch, ends_well: bool
+) -> None:
+    """As with a full disk on the driver's host, of which Ray tells with a traceback."""
+
+    def put(self: DriverActor, *_: Any, **__: Any) -> Any:
+        full = OSError(errno.ENOSPC, "No space left on device")
+        return RayTaskError("put", "Traceback of many lines " * 50, full).as_instanceof_cause()
+
+    def get(value: Any) -> Any:
+        if isinstance(value, RayTaskError):
+            raise value
+        return value
+
+    monkeypatch.setattr(DriverActor, "put", put)
+    monkeypatch.setattr("ray.get", get)
+    messages, worker = Messages(other_host, "token"), tmp_path / "worker"
+
+    @contextmanager
+    def until_the_end() -> Iterator[None]:
+        with copied_to_driver(messages, worker, World(0, 0, 2)):
+            write(worker / "snapshots/b.safetensors", b"weights")
+            assert messages.get("not_copied") is None
+            yield
+
+    if ends_well:
+        with until_the_end():
+            pass
+    else:
+        with pytest.raises(DataError, match="sample 7"), until_the_end():
+            raise DataError("sample 7")
+    told = messages.get("not_copied")
+    assert f"rank 0 wrote into {worker} on " in told
+    assert "was copied to this host: OSError: [Errno 28] No space left on device" in told
+
+
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_an_incomplete_copy_in_a_store_is_told_of_however_a_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_well: bool
+) -> None:
+    target = FakeTarget()
+    target.failures = 1_000_000
+    monkeypatch.setattr(held_run, "store_copy", lambda config: target)
+    config, console = config_at(None, tmp_path), Console(record=True)
+    write(config.run_dir / "events.jsonl", b"1\n")
+    held: Any = SimpleNamespace(is_current=lambda: True)
+    if ends_well:
+        with held_run._copied(config, console, held):
+            pass
+    else:
+        with pytest.raises(DataError), held_run._copied(config, console, held):
+            raise DataError("sample 7")
+    assert "beside the checkpoints is not complete: OSError: the store" in console.export_text()
 
 
 def test_nothing_is_copied_where_the_driver_sees_the_folder(

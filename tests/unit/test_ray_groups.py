@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -26,6 +27,7 @@ from ganscale.errors import (
     TrainingFault,
 )
 from ganscale.launch import ray_train, ray_worker
+from ganscale.launch.documents import IncompleteCopyWarning
 from ganscale.launch.driver_actor import DriverActor, Messages
 from ganscale.launch.ray_train import RayWorkers
 from ganscale.launch.supervisor import Failure, Supervisor
@@ -167,6 +169,24 @@ def test_faults_of_workers_and_of_the_driver_s_actor_may_be_survived(
         driver.run()
     driver.actor.is_dead = False
     assert driver.run() == TrainResult(10)
+
+
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_the_driver_warns_of_what_was_not_copied_to_it(
+    make_driver: MakeDriver, ends_well: bool
+) -> None:
+    def fit(messages: Messages) -> TrainResult:
+        messages.put("not_copied", "not all of it was copied")
+        if not ends_well:
+            raise WorkerGroupError("lost", {1: RuntimeError("it was killed")})
+        return TrainResult(10)
+
+    driver = make_driver(fit, num_workers=(1, 2))
+    with (
+        nullcontext() if ends_well else pytest.raises(Failure),
+        pytest.warns(IncompleteCopyWarning, match="not all of it was copied"),
+    ):
+        driver.run()
 
 
 class FakePlaces:
