@@ -24,6 +24,7 @@ from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, Wo
 from ray.util import remove_placement_group
 
 from ganscale.config import Config
+from ganscale.errors import GanscaleError
 from ganscale.launch.documents import IncompleteCopyWarning
 from ganscale.launch.driver_actor import Messages, marked, start_driver_actor
 from ganscale.launch.fault_callback import FaultCallback, first_cause
@@ -185,8 +186,8 @@ class RayWorkers:
         # has started workers again, and these have ended without a word.
         try:
             if told := messages.get("error"):
-                kind, text = told
-                return kind(f"training failed on {text}")
+                kind: type[GanscaleError] = told[0]
+                return kind(f"training failed on {told[1]}")
         except RayError as lost:
             error = error or lost
         assert error is not None

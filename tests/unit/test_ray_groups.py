@@ -64,7 +64,7 @@ class Driver:
         self.num_started = 0
         held = SimpleNamespace(require_free=lambda: None, session=None)
         self.workers = RayWorkers(config, cast(Any, held), lambda event, **fields: None)
-        self.workers._trainer = self._trainer  # type: ignore[method-assign,assignment]
+        self.workers._trainer = self._trainer  # type: ignore[method-assign]
 
     def _trainer(self, num_workers: int, messages: Messages) -> Any:
         self.num_started += 1
@@ -209,11 +209,10 @@ def test_there_is_no_room_for_more_until_a_group_has_its_places(
 ) -> None:
     """What is asked for in the meantime could take the places that the group itself is to have."""
     room: dict[str, int] = {}
-    start = ray_train.start_driver_actor
 
     def slowly(*arguments: Any) -> Any:
         room["as the actor starts"] = driver.workers.room()
-        return start(*arguments)
+        return driver.actor
 
     def fit(messages: Messages) -> TrainResult:
         room["as Ray starts workers"] = driver.workers.room()
