@@ -33,6 +33,11 @@ class TrainingFault(GanscaleError):
     """Training went wrong and `guard.policy` says to end it (exit code 1)."""
 
 
+def base_class(error: GanscaleError) -> type[GanscaleError]:
+    """The class of this module that an error belongs to, which callers know and processes share."""
+    return next(kind for kind in type(error).__mro__ if kind.__module__ == __name__)
+
+
 _REMEDIES = {
     errno.ENOSPC: "free some space, or write to another disk",
     errno.EDQUOT: "the quota is used up; delete files, or write to another disk",

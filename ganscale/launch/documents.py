@@ -13,20 +13,23 @@ run goes on from has those.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import yaml
 
+from ganscale.atomic_files import write_text
 from ganscale.config import Config
 from ganscale.errors import CheckpointError
 from ganscale.json_lines import add_missing_lines, end_of_lines
 from ganscale.periodic import PeriodicThread
 from ganscale.run_directory import RunDirectory
-from ganscale.storage import MissingData, Store, is_url, open_store
+from ganscale.storage import MissingData, RetryPolicy, Store, is_url, open_store, retry
 
 if TYPE_CHECKING:  # they load torch, which the driver's side of a copy does without
     from ganscale.checkpoint import CheckpointStore
@@ -37,6 +40,10 @@ LINES = ("metrics.jsonl", "events.jsonl")
 _NOT_COPIED = ("checkpoints", "ray")
 _SETTLED_SECONDS = 5.0
 _PIECE_BYTES = 2**24
+
+
+class IncompleteCopyWarning(UserWarning):
+    """Some of what a run has written is not where people look for it."""
 
 
 class Target(Protocol):
@@ -93,11 +100,13 @@ class Copy(PeriodicThread):
         known: set[str] = set()
         with suppress(Exception):  # of a store; then everything is copied
             known.update(self._target.known())
-        for name, path in self._files():
-            if name in known:
-                self._stamps[name] = _stamp(path)
-                # A part of a line that a killed writer left is cut off before the next one.
-                self._sizes[name] = end_of_lines(path)
+        with suppress(OSError):  # of a folder that cannot be read; `_tick` meets it again
+            for name, path in self._files():
+                if name in known:
+                    with suppress(FileNotFoundError):  # removed meanwhile
+                        self._stamps[name] = _stamp(path)
+                        # A part of a line that a killed writer left is cut off before the next one.
+                        self._sizes[name] = end_of_lines(path)
         self._looked = time.monotonic()
 
     def _finish(self) -> None:
@@ -140,7 +149,7 @@ class Copy(PeriodicThread):
                     self._stamps[name] = stamp
 
     def _files(self) -> Iterator[tuple[str, Path]]:
-        for path in sorted(self._root.rglob("*")):
+        for path in files_below(self._root):
             name = path.relative_to(self._root)
             is_hidden = any(part.startswith(".") for part in name.parts)
             is_chosen = not self._only or name.parts[0] in self._only
@@ -191,23 +200,39 @@ def restore_run_dir(config: Config, store: CheckpointStore) -> None:
     """Bring what this host has not seen of a run into its folder, before anybody reads that.
 
     Rows, configuration and the W&B run come from the newest checkpoint whose documents verify,
-    events from the copy in the store. Nothing comes where there is no checkpoint.
+    events from the copy in the store. Nothing comes where there is no checkpoint. Raises
+    `StoreError` if the store stays out of reach for `data.store_deadline_seconds`.
     """
     run_dir = RunDirectory(config.run_dir)
-    for name in store.lineage():
+    policy, failure = RetryPolicy.of(config.data), f"{store.location} cannot be reached"
+    for name in retry(store.lineage, policy, failure):
         try:
-            meta, history = store.describe(name)
+            meta, history = retry(partial(store.describe, name), policy, failure)
         except CheckpointError:
             continue
         run_dir.root.mkdir(parents=True, exist_ok=True)
         add_missing_lines(run_dir.metrics, history)
         if meta["wandb_run_id"] and not run_dir.wandb_run_id.is_file():
-            run_dir.wandb_run_id.write_text(meta["wandb_run_id"])
+            write_text(run_dir.wandb_run_id, meta["wandb_run_id"])
         if not run_dir.config.is_file():
-            run_dir.config.write_text(yaml.safe_dump(meta["config"], sort_keys=False))
+            write_text(run_dir.config, yaml.safe_dump(meta["config"], sort_keys=False))
         if (copy := store_copy(config)) is not None:
-            add_missing_lines(run_dir.events, copy.events())
+            add_missing_lines(run_dir.events, retry(copy.events, policy, failure))
         return
+
+
+def files_below(root: Path) -> list[Path]:
+    """The files in a folder and in those below it, sorted; what is removed meanwhile is left out.
+
+    `Path.rglob` raises an error if a folder vanishes before it is listed.
+    """
+
+    def report(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    folders = os.walk(root, onerror=report)
+    return sorted(Path(folder, name) for folder, _, names in folders for name in names)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

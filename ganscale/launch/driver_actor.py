@@ -7,18 +7,20 @@ folder. Whether it does is tried out: the driver leaves a file there, and rank 0
 
 from __future__ import annotations
 
+import socket
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ganscale.json_lines import locked, open_lines
-from ganscale.launch.documents import LINES, Copy
+from ganscale.launch.documents import LINES, Copy, files_below
 from ganscale.run_directory import RunDirectory
 from ganscale.world import World
 
@@ -117,15 +119,17 @@ def marked(run_dir: Path, group: str) -> Iterator[None]:
         mark.unlink(missing_ok=True)
 
 
-def copied_to_driver(
-    messages: Messages, run_dir: Path, world: World
-) -> AbstractContextManager[object]:
-    """Send what this worker writes to the driver's host, unless that sees it anyway.
+@contextmanager
+def copied_to_driver(messages: Messages, run_dir: Path, world: World) -> Iterator[Copy | None]:
+    """While the block runs, send what this worker writes to the driver's host, unless that sees it
+    anyway.
 
     Rank 0 begins with the documents as the driver has them; the others send stacks of hangs only.
+    What could not be sent at the end is left for the driver in the message `not_copied`.
     """
     if _mark(run_dir, messages.group).is_file():
-        return nullcontext()
+        yield None
+        return
     driver = messages.actor
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -134,13 +138,24 @@ def copied_to_driver(
             (run_dir / name).unlink(missing_ok=True)
             if name in documents:
                 (run_dir / name).write_bytes(documents[name])
-    return Copy(
+    copy = Copy(
         run_dir,
         _DriverCopy(driver, run_dir),
         lines_seconds=_LINES_SECONDS,
         files_seconds=_FILES_SECONDS,
         only=() if world.is_main else (RunDirectory(run_dir).stacks.name,),
     )
+    try:
+        with copy:
+            yield copy
+    finally:
+        if copy.problem:
+            with suppress(RayError):  # then the driver is gone, or will hear that its actor is
+                messages.put(
+                    "not_copied",
+                    f"not all that rank {world.rank} wrote into {run_dir} on "
+                    f"{socket.gethostname()} was copied to this host: {copy.problem}",
+                )
 
 
 class _DriverCopy:
@@ -151,14 +166,14 @@ class _DriverCopy:
 
     def known(self) -> set[str]:
         """What lay here before the group began: the driver has it, or it is not the run's."""
-        return {path.relative_to(self._root).as_posix() for path in self._root.rglob("*")}
+        return {path.relative_to(self._root).as_posix() for path in files_below(self._root)}
 
     def grow(self, name: str, path: Path, start: int, end: int) -> None:
         """Only what is new."""
         with path.open("rb") as file:
             file.seek(start)
             lines = file.read(end - start)
-        ray.get(self._driver.append.remote(self._sender, name, start, lines))
+        _wait_for(self._driver.append.remote(self._sender, name, start, lines))
 
     def put(self, name: str, pieces: Iterable[bytes]) -> None:
         """Piece by piece; a file without a byte is one empty piece."""
@@ -166,11 +181,19 @@ class _DriverCopy:
         piece = next(pieces, b"")
         while True:
             following = next(pieces, None)
-            call = self._driver.put.remote(name, piece, start=start, end=following is None)
-            ray.get(call)
+            _wait_for(self._driver.put.remote(name, piece, start=start, end=following is None))
             if following is None:
                 return
             piece, start = following, False
+
+
+def _wait_for(call: Any) -> None:
+    """Until an actor's method has ended. Raises what that raised, of which Ray makes an error of
+    its own that begins with a traceback."""
+    try:
+        ray.get(call)
+    except RayTaskError as error:
+        raise error.cause from None
 
 
 def _mark(run_dir: Path, group: str) -> Path:

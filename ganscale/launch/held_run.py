@@ -75,11 +75,15 @@ def _copied(config: Config, console: Console, held: HeldRun) -> Iterator[None]:
     copy = Copy(
         config.run_dir, target, lines_seconds=60.0, files_seconds=60.0, is_allowed=held.is_current
     )
-    with copy:
-        yield
-    if copy.problem:
-        text = f"the copy of {config.run_dir} beside the checkpoints is not complete: "
-        console.print(f"[yellow]{text}{copy.problem}[/yellow]", highlight=False, soft_wrap=True)
+    try:
+        with copy:
+            yield
+    finally:  # after an error too
+        if copy.problem:
+            text = f"the copy of {config.run_dir} beside the checkpoints is not complete: "
+            console.print(
+                text + copy.problem, style="yellow", markup=False, highlight=False, soft_wrap=True
+            )
 
 
 def _check_same_run(config: Config, run_dir: RunDirectory) -> None:

@@ -61,6 +61,12 @@ class _OwnRay:
         if self._problem is not None:
             raise self._problem
 
+    def end(self) -> None:
+        """End Ray once it is up. That it did not start is no problem of a caller that has not used
+        it, and whose own error would be lost."""
+        self._is_up.wait()
+        ray.shutdown()
+
     def _start(self) -> None:
         for name, value in {**_RAY_ENVIRONMENT, **_OWN_CLUSTER}.items():
             os.environ.setdefault(name, value)
@@ -100,8 +106,7 @@ def started_early(config: Config) -> Iterator[None]:
     finally:
         unused, _own_ray = _own_ray, None
         if unused is not None:
-            unused.wait()
-            ray.shutdown()
+            unused.end()
 
 
 @contextmanager

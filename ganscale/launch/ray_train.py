@@ -11,6 +11,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -24,6 +25,7 @@ from ray.util import remove_placement_group
 
 from ganscale.config import Config
 from ganscale.errors import GanscaleError
+from ganscale.launch.documents import IncompleteCopyWarning
 from ganscale.launch.driver_actor import Messages, marked, start_driver_actor
 from ganscale.launch.fault_callback import FaultCallback, first_cause
 from ganscale.launch.held_run import HeldRun
@@ -44,7 +46,8 @@ def train_on_ray(config: Config, supervisor: Supervisor, held: HeldRun) -> Train
 
     Uses the cluster at `launch.ray_address` or RAY_ADDRESS, else starts Ray here without a
     dashboard and ends it afterwards. Raises `ConfigError` if the workers do not fit on a Ray that
-    was started here, `GanscaleError` with the worker's message when training failed for good.
+    was started here, `GanscaleError` when training failed for good: with the message and of the
+    class, such as `DataError` or `TrainingFault`, of the worker's error.
     """
     stop = StopRequest()
     # In this order: Ray replaces the handlers of signals when it starts.
@@ -78,10 +81,10 @@ class RayWorkers:
         self.config = config
         self._held = held
         self._note = note
-        self._messages: Messages | None = None
-        """With the group that is starting or trains."""
         self._num_workers = 0
-        """In that group."""
+        """In the group that is starting or trains; 0 without one."""
+        self._messages: Messages | None = None
+        """With that group, once nothing is asked for any more that it needs itself."""
         self._takes = worker_takes(config)
         self._places = Places(self._takes)
 
@@ -93,12 +96,14 @@ class RayWorkers:
         """How many more workers fit on the cluster now; none while a group takes its places, or
         the cluster's head does not answer."""
         launch = self.config.launch
+        # Read once, in this order: another thread may be about to run a group.
+        num_workers, messages = self._num_workers, self._messages
         try:
-            if self._messages is None:
+            if not num_workers:
                 return self._places.num_free(launch.max_workers, at_least=launch.min_workers)
-            if self._messages.get("places") is None:
+            if messages is None or messages.get("places") is None:
                 return 0
-            return self._places.num_free(launch.max_workers - self._num_workers)
+            return self._places.num_free(launch.max_workers - num_workers)
         except RayError:
             return 0
 
@@ -121,33 +126,38 @@ class RayWorkers:
         Raises `Failure` when a worker, its node or the controller is gone, the cause of an error
         that would recur, or `RunInUse` if another process has begun to train the run meanwhile.
         """
-        self._held.require_free()
-        # An actor for each group, so that one that has died fails no other group.
-        driver = start_driver_actor(self.config.run_dir, for_workers())
-        messages = Messages(driver, secrets.token_hex(8))
-        trainer = self._trainer(num_workers, messages)
-        self._places.give_back()
-        self._messages, self._num_workers = messages, num_workers
-        with marked(self.config.run_dir, messages.group):
-            ended = self._fit(trainer, messages, stop)
-        self._messages = None
+        self._num_workers = num_workers
+        try:
+            self._held.require_free()
+            # An actor for each group, so that one that has died fails no other group.
+            driver = start_driver_actor(self.config.run_dir, for_workers())
+            messages = Messages(driver, secrets.token_hex(8))
+            trainer = self._trainer(num_workers, messages)
+            self._places.give_back()
+            self._messages = messages
+            with marked(self.config.run_dir, messages.group):
+                ended = self._fit(trainer, messages, stop)
+        finally:
+            self._messages, self._num_workers = None, 0
+        with suppress(RayError):
+            if problem := messages.get("not_copied"):
+                # Not only as an event: this host's disk may be full, which is the likely reason.
+                warnings.warn(problem, IncompleteCopyWarning, stacklevel=2)
         if isinstance(ended, TrainResult):
             return ended
         _release_places(messages)
-        raise self._explained(ended) from ended
+        raise self._explained(ended, messages) from ended
 
     def _fit(
         self, trainer: TorchTrainer, messages: Messages, stop: StopRequest
-    ) -> TrainResult | BaseException:
-        """How the group ended; meanwhile pass on `stop`, and note what the controller tells."""
-        outcome: list[TrainResult | BaseException] = []
+    ) -> TrainResult | BaseException | None:
+        """How the group ended, as its workers or Ray say; meanwhile pass on `stop`, and note what
+        the controller tells."""
+        outcome: list[TrainResult | BaseException | None] = []
 
         def fit() -> None:
             try:
-                result = trainer.fit()
-                if error := messages.get("error"):
-                    raise GanscaleError(f"training failed on {error}")
-                outcome.append(result.return_value)
+                outcome.append(trainer.fit().return_value)
             except BaseException as error:
                 outcome.append(error)
 
@@ -167,8 +177,20 @@ class RayWorkers:
                 num_faults = len(faults)
         return outcome[0]
 
-    def _explained(self, error: BaseException) -> BaseException:
-        """The error that ends the run, or a `Failure` after which another group may go on."""
+    def _explained(self, error: BaseException | None, messages: Messages) -> BaseException:
+        """The error that ends the run, or a `Failure` after which another group may go on.
+
+        `error` is what Ray raised; None if its last workers only found what earlier ones had left.
+        """
+        # First, as Ray gives an error that would recur like any other fault of a worker, unless it
+        # has started workers again, and these have ended without a word.
+        try:
+            if told := messages.get("error"):
+                kind: type[GanscaleError] = told[0]
+                return kind(f"training failed on {told[1]}")
+        except RayError as lost:
+            error = error or lost
+        assert error is not None
         if isinstance(error, WorkerGroupError) and error.worker_failures:
             faults = self._num_restarts_by_ray() + 1
             return Failure(first_cause(error.worker_failures), faults=faults)

@@ -24,7 +24,7 @@ from ray.util import get_current_placement_group
 from rich.console import Console
 
 from ganscale.config import Config, load_config
-from ganscale.errors import GanscaleError
+from ganscale.errors import GanscaleError, base_class
 from ganscale.launch.driver_actor import Messages, copied_to_driver
 from ganscale.tracking.logs import to_stderr
 from ganscale.tracking.sinks import NullSink, Row
@@ -122,7 +122,7 @@ def train_worker(settings: Mapping[str, Any]) -> TrainResult | None:
     except Superseded:
         raise  # by the group that has taken over
     except GanscaleError as error:
-        messages.put("error", f"rank {world.rank}: {error}")
+        messages.put("error", (base_class(error), f"rank {world.rank}: {error}"))
         raise
     finally:
         done.set()
@@ -200,7 +200,8 @@ def _pointer(config: Config) -> Iterator[ray.train.Checkpoint]:
     from ganscale.checkpoint import CheckpointStore
 
     newest = None
-    with suppress(GanscaleError):  # a store that is out of reach must not keep the report back
+    # A store that is out of reach must not keep the report back, for which all ranks wait.
+    with suppress(GanscaleError, OSError):
         store = CheckpointStore(config.checkpoints)
         newest = next((store.where(name) for name in store.lineage()), None)
     with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,7 @@ from ganscale.data.resolve_source import NAMED_SOURCES, resolve_source, source_v
 from ganscale.data.sources import SourceSpec, open_source
 from ganscale.errors import GanscaleError
 from ganscale.run_directory import RunDirectory
-from ganscale.storage import is_url
+from ganscale.storage import RetryPolicy, is_url, retry
 from ganscale.tracking.console import counting
 from ganscale.training.build import check_against_shards, load_shards
 
@@ -87,7 +87,11 @@ def prepare_shards(config: Config, console: Console) -> Config:
 def previous_config(config: Config) -> Config | None:
     """The configuration that the run had until now; None if it has no checkpoint yet."""
     run_dir = RunDirectory(config.run_dir)
-    if not run_dir.config.is_file() or not CheckpointStore(config.checkpoints).names():
+    if not run_dir.config.is_file():
+        return None
+    store = CheckpointStore(config.checkpoints)
+    failure = f"{store.location} cannot be reached"
+    if not retry(store.names, RetryPolicy.of(config.data), failure):
         return None
     return load_config(run_dir.config)
 

@@ -101,7 +101,9 @@ def resume_config(run: str, overrides: dict[str, object]) -> Config:
     if is_url(run):
         location, _, name = run.rstrip("/").rpartition("/")
         store = CheckpointStore(run)
-        values = {"name": name, **(_newest_config(store) or {})}
+        failure = f"{store.location} cannot be reached"
+        newest = retry(lambda: _newest_config(store), RetryPolicy(), failure)
+        values = {"name": name, **(newest or {})}
         place = {"checkpoint.location": location, "name": name}
     else:
         run_dir = RunDirectory(Path(run).expanduser().absolute())
@@ -112,7 +114,8 @@ def resume_config(run: str, overrides: dict[str, object]) -> Config:
         values["data"]["shards"] = _moved_shards(values, run_dir)
     config = validated(merged(values, {**place, **overrides}))
     store = CheckpointStore(config.checkpoints)
-    if all(store.verify(name) is not None for name in store.lineage()):
+    policy, failure = RetryPolicy.of(config.data), f"{store.location} cannot be reached"
+    if retry(lambda: all(map(store.verify, store.lineage())), policy, failure):
         if config.checkpoint.location is not None and values["name"] != config.name:
             raise CheckpointError(
                 f"{run} was renamed from {values['name']}, but its checkpoints were not, and "

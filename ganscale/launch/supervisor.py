@@ -8,6 +8,7 @@ checkpoint shows that there was progress. It knows nothing of Ray: a `Workers` o
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from typing import Any, Protocol
 from ganscale.config import Config
 from ganscale.errors import GanscaleError
 from ganscale.training.stopping import StopRequest, TrainResult
+
+_logger = logging.getLogger(__name__)
 
 _ROOM_SECONDS = 2.0
 """Between two looks at the cluster while a group trains."""
@@ -38,7 +41,7 @@ class Workers(Protocol):
     """Starts groups of workers."""
 
     def room(self) -> int:
-        """How many more workers fit now."""
+        """How many more workers fit now; called by one thread while another is in `run`."""
         ...
 
     def explain_room(self) -> str:
@@ -115,16 +118,21 @@ class Supervisor:
         ended: threading.Event,
     ) -> None:
         """Pass on a stop within a moment; ask for a regroup when room for more has lasted."""
-        looked, found = time.monotonic(), 0
+        looked, found, room = time.monotonic(), 0, 0
         while not ended.wait(0.1):
             if stop.reason:
                 wanted.reason = stop.reason
             elif num_workers < self.config.launch.max_workers:
                 if time.monotonic() - looked > _ROOM_SECONDS:
                     looked = time.monotonic()
-                    found = found + 1 if workers.room() > 0 else 0
-                if found == 2 and not wanted.reason:
-                    self.note("regroup", num_workers=num_workers, room=workers.room())
+                    try:
+                        room = workers.room()
+                    except Exception:  # or a later stop would not reach the group any more
+                        _logger.warning("the room for more workers is not known", exc_info=True)
+                        room = 0
+                    found = found + 1 if room > 0 else 0
+                if found == 2 and not wanted.reason and not ended.is_set():
+                    self.note("regroup", num_workers=num_workers, room=room)
                     wanted.reason = "regroup"
 
     def _wait_for_room(self, workers: Workers, stop: StopRequest) -> int:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import RayTaskError
 from rich.console import Console
 
-from ganscale.checkpoint import CheckpointStore
+from ganscale.checkpoint import CheckpointName, CheckpointStore
 from ganscale.checkpoint.files import saved_state
 from ganscale.config import Config, load_config
-from ganscale.errors import CheckpointError, ConfigError
+from ganscale.errors import CheckpointError, ConfigError, DataError
 from ganscale.json_lines import add_missing_lines
-from ganscale.launch import driver_actor, held_run, resolve_run, start
-from ganscale.launch.documents import Copy, restore_run_dir, store_copy
+from ganscale.launch import documents, driver_actor, held_run, resolve_run, start
+from ganscale.launch.documents import Copy, StoreCopy, restore_run_dir, store_copy
 from ganscale.launch.driver_actor import DriverActor, Messages, copied_to_driver, marked
 from ganscale.run_directory import RunDirectory
-from ganscale.storage import open_store
+from ganscale.storage import StoreError, open_store
 from ganscale.world import World
 
 SETTLED = time.time() - 60
@@ -141,6 +145,38 @@ def test_a_store_that_stays_away_ends_nothing_and_is_told_of(tmp_path: Path) -> 
     assert copy.problem == "OSError: the store is away"
 
 
+def test_folders_and_files_that_vanish_meanwhile_stop_no_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a trial's folder of W&B, or a snapshot that a better one replaces."""
+    names = ("a/folder/x.png", "a/kept.png", "b.png", "known/c.png", "known/d.png")
+    scan, stamp, removed = os.scandir, documents._stamp, set[str]()
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("folder") and "folder" not in removed:
+            removed.add("folder")
+            (Path(path) / "x.png").unlink()
+            Path(path).rmdir()
+        return scan(path)
+
+    def stamp_of(path: Path) -> tuple[int, int]:
+        if path.name == "c.png":
+            path.unlink()
+            removed.add("c.png")
+        return stamp(path)
+
+    for name in names:
+        write(tmp_path / name, b"x")
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(documents, "_stamp", stamp_of)
+    target = FakeTarget("known/c.png", "known/d.png")
+    with copying(tmp_path, target) as copy:
+        assert removed == {"folder", "c.png"}
+        write(tmp_path / "a/folder/y.png", b"y")
+    assert copy.problem == ""
+    assert sorted(target.files) == ["a/folder/y.png", "a/kept.png", "b.png"]
+
+
 def test_missing_lines_are_added_once_and_in_place_of_half_a_line(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     add_missing_lines(path, b"1\n2\n")
@@ -207,6 +243,100 @@ def test_a_new_run_takes_nothing_from_an_old_one_without_checkpoints(
     restore_run_dir(config, CheckpointStore(config.checkpoints))
     assert not config.run_dir.exists()
     assert store_copy(config_at(None, tmp_path)) is None
+
+
+def fail_first(monkeypatch: pytest.MonkeyPatch, kind: type, name: str) -> list[str]:
+    """Let a method raise an error of the network twice; returns the list of its calls."""
+    method, calls = getattr(kind, name), list[str]()
+
+    def away_at_first(self: Any, *arguments: Any, **named: Any) -> Any:
+        calls.append(name)
+        if len(calls) <= 2:
+            raise ConnectionResetError("the store is away")
+        return method(self, *arguments, **named)
+
+    monkeypatch.setattr(kind, name, away_at_first)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [(CheckpointStore, "lineage"), (CheckpointStore, "describe"), (StoreCopy, "events")],
+)
+def test_a_start_waits_for_a_store_that_is_away_for_a_moment(
+    tmp_path: Path, location: str, monkeypatch: pytest.MonkeyPatch, kind: type, method: str
+) -> None:
+    there = config_at(location, tmp_path / "there", seed=7)
+    save(there, 100, b'{"nimg": 100}\n')
+    target = store_copy(there)
+    assert target is not None
+    target.put("events.jsonl", [b'{"event": "start"}\n'])
+
+    here = config_at(location, tmp_path / "here", seed=7)
+    run_dir = RunDirectory(here.run_dir)
+    calls = fail_first(monkeypatch, kind, method)
+    restore_run_dir(here, CheckpointStore(here.checkpoints))
+    assert len(calls) == 3
+    assert run_dir.metrics.read_bytes() == b'{"nimg": 100}\n'
+    assert run_dir.events.read_bytes() == b'{"event": "start"}\n'
+    assert load_config(run_dir.config).seed == 7
+
+
+def test_a_start_looks_for_earlier_settings_until_the_store_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_at(None, tmp_path, seed=7)
+    save(config, 100, b"")
+    restore_run_dir(config, CheckpointStore(config.checkpoints))
+    with monkeypatch.context() as patch:
+        calls = fail_first(patch, CheckpointStore, "names")
+        assert resolve_run.previous_config(config) == config
+        assert len(calls) == 3
+    fail_first(monkeypatch, CheckpointStore, "lineage")
+    assert start.resume_config(str(config.run_dir), {}) == config
+
+    def away(self: object) -> list[CheckpointName]:
+        raise ConnectionResetError("the store is away")
+
+    monkeypatch.setattr(CheckpointStore, "names", away)
+    hasty = config.with_changes({"data.store_deadline_seconds": 0.3})
+    with pytest.raises(StoreError, match="cannot be reached within 0.3 s"):
+        resolve_run.previous_config(hasty)
+
+
+def test_a_resume_by_url_waits_for_a_store_that_is_away_for_a_moment(
+    tmp_path: Path, location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(config_at(location, tmp_path / "there", seed=7), 100, b"")
+    fail_first(monkeypatch, CheckpointStore, "describe")
+    assert start.resume_config(f"{location}/mine", {}).seed == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("wandb_run_id", "config"), ("config", "wandb_run_id")]
+)
+def test_a_restored_document_is_whole_or_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, other: str
+) -> None:
+    """A disk that is full leaves no empty file, which the next start would take for the run's."""
+    config = config_at(None, tmp_path)
+    save(config, 100, b"")
+    full = getattr(RunDirectory(config.run_dir), name)
+    write(getattr(RunDirectory(config.run_dir), other), b"is there")
+
+    def write_some(path: Path, text: str, **_: Any) -> None:
+        path.write_bytes(text.encode()[:2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fsync(file: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{file}")).name.strip(".").startswith(full.name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_some)
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        restore_run_dir(config, CheckpointStore(config.checkpoints))
+    assert not full.exists()
 
 
 def test_a_run_is_gone_on_with_by_the_url_of_its_checkpoints(tmp_path: Path, location: str) -> None:
@@ -291,6 +421,62 @@ def test_what_rank_0_writes_on_another_host_appears_in_the_driver_s_folder(
     assert (driver / "samples/empty.png").read_bytes() == b""
     assert not (driver / "snapshots/a.safetensors").exists()
     assert not list(driver.rglob(".*"))
+
+
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_what_could_not_be_copied_to_the_driver_is_left_as_a_message(
+    tmp_path: Path, other_host: Any, monkeypatch: pytest.MonkeyPatch, ends_well: bool
+) -> None:
+    """As with a full disk on the driver's host, of which Ray tells with a traceback."""
+
+    def put(self: DriverActor, *_: Any, **__: Any) -> Any:
+        full = OSError(errno.ENOSPC, "No space left on device")
+        return RayTaskError("put", "Traceback of many lines " * 50, full).as_instanceof_cause()
+
+    def get(value: Any) -> Any:
+        if isinstance(value, RayTaskError):
+            raise value
+        return value
+
+    monkeypatch.setattr(DriverActor, "put", put)
+    monkeypatch.setattr("ray.get", get)
+    messages, worker = Messages(other_host, "token"), tmp_path / "worker"
+
+    @contextmanager
+    def until_the_end() -> Iterator[None]:
+        with copied_to_driver(messages, worker, World(0, 0, 2)):
+            write(worker / "snapshots/b.safetensors", b"weights")
+            assert messages.get("not_copied") is None
+            yield
+
+    if ends_well:
+        with until_the_end():
+            pass
+    else:
+        with pytest.raises(DataError, match="sample 7"), until_the_end():
+            raise DataError("sample 7")
+    told = messages.get("not_copied")
+    assert f"rank 0 wrote into {worker} on " in told
+    assert "was copied to this host: OSError: [Errno 28] No space left on device" in told
+
+
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_an_incomplete_copy_in_a_store_is_told_of_however_a_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_well: bool
+) -> None:
+    target = FakeTarget()
+    target.failures = 1_000_000
+    monkeypatch.setattr(held_run, "store_copy", lambda config: target)
+    config, console = config_at(None, tmp_path), Console(record=True)
+    write(config.run_dir / "events.jsonl", b"1\n")
+    held: Any = SimpleNamespace(is_current=lambda: True)
+    if ends_well:
+        with held_run._copied(config, console, held):
+            pass
+    else:
+        with pytest.raises(DataError), held_run._copied(config, console, held):
+            raise DataError("sample 7")
+    assert "beside the checkpoints is not complete: OSError: the store" in console.export_text()
 
 
 def test_nothing_is_copied_where_the_driver_sees_the_folder(

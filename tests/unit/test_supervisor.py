@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -165,6 +166,40 @@ def test_a_stop_reaches_the_group_or_ends_the_wait_for_one() -> None:
     ending = supervise(nothing, StopRequest("interrupted"), num_workers=2)
     assert ending == TrainResult(300, "interrupted", has_trained=False)
     assert nothing.started == []
+
+
+def test_a_stop_reaches_the_group_though_the_room_cannot_be_known() -> None:
+    stop, looks = StopRequest(), []
+    cluster = Cluster()
+
+    def no_answer() -> int:
+        looks.append(1)
+        if len(looks) > 1:
+            stop.reason = "terminated"
+            raise KeyError("state")
+        return 2
+
+    cluster.room = no_answer  # type: ignore[method-assign]
+    cluster.groups = [until_asked]
+    assert supervise(cluster, stop, num_workers=(1, 4)) == TrainResult(500, "terminated")
+    assert len(looks) == 2
+
+
+def test_room_that_is_free_because_the_group_has_ended_is_no_reason_to_regroup() -> None:
+    cluster, ended, wanted = Cluster(), threading.Event(), StopRequest()
+    looks: list[int] = []
+
+    def room() -> int:
+        looks.append(1)
+        if len(looks) == 2:
+            ended.set()
+        return 3
+
+    cluster.room = room  # type: ignore[method-assign]
+    config = Config().with_changes({"launch.num_workers": (1, 4)})
+    supervisor = Supervisor(config, lambda: -1, lambda event, **_: cluster.notes.append(event))
+    supervisor._watch(cluster, 1, StopRequest(), wanted, ended)
+    assert (len(looks), cluster.notes, wanted.reason) == (2, [], "")
 
 
 def test_a_signal_has_something_to_finish_only_while_a_group_trains() -> None:
