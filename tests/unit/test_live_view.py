@@ -104,10 +104,12 @@ def test_the_view_has_progress_speed_metrics_checkpoint_and_state(width: int) ->
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_whatever_went_wrong_is_shown(kind: str) -> None:
-    event = {"event": kind, "time": 1.0, "nimg": 2000, "message": "the [/dev/x] reason"} | {
+    more: dict[str, dict[str, Any]] = {
         "stall": {"step": 7, "seconds": 130.0, "ranks": [1], "stacks": "the [/dev/x] reason"},
         "alarm": {"kind": "collapse", "action": "warn"},
-    }.get(kind, {})
+    }
+    message = "the [/dev/x] reason"
+    event = {"event": kind, "time": 1.0, "nimg": 2000, "message": message, **more.get(kind, {})}
     text = describe_event(event)
     assert text is not None
     assert "the [/dev/x] reason" in text

@@ -92,7 +92,8 @@ def test_a_key_without_an_entity_makes_no_dashboard_of_an_entity_none(
 def test_a_server_that_refuses_is_not_asked_without_a_pause_at_the_end(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    requests, pauses = [], []
+    requests: list[int] = []
+    pauses: list[float] = []
 
     def refuse(*_: object, **__: object) -> None:
         requests.append(1)
