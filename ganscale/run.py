@@ -34,7 +34,8 @@ _FRECHET = ("metrics/fid", "metrics/fd_")
 class Run:
     """A run of `ganscale train`, given its folder, in whatever state it is.
 
-    Raises `ConfigError` if there is no such folder, or it holds runs and is none.
+    Raises `ConfigError` if there is no such folder, or the folder is not a run, such as one that
+    holds several runs.
 
     Example:
         >>> import ganscale

@@ -11,7 +11,6 @@ import typer
 from ganscale.cli.app import app, stderr_console, write_json
 from ganscale.cli.options import (
     AutoDevice,
-    ConfigSource,
     Device,
     Extractor,
     JsonFile,
@@ -85,10 +84,20 @@ def stability(
             show_default=False,
         ),
     ] = None,
-    config: ConfigSource = "quickstart",
+    config: Annotated[
+        str | None,
+        typer.Option(
+            "--config", help="A preset or a .yaml file; default: quickstart.", show_default=False
+        ),
+    ] = None,
     seeds: Annotated[
-        int, typer.Option(min=1, help="Number of seeds, counted from the configuration's seed.")
-    ] = 5,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Number of seeds, counted from the configuration's seed; default: 5.",
+            show_default=False,
+        ),
+    ] = None,
     storage: Annotated[
         str | None, typer.Option(help="Folder for the runs.", show_default=False)
     ] = None,
@@ -105,10 +114,18 @@ def stability(
     from ganscale.evaluation.gan_metrics.stability import summarise, summarise_run
 
     if report_only:
+        if given := [
+            option
+            for option, value in (("config", config), ("seeds", seeds), ("storage", storage))
+            if value is not None
+        ]:
+            raise ConfigError(
+                f"--report-only trains nothing: leave --{given[0]}, and give the folders of runs"
+            )
         runs = [Path(argument) for argument in arguments or []]
     else:
         overrides = [*(arguments or []), *([f"storage={storage}"] if storage else [])]
-        runs = _train_seeds(config, overrides, seeds)
+        runs = _train_seeds(config or "quickstart", overrides, 5 if seeds is None else seeds)
     report = summarise([summarise_run(run, metric) for run in runs], metric)
     write_json(json_file, report.to_json())
     typer.echo("\n".join(report.lines()))

@@ -46,7 +46,10 @@ def dashboard(
     if out is not None or resolve_mode("auto") != "online":
         made = dashboards.definition(entity or "", project, group)
         if out is None:
-            stderr_console().print("no W&B key here: this is what would be stored", style="yellow")
+            notice = (
+                "W&B is not online here (no API key, or WANDB_MODE): this is what would be stored"
+            )
+            stderr_console().print(notice, style="yellow", soft_wrap=True)
             typer.echo(json.dumps(made, indent=2))
         else:
             write_json(out, made)

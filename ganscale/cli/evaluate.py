@@ -15,7 +15,6 @@ from ganscale.cli.options import (
     JsonFile,
     NumReference,
     Reference,
-    Seed,
     Split,
     parse_names,
 )
@@ -51,12 +50,15 @@ def evaluate(
     ] = None,
     reference: Reference = None,
     split: Annotated[
-        Split, typer.Option(help="Which part of a reference that has both.")
+        Split, typer.Option(help="Which part of --reference, and of --images, if it has both.")
     ] = "train",
     metrics: Annotated[
         str | None, typer.Option(help=f"Some of {_METRICS}; default: all but the last two.")
     ] = None,
-    num: Annotated[int, typer.Option(min=1, help="Generated images.")] = 10_000,
+    num: Annotated[
+        int | None,
+        typer.Option(min=1, help="Generated images; default: 10000.", show_default=False),
+    ] = None,
     test: Annotated[
         str | None, typer.Option(help="For cas: real images that nothing was trained on.")
     ] = None,
@@ -69,7 +71,14 @@ def evaluate(
             "default: as many as there are samples.",
         ),
     ] = None,
-    seed: Seed = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Seed of the first generated image; each next one is 1 higher; default: 0.",
+            show_default=False,
+        ),
+    ] = None,
     extractor: Extractor = "auto",
     weights: Annotated[
         Path | None, typer.Option(help="The extractor's weights; also GANSCALE_INCEPTION.")
@@ -91,6 +100,18 @@ def evaluate(
         raise ConfigError("expected one of --run, --snapshot and --images")
     subject = str(given[0])
     chosen = choose_metrics(None if metrics is None else parse_names(metrics))
+    # Now, and not when the metrics are added to the run's files, after what may be hours.
+    if run is not None and not RunDirectory(run.expanduser()).config.is_file():
+        raise ConfigError(
+            f"--run {run}: expected the folder of a run, with its config.yaml; for a snapshot, use "
+            "--snapshot"
+        )
+    if test is not None and "cas" not in chosen:
+        raise ConfigError("--test is for cas: add it to --metrics, or leave --test")
+    if images is not None and (num is not None or seed is not None):
+        raise ConfigError(
+            "--num and --seed are for generated images: leave them, since --images are all compared"
+        )
     world = World.detect(device)
     network = open_extractor(extractor, weights=weights, weights_sha256=weights_sha256)
     network.to(world.device)
@@ -99,7 +120,10 @@ def evaluate(
     if images is not None:
         samples = open_images(images, split=split)
     else:
-        samples = GeneratedImages.of_snapshot(Path(subject), num, seed=seed, device=world.device)
+        num_images = 10_000 if num is None else num
+        samples = GeneratedImages.of_snapshot(
+            Path(subject), num_images, seed=seed or 0, device=world.device
+        )
     real_test = None if test is None else open_images(test, split="test")
     evaluation = measure(
         samples,

@@ -41,12 +41,15 @@ def interpolate(
         typer.Option(help="class: interpolate between --labels for each seed instead."),
     ] = "slerp",
     labels: Annotated[
-        str, typer.Option(help="Classes to pass through, for --mode class.")
-    ] = "0,1,2",
+        str | None,
+        typer.Option(
+            help="Classes to pass through, for --mode class; default: 0,1,2.", show_default=False
+        ),
+    ] = None,
     label: Label = None,
     loop: Annotated[bool, typer.Option("--loop", help="Return to the first point.")] = False,
     animate: Annotated[
-        bool, typer.Option("--animate", help="Write an animation, also to a .png.")
+        bool, typer.Option("--animate", help="Write an animation even if --out ends in .png.")
     ] = False,
     truncation_psi: TruncationPsi = None,
     out: Annotated[
@@ -61,10 +64,14 @@ def interpolate(
 
     if out.suffix not in {".png", *ANIMATED}:
         raise ConfigError(f"--out {out}: expected .png, {', '.join(ANIMATED)}")
+    if mode == "class" and label is not None:
+        raise ConfigError("--label is for --mode slerp and lerp: use --labels for --mode class")
+    if mode != "class" and labels is not None:
+        raise ConfigError("--labels is for --mode class: use --label for the class of all images")
     sampler = _latent_sampler(path, truncation_psi, device)
     chosen = parse_integers("--seeds", seeds)
     if mode == "class":
-        through = parse_integers("--labels", labels)
+        through = parse_integers("--labels", labels or "0,1,2")
         images = class_frames(sampler, chosen, through, frames, loop=loop)
     else:
         mix = slerp if mode == "slerp" else lerp

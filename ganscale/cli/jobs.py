@@ -159,11 +159,10 @@ def _follow(jobs: Jobs, job: Job) -> None:
         ended = jobs.follow(job.id, partial(print, end="", flush=True))
     except KeyboardInterrupt:
         # Ctrl-C ends only this process: the job runs on the cluster.
-        name = job.run or job.id
         where = f"--address {jobs.address}"
         typer.echo(
-            f"\nganscale: the job continues; follow it by ganscale job logs {name} --follow "
-            f"{where}, end it by ganscale job stop {name} {where}",
+            f"\nganscale: the job continues; follow it by ganscale job logs {job.id} --follow "
+            f"{where}, end it by ganscale job stop {job.id} {where}",
             err=True,
         )
         raise typer.Exit(_INTERRUPTED) from None

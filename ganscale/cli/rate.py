@@ -111,7 +111,7 @@ def _serve(
     with closing(session), RatingServer(session, *at) as server:
         if not server.only_loopback:
             message = "anybody who can reach this machine may rate: there is no password"
-            stderr_console().print(f"[yellow]{message}[/yellow]", highlight=False, soft_wrap=True)
+            stderr_console().print(message, highlight=False, soft_wrap=True, style="yellow")
         with suppress(KeyboardInterrupt):
             # A shell starts background jobs (`&`) with SIGINT ignored, so it is set again.
             for number in (signal.SIGINT, signal.SIGTERM):

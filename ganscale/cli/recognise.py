@@ -27,7 +27,9 @@ _Train = Annotated[
     str | None, typer.Option(help="Labelled images; default: what the run trains on.")
 ]
 _Test = Annotated[str, typer.Option(help="Labelled images that nothing was trained on.")]
-_Seeds = Annotated[int, typer.Option(min=1, help="Number of repeats, over which intervals are.")]
+_Seeds = Annotated[
+    int, typer.Option(min=1, help="Number of seeds; the confidence intervals are over them.")
+]
 
 
 @recognise.command(

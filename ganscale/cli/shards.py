@@ -95,8 +95,7 @@ def shards_build(
     downloads = check_free(out).parent / "downloads"
     spec, notice = resolve_source(source, split, download_dir=downloads, layout=layout)
     console = stderr_console()
-    # Without markup, since rich would take [brackets] in a path for its own.
-    notify = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    notify = partial(console.print, highlight=False, soft_wrap=True)
     if notice:
         notify(notice)
     # For the progress bar alone: a listing is quick, and `build_shards` opens the source itself.
@@ -142,7 +141,7 @@ def shards_index(
             value_range=value_range,
             class_names=_split_names(class_names),
             progress=progress,
-            notify=partial(console.print, markup=False, highlight=False, soft_wrap=True),
+            notify=partial(console.print, highlight=False, soft_wrap=True),
         )
     _print_shards(shard_set)
 

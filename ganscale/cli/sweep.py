@@ -45,8 +45,10 @@ def sweep(
 
     statuses, stopped = run_sweep(checked, stderr_console())
     # Wide, so that nothing is cut off where the output is read by another program.
-    width = None if Console().is_terminal else 10_000
-    Console(width=width).print(sweep_table(checked, statuses))
+    console = Console(markup=False)
+    if not console.is_terminal:
+        console.width = 10_000
+    console.print(sweep_table(checked, statuses))
     for status in statuses:
         if status.message:
             typer.echo(f"{status.name}: {status.message}")

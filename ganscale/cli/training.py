@@ -15,7 +15,7 @@ from ganscale.cli.app import app, stderr_console
 from ganscale.cli.options import Overrides
 from ganscale.config import Config, load_config, parse_overrides
 from ganscale.config.loading import PRESET_COLUMNS, preset_rows
-from ganscale.errors import ConfigError
+from ganscale.errors import ConfigError, GanscaleError
 from ganscale.run_directory import RunDirectory
 from ganscale.world import launched_rank
 
@@ -29,12 +29,16 @@ PRESETS = (
     "vae-cifar10, vae-gan-cifar10, encoder-cifar10, bigan-cifar10, semi-supervised-cifar10, "
     "spectrograms-small"
 )
+_STATUS_SECONDS = 10.0
+"""Between two looks of `watch` at whether the run's process is alive."""
 
 
 TakeOver = Annotated[
     bool,
     typer.Option(
-        "--take-over", help="Train the run although another process, which is alive, trains it."
+        "--take-over",
+        help="Take the run over from a live process that trains it; that process ends without a "
+        "last checkpoint.",
     ),
 ]
 
@@ -78,23 +82,38 @@ def watch(
         bool, typer.Option("--once", help="Show how it stands and exit, without waiting.")
     ] = False,
 ) -> None:
-    """Follow a run that trains elsewhere, until it ends; Ctrl-C stops watching, not the run."""
+    """Follow a run that trains elsewhere, until it ends; Ctrl-C stops watching, not the run.
 
+    Exits with 1 if the run has failed, or its process is gone.
+    """
     from rich.console import Console
 
+    from ganscale.report.runs import Run
+    from ganscale.report.status import status_of
     from ganscale.tracking.live_view import RunFollower, view
 
     run_dir = RunDirectory(run.absolute())
     if not run_dir.config.is_file():
         raise ConfigError(f"{run} is not a run: it has no {run_dir.config.name}")
-    total, console = load_config(run_dir.config).total_nimg, Console()
+    total, console = load_config(run_dir.config).total_nimg, Console(markup=False)
     follower = RunFollower(run_dir, total, console, from_start=True)
     if once or follower.status.is_over:
         console.print(view(follower.status, now=time.time()))
         return
     with follower:
+        next_look = time.monotonic() + _STATUS_SECONDS
         while not follower.status.is_over:
             time.sleep(0.3)
+            if time.monotonic() < next_look:
+                continue
+            next_look = time.monotonic() + _STATUS_SECONDS
+            # A run that failed or was killed writes nothing more, and so never says that it ended.
+            status = status_of(Run.read(str(run)))
+            if status.kind in ("failed", "interrupted"):
+                raise GanscaleError(
+                    f"{run} does not train any more ({status.kind}): {status.reason} "
+                    f"To go on: ganscale resume {run}"
+                )
 
 
 @app.command(
@@ -148,10 +167,11 @@ def doctor(
 
 def _check_environment(config: Config) -> None:
     """Raise now what would otherwise end the run only after its shards have been built."""
-    from ganscale.tracking.wandb_sink import resolve_mode
+    from ganscale.tracking.wandb_sink import finish_timeout, resolve_mode
     from ganscale.world import check_cuda
 
-    resolve_mode(config.tracking.wandb)
+    if resolve_mode(config.tracking.wandb) != "disabled":
+        finish_timeout()
     if config.launch.use_gpu and config.launch.backend == "inprocess":
         check_cuda("launch.use_gpu=true")
 

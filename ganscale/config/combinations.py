@@ -30,6 +30,7 @@ def impossible(config: Config) -> Iterator[str]:
     yield from _augmentation(config)
     yield from _evaluation(config)
     yield from _micro_batches(config)
+    yield from _without_effect(config)
 
 
 def _lengths(config: Config) -> Iterator[str]:
@@ -172,6 +173,29 @@ def _evaluation(config: Config) -> Iterator[str]:
         yield (
             "checkpoint.best_metric=fid needs evaluations: set evaluation.every_kimg, with "
             "fid among evaluation.metrics"
+        )
+
+
+def _without_effect(config: Config) -> Iterator[str]:
+    """Settings that are set to something, and would do nothing."""
+    data, guard, checkpoint = config.data, config.guard, config.checkpoint
+    if data.cache_limit_gb is not None and data.cache_dir is None:
+        yield (
+            f"data.cache_limit_gb={data.cache_limit_gb:g} limits data.cache_dir: set this as well, "
+            "or leave both null"
+        )
+    if guard.rollback_lr_factor != 1 and guard.policy != "rollback":
+        yield (
+            f"guard.rollback_lr_factor={guard.rollback_lr_factor:g} is for guard.policy=rollback, "
+            f"not {guard.policy}: set it to 1"
+        )
+    # One image has no diversity, so no checkpoint would ever be among the best.
+    by_diversity = checkpoint.keep_best and checkpoint.best_metric == "metrics/diversity"
+    if by_diversity and config.samples.num_images == 1:
+        yield (
+            f"checkpoint.keep_best={checkpoint.keep_best} with "
+            "checkpoint.best_metric=metrics/diversity needs two images to compare: set "
+            "samples.num_images=64, or checkpoint.best_metric=fid"
         )
 
 

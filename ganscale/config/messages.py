@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
+BY_NAME = ("model", "method")
+"""Sections whose `name` decides which fields they have."""
 _MAX_SHOWN = 120
 """Characters of a value that a message shows."""
 
@@ -26,11 +28,14 @@ def explain(items: Sequence[Any], names: Sequence[str]) -> str:
 def _explain_one(item: Any, names: Sequence[str]) -> tuple[str, str]:
     """What is wrong, and the reason; the reason is empty if the first part states it."""
     place = [str(part) for part in item["loc"]]
-    if len(place) > 1 and place[0] in ("model", "method"):
-        del place[1]  # which architecture or method
+    kind = ""
+    if len(place) > 1 and place[0] in BY_NAME:
+        kind = place.pop(1)  # which architecture or method
     name = ".".join(place)
     message: str = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
+        if kind and name in names:  # others have it
+            return f"{place[0]}.name={kind} has no field {place[1]}", ""
         return unknown_field(name, names), ""
     if item["type"] == "union_tag_invalid":
         tag, expected = item["ctx"]["tag"], item["ctx"]["expected_tags"]

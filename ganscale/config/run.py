@@ -15,7 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from ganscale.config.combinations import impossible
-from ganscale.config.messages import explain, unknown_field
+from ganscale.config.messages import BY_NAME, abbreviated, explain, unknown_field
 from ganscale.config.methods import GanMethod, MethodConfig
 from ganscale.config.models import DcganModel, ModelConfig
 from ganscale.config.schedule import Schedule
@@ -115,8 +115,16 @@ class Config(Section):
         return text
 
     def with_changes(self, changes: Mapping[str, Any]) -> Config:
-        """A validated copy; `changes` maps dotted field names to values."""
-        return validated(merged(self.model_dump(), changes))
+        """A validated copy; `changes` maps dotted field names to values.
+
+        A field that was never set has the default of what is chosen now: with another `model.name`,
+        that of the other architecture, as on the command line.
+        """
+        values = self.model_dump(exclude_unset=True)
+        for section in BY_NAME:
+            if section in values:  # where it was made by its class, its name was not set
+                values[section]["name"] = getattr(self, section).name
+        return validated(merged(values, changes))
 
 
 def field_names(section: Any = Config, prefix: str = "") -> Iterator[str]:
@@ -150,8 +158,12 @@ def merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
         if section not in Config.model_fields:
             raise ConfigError(unknown_field(name, list(field_names())))
         target = merged.setdefault(section, {})
+        if section in BY_NAME and isinstance(target, str):
+            target = merged[section] = {"name": target}
         if not isinstance(target, dict):
-            raise ConfigError(unknown_field(name, list(field_names())))
+            raise ConfigError(
+                f"{section}={abbreviated(target)} is no section of fields, of which {name} is one"
+            )
         target[field] = value
     return merged
 

@@ -59,7 +59,8 @@ class DataConfig(Section):
     shards: str | None = None
     """Path or URL (s3://, gs://, az://, http://) of a shard set; null builds one from `source`."""
     source: str = "auto"
-    """auto, cifar10, procedural, spectrograms, or a path; used only to build missing shards."""
+    """auto, cifar10, cifar100, procedural, spectrograms, or a path; used only to build missing
+    shards."""
     shuffle_window: int = Field(1024, ge=1)
     """Samples of one stream that are shuffled together."""
     cache: Literal["auto", "none", "ram", "device"] = "auto"
@@ -296,7 +297,8 @@ class LaunchConfig(Section):
     cpus_per_worker: float = Field(1.0, gt=0)
     """CPUs that Ray reserves for a worker."""
     threads_per_worker: int = Field(1, ge=1)
-    """Threads of a worker's CPU kernels; over a machine's workers no more than it has cores."""
+    """Threads of a worker's CPU kernels; all workers of a machine together should not have more
+    than it has cores."""
     ray_address: str | None = None
     """Address of a running cluster; null uses RAY_ADDRESS, else starts Ray on this machine."""
     max_failures: int = Field(3, ge=-1)

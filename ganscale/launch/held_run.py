@@ -81,9 +81,7 @@ def _copied(config: Config, console: Console, held: HeldRun) -> Iterator[None]:
     finally:  # after an error too
         if copy.problem:
             text = f"the copy of {config.run_dir} beside the checkpoints is not complete: "
-            console.print(
-                text + copy.problem, style="yellow", markup=False, highlight=False, soft_wrap=True
-            )
+            console.print(f"{text}{copy.problem}", highlight=False, soft_wrap=True, style="yellow")
 
 
 def _check_same_run(config: Config, run_dir: RunDirectory) -> None:

@@ -146,8 +146,8 @@ class Jobs:
         if alive := [job for job in earlier if job.is_alive]:
             raise ConfigError(
                 f"{name} is on this cluster already, as job {alive[0].id} ({alive[0].status}): "
-                f"see ganscale job logs {name}, end it by ganscale job stop {name}, or choose "
-                "another name=..."
+                f"see ganscale job logs {alive[0].id}, end it by ganscale job stop {alive[0].id}, "
+                "or choose another name=..."
             )
         environment = dict(submission.environment)
         grace = math.ceil(submission.config.launch.grace_seconds)
@@ -178,9 +178,20 @@ class Jobs:
             return _job(self._client.get_job_info(job_id))
 
     def find(self, name: str) -> Job:
-        """The job with that id, or the newest of the run of that name."""
+        """The job with that id, or the newest of the run of that name.
+
+        Raises `ConfigError` if there is neither, or both.
+        """
         jobs = self.all()
-        found = [job for job in jobs if job.id == name] or [job for job in jobs if job.run == name]
+        by_id = [job for job in jobs if job.id == name]
+        by_run = [job for job in jobs if job.run == name]
+        if by_id and by_run:
+            raise ConfigError(
+                f"{name} is the id of a job of run {by_id[-1].run!r}, and the name of a run whose "
+                f"newest job is {by_run[-1].id}: give {by_run[-1].id} for this run, or "
+                f"{by_id[-1].run!r} for the newest job of that one"
+            )
+        found = by_id or by_run
         if not found:
             known = ", ".join(dict.fromkeys(job.run or job.id for job in jobs[-8:])) or "none"
             raise ConfigError(f"no job or run {name!r} at {self.address}; there are: {known}")
@@ -191,16 +202,16 @@ class Jobs:
 
         A connection that breaks is taken up again where it broke.
         """
-        while self.get(job_id).status == "PENDING":
-            time.sleep(0.5)
-        log, failed = _Log(write), 0.0
+        log, failed, is_pending = _Log(write), 0.0, True
         while True:
             try:
-                with readable(self.address):
-                    asyncio.run(log.take(self._client.tail_job_logs(job_id)))
-                job = self.get(job_id)
-                if not job.is_alive:
-                    return job
+                is_pending = is_pending and self.get(job_id).status == "PENDING"
+                if not is_pending:
+                    with readable(self.address):
+                        asyncio.run(log.take(self._client.tail_job_logs(job_id)))
+                    job = self.get(job_id)
+                    if not job.is_alive:
+                        return job
                 failed = 0.0
             except GanscaleError:
                 failed = failed or time.monotonic()

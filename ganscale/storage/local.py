@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ganscale.atomic_files import replacing
+from ganscale.storage.retry import StoreError
 from ganscale.storage.spans import MissingData, Span
 
 _TEMPORARY = ".tmp-"
@@ -26,7 +27,8 @@ class LocalStore:
     """The files of a directory, named by relative paths with forward slashes.
 
     Methods raise an `OSError` where trying again may help, and `MissingData` for a file that is not
-    there. Threads share the open files, and need no lock for that.
+    there; `read_spans` raises `StoreError` where the system cannot read a file that is. Threads
+    share the open files, and need no lock for that.
     """
 
     def __init__(self, location: str | Path) -> None:
@@ -48,9 +50,13 @@ class LocalStore:
     def _read_span(self, span: Span) -> bytes | MissingData:
         try:
             data = os.pread(self._opened(span.name).descriptor, span.length, span.start)
-        except OSError as error:
+        except FileNotFoundError as error:
             path = self.root / span.name
             return MissingData(f"shard {path} cannot be opened: {error.strerror}")
+        except OSError as error:
+            # A disk or a process in trouble, and not a damaged sample, which may be left out.
+            path = self.root / span.name
+            raise StoreError(f"shard {path} cannot be read: {error.strerror}") from error
         if len(data) < span.length:
             return MissingData.cut_short(self.root / span.name, span, len(data))
         return data

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from ganscale.periodic import PeriodicThread
@@ -37,9 +38,10 @@ class _LineReporter(PeriodicThread):
     def start_task(self, description: str, total: int | None) -> Callable[[int], None]:
         """Report another task from now on; returns a function that takes how many more are done."""
         task = _Task(description, total)
+        # Printed first, so that the thread's lines about the task come after it.
+        self._print(description if total is None else f"{description} ({total})")
         with self._lock:
             self._task = task
-        self._print(description if total is None else f"{description} ({total})")
         return task.advance
 
     def _tick(self) -> None:
@@ -49,7 +51,7 @@ class _LineReporter(PeriodicThread):
             self._print(task.describe())
 
     def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(text, highlight=False, soft_wrap=True)
 
 
 class _Task:
@@ -104,7 +106,8 @@ def progress_bars(
         # spinning.
         for earlier in progress.tasks:
             progress.update(earlier.id, total=earlier.total or 1, completed=earlier.total or 1)
-        task = progress.add_task(description, total=total)
+        # A bar's description has markup whatever the console's setting is.
+        task = progress.add_task(escape(description), total=total)
         return lambda count: progress.advance(task, count)
 
     with progress:
@@ -112,5 +115,9 @@ def progress_bars(
 
 
 def stderr_console() -> Console:
-    """The console for messages and progress; results go to standard output."""
-    return Console(file=sys.stderr)
+    """The console for messages and progress; results go to standard output.
+
+    Without markup, as all consoles here: rich would take [brackets] in a path or in an error's text
+    for its own, leave them out, or raise `MarkupError`.
+    """
+    return Console(file=sys.stderr, markup=False)

@@ -185,7 +185,9 @@ def saved(entity: str | None, project: str, group: str | None) -> list[str]:
     if entity is None:
         import wandb
 
-        entity = str(wandb.Api(timeout=_TIMEOUT_SECONDS).default_entity)
+        entity = wandb.Api(timeout=_TIMEOUT_SECONDS).default_entity
+        if entity is None:
+            raise ConfigError("W&B names no default entity for this key: set --entity")
     made = [workspace(entity, project, group), report(entity, project, group)]
     return [one.save().url for one in made]
 

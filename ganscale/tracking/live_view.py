@@ -154,12 +154,11 @@ class RunFollower(PeriodicThread):
                 self._console.print(text, highlight=False, soft_wrap=True)
 
     def _show_event(self, event: Mapping[str, Any]) -> None:
-        is_wrong = event["event"] in WRONG
-        if self._live is not None and not is_wrong:
+        if self._live is not None:
             return  # the view says so
         text = describe_event(event)
         if text is not None:
-            style = "yellow" if is_wrong else None
+            style = "yellow" if event["event"] in WRONG else None
             self._console.print(text, highlight=False, soft_wrap=True, style=style)
 
     def _view(self) -> RenderableType:
@@ -205,6 +204,9 @@ def view(status: RunStatus, *, now: float) -> RenderableType:
     facts.add_column()
     for name, text in _facts(status, now):
         facts.add_row(name, text)
+    for event in status.messages:
+        if (problem := describe_event(event)) is not None:
+            facts.add_row("problem", Text(problem, style="yellow"))
     parts.append(facts)
     return Group(*parts)
 
@@ -317,6 +319,8 @@ def describe_event(event: Mapping[str, Any]) -> str | None:
         return f"at {kimg:g} kimg {message} ({event['kind']}: {event['action']})"
     if kind == "checkpoint_failed":
         return f"the checkpoint at {kimg:g} kimg could not be written: {message}"
+    if kind == "evaluation_failed":
+        return f"the generator at {kimg:g} kimg could not be measured: {message}"
     texts = {"fault": f"fault: {message}", "group_lost": f"starting anew: {message}"}
     return {**texts, "wandb": message}.get(kind)
 

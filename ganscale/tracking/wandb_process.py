@@ -182,7 +182,8 @@ def _upload(folder: Path, ending: threading.Event) -> None:
                 cli(["sync", *waiting], standalone_mode=False)
             if all(map(_is_uploaded, others)):
                 cli(["beta", "sync", "--live", str(folder)], standalone_mode=False)
-        ending.wait(_RETRY_SECONDS)
+        if ending.wait(_RETRY_SECONDS):
+            time.sleep(_POLL_SECONDS)  # as a wait for an event that is set is none
 
 
 def _is_uploaded(folder: Path) -> bool:

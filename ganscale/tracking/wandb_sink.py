@@ -65,6 +65,14 @@ def resolve_mode(setting: str) -> str:
     return "offline"
 
 
+def finish_timeout() -> int:
+    """Seconds that closing waits for the upload. Raises `ConfigError` if the variable is wrong."""
+    stated = os.environ.get("WANDB_FINISH_TIMEOUT") or "20"
+    if not stated.isdecimal():
+        raise ConfigError(f"WANDB_FINISH_TIMEOUT={stated!r}: expected a number of seconds")
+    return int(stated)
+
+
 def variables() -> dict[str, str]:
     """What is set here of W&B's variables that workers on other machines should have as well."""
     names = [f"WANDB_{name}" for name in _PASSED_ON.split()]
@@ -83,9 +91,7 @@ class WandbSink(NullSink):
         config: Mapping[str, Any],
         report: Callable[[str], None] = lambda message: None,
     ) -> None:
-        stated = os.environ.get("WANDB_FINISH_TIMEOUT") or "20"
-        if not stated.isdecimal():
-            raise ConfigError(f"WANDB_FINISH_TIMEOUT={stated!r}: expected a number of seconds")
+        timeout = finish_timeout()
         root = run_dir.root
         self._files = open_lines(root / FILES)
         if not (root / POSITIONS).is_file():
@@ -101,8 +107,8 @@ class WandbSink(NullSink):
             "project": project,
             "mode": mode,
             "config": dict(config),
-            "upload_seconds": int(stated),
-            "closing_seconds": int(stated) + _MARGIN_SECONDS,
+            "upload_seconds": timeout,
+            "closing_seconds": timeout + _MARGIN_SECONDS,
             "pid": os.getpid(),
         }
         self._next_replacement = -math.inf

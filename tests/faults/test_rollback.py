@@ -123,7 +123,8 @@ def test_a_fault_that_comes_again_ends_the_run_after_max_rollbacks(config: Confi
 
 @pytest.mark.parametrize("policy", [pytest.param("warn", marks=pytest.mark.slow), "stop"])
 def test_the_other_policies_note_it_and_go_on_or_end(config: Config, policy: str) -> None:
-    results = run_ranks(2, _train_poisoned, config.with_changes({"guard.policy": policy}), 1)
+    other = config.with_changes({"guard.policy": policy, "guard.rollback_lr_factor": 1.0})
+    results = run_ranks(2, _train_poisoned, other, 1)
     assert all(bool(ending) == (policy == "stop") for ending, _, _ in results)
     events = read_rows(RunDirectory(config.run_dir).events)
     (alarm,) = [e for e in events if e["event"] == "alarm"]

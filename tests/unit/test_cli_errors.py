@@ -156,6 +156,13 @@ MISTAKES = [
     ("train name=", 2, "name=None: input should be a valid string"),
     # What does not go together.
     ("train launch.num_workers=100", 2, "give each worker at least 2 images"),
+    ("train data.cache_limit_gb=3", 2, "data.cache_limit_gb=3 limits data.cache_dir"),
+    ("train guard.rollback_lr_factor=0.5", 2, "is for guard.policy=rollback, not warn: set it to"),
+    (
+        "train checkpoint.keep_best=2 samples.num_images=1",
+        2,
+        "checkpoint.keep_best=2 with checkpoint.best_metric=metrics/diversity needs two images",
+    ),
     ("train training.total_kimg=0.01", 2, "is less than one batch of 64 images"),
     ("train model.num_classes=10", 2, "set model.num_classes=0, or model.name=sngan"),
     ("train objective.name=wasserstein", 2, "set penalty.wgan_gp=10"),
@@ -181,6 +188,7 @@ MISTAKES = [
     ("train tracking.project=a/b", 2, "tracking.project='a/b': a W&B project has 1 to 128"),
     ("train tracking.wandb=on", 2, "tracking.wandb=True: input should be 'auto', 'online'"),
     ("WANDB_MODE=ofline train", 2, "WANDB_MODE='ofline': expected online, offline or"),
+    ("WANDB_FINISH_TIMEOUT=soon train", 2, "WANDB_FINISH_TIMEOUT='soon': expected a number of"),
     ("dashboard --project a/b", 2, "--project a/b: a W&B project has 1 to 128"),
     # Data.
     ("train data.shards=absent", 1, "Build it: ganscale shards build"),
@@ -210,6 +218,15 @@ MISTAKES = [
     ("sample empty", 1, "no snapshot at empty"),
     ("sample broken.safetensors", 1, "broken.safetensors is not a readable snapshot"),
     ("recognise probe absent --test empty", 1, "absent is not a run"),
+    # What is measured.
+    ("evaluate --run rgb.safetensors", 2, "--run rgb.safetensors: expected the folder of a run"),
+    ("evaluate --run empty", 2, "--run empty: expected the folder of a run, with its config.yaml"),
+    ("evaluate --snapshot rgb.safetensors --test empty", 2, "--test is for cas: add it to --metr"),
+    ("evaluate --images empty --num 9", 2, "--num and --seed are for generated images"),
+    ("evaluate --images empty --seed 0", 2, "--num and --seed are for generated images"),
+    ("stability --report-only begun --seeds 5", 2, "--report-only trains nothing: leave --seeds"),
+    ("stability --report-only begun --storage a", 2, "trains nothing: leave --storage"),
+    ("stability --report-only begun --config quickstart", 2, "trains nothing: leave --config"),
     # What is drawn, and where to.
     ("sample rgb.safetensors --out s.tiff", 2, "unknown suffix '.tiff'; expected .png, .jpg"),
     ("sample rgba.safetensors --out s.jpg", 2, "JPEG has no transparency"),
@@ -220,6 +237,8 @@ MISTAKES = [
     ("sample rgb.safetensors --device tpu", 2, "--device tpu: expected cpu, cuda or cuda:N"),
     ("interpolate rgb.safetensors --out a.mp4", 2, "--out a.mp4: expected .png, .gif"),
     ("interpolate rgb.safetensors --seeds 1,x", 2, "--seeds 1,x: expected numbers"),
+    ("interpolate rgb.safetensors --mode class --label 1", 2, "--label is for --mode slerp and"),
+    ("interpolate rgb.safetensors --labels 0,1", 2, "--labels is for --mode class"),
     ("mix rgb.safetensors", 2, "expected a stylegan2 generator"),
     # What the system refuses.
     ("sample rgb.safetensors --out text/s.png", 1, "text: file exists: a file is where a folder"),

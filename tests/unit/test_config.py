@@ -298,6 +298,58 @@ def test_a_changed_copy_is_validated_and_the_original_kept() -> None:
         config.with_changes({"launch.num_workers": 0})
 
 
+@pytest.mark.parametrize("name", ["sngan", "biggan", "r3gan", "stylegan2"])
+def test_another_architecture_has_its_own_defaults_however_it_is_chosen(
+    tmp_path: Path, name: str
+) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("model: {name: dcgan, img_channels: 1}")
+    changed = load_config(file).with_changes({"model.name": name})
+    assert changed == load_config(file, [f"model.name={name}"])
+    assert changed.model.img_channels == 1
+
+
+def test_a_change_keeps_the_architecture_and_the_method_that_were_given_as_objects() -> None:
+    config = Config(model=SnganModel(base_channels=16), method=VaeMethod(beta=2))
+    assert config.with_changes({}) == config
+    assert config.with_changes({"model.z_dim": 8}).model == SnganModel(base_channels=16, z_dim=8)
+
+
+def test_what_a_run_has_written_down_stays_as_it_is_in_a_changed_copy(tmp_path: Path) -> None:
+    """A later version may have other defaults; the run was trained with these."""
+    file = tmp_path / "config.yaml"
+    file.write_text(Config().to_yaml())
+    written = load_config(file)
+    changed = written.with_changes({"model": {**written.model.model_dump(), "name": "sngan"}})
+    assert changed.model.z_dim == Config().model.z_dim
+    assert written.with_changes({}).model_fields_set == set(Config.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("source", "override", "problem"),
+    [
+        ("vae-cifar10", "method.name=gan", "method.name=gan has no field beta"),
+        ("dcgan-cifar10", "method.labels=3", "method.name=gan has no field labels"),
+        ("dcgan-cifar10", "model.blocks_per_stage=3", "model.name=dcgan has no field blocks_per_"),
+    ],
+)
+def test_a_field_of_another_choice_is_refused_by_the_name_of_the_choice(
+    source: str, override: str, problem: str
+) -> None:
+    assert refusal(override, source=source).startswith(problem)
+
+
+def test_a_section_that_is_given_by_its_name_takes_fields_too(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("model: sngan\nmethod: vae")
+    config = load_config(file, ["model.z_dim=64", "method.beta=2"])
+    assert config.model == SnganModel(z_dim=64)
+    assert config.method == VaeMethod(beta=2)
+    file.write_text("training: fast")
+    message = refusal("training.batch_size=8", source=file)
+    assert message == "training='fast' is no section of fields, of which training.batch_size is one"
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_written_yaml_reads_back_equal(tmp_path: Path, name: str) -> None:
     config = load_config(

@@ -50,8 +50,8 @@ class FakeClient:
     """A cluster whose jobs are what a test says, and which keeps what it is sent."""
 
     jobs: list[Any] = field(default_factory=list)
-    statuses: list[str] = field(default_factory=list)
-    """Of the only job, one a look; the last one stays."""
+    statuses: list[str | Exception] = field(default_factory=list)
+    """Of the only job, one a look, or why there is no answer; the last one stays."""
     texts: list[list[str | Exception]] = field(default_factory=list)
     """Of the log, for each time that it is followed from its beginning."""
     sent: dict[str, Any] = field(default_factory=dict)
@@ -75,8 +75,11 @@ class FakeClient:
     def get_job_info(self, job_id: str) -> Any:
         (job,) = [job for job in self.jobs if job.submission_id == job_id]
         if self.statuses:
-            job.status.value = self.statuses[0]
+            status = self.statuses[0]
             self.statuses = self.statuses[1:] or self.statuses
+            if isinstance(status, Exception):
+                raise status
+            job.status.value = status
         return job
 
     async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
@@ -170,7 +173,7 @@ def test_a_variable_is_either_plain_or_secret() -> None:
 @pytest.mark.parametrize("status", ["PENDING", "RUNNING"])
 def test_a_run_that_is_alive_is_not_submitted_again(status: str) -> None:
     client = FakeClient([details("mine-1", "mine", "FAILED"), details("mine-2", "mine", status)])
-    with pytest.raises(ConfigError, match=f"already, as job mine-2 .{status}.: .* job stop mine"):
+    with pytest.raises(ConfigError, match=f"already, as job mine-2 .{status}.: .* job stop mine-2"):
         Jobs(client, ADDRESS).submit(submission())
     assert not client.sent
 
@@ -203,6 +206,16 @@ def test_a_job_is_found_by_its_id_or_as_the_newest_of_its_run() -> None:
         jobs.find("yours")
 
 
+def test_a_name_that_is_one_job_s_id_and_another_run_s_name_is_refused() -> None:
+    client = FakeClient(
+        [details("exp-1", "exp", "RUNNING"), details("exp-1-1", "exp-1", "RUNNING", start=10)]
+    )
+    jobs = Jobs(client, ADDRESS)
+    with pytest.raises(ConfigError, match=r"exp-1 is the id of .* 'exp', .* job is exp-1-1: give"):
+        jobs.find("exp-1")
+    assert [jobs.find(name).id for name in ("exp", "exp-1-1")] == ["exp-1", "exp-1-1"]
+
+
 @pytest.mark.parametrize(
     ("status", "code", "expected"),
     [
@@ -222,7 +235,14 @@ def test_output_is_taken_up_where_the_connection_broke() -> None:
     broken = RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
     client = FakeClient(
         [details("mine-1", "mine", "PENDING")],
-        statuses=["PENDING", "PENDING", "RUNNING", "RUNNING", "SUCCEEDED"],
+        statuses=[
+            "PENDING",
+            ConnectionError("refused"),
+            "PENDING",
+            "RUNNING",
+            "RUNNING",
+            "SUCCEEDED",
+        ],
         texts=[
             ["one\n", "two\n", broken],
             [requests.exceptions.ConnectionError("refused")],

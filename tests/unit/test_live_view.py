@@ -15,7 +15,15 @@ from ganscale.cli.app import _GROUPS, app
 from ganscale.config import Config
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking import live_view
-from ganscale.tracking.live_view import RunFollower, RunStatus, describe_row, view
+from ganscale.tracking.live_view import (
+    RunFollower,
+    RunStatus,
+    describe_event,
+    describe_row,
+    view,
+)
+from ganscale.tracking.sinks import WRONG
+from tests.conftest import Verb
 
 LOSSES: dict[str, tuple[dict[str, float | None], str]] = {
     "gan": ({"D": 0.5, "G": 2.25}, "D 0.500  G 2.250"),
@@ -37,7 +45,7 @@ def row_of(nimg: int, losses: Any = None, **more: Any) -> dict[str, Any]:
 
 
 def shown(status: RunStatus, width: int, now: float = 100.0) -> str:
-    console = Console(file=io.StringIO(), width=width, record=True)
+    console = Console(file=io.StringIO(), width=width, record=True, markup=False)
     console.print(view(status, now=now))
     return console.export_text()
 
@@ -94,6 +102,23 @@ def test_the_view_has_progress_speed_metrics_checkpoint_and_state(width: int) ->
     assert "left" not in shown(status, width)
 
 
+@pytest.mark.parametrize("kind", WRONG)
+def test_whatever_went_wrong_is_shown(kind: str) -> None:
+    more: dict[str, dict[str, Any]] = {
+        "stall": {"step": 7, "seconds": 130.0, "ranks": [1], "stacks": "the [/dev/x] reason"},
+        "alarm": {"kind": "collapse", "action": "warn"},
+    }
+    message = "the [/dev/x] reason"
+    event = {"event": kind, "time": 1.0, "nimg": 2000, "message": message, **more.get(kind, {})}
+    text = describe_event(event)
+    assert text is not None
+    assert "the [/dev/x] reason" in text
+    status = RunStatus("mine", 40_000)
+    status.take_event(START)
+    status.take_event(event)
+    assert "the [/dev/x] reason" in shown(status, 200)
+
+
 def test_a_run_that_says_nothing_for_long_shows_since_when() -> None:
     status = RunStatus("mine", 40_000)
     status.take_event(START)
@@ -147,16 +172,33 @@ def test_without_a_terminal_half_a_minute_is_never_without_a_line(
 
 
 def test_watch_shows_a_run_from_its_first_line_to_its_end(run_dir: RunDirectory) -> None:
-    append(run_dir.events, START)
+    failed = {"event": "evaluation_failed", "time": 1.0, "nimg": 24_000}
+    append(run_dir.events, START, {**failed, "message": "too few images"})
     append(run_dir.metrics, row_of(48_000, **{"metrics/fid": 12.5}))
     runner = CliRunner()
     once = runner.invoke(app, ["watch", str(run_dir.root), "--once"])
     assert once.exit_code == 0
     assert "mine  training" in once.stdout
+    assert "the generator at 24 kimg could not be measured: too few images" in once.stdout
     assert "fid 12.5 at 48 kimg" in once.stdout
     append(run_dir.events, {"event": "end", "time": 9.0, "nimg": 96_000})
     ended = runner.invoke(app, ["watch", str(run_dir.root)])  # it does not wait for more
     assert "mine  finished" in ended.stdout
+
+
+def test_watch_ends_with_an_error_when_the_run_is_dead(
+    run_dir: RunDirectory, monkeypatch: pytest.MonkeyPatch, verb: Verb
+) -> None:
+    monkeypatch.setattr("ganscale.cli.training._STATUS_SECONDS", 0.0)
+    fault = {"event": "fault", "time": 2.0, "message": "rank 1 is gone"}
+    append(run_dir.events, START, fault)
+    append(run_dir.metrics, row_of(1000, **{"time/unix": 1.0}))
+    code, _, errors = verb("watch", run_dir.root)
+    assert code == 1
+    assert errors == (
+        f"ganscale: {run_dir.root} does not train any more (failed): Rank 1 is gone. "
+        f"To go on: ganscale resume {run_dir.root}\n"
+    )
 
 
 def test_every_verb_is_in_one_group_of_the_help() -> None:

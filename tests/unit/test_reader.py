@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import struct
 import tarfile
 import threading
@@ -24,6 +26,7 @@ from ganscale.data.reader import Batch, BatchReader, DamagedSample, Images, Read
 from ganscale.data.shards import ShardSet, verify_shards
 from ganscale.data.sources import SourceSpec
 from ganscale.errors import ConfigError, DataError
+from ganscale.storage import StoreError
 
 BATCH_SIZE = 8
 
@@ -314,6 +317,20 @@ def test_a_missing_shard_can_be_skipped_and_is_counted(own_set: ShardSet) -> Non
     batch = reader_of(own_set, on_error="skip").read(0, own_set.num_samples)
     assert len(batch.skipped) == own_set.shards[1].num_samples
     assert len(batch.images) == own_set.num_samples - own_set.shards[1].num_samples
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES])
+def test_a_disk_that_cannot_be_read_is_no_damaged_sample_to_skip(
+    own_set: ShardSet, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(code, os.strerror(code))
+
+    reader = reader_of(own_set, on_error="skip")
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(StoreError, match=f"cannot be read: {os.strerror(code)}") as error:
+        reader.read(0, BATCH_SIZE)
+    assert own_set.location in str(error.value)
 
 
 def test_closing_the_sequence_ends_its_threads(built_set: ShardSet) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ganscale.config import Config
+from ganscale.config import Config, load_config
 from ganscale.config.search_space import Domain, drawn, generator_for
 from ganscale.config.sweep import Sweep
 from ganscale.errors import ConfigError
@@ -185,6 +185,18 @@ def test_a_trial_is_a_run_in_the_folder_of_the_sweep(tmp_path: Path) -> None:
     assert config.with_changes({**same, "checkpoint.location": None}) == Config.model_validate(
         sweep().base.model_dump()
     )
+
+
+def test_a_trial_of_another_architecture_has_the_values_that_train_gives_it(
+    tmp_path: Path,
+) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text("model: {name: dcgan}")
+    names = {"model.name": {"choice": ["sngan", "r3gan"]}}
+    trials = sweep(config=str(base), search=names)
+    for name in ("sngan", "r3gan"):
+        config = trials.config("t", {"model.name": name})
+        assert config.model == load_config(base, [f"model.name={name}"]).model
 
 
 def test_each_field_is_explored_within_its_own_domain() -> None:

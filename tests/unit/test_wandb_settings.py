@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from ganscale.cli.training import _check_environment
 from ganscale.config import load_config
 from ganscale.errors import ConfigError
 from ganscale.run_directory import RunDirectory
+from ganscale.tracking import dashboard, wandb_process
 from ganscale.tracking.wandb_sink import WandbSink, resolve_mode, variables
 
 
@@ -67,8 +72,43 @@ def test_a_wrong_timeout_is_refused_when_the_run_begins(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stated: str
 ) -> None:
     monkeypatch.setenv("WANDB_FINISH_TIMEOUT", stated)
-    with pytest.raises(ConfigError, match=f"WANDB_FINISH_TIMEOUT='{stated}': expected a number"):
+    problem = f"WANDB_FINISH_TIMEOUT='{stated}': expected a number"
+    with pytest.raises(ConfigError, match=problem):
         WandbSink(RunDirectory(tmp_path), project="tests", mode="offline", config={})
+    # Before shards are built.
+    with pytest.raises(ConfigError, match=problem):
+        _check_environment(load_config("quickstart"))
+    _check_environment(load_config("quickstart", ["tracking.wandb=disabled"]))
+
+
+def test_a_key_without_an_entity_makes_no_dashboard_of_an_entity_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("wandb.Api", lambda timeout: SimpleNamespace(default_entity=None))
+    with pytest.raises(ConfigError, match="set --entity"):
+        dashboard.saved(None, "tests", None)
+
+
+def test_a_server_that_refuses_is_not_asked_without_a_pause_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    requests: list[int] = []
+    pauses: list[float] = []
+
+    def refuse(*_: object, **__: object) -> None:
+        requests.append(1)
+        if len(requests) > 3:
+            raise KeyboardInterrupt
+        raise ConnectionError
+
+    monkeypatch.setattr(wandb_process, "cli", refuse)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    ending = threading.Event()
+    ending.set()
+    with pytest.raises(KeyboardInterrupt):
+        wandb_process._upload(tmp_path / "offline-run-1-abcd", ending)
+    assert len(pauses) == 3
+    assert min(pauses) >= 1
 
 
 def test_an_empty_mode_in_the_configuration_is_auto() -> None:
