@@ -31,7 +31,7 @@ from ganscale.checkpoint import (
     Session,
 )
 from ganscale.config import Config
-from ganscale.errors import CheckpointError
+from ganscale.errors import CheckpointError, TrainingFault
 from ganscale.json_lines import add_missing_lines
 from ganscale.run_directory import RunDirectory
 from ganscale.storage import RetryPolicy, retry
@@ -75,35 +75,22 @@ class CheckpointManager:
 
         It is that of the newest checkpoint that verifies, at most at position `up_to`, with which
         `accept` finds nothing wrong. Until the attempt has begun nothing of the run is changed;
-        then its configuration is written. All ranks call this together. Raises `RunInUse`.
+        then its configuration is written. All ranks call this together. Raises `RunInUse`, and
+        `TrainingFault` if a rollback finds no checkpoint to go back to.
         """
         # Rank 0 alone claims the attempt and reads; then all get the same bytes and decode them.
         files: SavedFiles | None = None
         header: list[Any] = [None]
         if self.store is not None:
-            store, token, session = self.store, secrets.token_hex(8), self.session
-            if session is not None and session.copied_from:
-                self._leave_wandb_run_of_the_original(session)
-            # The token stays the same over all tries, so a claim whose answer was lost is
-            # recognised as ours.
-            self.attempt, files = retry(
-                lambda: store.claim(
-                    lambda: store.newest(up_to=up_to, accept=accept),
-                    reason=reason,
-                    token=token,
-                    session=session,
-                ),
-                RetryPolicy.of(self.config.data),
-                f"{store.location} cannot be reached",
-            )
-            if _text(self.run_dir.config) != (config := self.config.to_yaml()):
-                write_text(self.run_dir.config, config)
-            self._begin_writing()
-            header = [(self.attempt, None if files is None else files.name)]
-            if files is not None:
-                self._restore_history(files)
+            try:
+                files = self._claim(self.store, reason, up_to, accept)
+                header = [(self.attempt, None if files is None else files.name)]
+            except TrainingFault as fault:
+                header = [fault]  # of the run and not of this rank, so all ranks end with it
         # Small things first, as a pickled list; the tensors follow as bytes in pieces.
         dist.broadcast_object_list(header, src=0)
+        if isinstance(header[0], TrainingFault):
+            raise header[0]
         name: CheckpointName | None
         self.attempt, name = header[0]
         # What the loop does at a position was done before its checkpoint was saved, so the loop
@@ -190,6 +177,43 @@ class CheckpointManager:
         """Path or URL of a checkpoint."""
         assert self.store is not None
         return self.store.where(name)
+
+    def _claim(
+        self,
+        store: CheckpointStore,
+        reason: Literal["resume", "rollback"],
+        up_to: int | None,
+        accept: Callable[[Any], str | None],
+    ) -> SavedFiles | None:
+        """On rank 0: begin an attempt; returns the checkpoint that it starts from."""
+
+        def choose() -> SavedFiles | None:
+            files = store.newest(up_to=up_to, accept=accept)
+            # An attempt that starts from nothing begins the run anew, and prunes what it had.
+            if files is None and reason == "rollback":
+                limit = "" if up_to is None else f" up to {up_to / 1000:g} kimg"
+                raise TrainingFault(
+                    f"a rollback finds no checkpoint{limit} in {store.location} that can be "
+                    "loaded; `ganscale resume` goes on from the newest one"
+                )
+            return files
+
+        token, session = secrets.token_hex(8), self.session
+        if session is not None and session.copied_from:
+            self._leave_wandb_run_of_the_original(session)
+        # The token stays the same over all tries, so a claim whose answer was lost is recognised as
+        # ours.
+        self.attempt, files = retry(
+            lambda: store.claim(choose, reason=reason, token=token, session=session),
+            RetryPolicy.of(self.config.data),
+            f"{store.location} cannot be reached",
+        )
+        if _text(self.run_dir.config) != (config := self.config.to_yaml()):
+            write_text(self.run_dir.config, config)
+        self._begin_writing()
+        if files is not None:
+            self._restore_history(files)
+        return files
 
     def _begin_writing(self) -> None:
         assert self.store is not None

@@ -81,11 +81,10 @@ class Guard:
         nimg = int(row["nimg"])
         alarms = []
         for kind, patience in _PATIENCE.items():
-            # Rows without a measurement say nothing; they neither raise nor clear the alarm.
-            if kind == "collapse" and "metrics/diversity" not in row:
-                continue
             if kind not in signs:
-                self._counts[kind], self._healthy_nimg[kind] = 0, nimg
+                # Rows without a measurement say nothing; they neither raise nor clear the alarm.
+                if kind != "collapse" or "metrics/diversity" in row:
+                    self._counts[kind], self._healthy_nimg[kind] = 0, nimg
                 continue
             self._counts[kind] += 1
             # Equal, not at least: an alarm that lasts is raised once.
@@ -96,9 +95,14 @@ class Guard:
         return alarms
 
     def healthy_nimg(self, nimg: int) -> int:
-        """The last position with no sign of anything: `nimg` itself when all is well."""
-        signs = [kind for kind, count in self._counts.items() if count]
-        return min([nimg, *(self._healthy_nimg[kind] for kind in signs)])
+        """The last position, at most `nimg`, at which every rule has looked and seen no sign.
+
+        An alarm that is raised later names no earlier position, so whoever keeps a checkpoint up to
+        here has one to go back to.
+        """
+        # Without a drawing there is no diversity that could be lost.
+        kinds = [kind for kind in _PATIENCE if kind != "collapse" or self._best_diversity]
+        return min([nimg, *(self._healthy_nimg[kind] for kind in kinds)])
 
     def state_dict(self) -> dict[str, Any]:
         """What is remembered, as numbers."""

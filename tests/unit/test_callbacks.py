@@ -7,14 +7,18 @@ from typing import Any
 import pytest
 
 import ganscale
-from ganscale.errors import ConfigError
+from ganscale.checkpoint import CheckpointStore
+from ganscale.config import Config
+from ganscale.errors import ConfigError, TrainingFault
 from ganscale.run_directory import RunDirectory
 from ganscale.training.build import build_state
 from ganscale.training.callbacks import Callback, Rollback
+from ganscale.training.loop import train
 from ganscale.training.precision import Precision
 from ganscale.training.state import TrainingState
 from ganscale.world import World, process_group
 from tests.conftest import MakeConfig
+from tests.support.ranks import run_ranks
 from tests.support.runs import final_digest, read_rows
 
 
@@ -44,12 +48,14 @@ class RollBackOnce(Callback):
 
     every_kimg = 0.016
 
-    done = False
+    def __init__(self, healthy_nimg: int) -> None:
+        self.healthy_nimg = healthy_nimg
+        self.done = False
 
     def run(self, state: TrainingState) -> None:
         if state.nimg == 96 and not self.done:
             self.done = True
-            raise Rollback(healthy_nimg=64)
+            raise Rollback(self.healthy_nimg)
 
 
 def test_callbacks_are_run_by_position_and_remember_across_a_resume(
@@ -68,12 +74,34 @@ def test_callbacks_are_run_by_position_and_remember_across_a_resume(
 
 def test_a_callback_may_ask_for_a_rollback(make_config: MakeConfig) -> None:
     config = make_config(checkpoint__every_kimg=0.032)
-    ganscale.train(config, callbacks=[RollBackOnce()])
+    ganscale.train(config, callbacks=[RollBackOnce(healthy_nimg=64)])
     (rollback,) = [
         e for e in read_rows(RunDirectory(config.run_dir).events) if e["event"] == "rollback"
     ]
     assert (rollback["nimg"], rollback["num_rollbacks"]) == (64, 1)
     assert final_digest(config)[0] == 160
+
+
+def _roll_back_too_far(world: World, config: Config) -> str:
+    with pytest.raises(TrainingFault) as fault:
+        train(config, world, callbacks=[RollBackOnce(healthy_nimg=8)])
+    return str(fault.value)
+
+
+def test_a_rollback_without_a_checkpoint_to_go_back_to_ends_the_run_and_deletes_nothing(
+    make_config: MakeConfig,
+) -> None:
+    config = make_config(
+        launch__num_workers=2, checkpoint__every_kimg=0.016, checkpoint__keep_last=2
+    )
+    faults = run_ranks(2, _roll_back_too_far, config)
+    assert [fault.partition(" in ")[0] for fault in faults] == [
+        "a rollback finds no checkpoint up to 0.008 kimg"
+    ] * 2
+    store = CheckpointStore(config.checkpoints)
+    assert [attempt.reason for attempt in store.attempts()] == ["start"]
+    # At 16 the rule of diversity looked last.
+    assert [name.nimg for name in store.lineage()] == [80, 64, 16]
 
 
 def test_callbacks_are_refused_where_workers_are_other_processes(make_config: MakeConfig) -> None:

@@ -149,6 +149,18 @@ def test_the_healthy_position_is_before_the_first_sign_of_anything() -> None:
     assert guard.healthy_nimg(6000) == 6000
 
 
+def test_the_healthy_position_is_one_at_which_every_rule_has_looked() -> None:
+    guard = Guard("hinge", models="DG", scaled=True)
+    for n in range(1, 30):
+        guard.look(row(n, **({"metrics__diversity": 80.0} if n % 10 == 0 else {})))
+        # The next drawing may show that images have become alike since the last one.
+        assert guard.healthy_nimg(1000 * n) == (1000 * n if n < 10 else n // 10 * 10_000)
+    guard.look(row(30, metrics__diversity=1.0))
+    assert guard.healthy_nimg(30_000) == 20_000
+    # A checkpoint at a position without a row is as healthy as the last row.
+    assert Guard("hinge", models="DG", scaled=True).healthy_nimg(5000) == 0
+
+
 def test_a_guard_that_was_saved_goes_on_as_if_nothing_had_happened() -> None:
     rng = random.Random(1)
     rows = []
