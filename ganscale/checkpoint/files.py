@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `nimg-POSITION-aATTEMPT` with
 
-    state.safetensors  all tensors               meta.json      for people: config, versions
+    state.safetensors  all tensors               meta.json      config, versions, W&B run id
     state.json         everything else           metrics.jsonl  the rows logged so far
     manifest.json      sizes, sha256, attempt
 
@@ -46,7 +46,7 @@ class SavedState:
     meta: Mapping[str, Any]
     history: bytes = b""
     metrics: Mapping[str, float] | None = None
-    """Values of metrics at this position, by which the best checkpoints are chosen."""
+    """What was last measured up to this position, by which the best checkpoints are chosen."""
     healthy_nimg: int | None = None
     """The newest checkpoint up to here is kept, as one to go back to."""
 

@@ -121,8 +121,9 @@ def prunable(
 ) -> list[CheckpointName]:
     """What `attempt` may delete: all but the newest `keep_last` of its line and `special` ones.
 
-    Checkpoints of later attempts are never among them. Neither is the checkpoint that a successor
-    starts from of which the attempt does not know yet, as that was the newest one.
+    Checkpoints of later attempts are never among them. A successor may have begun without this
+    attempt knowing. The checkpoint it starts from was then the newest one, so it is among those
+    kept.
     """
     keep = {*kept_line[:keep_last], *special}
     return [name for name in names if name.attempt <= attempt and name not in keep]

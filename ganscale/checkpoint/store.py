@@ -303,14 +303,15 @@ class CheckpointStore(CheckpointFiles):
         """The `keep_best` with the best metric, of those that have one."""
         if not retention.keep_best:
             return []
-        scores = {name: self.metrics(name).get(retention.best_metric) for name in line}
-        scored = [
-            (score, name)
-            for name, score in scores.items()
-            if score is not None and not math.isnan(score)
-        ]
-        scored.sort(reverse=not retention.lowest_is_best)
-        return [name for _, name in scored[: retention.keep_best]]
+        # Until the next measurement checkpoints carry the value of the last one. The first that has
+        # a value is the one whose weights were measured.
+        measured: dict[float, CheckpointName] = {}
+        for name in reversed(line):
+            score = self.metrics(name).get(retention.best_metric)
+            if score is not None and not math.isnan(score):
+                measured.setdefault(score, name)
+        best = sorted(measured, reverse=not retention.lowest_is_best)[: retention.keep_best]
+        return [measured[score] for score in best]
 
     def _numbers(self) -> list[int]:
         claims = [_CLAIM.fullmatch(file) for file in self.backend.files()]

@@ -77,6 +77,9 @@ class DecodedImages:
     def is_cached(self, samples: NDArray[np.int64]) -> bool:
         return bool(self._known[samples].all())
 
+    def close(self) -> None:
+        self.reader.close()
+
 
 class HostPixels:
     """Images in memory that the processes of a node share.

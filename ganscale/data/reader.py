@@ -81,6 +81,10 @@ class ImageReader(Protocol):
         """Whether `read` would only copy memory, so that a thread to read ahead costs more."""
         ...
 
+    def close(self) -> None:
+        """Nothing is read any more: begin no further fetch, and wait for none."""
+        ...
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -147,6 +151,10 @@ class ShardImages:
 
     def is_cached(self, samples: NDArray[np.int64]) -> bool:
         return False
+
+    def close(self) -> None:
+        if isinstance(self.store, CachedStore):
+            self.store.close()
 
     def _decoded(self, data: bytes | MissingData, crc32: int) -> NDArray[Any]:
         if isinstance(data, MissingData):
@@ -216,7 +224,7 @@ class BatchReader:
 
         At most `ahead.num_batches` wait. What goes wrong with a batch is raised when it is due, so
         every batch before it is used and the run stops at the same place however far ahead the
-        threads are. Closing the generator ends them.
+        threads are. Closing the generator ends them; one that is fetching shards ends after that.
         """
         pool = ThreadPoolExecutor(self.ahead.num_threads, thread_name_prefix="reader")
         # A thread of its own: fetching whole shards takes long, and must not hold up the batches
@@ -245,12 +253,17 @@ class BatchReader:
                 position += batch_size
                 yield waiting.popleft()()
         finally:
-            prefetcher.shutdown(cancel_futures=True)
+            # Not waited for: fetching whole shards may take minutes.
+            prefetcher.shutdown(wait=False, cancel_futures=True)
             pool.shutdown(cancel_futures=True)
 
     def read(self, position: int, batch_size: int) -> Batch:
         """This rank's part of the global batch that starts at `position`."""
         return self._batch(position, self._slots(position, batch_size))
+
+    def close(self) -> None:
+        """Read no more, and do not wait for shards that are being fetched."""
+        self.images.close()
 
     def _slots(self, position: int, batch_size: int) -> BatchIndices:
         return self.order.local_batch(

@@ -78,6 +78,13 @@ class CachedStore:
             for span in spans
         ]
 
+    def close(self) -> None:
+        """End without waiting: fetches that have begun end by themselves, the others never begin.
+
+        Nothing can be read afterwards.
+        """
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
     def _files(self, names: Sequence[str]) -> dict[str, OpenFile | None]:
         return dict(zip(names, self._pool.map(self._opened, names), strict=True))
 
@@ -111,6 +118,9 @@ class CachedStore:
 
     def _fetch(self, shard: Shard, path: Path) -> None:
         temporary = path.with_suffix(".tmp")
+        # What a killed fetch of this shard left takes space, and its lock, without which it cannot
+        # be evicted, is the one that this fetch holds.
+        temporary.unlink(missing_ok=True)
         self._make_room(shard.num_bytes, temporary)
         try:
             with temporary.open("r+b") as file:

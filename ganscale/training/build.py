@@ -1,4 +1,4 @@
-"""From a configuration and a world to what the loop works with: state, order, reader.
+"""Builds what the loop works with (state, order, reader) from a configuration and a world.
 
 Initial weights are a function of the seed, the order of samples one of the seed and the shard set.
 What does not fit together is refused here, with the option that would have to change.
@@ -104,7 +104,6 @@ def build_reader(
             # Half a block of the order: time enough to fetch the shards that come next.
             num_samples=shard_set.num_streams * data.shuffle_window // 2 if fetches else 0,
         ),
-        # Only from page-locked memory does a copy to the GPU run beside its work.
     )
 
 

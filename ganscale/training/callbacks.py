@@ -1,4 +1,4 @@
-"""What is done now and then between steps: the face of the built-in actions and of a user's own."""
+"""The interface of what is run between steps: by the built-in actions and by a user's callbacks."""
 
 from __future__ import annotations
 

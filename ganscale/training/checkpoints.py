@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torch import distributed as dist
 
 import ganscale
@@ -30,11 +29,12 @@ from ganscale.checkpoint import (
     SaveResult,
     Session,
 )
+from ganscale.checkpoint.encoding import flatten
 from ganscale.config import Config
-from ganscale.errors import CheckpointError
+from ganscale.errors import CheckpointError, TrainingFault
 from ganscale.json_lines import add_missing_lines
 from ganscale.run_directory import RunDirectory
-from ganscale.storage import RetryPolicy, retry
+from ganscale.storage import RetryPolicy, StoreError, retry
 from ganscale.training.collectives import broadcast_bytes
 from ganscale.world import World
 
@@ -74,36 +74,23 @@ class CheckpointManager:
         """Begin an attempt; returns the state to go on from, on every rank, or None.
 
         It is that of the newest checkpoint that verifies, at most at position `up_to`, with which
-        `accept` finds nothing wrong. Until the attempt has begun nothing of the run is changed;
-        then its configuration is written. All ranks call this together. Raises `RunInUse`.
+        `accept` finds nothing wrong. Until the attempt has begun nothing of the run is changed. All
+        ranks call this together. Raises `RunInUse`, and `TrainingFault` if a rollback finds no
+        checkpoint to go back to.
         """
         # Rank 0 alone claims the attempt and reads; then all get the same bytes and decode them.
         files: SavedFiles | None = None
         header: list[Any] = [None]
         if self.store is not None:
-            store, token, session = self.store, secrets.token_hex(8), self.session
-            if session is not None and session.copied_from:
-                self._leave_wandb_run_of_the_original(session)
-            # The token stays the same over all tries, so a claim whose answer was lost is
-            # recognised as ours.
-            self.attempt, files = retry(
-                lambda: store.claim(
-                    lambda: store.newest(up_to=up_to, accept=accept),
-                    reason=reason,
-                    token=token,
-                    session=session,
-                ),
-                RetryPolicy.of(self.config.data),
-                f"{store.location} cannot be reached",
-            )
-            if _text(self.run_dir.config) != (config := self.config.to_yaml()):
-                write_text(self.run_dir.config, config)
-            self._begin_writing()
-            header = [(self.attempt, None if files is None else files.name)]
-            if files is not None:
-                self._restore_history(files)
+            try:
+                files = self._claim(self.store, reason, up_to, accept)
+                header = [(self.attempt, None if files is None else files.name)]
+            except TrainingFault as fault:
+                header = [fault]  # of the run and not of this rank, so all ranks end with it
         # Small things first, as a pickled list; the tensors follow as bytes in pieces.
         dist.broadcast_object_list(header, src=0)
+        if isinstance(header[0], TrainingFault):
+            raise header[0]
         name: CheckpointName | None
         self.attempt, name = header[0]
         # What the loop does at a position was done before its checkpoint was saved, so the loop
@@ -114,6 +101,19 @@ class CheckpointManager:
         tree = broadcast_bytes(None if files is None else files.tree)
         tensors = broadcast_bytes(None if files is None else files.tensors)
         return SavedFiles(name, tree, tensors, {}, b"").state()
+
+    def write_config(self) -> None:
+        """Make this configuration the one that the run goes on with when it is resumed."""
+        config = self.config.to_yaml()
+        if self.world.is_main and _text(self.run_dir.config) != config:
+            write_text(self.run_dir.config, config)
+
+    def forget_start(self) -> None:
+        """Let all be done at the position of the checkpoint that the attempt began with.
+
+        A checkpoint is then saved there too.
+        """
+        self.start_nimg = self._last_nimg = -1
 
     def is_due(self) -> bool:
         """Whether rank 0's clock asks for a checkpoint."""
@@ -158,7 +158,10 @@ class CheckpointManager:
     def check_current(self) -> None:
         """Raise `Superseded` if another attempt has begun, before files of the run are written."""
         if self.store is not None:
-            self.store.check_current(self.attempt)
+            # A store that cannot be reached for a while ends no run; before it writes a checkpoint,
+            # the writer asks again.
+            with suppress(OSError, StoreError):
+                self.store.check_current(self.attempt)
 
     @property
     def num_rollbacks(self) -> int:
@@ -190,6 +193,41 @@ class CheckpointManager:
         """Path or URL of a checkpoint."""
         assert self.store is not None
         return self.store.where(name)
+
+    def _claim(
+        self,
+        store: CheckpointStore,
+        reason: Literal["resume", "rollback"],
+        up_to: int | None,
+        accept: Callable[[Any], str | None],
+    ) -> SavedFiles | None:
+        """On rank 0: begin an attempt; returns the checkpoint that it starts from."""
+
+        def choose() -> SavedFiles | None:
+            files = store.newest(up_to=up_to, accept=accept)
+            # An attempt that starts from nothing begins the run anew, and prunes what it had.
+            if files is None and reason == "rollback":
+                limit = "" if up_to is None else f" up to {up_to / 1000:g} kimg"
+                raise TrainingFault(
+                    f"a rollback finds no checkpoint{limit} in {store.location} that can be "
+                    "loaded; `ganscale resume` goes on from the newest one"
+                )
+            return files
+
+        token, session = secrets.token_hex(8), self.session
+        if session is not None and session.copied_from:
+            self._leave_wandb_run_of_the_original(session)
+        # The token stays the same over all tries, so a claim whose answer was lost is recognised as
+        # ours.
+        self.attempt, files = retry(
+            lambda: store.claim(choose, reason=reason, token=token, session=session),
+            RetryPolicy.of(self.config.data),
+            f"{store.location} cannot be reached",
+        )
+        self._begin_writing()
+        if files is not None:
+            self._restore_history(files)
+        return files
 
     def _begin_writing(self) -> None:
         assert self.store is not None
@@ -227,19 +265,11 @@ class CheckpointManager:
 
 def non_finite(state: Any) -> str | None:
     """What is not finite in a state; None if all of it is."""
-    for path, tensor in _tensors(state):
+    _, tensors = flatten(state)
+    for path, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             return f"{path} has values that are not finite"
     return None
-
-
-def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, dict):
-        yield from chain.from_iterable(_tensors(v, f"{path}/{k}") for k, v in value.items())
-    elif isinstance(value, list | tuple):
-        yield from chain.from_iterable(_tensors(v, f"{path}/{i}") for i, v in enumerate(value))
 
 
 def _text(path: Path) -> str:

@@ -16,7 +16,9 @@ def describe_plan(config: Config) -> list[str]:
     """Lines about parameters, memory, steps and shards per worker."""
     networks = METHODS[config.method.name].networks(config)
     sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in networks.items()}
-    memory = estimate_memory(config, networks)
+    shard_set = None if config.data.shards is None else load_shards(config)
+    num_streams = None if shard_set is None else shard_set.num_streams
+    memory = estimate_memory(config, networks, num_streams)
     activations = ", ".join(f"{name} {_mib(n)}" for name, n in memory.activations.items())
     total = memory.state + max(memory.activations.values())
     batch, workers = config.training.batch_size, config.launch.max_workers
@@ -29,9 +31,8 @@ def describe_plan(config: Config) -> list[str]:
         f"{config.total_nimg // batch} steps of {batch} images, about {batch / workers:g} a worker",
         f"run folder {config.run_dir}",
     ]
-    if config.data.shards is None:
+    if shard_set is None:
         return [*lines, f"shards will be built first, from source {config.data.source}"]
-    shard_set = load_shards(config)
     per_worker = len(shard_set.shards) / workers
     epochs = config.total_nimg / shard_set.num_samples
     mixing = build_order(config, shard_set).mixing

@@ -8,9 +8,9 @@ A GAN fails in a few ways that metrics show long before anybody looks at samples
 - `stuck`: the discriminator is so sure of itself that its logits lie far apart, row after row;
 - `collapse`: images from fixed latents, which were diverse, have become alike.
 
-Each rule needs its sign for several rows in a row, so that a single odd row is no alarm. Rows are
-the same on all ranks, and so is the verdict, without any exchange. The guard's memory is part of a
-checkpoint: a resumed run raises the alarms that the uninterrupted one does.
+Every rule but `non_finite` must hold for several rows in a row, so that a single odd row is no
+alarm. Rows are the same on all ranks, and so is the verdict, without any exchange. The guard's
+memory is part of a checkpoint: a resumed run raises the alarms that the uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -57,12 +57,21 @@ class Guard:
         objective: name of the adversarial objective, which decides whether logits have a bound.
         models: the letters of the networks that learn.
         scaled: whether gradients are scaled (fp16), where an overflow now and then is normal.
+        discriminator_steps: the discriminator's updates for one of the other networks.
     """
 
-    def __init__(self, objective: str, *, models: Iterable[str], scaled: bool) -> None:
+    def __init__(
+        self,
+        objective: str,
+        *,
+        models: Iterable[str],
+        scaled: bool,
+        discriminator_steps: int = 1,
+    ) -> None:
         self._bounded = objective in _BOUNDED_OBJECTIVES
         self._models = tuple(models)
         self._scaled = scaled
+        self._discriminator_steps = discriminator_steps
         self._counts = dict.fromkeys(_PATIENCE, 0)
         self._healthy_nimg = dict.fromkeys(_PATIENCE, 0)
         self._norms: dict[str, float] = {}
@@ -81,11 +90,10 @@ class Guard:
         nimg = int(row["nimg"])
         alarms = []
         for kind, patience in _PATIENCE.items():
-            # Rows without a measurement say nothing; they neither raise nor clear the alarm.
-            if kind == "collapse" and "metrics/diversity" not in row:
-                continue
             if kind not in signs:
-                self._counts[kind], self._healthy_nimg[kind] = 0, nimg
+                # Rows without a measurement say nothing; they neither raise nor clear the alarm.
+                if self._is_measured(kind, row):
+                    self._counts[kind], self._healthy_nimg[kind] = 0, nimg
                 continue
             self._counts[kind] += 1
             # Equal, not at least: an alarm that lasts is raised once.
@@ -96,9 +104,14 @@ class Guard:
         return alarms
 
     def healthy_nimg(self, nimg: int) -> int:
-        """The last position with no sign of anything: `nimg` itself when all is well."""
-        signs = [kind for kind, count in self._counts.items() if count]
-        return min([nimg, *(self._healthy_nimg[kind] for kind in signs)])
+        """The last position, at most `nimg`, at which every rule has looked and seen no sign.
+
+        An alarm that is raised later names no earlier position, so whoever keeps a checkpoint up to
+        here has one to go back to.
+        """
+        # Without a drawing there is no diversity that could be lost.
+        kinds = [kind for kind in _PATIENCE if kind != "collapse" or self._best_diversity]
+        return min([nimg, *(self._healthy_nimg[kind] for kind in kinds)])
 
     def state_dict(self) -> dict[str, Any]:
         """What is remembered, as numbers."""
@@ -122,6 +135,16 @@ class Guard:
         self._last_step = state["last_step"]
         self._best_diversity = state["best_diversity"]
 
+    def _is_measured(self, kind: str, row: Mapping[str, float]) -> bool:
+        """Whether the row has what a rule looks at."""
+        if kind == "collapse":
+            return "metrics/diversity" in row
+        if kind in ("exploding", "vanishing"):
+            # A single overflow, which is normal under fp16, leaves no mean norm of its row.
+            norms = [row.get(f"train/grad_norm_{model}", math.nan) for model in self._norms]
+            return all(map(math.isfinite, norms))
+        return True
+
     def _signs(self, row: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         """What looks wrong in this row, and how to say it."""
         skipped = {
@@ -139,14 +162,13 @@ class Guard:
                     f"a gradient of {model} was not finite in {skipped[model]:g} steps",
                 )
             scale = row.get(f"train/loss_scale_{model}", 1.0)
-            steps = row["step"] - self._last_step
             # A scale below 1 makes the loss smaller, and still its gradients have overflowed.
             if self._scaled and scale < 1:
                 yield "scale_collapse", f"the loss scale of {model} has fallen to {scale:g}"
-            elif self._scaled and 2 * skipped[model] > steps:
+            elif self._scaled and 2 * skipped[model] > (turns := self._turns(model, row)):
                 yield (
                     "scale_collapse",
-                    f"{skipped[model]:g} of {steps:g} steps of {model} overflowed",
+                    f"{skipped[model]:g} of {turns:g} steps of {model} overflowed",
                 )
             yield from self._norm_signs(model, row.get(f"train/grad_norm_{model}"))
         gap = row.get("train/real_logits", 0.0) - row.get("train/fake_logits", 0.0)
@@ -163,6 +185,11 @@ class Guard:
                 f"the generator's images have become alike: diversity {diversity:.3f}, "
                 f"it was {self._best_diversity:.3f}",
             )
+
+    def _turns(self, model: str, row: Mapping[str, float]) -> float:
+        """The updates of a network since the last row: one in each step for D only."""
+        every = 1 if model == "D" else self._discriminator_steps
+        return row["step"] // every - self._last_step // every
 
     def _norm_signs(self, model: str, norm: float | None) -> Iterator[tuple[str, str]]:
         usual = self._norms.get(model)

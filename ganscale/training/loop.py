@@ -203,6 +203,7 @@ class Trainer:
 
     def close(self) -> None:
         """Close files and W&B; a checkpoint that is being written may become whole."""
+        self.reader.close()
         self.checkpoints.close()
         self.outputs.close()
 
@@ -230,7 +231,15 @@ class Trainer:
                 raise CheckpointError(
                     f"the newest checkpoint of {self.outputs.run_dir.root} has no {error}: it is "
                     "of another version of ganscale, which can go on with it"
-                ) from None
+                ) from error
+            # Outside, as a user's own may raise a `KeyError` that says nothing of versions.
+            for name, action in self._named_actions():
+                if name in saved["actions"]:  # a callback or an evaluation may be new to the run
+                    action.load_state_dict(saved["actions"][name])
+            # When the checkpoint was saved the run was longer. It ends here now, so all that is
+            # done at the end of a run is due.
+            if self.state.nimg >= self.config.total_nimg and not self.state.done:
+                self.checkpoints.forget_start()
         num_rollbacks = self.checkpoints.num_rollbacks
         self.inputs = InputPreparer(
             self.config,
@@ -250,6 +259,8 @@ class Trainer:
             recover=self.state.method.recover,
         )
         session = self.checkpoints.session
+        # What is above may refuse the configuration, and the run must stay one that can be resumed.
+        self.checkpoints.write_config()
         # Last: the event that opens the attempt tells the position that was loaded.
         self.outputs.open(
             self.checkpoints.attempt,
@@ -270,6 +281,7 @@ class Trainer:
             config.objective.name,
             models=self.state.method.models,
             scaled=precision.name == "fp16",
+            discriminator_steps=config.training.discriminator_steps,
         )
         evaluate = []
         if self.evaluator is not None:
@@ -306,9 +318,6 @@ class Trainer:
             )
         self.state.load_state_dict(saved)
         self.state.load_rank_state_dicts(saved["ranks"])
-        for name, action in self._named_actions():
-            if name in saved["actions"]:  # a callback or an evaluation may be new to the run
-                action.load_state_dict(saved["actions"][name])
 
     def _named_actions(self) -> Iterator[tuple[str, Callback]]:
         """The actions by the names of their classes, numbered where a class comes again."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -53,15 +54,19 @@ class MemoryEstimate:
     """Of the activations."""
 
 
-def estimate_memory(config: Config, networks: Mapping[str, nn.Module]) -> MemoryEstimate:
-    """Count for one of `launch.num_workers`, of [min, max] for one of the most.
+def estimate_memory(
+    config: Config, networks: Mapping[str, nn.Module], num_streams: int | None = None
+) -> MemoryEstimate:
+    """Count for the worker with most images, of `launch.num_workers`; of [min, max] for the most.
 
-    `networks` are fresh ones of the method, which cannot be used afterwards. Steps are taken with
-    all penalties, and as they are without `training.compile`.
+    `networks` are fresh ones of the method, which cannot be used afterwards. `num_streams` are
+    those of the shard set; without them the workers share a batch evenly. Steps are taken with all
+    penalties, and as they are without `training.compile`.
     """
     device = torch.device("cuda" if config.launch.use_gpu else "cpu")
     precision = Precision.resolve(config.training.precision, device).name
-    local_size = math.ceil(config.training.batch_size / config.launch.max_workers)
+    batch_size, num_workers = config.training.batch_size, config.launch.max_workers
+    local_size = largest_local_batch(batch_size, num_streams or num_workers, num_workers)
     num_parts = math.ceil(local_size / (config.training.micro_batch_size or local_size))
     num_images = math.ceil(local_size / num_parts)
     with process_group(World()):
@@ -76,6 +81,20 @@ def estimate_memory(config: Config, networks: Mapping[str, nn.Module]) -> Memory
         num_images=num_images,
         precision=precision,
     )
+
+
+def largest_local_batch(batch_size: int, num_streams: int, num_workers: int) -> int:
+    """Images of the worker that has most, in any batch that takes from all streams in turn."""
+    # Every stream gives `whole` samples and `rest` of them one more, which begin at any stream.
+    # Worker r of W reads the streams s with s % W == r (`ganscale.data.order`), so where W does not
+    # divide the number of streams, some workers read one more than others.
+    whole, rest = divmod(batch_size, num_streams)
+    streams = Counter(stream % num_workers for stream in range(num_streams))
+    more = [
+        Counter((first + n) % num_streams % num_workers for n in range(rest))
+        for first in range(num_streams)
+    ]
+    return max(whole * streams[rank] + extra[rank] for extra in more for rank in streams)
 
 
 def saved_for_backward(method: TrainingMethod, num_images: int) -> dict[str, int]:

@@ -158,8 +158,8 @@ class OptimizedModel:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a saved state in place."""
         self.module.load_state_dict(state["model"])
-        # The rates and options are this run's: those of the configuration, which a resume may have
-        # changed, in the tensors that a captured graph reads, for the device that is here.
+        # Rates and options come from this run's configuration, which population-based training may
+        # have changed; they stay in the tensors that a captured graph reads, on this run's device.
         (options,) = ({**group} for group in self.optimizer.param_groups)
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.param_groups[0].update(options)

@@ -95,10 +95,15 @@ class LossScaler:
         return self._scaler.get_scale()
 
     def state_dict(self) -> dict[str, Any]:
-        """The scale and its growth counter."""
-        return self._scaler.state_dict()
+        """The scale, its growth counter and whether the scale moves."""
+        return {**self._scaler.state_dict(), "moves": self._moves}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved scale; a checkpoint of another precision keeps this one's fixed scale."""
-        if self._moves or state["scale"] == 1.0:
+        """Take up a saved scale, if both it and this one move.
+
+        A run that goes on with another precision begins with that precision's own scale: fp16
+        gradients underflow at the 1 of fp32 and bf16, and a fixed scale is 1.
+        """
+        # Checkpoints of older versions do not say whether their scale moves; a fixed one is 1.
+        if self._moves and state.get("moves", state["scale"] != 1.0):
             self._scaler.load_state_dict(state)

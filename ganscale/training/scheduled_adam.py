@@ -16,7 +16,7 @@ class ScheduledAdam(torch.optim.Optimizer):
     """Adam (Kingma and Ba 2015, arXiv 1412.6980, algorithm 1) with tensors for its rates.
 
     `lr` and `beta2` are tensors () on the parameters' device, which are read at each step: write
-    new values into them. A bias correction is that of the present `beta2`, as PyTorch's.
+    new values into them. As in PyTorch's Adam, the bias correction uses the current `beta2`.
     """
 
     # GradScaler then sets `found_inf` on the device instead of reading it on the host.

@@ -92,6 +92,7 @@ class TrainingState:
             "method": self.method.state_dict(),
             "nimg": self.nimg,
             "step": self.step,
+            "done": self.done,
             "next_row": dict(self.next_row),
             "latest_metrics": dict(self.latest_metrics),
         }
@@ -106,6 +107,8 @@ class TrainingState:
         self.method.load_state_dict(state["method"])
         self.nimg = state["nimg"]
         self.step = state["step"]
+        # Checkpoints of older versions do not say it; nothing is done a second time then.
+        self.done = state.get("done", True)
         self.next_row = dict(state["next_row"])
         self.latest_metrics = dict(state["latest_metrics"])
 

@@ -15,6 +15,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -46,7 +47,7 @@ _SILENT_BEATS = 5
 
 
 @dataclass(frozen=True)
-class Heartbeat:
+class RankProgress:
     """How far a rank is; `number` grows with each beat, so that silence is seen."""
 
     rank: int
@@ -61,7 +62,7 @@ class Heartbeat:
         return self.step, PHASES.index(self.phase)
 
 
-def laggards(beats: list[Heartbeat], silent: set[int]) -> list[int]:
+def laggards(beats: list[RankProgress], silent: set[int]) -> list[int]:
     """The ranks that the others wait for: those that fell silent, else those behind the rest.
 
     When all are in the same phase of the same step, it is all of them: the stacks say more.
@@ -105,7 +106,7 @@ class Watchdog:
         self._began = time.monotonic()
         self._stop = threading.Event()
         self._answered = time.monotonic()
-        self._beats: dict[int, Heartbeat] = {}
+        self._beats: dict[int, RankProgress] = {}
         self._unchanged: dict[int, int] = {}
         # The group's own store, since a collective cannot be used to ask who does not answer in a
         # collective.
@@ -142,7 +143,7 @@ class Watchdog:
         while not self._stop.is_set():
             number += 1
             step, phase, _ = self._at
-            beat = Heartbeat(self._world.rank, number, step, phase, self._host)
+            beat = RankProgress(self._world.rank, number, step, phase, self._host)
             try:
                 self._store.set(str(self._world.rank), json.dumps(asdict(beat)))
                 # Listening costs a request for each rank, which is spent only when something looks
@@ -159,7 +160,7 @@ class Watchdog:
         # `get` waits for a key that is not there yet.
         if not self._store.check([str(rank)]):
             return
-        beat = Heartbeat(**json.loads(self._store.get(str(rank))))
+        beat = RankProgress(**json.loads(self._store.get(str(rank))))
         same = rank in self._beats and self._beats[rank].number == beat.number
         self._unchanged[rank] = self._unchanged.get(rank, 0) + 1 if same else 0
         self._beats[rank] = beat
@@ -171,20 +172,23 @@ class Watchdog:
             seconds = time.monotonic() - self._began
             if seconds > self._stall_seconds and step != reported:
                 reported = step
-                stacks = self._dump_stacks(step)
-                self._report_stall(step, seconds, stacks)
+                # A full disk, say, must not keep the stall from being reported.
+                with suppress(OSError):
+                    self._dump_stacks(step)
+                self._report_stall(step, seconds)
 
-    def _dump_stacks(self, step: int) -> Path:
+    def _dump_stacks(self, step: int) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"step-{step:09d}-rank-{self._world.rank}.txt"
         with path.open("w") as file:
             file.write(f"rank {self._world.rank} on {self._host}, step {step}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-        return path
 
-    def _report_stall(self, step: int, seconds: float, stacks: Path) -> None:
-        silent = {r for r, count in self._unchanged.items() if count >= _SILENT_BEATS}
+    def _report_stall(self, step: int, seconds: float) -> None:
+        # A copy, as the other threads change it meanwhile.
+        unchanged = self._unchanged.copy()
+        silent = {rank for rank, count in unchanged.items() if count >= _SILENT_BEATS}
         silent -= {self._world.rank}
         patience = _SILENT_BEATS * self._interval
         if self._world.rank and time.monotonic() - self._answered > patience:
@@ -193,20 +197,20 @@ class Watchdog:
         able = [r for r in range(self._world.world_size) if r not in silent]
         if self._world.rank != min(able, default=0):
             return
-        mine = Heartbeat(self._world.rank, 0, self._at[0], self._at[1], self._host)
+        mine = RankProgress(self._world.rank, 0, self._at[0], self._at[1], self._host)
         beats = list({**self._beats, self._world.rank: mine}.values())
         waited_for = laggards(beats, silent)
         told_by = f"rank {self._world.rank} on {self._host}"
-        self._report(**_fields(step, seconds, beats, waited_for, silent, stacks), told_by=told_by)
+        fields = _fields(step, seconds, beats, waited_for, silent)
+        self._report(**fields, stacks=str(self._folder), told_by=told_by)
 
 
 def _fields(
     step: int,
     seconds: float,
-    beats: list[Heartbeat],
+    beats: list[RankProgress],
     waited_for: list[int],
     silent: set[int],
-    stacks: Path,
 ) -> dict[str, Any]:
     by_rank = {beat.rank: beat for beat in beats}
     where = {
@@ -224,5 +228,4 @@ def _fields(
         "seconds": round(seconds, 1),
         "ranks": waited_for,
         "where": where,
-        "stacks": str(stacks.parent),
     }

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import threading
 import time
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -17,15 +19,15 @@ from ganscale.data.reader import Batch
 from ganscale.run_directory import RunDirectory
 from ganscale.training import loop
 from ganscale.training.build import load_shards
-from ganscale.training.watchdog import Heartbeat, Phase, laggards
-from ganscale.world import World
+from ganscale.training.watchdog import Phase, RankProgress, Watchdog, laggards
+from ganscale.world import World, process_group
 from tests.conftest import MakeConfig
 from tests.support.ranks import run_ranks
 from tests.support.runs import read_rows, start_ranks, wait_for_rows
 
 
-def beat(rank: int, step: int, phase: Phase) -> Heartbeat:
-    return Heartbeat(rank, number=1, step=step, phase=phase, host="here")
+def beat(rank: int, step: int, phase: Phase) -> RankProgress:
+    return RankProgress(rank, number=1, step=step, phase=phase, host="here")
 
 
 def test_who_is_behind_or_silent_is_waited_for() -> None:
@@ -37,6 +39,24 @@ def test_who_is_behind_or_silent_is_waited_for() -> None:
     assert laggards(encoding, silent=set()) == [0]
     same = [beat(0, 7, "discriminator"), beat(1, 7, "discriminator")]
     assert laggards(same, silent=set()) == [0, 1]
+
+
+def test_a_stall_is_reported_where_stacks_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "stacks").write_text("a file where the folder should be")
+    stalls: list[dict[str, Any]] = []
+    reported = threading.Event()
+
+    def report(**fields: Any) -> None:
+        stalls.append(fields)
+        reported.set()
+
+    with process_group(World()):
+        watchdog = Watchdog(
+            World(), tmp_path / "stacks", stall_seconds=0.1, report=report, host="here"
+        )
+        with watchdog:
+            assert reported.wait(100)
+    assert (stalls[0]["step"], stalls[0]["ranks"]) == (0, [0])
 
 
 @pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.slow)])

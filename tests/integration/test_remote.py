@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,45 @@ def test_a_fetch_waits_for_room_while_others_open_what_could_be_evicted(
             assert [path.stem for path in tmp_path.glob("*.t*")] == [first.sha256]
         fetch.result()
     assert [path.stem for path in tmp_path.glob("*.t*")] == [second.sha256]
+
+
+@pytest.mark.timeout(120)
+def test_what_a_killed_fetch_left_makes_room_for_the_next_one(
+    server: FolderServer, tmp_path: Path
+) -> None:
+    shard_set = ShardSet.load(server.url, POLICY)
+    shard = max(shard_set.shards, key=lambda shard: shard.num_bytes)
+    cache = cached(shard_set, tmp_path, shard.num_bytes)
+    (tmp_path / f"{shard.sha256}.tmp").write_bytes(bytes(shard.num_bytes))
+    cache.prefetch([shard.name])
+    assert [path.name for path in tmp_path.glob("*.t*")] == [f"{shard.sha256}.tar"]
+
+
+def test_closing_begins_no_further_fetch_and_waits_for_none(
+    server: FolderServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard_set = ShardSet.load(server.url, POLICY)
+    images = ShardImages(shard_set, cached(shard_set, tmp_path))
+    begun: list[str] = []
+    all_busy, go_on = threading.Event(), threading.Event()
+
+    def chunks(name: str, num_bytes: int | None = None) -> Iterator[bytes]:
+        begun.append(name)
+        if len(begun) == 4:
+            all_busy.set()
+        assert go_on.wait(100)
+        yield from original(name, num_bytes)
+
+    assert isinstance(images.store, CachedStore)
+    original = images.store.store.chunks
+    monkeypatch.setattr(images.store.store, "chunks", chunks)
+    with ThreadPoolExecutor(1) as pool:
+        prefetch = pool.submit(images.prefetch, np.arange(shard_set.num_samples))
+        assert all_busy.wait(100)
+        reader(shard_set, images).close()
+        go_on.set()
+        assert isinstance(prefetch.exception(), CancelledError)
+    assert len(begun) == 4
 
 
 def _read_for(url: str, folder: str, seconds: float, rank: int, results: Any) -> None:

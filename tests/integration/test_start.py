@@ -26,6 +26,7 @@ from ganscale.launch import resolve_run as module
 from ganscale.launch.held_run import HeldRun
 from ganscale.launch.resolve_run import prepare_shards
 from ganscale.launch.start import resume_config, start, supervisor_of
+from ganscale.run_directory import RunDirectory
 from ganscale.training.loop import Trainer
 from tests.conftest import MakeConfig
 from tests.support.processes import FORKED
@@ -163,8 +164,12 @@ def test_a_run_does_not_go_on_with_other_images(
     other = tmp_path / "other"
     build_shards(SourceSpec("procedural"), other, num_shards=12, limit=501)
     longer = config.with_changes({"training.total_kimg": 0.32, "data.shards": str(other)})
+    file = RunDirectory(config.run_dir).config
+    written = file.read_text()
     with pytest.raises(ConfigError, match="other is not the shard set that this run was trained"):
         start(longer, Console(quiet=True))
+    # Or `ganscale resume` would be refused as well.
+    assert file.read_text() == written
     moved = tmp_path / "moved"
     shutil.copytree(procedural_shards, moved)
     ending = start(longer.with_changes({"data.shards": str(moved)}), Console(quiet=True))

@@ -213,7 +213,8 @@ def test_the_newest_are_kept(local: CheckpointStore) -> None:
         ([5, None, None, 2, 3], [1, 5]),
         ([float("nan"), 2, 1, float("nan"), 0], [2, 3, 5]),
         ([float("-inf"), 1, float("inf"), 0, 9], [3, 5]),
-        ([1, 1, 1, 1, 0], [3, 4, 5]),
+        ([1, 1, 1, 1, 0], [1, 5]),
+        ([5, 9, 9, 9, 7], [2, 5]),
         ([None] * 5, [5]),
     ],
 )

@@ -88,6 +88,18 @@ def test_steps_that_overflow_again_and_again_are_an_alarm() -> None:
     assert alarm.message == "5 of 8 steps of D overflowed"
 
 
+def test_overflows_are_counted_against_the_turns_of_their_network() -> None:
+    # Of 8 steps a row the discriminator has 8 and the generator 4.
+    rows = [
+        *healthy(2),
+        *(row(n, train__skips_D=3.0 * (n - 2), train__skips_G=3.0 * (n - 2)) for n in range(3, 9)),
+    ]
+    guard = Guard("hinge", models="DG", scaled=True, discriminator_steps=2)
+    ((number, alarm),) = alarms(guard, *rows)
+    assert (number, alarm.kind) == (5, "scale_collapse")
+    assert alarm.message == "3 of 4 steps of G overflowed"
+
+
 @pytest.mark.parametrize(
     ("norm", "kind"), [(2001.0, "exploding"), (0.0019, "vanishing"), (1999.0, ""), (0.0021, "")]
 )
@@ -98,6 +110,17 @@ def test_gradients_a_thousand_times_off_their_past_are_an_alarm(norm: float, kin
         for n, a in alarms(Guard("hinge", models="DG", scaled=False), *rows)
     ]
     assert found == ([(30, kind, 25_000)] if kind else [])
+
+
+def test_an_overflow_in_an_explosion_neither_ends_it_nor_is_healthy() -> None:
+    rows = [*healthy(25), *(row(n, train__grad_norm_D=2001.0) for n in range(26, 32))]
+    rows[27] = row(28, train__grad_norm_D=math.nan, train__skips_D=1.0)
+    guard = Guard("hinge", models="DG", scaled=True)
+    found = [(n, a.kind, a.healthy_nimg) for n, a in alarms(guard, *rows[:30])]
+    assert found == []
+    assert guard.healthy_nimg(30_000) == 25_000
+    ((_, alarm),) = alarms(guard, rows[30])
+    assert (alarm.kind, alarm.healthy_nimg) == ("exploding", 25_000)
 
 
 def test_gradients_have_no_past_in_the_first_rows() -> None:
@@ -147,6 +170,18 @@ def test_the_healthy_position_is_before_the_first_sign_of_anything() -> None:
     assert guard.healthy_nimg(5000) == 3000
     alarms(guard, row(6))
     assert guard.healthy_nimg(6000) == 6000
+
+
+def test_the_healthy_position_is_one_at_which_every_rule_has_looked() -> None:
+    guard = Guard("hinge", models="DG", scaled=True)
+    for n in range(1, 30):
+        guard.look(row(n, **({"metrics__diversity": 80.0} if n % 10 == 0 else {})))
+        # The next drawing may show that images have become alike since the last one.
+        assert guard.healthy_nimg(1000 * n) == (1000 * n if n < 10 else n // 10 * 10_000)
+    guard.look(row(30, metrics__diversity=1.0))
+    assert guard.healthy_nimg(30_000) == 20_000
+    # A checkpoint at a position without a row is as healthy as the last row.
+    assert Guard("hinge", models="DG", scaled=True).healthy_nimg(5000) == 0
 
 
 def test_a_guard_that_was_saved_goes_on_as_if_nothing_had_happened() -> None:

@@ -11,11 +11,17 @@ import torch
 from torch import Tensor
 
 from ganscale.config import Config
+from ganscale.data.order import Order
 from ganscale.errors import GanscaleError
 from ganscale.training import benchmark
 from ganscale.training.build import build_state
 from ganscale.training.dry_run import describe_plan
-from ganscale.training.memory import estimate_memory, out_of_memory_message, saved_for_backward
+from ganscale.training.memory import (
+    estimate_memory,
+    largest_local_batch,
+    out_of_memory_message,
+    saved_for_backward,
+)
 from ganscale.training.precision import LossScaler, Precision
 from ganscale.training.step_inputs import Labelled
 from ganscale.training.steps import METHODS, TrainingMethod
@@ -216,6 +222,30 @@ def test_workers_share_a_batch_and_micro_batches_are_even() -> None:
     config = config.with_changes({"launch.num_workers": 2})
     # Twenty images a worker, in three parts of 6, 7 and 7.
     assert estimate_memory(config, fresh_networks(config)).num_images == 7
+
+
+@pytest.mark.parametrize("num_workers", [1, 3, 4, 5, 8])
+@pytest.mark.parametrize("batch_size", [5, 8, 19, 24])
+def test_the_largest_part_of_a_batch_is_that_of_the_order(
+    batch_size: int, num_workers: int
+) -> None:
+    order = Order([400] * 8, num_streams=8, window=400, seed=0)
+    sizes = [
+        len(order.local_batch(position, batch_size, rank=rank, world_size=num_workers))
+        for rank in range(num_workers)
+        for position in range(2 * order.num_streams)
+    ]
+    assert largest_local_batch(batch_size, order.num_streams, num_workers) == max(sizes)
+
+
+def test_workers_that_do_not_divide_the_streams_have_unequal_parts() -> None:
+    config = configured({"model": SMALL_MODELS["r3gan"]}, batch_size=640)
+    config = config.with_changes({"launch.num_workers": 48})
+    counted = [
+        estimate_memory(config, fresh_networks(config), num_streams).num_images
+        for num_streams in (64, 48, None)
+    ]
+    assert counted == [20, 14, 14]
 
 
 def test_a_plan_says_what_memory_is_for(make_config: MakeConfig) -> None:

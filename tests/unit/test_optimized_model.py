@@ -22,6 +22,33 @@ def group() -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize("older_version", [False, True])
+def test_only_a_scale_that_moves_is_taken_up_and_only_by_one_that_moves(
+    older_version: bool,
+) -> None:
+    def scale(begun_in: str, resumed_in: str) -> float:
+        moved = Precision("fp16", "cpu").scaler()
+        begun, resumed = (Precision(name, "cpu").scaler() for name in (begun_in, resumed_in))
+        begun.load_state_dict({**moved.state_dict(), "scale": 64.0})
+        saved = begun.state_dict()
+        if older_version:
+            saved.pop("moves")
+        resumed.load_state_dict(saved)
+        return resumed.scale
+
+    assert scale("fp32", "fp16") == scale("bf16", "fp16") == 2.0**12
+    assert scale("fp16", "fp16") == 64.0
+    assert scale("fp16", "fp32") == scale("fp32", "bf16") == 1.0
+
+
+def test_a_moving_scale_of_1_is_taken_up() -> None:
+    fp16 = Precision("fp16", "cpu")
+    first, second = fp16.scaler(), fp16.scaler()
+    first.load_state_dict({**first.state_dict(), "scale": 1.0})
+    second.load_state_dict(first.state_dict())
+    assert second.scale == 1.0
+
+
 def _model(precision: str) -> OptimizedModel:
     torch.manual_seed(0)
     policy = Precision.resolve(precision, torch.device("cpu"))

@@ -342,6 +342,31 @@ def test_closing_the_sequence_ends_its_threads(built_set: ShardSet) -> None:
     assert set(threading.enumerate()) == before
 
 
+def test_closing_the_sequence_does_not_wait_for_shards_that_are_fetched(
+    built_set: ShardSet,
+) -> None:
+    begun, go_on, done = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow(ShardImages):
+        def prefetch(self, samples: NDArray[np.int64]) -> None:
+            begun.set()
+            go_on.wait(5)
+            done.set()
+
+    ahead = ReadAhead(num_samples=8)
+    reader = BatchReader(
+        built_set, order_of(built_set), Slow(built_set), rank=0, world_size=1, ahead=ahead
+    )
+    batches = reader.batches(0, BATCH_SIZE)
+    next(batches)
+    assert begun.wait(100)
+    batches.close()
+    was_done = done.is_set()
+    go_on.set()
+    assert not was_done
+    assert done.wait(100)
+
+
 def test_no_more_than_the_prefetch_is_read_ahead(built_set: ShardSet) -> None:
     asked: list[int] = []
 

@@ -175,6 +175,13 @@ def test_the_generators_update_gives_the_discriminator_no_gradients() -> None:
     assert all(parameter.requires_grad for parameter in parameters)
 
 
+def test_what_follows_the_logits_may_be_new_to_a_run() -> None:
+    gan, _ = gan_and_batch(configured(augment={"name": "ada", "target": 0.6}))
+    gan.load_state_dict({})
+    assert gan.discriminator.ada is not None
+    assert float(gan.discriminator.ada.p) == 0
+
+
 def test_ada_moves_p_by_a_constant_step_towards_the_target() -> None:
     config = AugmentConfig(name="ada", target=0.6, adapt_kimg=1)
     ada = AdaController(config, CPU)

@@ -223,7 +223,8 @@ class DiscriminatorTrainer:
         self, inputs: StepInputs, statistics: Mapping[str, Tensor], real_signs: Tensor
     ) -> None:
         """Update ADA and LeCam by this rank's part of the mean logits and signs, each ()."""
-        # Nothing has to be known within the step then; the log averages over ranks once a row.
+        # Without ADA and LeCam no step needs the global means; logged statistics are averaged over
+        # ranks when a row is written.
         if self.ada is None and self.lecam is None:
             return
         # One tensor, so that ADA and LeCam cost a single all-reduce together.
@@ -257,7 +258,7 @@ class DiscriminatorTrainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a saved state in place."""
         for name, part in (("ada", self.ada), ("lecam", self.lecam)):
-            if part is not None:
+            if part is not None and name in state:  # it may be new to the run
                 part.load_state_dict(state[name])
 
 

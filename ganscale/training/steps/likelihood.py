@@ -38,14 +38,19 @@ def reconstruction_likelihood(batch: LocalBatch, target: Tensor, output: Tensor)
 
     All ranks call it together; shapes are (n, ...), images or features.
     """
-    # The mean over dimensions first, so features and images of any size compare.
-    errors = (output.float() - target.float()).square().flatten(1).mean(1)
-    squared_error = errors.sum() * batch.loss_weight
+    squared_error = global_squared_error(batch, target, output)
     # The variance is a constant to the gradient. That loses nothing: at the value that maximises
     # the likelihood the derivative by the variance is zero. It is that of the global batch, or
     # ranks would weigh their samples differently.
     variance = sum_over_ranks(squared_error.detach()) / dist.get_world_size()
     return Likelihood(gaussian_nll(squared_error, variance), squared_error)
+
+
+def global_squared_error(batch: LocalBatch, target: Tensor, output: Tensor) -> Tensor:
+    """Mean squared error of a dimension, (); its mean over ranks is that of the global batch."""
+    # The mean over dimensions first, so features and images of any size compare.
+    errors = (output.float() - target.float()).square().flatten(1).mean(1)
+    return errors.sum() * batch.loss_weight
 
 
 def posterior_kl(batch: LocalBatch, mean: Tensor, log_variance: Tensor) -> Tensor:

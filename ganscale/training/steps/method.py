@@ -137,8 +137,8 @@ class TrainingMethod(ABC):
             self.discriminator.load_state_dict(state)
 
     def _nimg_of_update(self, letter: str, context: StepContext) -> int:
-        """The position whose rates an update has: after the batch for who follows a discriminator,
-        which has learnt from it by then."""
+        """The position at which a network's schedules are read: after this batch for networks that
+        are updated after the discriminator, before it for all others."""
         follows = self.discriminator is not None and letter != "D"
         return context.nimg_after if follows else context.nimg
 

@@ -21,7 +21,11 @@ from ganscale.training.step_inputs import StepInputs, StepVariant
 from ganscale.training.steps.adversarial_schedules import adversarial_draws
 from ganscale.training.steps.discriminator import Samples, real_and_fake
 from ganscale.training.steps.generator import generator_loss
-from ganscale.training.steps.likelihood import posterior_kl, reconstruction_likelihood
+from ganscale.training.steps.likelihood import (
+    global_squared_error,
+    posterior_kl,
+    reconstruction_likelihood,
+)
 from ganscale.training.steps.method import AdversarialMethod
 
 
@@ -78,9 +82,7 @@ class VaeGan(AdversarialMethod):
         loss = loss + settings.adversarial * adversarial
         statistics = self.minimise(inputs, loss)
         # Logged only, in pixels: that of features shrinks and grows with the discriminator.
-        squared_error = reconstruction_likelihood(
-            batch, batch.real_images, encoded.images
-        ).squared_error
+        squared_error = global_squared_error(batch, batch.real_images, encoded.images)
         return statistics | {
             "adversarial_loss": adversarial.detach(),
             "squared_error": squared_error.detach(),
