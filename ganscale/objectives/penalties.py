@@ -122,9 +122,8 @@ def orthogonal_penalty(module: nn.Module) -> Tensor:
         if is_embedding or weight.ndim not in (2, 4):
             continue
         # A transposed convolution has its outputs second.
-        if isinstance(layer, nn.ConvTranspose2d):
-            weight = weight.transpose(0, 1)
-        rows = weight.flatten(1)
+        has_outputs_second = isinstance(layer, nn.ConvTranspose2d)
+        rows = (weight.transpose(0, 1) if has_outputs_second else weight).flatten(1)
         products = rows @ rows.T
         # Off the diagonal alone: filters are to be orthogonal, not of norm 1, which limits them too
         # much (the paper's section 3.1).

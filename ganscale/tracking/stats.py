@@ -32,7 +32,6 @@ class RunningMeans:
         # and a captured step adds what it has by itself.
         self._totals = torch.zeros(2, len(names), dtype=torch.float64, device=device)
         self._absent, self._present = torch.tensor([0.0, 1.0], dtype=torch.float64, device=device)
-        self.num_steps = 0
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add what a step has of the statistics, each of shape ()."""
@@ -57,7 +56,6 @@ class RunningMeans:
             if count
         }
         self._totals.zero_()
-        self.num_steps = 0
         return means
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,7 +64,6 @@ class RunningMeans:
         return {
             "sums": dict(zip(self.names, sums, strict=True)),
             "counts": dict(zip(self.names, counts, strict=True)),
-            "num_steps": self.num_steps,
         }
 
     def load_state_dict(
@@ -85,7 +82,6 @@ class RunningMeans:
         counts = states[0]["counts"]
         rows = [[values.get(name, 0.0) for name in self.names] for values in (sums, counts)]
         self._totals.copy_(torch.tensor(rows, dtype=torch.float64))
-        self.num_steps = states[0]["num_steps"]
 
 
 class WorkerStats:

@@ -70,7 +70,6 @@ class TrainingState:
         self.previous_nimg = self.nimg
         self.nimg += batch_size
         self.step += 1
-        self.means.num_steps += 1
 
     @contextmanager
     def not_training(self) -> Iterator[None]:

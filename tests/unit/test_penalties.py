@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -212,11 +213,11 @@ def test_the_orthogonal_penalty_sums_squared_products_of_different_filters() -> 
     net = nn.Sequential(conv, spectral_norm(linear), transposed, nn.Embedding(3, 3))
     net.add_module("embedding", nn.Linear(3, 3))
     net.register_parameter("constant", nn.Parameter(torch.randn(4, 4, 4)))
-    of_linear = linear.parametrizations.weight.original  # type: ignore[union-attr]
+    of_linear: Any = linear.parametrizations.weight  # type: ignore[union-attr]
     filters = [transposed.weight[:, output].flatten() for output in range(4)]
     expected = 0.0
     with torch.no_grad():
-        for weight in (conv.weight.flatten(1), of_linear, filters):
+        for weight in (conv.weight.flatten(1), of_linear.original, filters):
             for i, one in enumerate(weight):
                 for j, other in enumerate(weight):
                     expected += float(one @ other) ** 2 if i != j else 0.0
