@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ganscale.evaluation.distributions.features import extract
+from ganscale.evaluation.distributions.features import extract_reference
 from ganscale.evaluation.distributions.precomputed import PrecomputedStatistics, content_digest
 from ganscale.evaluation.image_sets import open_images
 from ganscale.metrics.extractors import open_extractor
@@ -44,7 +44,7 @@ def main() -> None:
     ):
         content = content_digest(images, world, progress=start_task("content", len(images)))
         progress = start_task(images.description, len(images))
-        features = extract(images, extractor, world, progress=progress)
+        features = extract_reference(images, extractor, world, progress=progress)
     if features is None:
         return
     statistics = PrecomputedStatistics(

@@ -201,6 +201,7 @@ class GeneratedImages:
         self.digest = hashlib.sha256(key.encode()).hexdigest()
         # Those of the set that the generator was trained on.
         self.classes = self.generator.classes
+        self._last_forward: dict[int, Tensor] = {}
 
     @classmethod
     def of_snapshot(
@@ -232,7 +233,22 @@ class GeneratedImages:
         return self.num_images
 
     def read(self, indices: Indices) -> Tensor:
-        return self.generator.sample_seeds([self.seed + int(index) for index in indices])
+        """Keeps the images of the last forward, which may be asked for next."""
+        numbers: list[int] = indices.tolist()
+        images = dict(self._last_forward)
+        drawn = [number for number in dict.fromkeys(numbers) if number not in images]
+        if drawn:
+            # Every forward has the same number of rows, on a GPU ten times as many as are read at
+            # once. The rows that are left over draw the images that follow.
+            num_rows = self.generator.forward_rows
+            end = drawn[-1] + 1
+            drawn += range(end, min(end + -len(drawn) % num_rows, self.num_images))
+            pixels = self.generator.sample_seeds([self.seed + number for number in drawn])
+            images |= zip(drawn, pixels, strict=True)
+            # A copy, since a view would keep all pixels in memory.
+            last = pixels[-num_rows:].clone()
+            self._last_forward = dict(zip(drawn[-num_rows:], last, strict=True))
+        return torch.stack([images[number] for number in numbers])
 
 
 def open_images(place: str, *, split: Split = "train", scratch: Path | None = None) -> ImageSet:

@@ -91,7 +91,7 @@ class LatentSampler:
         # Truncation of w must happen between the mapping network and the convolutions.
         if self.mapping is not None and self.truncation_psi is not None:
             return self.draw_styles(self.styles(z, classes))
-        return self._stored(self._forward(self.model, z, classes))
+        return torch.cat([self._stored(part) for part in self._forwards(self.model, z, classes)])
 
     @torch.no_grad()
     def styles(self, z: Tensor, classes: Tensor | None = None) -> Tensor:
@@ -99,7 +99,7 @@ class LatentSampler:
         if self.mapping is None:
             name = self.generator.info.get("model", {}).get("name", "this model")
             raise ConfigError(f"{name} has no styles w: expected a stylegan2 generator")
-        w = self._forward(self.mapping, z, classes)
+        w = torch.cat(list(self._forwards(self.mapping, z, classes)))
         if self.truncation_psi is None:
             return w
         return truncated_styles(w, self._mean(classes), self.truncation_psi)
@@ -113,8 +113,9 @@ class LatentSampler:
                 stack.enter_context(_styled(self.model, _padded(part, num_rows)))
                 # The hooks replace whatever the model makes of z and labels.
                 z = torch.zeros(len(part), self.generator.z_dim)
-                images.append(self._forward(self.model, z, self.classes([0] * len(part))))
-        return self._stored(torch.cat(images))
+                outputs = self._forwards(self.model, z, self.classes([0] * len(part)))
+                images += [self._stored(output) for output in outputs]
+        return torch.cat(images)
 
     @property
     def num_layers(self) -> int:
@@ -122,14 +123,18 @@ class LatentSampler:
         return 1 + max(index for _, index in _affines(self.model))
 
     def _stored(self, images: Tensor) -> Tensor:
+        """The network's images as they are returned, on the CPU."""
         values = self.generator.values
         images = values.from_network(images).cpu()
         return as_pictures(images, values) if self.pictures else images
 
     @torch.no_grad()
-    def _forward(self, module: nn.Module, z: Tensor, classes: Tensor | None) -> Tensor:
+    def _forwards(self, module: nn.Module, z: Tensor, classes: Tensor | None) -> Iterator[Tensor]:
+        """Each forward's output for its part of the rows, on the device.
+
+        They are not joined here, since the device may not have the memory for all images.
+        """
         device = next(self.model.parameters()).device
-        outputs = []
         num_rows = self.generator.forward_rows
         for start in range(0, len(z), num_rows):
             rows = _padded(z[start : start + num_rows], num_rows).to(device)
@@ -139,8 +144,8 @@ class LatentSampler:
                 if classes is not None:
                     weights = _padded(classes[start : start + num_rows], num_rows).to(device)
                     stack.enter_context(_mixed_classes(self.model, weights))
-                outputs.append(module(rows, labels)[: len(z) - start])
-        return torch.cat(outputs)
+                outputs: Tensor = module(rows, labels)
+            yield outputs[: len(z) - start]
 
     def _mean(self, classes: Tensor | None) -> Tensor:
         """The mean w of each row's classes, (n, w_dim), or of all latents, (w_dim,).
@@ -162,7 +167,8 @@ class LatentSampler:
             seeds = list(range(_MEAN_SEEDS))
             z = seeded_latents(seeds, self.generator.z_dim)
             assert self.mapping is not None
-            self._means[key] = self._forward(self.mapping, z, self.classes(seeds, label)).mean(0)
+            styles = self._forwards(self.mapping, z, self.classes(seeds, label))
+            self._means[key] = torch.cat(list(styles)).mean(0)
         return self._means[key]
 
 

@@ -69,8 +69,8 @@ class SampleableGenerator:
         labels = self._labels(seeds, label)
         rows = self.forward_rows
         parts = zip(z.split(rows), labels.split(rows), strict=True)
-        # One copy for all: each waits for the device.
-        return torch.cat([self._rows(*part) for part in parts]).cpu()
+        # Forward by forward, since the device may not have the memory for all images.
+        return torch.cat([self._rows(*part).cpu() for part in parts])
 
     @property
     def forward_rows(self) -> int:

@@ -75,3 +75,36 @@ class Moments:
     def covariance(self) -> Tensor:
         """The unbiased estimate, (d, d)."""
         return self.scatter / (self.count - 1)
+
+
+class RunningMoments:
+    """The moments of rows that are added part by part, bit-identical to `Moments.of` all of them.
+
+    Merging goes through matrices (d, d), however few rows are merged, so rows are held until there
+    are 4096. For 2048 features that takes a seventh of the time of parts of 100 rows.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        self._moments = Moments.none(num_features)
+        self._held = torch.empty(_ROWS, num_features)
+        self._num_held = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Add float32 rows (n, d)."""
+        while len(rows):
+            part = rows[: _ROWS - self._num_held]
+            self._held[self._num_held : self._num_held + len(part)] = part
+            self._num_held += len(part)
+            rows = rows[len(part) :]
+            if self._num_held == _ROWS:
+                self._merge()
+
+    def total(self) -> Moments:
+        """The moments of all rows so far, of which there must be at least one."""
+        if self._num_held:
+            self._merge()
+        return self._moments
+
+    def _merge(self) -> None:
+        self._moments = self._moments.merged(Moments.of(self._held[: self._num_held]))
+        self._num_held = 0

@@ -14,8 +14,12 @@ from ganscale.data.shards import ShardSet
 from ganscale.errors import DataError
 from ganscale.evaluation.distributions.evaluate import evaluate
 from ganscale.evaluation.distributions.precomputed import content_digest
-from ganscale.evaluation.image_sets import ImagesOfShards, open_images
+from ganscale.evaluation.image_sets import GeneratedImages, ImagesOfShards, open_images
+from ganscale.evaluation.memory_images import MemoryImages
+from ganscale.generation import sampler
+from ganscale.generation.sampler import rows_per_forward
 from ganscale.world import World
+from tests.support.counting_generator import counting_generator
 from tests.support.ranks import run_ranks
 from tests.support.small_extractor import SmallExtractor
 
@@ -49,6 +53,28 @@ def test_one_two_and_three_ranks_give_equal_numbers(folder: Path, procedural_sha
         first, *others = run_ranks(world_size, _evaluated, folder, procedural_shards)
         assert others == [(content, None)] * (world_size - 1)
         assert first == (content, alone)
+
+
+def _evaluated_generator(world: World, num_images: int) -> Any:
+    # A GPU's forwards. The process ends with this function, so nothing is to be restored.
+    sampler._CPU_ROWS = rows_per_forward("cuda", 32)
+    network, generator = counting_generator()
+    noise = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (700, 3, 8, 8), generator=noise, dtype=torch.uint8)
+    samples = GeneratedImages(generator, num_images, 0, "fake", "fake")
+    found = evaluate(samples, MemoryImages(pixels), SmallExtractor(), world)
+    return network.num_rows, None if found is None else found.row()
+
+
+def test_ranks_do_not_draw_what_others_do() -> None:
+    num_images, num_rows = 2300, rows_per_forward("cuda", 32)
+    ((_, alone),) = run_ranks(1, _evaluated_generator, num_images)
+    assert len(alone) >= 7
+    for world_size in (1, 2, 3):
+        drawn, rows = zip(*run_ranks(world_size, _evaluated_generator, num_images), strict=True)
+        assert rows == (alone, *[None] * (world_size - 1))
+        # The last forward of every rank is not full.
+        assert sum(drawn) <= (-(-num_images // num_rows) + world_size) * num_rows
 
 
 def test_an_image_that_one_rank_cannot_read_is_an_error_on_all(

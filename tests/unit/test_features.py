@@ -12,10 +12,10 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ganscale.errors import DataError
 from ganscale.evaluation.distributions.evaluate import evaluate
-from ganscale.evaluation.distributions.features import FeatureCache, extract
+from ganscale.evaluation.distributions.features import FeatureCache, extract, extract_reference
 from ganscale.evaluation.image_sets import ImageSet, ImagesOfShards, open_images
 from ganscale.evaluation.image_views import Subset
-from ganscale.metrics.statistics import Moments
+from ganscale.metrics.statistics import Moments, RunningMoments
 from ganscale.world import World, process_group
 from tests.support.small_extractor import SmallExtractor
 
@@ -39,12 +39,27 @@ def opened(path: Path) -> ImageSet:
 def test_features_are_those_of_each_image_alone(tmp_path: Path) -> None:
     images = opened(folder_of(tmp_path / "a", 73))
     with process_group(WORLD):
-        found = extract(images, SmallExtractor(), WORLD)
+        found = extract_reference(images, SmallExtractor(), WORLD)
     assert found is not None
     alone = [SmallExtractor().features(images.read(np.array([i])))[0] for i in range(73)]
     torch.testing.assert_close(found.rows, torch.stack(alone))
     torch.testing.assert_close(found.moments.covariance, Moments.of(found.rows).covariance)
     assert found.moments.count == 73
+
+
+def test_running_moments_are_those_of_all_rows_however_they_come() -> None:
+    rows = torch.randn(9000, 5, generator=torch.Generator().manual_seed(0)) + 3
+    whole = Moments.of(rows)
+    for num_rows in (1, 100, 4096, 9000):
+        running = RunningMoments(5)
+        for part in rows.split(num_rows):
+            running.add(part)
+        moments = running.total()
+        assert moments.count == 9000
+        assert torch.equal(moments.mean, whole.mean)
+        assert torch.equal(moments.scatter, whole.scatter)
+    covariance = torch.from_numpy(np.cov(rows.numpy().astype(np.float64), rowvar=False))
+    torch.testing.assert_close(whole.covariance, covariance, rtol=1e-12, atol=0)
 
 
 def test_a_reference_is_worked_through_once(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 
 from ganscale.config.models import DcganModel, Stylegan2Model
+from ganscale.data.values import ValueRange
 from ganscale.errors import ConfigError
 from ganscale.generation.latent_sampler import (
     LatentSampler,
@@ -89,6 +90,27 @@ def test_styles_given_by_layer_are_those_of_the_layers() -> None:
     middle = mixed_images(sampler, rows, columns, 3)
     assert not torch.equal(middle, first)
     assert not torch.equal(middle, last)
+
+
+@pytest.mark.parametrize("psi", [None, 0.5])
+def test_images_leave_the_device_forward_by_forward(
+    psi: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are converted before they are joined."""
+    converted: list[int] = []
+    from_network = ValueRange.from_network
+
+    def counted(self: ValueRange, images: torch.Tensor) -> torch.Tensor:
+        converted.append(len(images))
+        return from_network(self, images)
+
+    generator = generator_of(STYLES)
+    sampler = LatentSampler(generator, truncation_psi=psi)
+    last = sampler.sample_seeds([39])
+    monkeypatch.setattr(ValueRange, "from_network", counted)
+    images = sampler.sample_seeds(list(range(40)))
+    assert converted == [16, 16, 8]
+    assert torch.equal(images[39:], last)
 
 
 def test_errors_say_what_is_taken() -> None:

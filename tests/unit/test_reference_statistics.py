@@ -14,7 +14,7 @@ from ganscale.data.resolve_source import CIFAR10_ENV
 from ganscale.data.shards import ShardSet
 from ganscale.evaluation.distributions import features, precomputed
 from ganscale.evaluation.distributions.evaluate import evaluate
-from ganscale.evaluation.distributions.features import FeatureCache, extract
+from ganscale.evaluation.distributions.features import FeatureCache, extract_reference
 from ganscale.evaluation.distributions.precomputed import PrecomputedStatistics, content_digest
 from ganscale.evaluation.image_sets import ImageSet, ImagesOfShards, open_images
 from ganscale.evaluation.image_views import Subset
@@ -67,7 +67,7 @@ def included(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageSet:
     """A reference of 120 images whose statistics the package includes."""
     images, extractor = opened(folder_of(tmp_path / "reference", 120)), SmallExtractor()
     with process_group(WORLD):
-        whole = extract(images, extractor, WORLD)
+        whole = extract_reference(images, extractor, WORLD)
         assert whole is not None
         statistics = PrecomputedStatistics(
             path=tmp_path / "statistics.safetensors",
@@ -190,7 +190,7 @@ def test_images_have_the_fid_that_is_published(
     """3.15 for CIFAR-10's test images."""
     world = World.detect()
     with process_group(world):
-        found = extract(held_out_images, inception, world)
+        found = extract_reference(held_out_images, inception, world)
     assert found is not None
     assert frechet_distance(found.moments, cifar10) == pytest.approx(3.151, abs=0.005)
 

@@ -2,7 +2,8 @@
 
 Images are processed in fixed blocks, whichever rank has them, and rank 0 gets the blocks in the
 order of the images. So results are bit-identical for any number of ranks. The price is a gather
-after each block, in which fast ranks wait for slow ones.
+after each block, in which fast ranks wait for slow ones, and that rank 0 holds the blocks of a few
+gathers.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from ganscale.world import World
 BLOCK = 100
 """Images that a rank processes before the results are gathered: ten seconds of a CPU's core with
 Inception."""
+_RUN = 5
+"""Blocks in a row that a rank processes. A generator draws up to 512 images at once, those that
+follow the ones asked for, so a rank that went on with distant images would draw most in vain."""
 
 Action = Callable[[NDArray[np.int64]], Tensor]
 
@@ -33,20 +37,32 @@ def map_blocks(
     """Numbers of images (n,) and what `action` made of them (n, ...), in order, on rank 0.
 
     Every rank iterates over this inside a process group; it yields nothing on ranks other than 0.
+    Each rank processes up to `_RUN` blocks in a row, and the next rank those that follow.
+
     `action` takes at most `BLOCK` numbers, maybe none, and returns (BLOCK, ...), of which the rows
     beyond the numbers are ignored. A `DataError`, `OSError` or `RuntimeError` that it raises on any
     rank becomes the same `DataError` on all.
     """
     num_blocks = -(-len(images) // BLOCK)
-    for first in range(0, num_blocks, world.world_size):
-        mine = _numbers(first + world.rank, len(images))
-        # After the last block some ranks have nothing to do, but still take part in the
-        # collectives.
-        block = _call_or_raise_on_all_ranks(partial(action, mine), images.description)
-        for number, part in enumerate(_gather(block, world)):
-            where = _numbers(first + number, len(images))
-            if len(where):
-                yield where, part[: len(where)]
+    first = yielded = 0
+    waiting: dict[int, Tensor] = {}
+    while first < num_blocks:
+        # Fewer in a row at the end, so that all ranks share what is left.
+        run = min(_RUN, -(-(num_blocks - first) // world.world_size))
+        end = first + run * world.world_size
+        for start in range(first, first + run):
+            mine = _numbers(start + world.rank * run, len(images))
+            # After the last block some ranks have nothing to do, but still take part in the
+            # collectives.
+            block = _call_or_raise_on_all_ranks(partial(action, mine), images.description)
+            # Only rank 0 gets any.
+            waiting |= zip(range(start, end, run), _gather(block, world), strict=False)
+            while yielded in waiting:
+                where, part = _numbers(yielded, len(images)), waiting.pop(yielded)
+                yielded += 1
+                if len(where):
+                    yield where, part[: len(where)]
+        first = end
 
 
 def _numbers(block: int, num_images: int) -> NDArray[np.int64]:

@@ -27,6 +27,7 @@ from ganscale.evaluation.distributions.evaluation import Evaluation, Protocol
 from ganscale.evaluation.distributions.features import (
     FeatureCache,
     Features,
+    ReferenceFeatures,
     StartTask,
     extract,
     plan_reference,
@@ -196,7 +197,7 @@ def _check_same_on_all_ranks(*what: object) -> None:
 @dataclass(frozen=True)
 class _Comparison:
     samples: Features
-    reference: Features
+    reference: ReferenceFeatures
     extractor: FeatureExtractor
     device: str
 

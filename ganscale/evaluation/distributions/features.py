@@ -32,7 +32,7 @@ from ganscale.evaluation.distributions.precomputed import (
 from ganscale.evaluation.image_sets import ImageSet
 from ganscale.evaluation.image_views import Subset
 from ganscale.metrics.extractors import FeatureExtractor, as_rgb
-from ganscale.metrics.statistics import Moments, check_features
+from ganscale.metrics.statistics import Moments, RunningMoments, check_features
 from ganscale.user_cache import user_cache
 from ganscale.world import World
 
@@ -42,7 +42,7 @@ choose their arithmetic by the batch size, so the features of an image would dep
 size."""
 # Rows of 2048 features of so many images are 400 MB; moments are of all images, however many.
 _MAX_KEPT = 50_000
-_FORMAT = 2
+_FORMAT = 3
 """Incremented when the same images and network give features that differ, if only in bits."""
 
 T = TypeVar("T")
@@ -55,8 +55,6 @@ StartTask = Callable[[str, int | None], Progress]
 class Features:
     """The features of an image set; only rank 0 has them."""
 
-    moments: Moments
-    """The moments of all images."""
     rows: Tensor
     """float32, (n, d): features of all images, or of some of them drawn at random."""
     indices: NDArray[np.int64]
@@ -64,12 +62,21 @@ class Features:
     labels: NDArray[np.int64] | None
     """(n,) the classes of those images."""
 
-    def with_rows_of(self, indices: NDArray[np.int64]) -> Features:
+
+@dataclass(frozen=True)
+class ReferenceFeatures(Features):
+    """The features of a reference, with their moments."""
+
+    moments: Moments
+    """The moments of all images."""
+
+    def with_rows_of(self, indices: NDArray[np.int64]) -> ReferenceFeatures:
         """The same moments with the rows of some images, which must be among those here."""
         places = np.searchsorted(self.indices, indices)
         assert np.array_equal(self.indices[places], indices)
         labels = None if self.labels is None else self.labels[places]
-        return Features(self.moments, self.rows[torch.from_numpy(places)], indices, labels)
+        rows = self.rows[torch.from_numpy(places)]
+        return ReferenceFeatures(rows, indices, labels, self.moments)
 
 
 def extract(
@@ -77,24 +84,25 @@ def extract(
     extractor: FeatureExtractor,
     world: World,
     *,
+    add_rows: Callable[[Tensor], None] = lambda rows: None,
     progress: Progress = lambda num_images: None,
 ) -> Features | None:
     """The features of all images, on rank 0; every rank calls this inside a process group.
+
+    `add_rows` is called on rank 0 with the features of all images, part by part in their order,
+    also with those beyond the 50,000 that are returned.
 
     Raises `DataError`, on every rank alike, if an image cannot be read on any of them, has other
     than one or three channels, or gets a feature that is not finite.
     """
     kept = _draw_indices(len(images), _MAX_KEPT)
     rows = torch.empty(len(kept) if world.is_main else 0, extractor.num_features)
-    moments = Moments.none(extractor.num_features)
 
     def features(indices: NDArray[np.int64]) -> Tensor:
         return _block_features(images, extractor, indices)
 
     for where, part in map_blocks(features, images, world):
-        # Block by block in the order of the images, whoever computed them: sums in another order
-        # would differ in their last bits.
-        moments = moments.merged(Moments.of(part))
+        add_rows(part)
         # Rows are kept of a random part only, so this block contributes those of its images in it.
         start, end = np.searchsorted(kept, [where[0], where[-1] + 1]).tolist()
         rows[start:end] = part[torch.from_numpy(kept[start:end] - where[0])]
@@ -102,7 +110,25 @@ def extract(
     if not world.is_main:
         return None
     labels = images.labels
-    return Features(moments, rows, kept, None if labels is None else labels[kept])
+    return Features(rows, kept, None if labels is None else labels[kept])
+
+
+def extract_reference(
+    images: ImageSet,
+    extractor: FeatureExtractor,
+    world: World,
+    *,
+    progress: Progress = lambda num_images: None,
+) -> ReferenceFeatures | None:
+    """`extract`, with the moments of all images.
+
+    Samples are extracted without: their Frechet distances are computed from rows.
+    """
+    moments = RunningMoments(extractor.num_features)
+    features = extract(images, extractor, world, add_rows=moments.add, progress=progress)
+    if features is None:
+        return None
+    return ReferenceFeatures(features.rows, features.indices, features.labels, moments.total())
 
 
 class FeatureCache:
@@ -123,7 +149,7 @@ class FeatureCache:
         world: World,
         *,
         progress: Progress = lambda num_images: None,
-    ) -> Features | None:
+    ) -> ReferenceFeatures | None:
         """Read features from the folder, or extract them; rank 0 alone reads and writes it."""
         path = self._path(images, extractor)
         # Ranks may not share a disk, so rank 0 decides for all whether there is work.
@@ -131,7 +157,7 @@ class FeatureCache:
         if _broadcast_from_rank_0(cached is not None):
             progress(len(images))
             return cached
-        features = extract(images, extractor, world, progress=progress)
+        features = extract_reference(images, extractor, world, progress=progress)
         if features is not None:
             self._save(path, features)
         return features
@@ -155,19 +181,20 @@ class FeatureCache:
         key = f"{_FORMAT} {extractor.digest} {images.digest}"
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
-    def _load(self, path: Path) -> Features | None:
+    def _load(self, path: Path) -> ReferenceFeatures | None:
         if not path.is_file():
             return None
         try:
             tensors = load_file(path)
             moments = Moments(int(tensors["count"]), tensors["mean"], tensors["scatter"])
             labels = tensors["labels"].numpy() if "labels" in tensors else None
-            return Features(moments, tensors["rows"], tensors["indices"].numpy(), labels)
+            indices = tensors["indices"].numpy()
+            return ReferenceFeatures(tensors["rows"], indices, labels, moments)
         except (SafetensorError, OSError, KeyError) as error:
             warnings.warn(f"{path} is unreadable ({error}) and is computed again", stacklevel=2)
             return None
 
-    def _save(self, path: Path, features: Features) -> None:
+    def _save(self, path: Path, features: ReferenceFeatures) -> None:
         """Write features, or warn: those that cannot be written are computed again next time."""
         tensors = {
             "count": torch.tensor(features.moments.count),
@@ -204,12 +231,12 @@ class ReferencePlan:
         *,
         cache: FeatureCache | None,
         start_task: StartTask,
-    ) -> Features | None:
+    ) -> ReferenceFeatures | None:
         """Moments of all images and rows of some, on rank 0; every rank calls this."""
         extracted = None
         if self.extracted is not None:
             progress = start_task(self.extracted.description, len(self.extracted))
-            keep = extract if cache is None else cache.extract
+            keep = extract_reference if cache is None else cache.extract
             extracted = keep(self.extracted, extractor, world, progress=progress)
         if not world.is_main:
             return None
@@ -224,7 +251,7 @@ class ReferencePlan:
         else:
             rows = extracted.rows
         labels = None if labels is None else labels[self.row_indices]
-        return Features(moments, rows, self.row_indices, labels)
+        return ReferenceFeatures(rows, self.row_indices, labels, moments)
 
 
 def plan_reference(
