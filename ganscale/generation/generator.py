@@ -354,7 +354,7 @@ class Generator(SampleableGenerator):
             yield "{} {:.4g}".format(*distance)
 
     def _sampler(self, truncation: float | None) -> LatentSampler:
-        # Kept, since the mean of w takes 64 forwards for each class.
+        # Kept, since a mean of w takes 1,024 latents through the mapping network for each class.
         if truncation not in self._samplers:
             self._samplers[truncation] = LatentSampler(self, truncation_psi=truncation)
         return self._samplers[truncation]

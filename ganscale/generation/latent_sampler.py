@@ -53,7 +53,7 @@ class LatentSampler:
         self.num_classes = generator.num_classes
         self.mapping: nn.Module | None = getattr(generator.model, "mapping", None)
         self.truncation_psi = truncation_psi
-        self._means: dict[int, Tensor] = {}
+        self._means: dict[int | None, Tensor] = {}
         if truncation_psi is not None and self.mapping is not None and not 0 <= truncation_psi <= 1:
             raise ConfigError(f"truncation_psi={truncation_psi}: this generator takes 0 to 1")
 
@@ -154,22 +154,22 @@ class LatentSampler:
         class.
         """
         if classes is None:
-            return self._mean_of(0, None)
+            return self._mean_of(None)
         means = [
-            sum(float(row[k]) * self._mean_of(k, k) for k in row.nonzero().flatten().tolist())
+            sum(float(row[k]) * self._mean_of(k) for k in row.nonzero().flatten().tolist())
             for row in classes
         ]
         return torch.stack(means)  # type: ignore[arg-type]
 
-    def _mean_of(self, key: int, label: int | None) -> Tensor:
-        # A mean takes 64 forwards of the mapping network, so it is computed once.
-        if key not in self._means:
+    def _mean_of(self, label: int | None) -> Tensor:
+        # A mean takes 1,024 latents through the mapping network, so it is computed once.
+        if label not in self._means:
             seeds = list(range(_MEAN_SEEDS))
             z = seeded_latents(seeds, self.generator.z_dim)
             assert self.mapping is not None
             styles = self._forwards(self.mapping, z, self.classes(seeds, label))
-            self._means[key] = torch.cat(list(styles)).mean(0)
-        return self._means[key]
+            self._means[label] = torch.cat(list(styles)).mean(0)
+        return self._means[label]
 
 
 def truncated_styles(w: Tensor, mean: Tensor, psi: float) -> Tensor:

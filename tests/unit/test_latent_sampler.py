@@ -55,6 +55,15 @@ def test_styles_are_pulled_towards_their_mean() -> None:
     assert truncated_styles(w, mean, 0.5).tolist() == [[2, 3]]
 
 
+def test_the_mean_over_all_classes_is_not_that_of_the_first() -> None:
+    z, first = seeded_latents([0], 16), torch.tensor([[1.0, 0.0, 0.0]])
+    fresh = LatentSampler(generator_of(CLASSES), truncation_psi=0.0)
+    other = LatentSampler(generator_of(CLASSES), truncation_psi=0.0)
+    of_all = other.styles(z)
+    assert torch.equal(other.styles(z, first), fresh.styles(z, first))
+    assert not torch.allclose(of_all, other.styles(z, first))
+
+
 def test_the_mean_style_is_that_of_many_latents() -> None:
     generator = generator_of(STYLES)
     w = LatentSampler(generator).styles(seeded_latents(list(range(1024)), 16))
