@@ -49,7 +49,10 @@ class LocalStore:
 
     def _read_span(self, span: Span) -> bytes | MissingData:
         try:
-            data = os.pread(self._opened(span.name).descriptor, span.length, span.start)
+            # Held while it is read: a thread that has opened a file at the same time as another one
+            # may have the only reference to it.
+            file = self._opened(span.name)
+            data = os.pread(file.descriptor, span.length, span.start)
         except FileNotFoundError as error:
             path = self.root / span.name
             return MissingData(f"shard {path} cannot be opened: {error.strerror}")

@@ -9,6 +9,7 @@ import struct
 import tarfile
 import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -26,7 +27,7 @@ from ganscale.data.reader import Batch, BatchReader, DamagedSample, Images, Read
 from ganscale.data.shards import ShardSet, verify_shards
 from ganscale.data.sources import SourceSpec
 from ganscale.errors import ConfigError, DataError
-from ganscale.storage import StoreError
+from ganscale.storage import StoreError, local
 
 BATCH_SIZE = 8
 
@@ -331,6 +332,26 @@ def test_a_disk_that_cannot_be_read_is_no_damaged_sample_to_skip(
     with pytest.raises(StoreError, match=f"cannot be read: {os.strerror(code)}") as error:
         reader.read(0, BATCH_SIZE)
     assert own_set.location in str(error.value)
+
+
+def test_threads_that_open_a_shard_at_the_same_time_all_read_it(
+    own_set: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of their open files is kept for later, and the others' must live as long as a read."""
+    together = threading.Barrier(4, timeout=60)
+
+    class SlowlyOpened(local.OpenFile):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            together.wait()
+
+    monkeypatch.setattr(local, "OpenFile", SlowlyOpened)
+    store = local.LocalStore(own_set.location)
+    (span,) = own_set.spans(np.array([0]))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: store.read_spans([span])[0], range(4)))
+    assert len(set(found)) == 1
+    assert isinstance(found[0], bytes)
 
 
 def test_closing_the_sequence_ends_its_threads(built_set: ShardSet) -> None:
