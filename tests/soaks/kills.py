@@ -178,9 +178,14 @@ class Soak:
             self._driver.kill()
             return
         starts = [e for e in read_rows(self.run_dir.events) if e["event"] in ("start", "resume")]
-        main_pid = starts[-1]["pid"]
         title = "TrainController" if target == "controller" else "RayTrainWorker"
-        for process in self._processes(title):
+        processes = self._processes(title)
+        pids = [process.pid for process in processes]
+        main_pid = starts[-1]["pid"]
+        # A restart that has not read its checkpoint yet has not said which worker is rank 0.
+        if main_pid not in pids:
+            main_pid = min(pids, default=0)
+        for process in processes:
             wanted = {"rank 0": process.pid == main_pid, "rank 1": process.pid != main_pid}
             if wanted.get(target, True):
                 with suppress(psutil.NoSuchProcess):
