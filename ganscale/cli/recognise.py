@@ -210,7 +210,7 @@ def _kind_of(run: Path) -> str:
     if not config.method.adversarial:
         return f"{config.method.labels} labels alone, {length}"
     weight = config.method.adversarial
-    beside = f"{weight:g} times " * (weight != 1) + "adversarial training"
+    beside = "adversarial training" if weight == 1 else f"{weight:g} times adversarial training"
     return f"{config.method.labels} labels and {beside}, {length}"
 
 

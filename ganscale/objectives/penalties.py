@@ -24,12 +24,13 @@ before it is squared: neither its small elements nor its square leave the range.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 LogitsFn = Callable[[Tensor], Tensor]
 """Images (n, C, H, W) to logits (n,), through the augmentation, with the images' condition."""
@@ -112,14 +113,20 @@ def orthogonal_penalty(module: nn.Module) -> Tensor:
     is what makes one output feature.
     """
     total: Tensor = torch.zeros((), device=next(module.parameters()).device)
-    for name, weight in module.named_parameters():
-        # Under spectral norm the parameter belongs to a module within the layer.
-        path = re.split(r"\.?parametrizations\.|\.?\w+$", name)[0]
-        layer = module.get_submodule(path)
-        # Biases and gains, and constants that a network starts from, have no rows to compare. Rows
-        # of a class embedding are no filters of one layer; BigGAN's published code leaves it out.
-        is_embedding = isinstance(layer, nn.Embedding) or "embedding" in name
-        if is_embedding or weight.ndim not in (2, 4):
+    for name, layer in module.named_modules():
+        # Rows of a class embedding are no filters of one layer; BigGAN's published code leaves it
+        # out too.
+        if isinstance(layer, nn.Embedding) or "embedding" in name:
+            continue
+        # Of a layer with spectral norm the weight before it, which is what the optimizer moves.
+        owner: Any = layer
+        weight: object = (
+            owner.parametrizations.weight.original
+            if is_parametrized(layer, "weight")
+            else getattr(owner, "weight", None)
+        )
+        # The gains of a norm have no rows to compare.
+        if not isinstance(weight, Tensor) or weight.ndim < 2:
             continue
         # A transposed convolution has its outputs second.
         has_outputs_second = isinstance(layer, nn.ConvTranspose2d)
