@@ -118,15 +118,9 @@ def orthogonal_penalty(module: nn.Module) -> Tensor:
         # out too.
         if isinstance(layer, nn.Embedding) or "embedding" in name:
             continue
-        # Of a layer with spectral norm the weight before it, which is what the optimizer moves.
-        owner: Any = layer
-        weight: object = (
-            owner.parametrizations.weight.original
-            if is_parametrized(layer, "weight")
-            else getattr(owner, "weight", None)
-        )
+        weight = _weight_to_penalise(layer)
         # The gains of a norm have no rows to compare.
-        if not isinstance(weight, Tensor) or weight.ndim < 2:
+        if weight is None or weight.ndim < 2:
             continue
         # A transposed convolution has its outputs second.
         has_outputs_second = isinstance(layer, nn.ConvTranspose2d)
@@ -136,6 +130,19 @@ def orthogonal_penalty(module: nn.Module) -> Tensor:
         # much (the paper's section 3.1).
         total += products.square().sum() - products.diagonal().square().sum()
     return total
+
+
+def _weight_to_penalise(layer: nn.Module) -> Tensor | None:
+    """The layer's weight, before spectral norm where it has that; None of a layer without one."""
+    weight: object = None
+    if is_parametrized(layer, "weight"):
+        # Spectral norm divides a weight that the optimizer moves, "original". Weight norm has none:
+        # it multiplies a length and a direction, and their product is the weight.
+        parametrizations: Any = layer.parametrizations
+        weight = getattr(parametrizations.weight, "original", None)
+    if weight is None:
+        weight = getattr(layer, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
 
 
 def _r1(inputs: PenaltyInputs) -> Tensor:

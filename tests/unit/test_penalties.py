@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from ganscale.models.layers import spectral_norm
 from ganscale.models.r3gan import R3ganDiscriminator
@@ -210,14 +211,17 @@ def test_the_orthogonal_penalty_sums_squared_products_of_different_filters() -> 
     torch.manual_seed(0)
     conv, linear = nn.Conv2d(2, 3, 2), nn.Linear(5, 2)
     transposed = nn.ConvTranspose2d(2, 4, 3)
-    net = nn.Sequential(conv, spectral_norm(linear), transposed, nn.Embedding(3, 3))
+    normed: nn.Module = weight_norm(nn.Conv2d(2, 3, 1))
+    net = nn.Sequential(conv, spectral_norm(linear), transposed, normed, nn.Embedding(3, 3))
     net.add_module("embedding", nn.Linear(3, 3))
     net.register_parameter("constant", nn.Parameter(torch.randn(4, 4, 4)))
     of_linear: Any = linear.parametrizations.weight  # type: ignore[union-attr]
     filters = [transposed.weight[:, output].flatten() for output in range(4)]
     expected = 0.0
     with torch.no_grad():
-        for weight in (conv.weight.flatten(1), of_linear.original, filters):
+        weight_of_normed: Any = normed.weight
+        rows_of_normed = weight_of_normed.flatten(1)
+        for weight in (conv.weight.flatten(1), of_linear.original, filters, rows_of_normed):
             for i, one in enumerate(weight):
                 for j, other in enumerate(weight):
                     expected += float(one @ other) ** 2 if i != j else 0.0
