@@ -28,7 +28,12 @@ fi
 
 ruff format --check .
 ruff check .
-mypy
+# On one core, beside the first tests, which wait for clusters to start; it prints what it finds.
+mypy &
+types=$!
 # One more process than there are cores, since tests wait for servers, time-outs and each other's ranks.
 processes=$(($(getconf _NPROCESSORS_ONLN) + 1))
-pytest -n "$processes" --no-loadscope-reorder --durations 30 -m "not slow and not gpu" "$@"
+tests=0
+pytest -n "$processes" --no-loadscope-reorder --durations 30 -m "not slow and not gpu" "$@" || tests=$?
+wait "$types" || { echo "scripts/test.sh: types do not fit, see mypy's lines above" >&2; exit 1; }
+exit "$tests"
