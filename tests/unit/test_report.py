@@ -21,6 +21,7 @@ import pytest
 import typer
 from PIL import Image
 
+from ganscale.checkpoint import CheckpointStore, Holder, Session
 from ganscale.cli import app
 from ganscale.config import load_config, preset_names
 from ganscale.errors import ConfigError
@@ -126,8 +127,7 @@ def hold(run: Path, *, machine: str, pid: int, age: float = 0.0) -> None:
     }
     (attempts / "a0001.json").write_text(json.dumps({"number": 1, "holder": holder}))
     beat = attempts / "session-0123456789abcdef.json"
-    beat.write_text("{}")
-    os.utime(beat, (time.time() - age,) * 2)
+    beat.write_text(json.dumps({"time": time.time() - age}))
 
 
 def read(place: Path) -> Run:
@@ -411,6 +411,35 @@ def test_a_run_is_alive_as_its_holder_is(tmp_path: Path) -> None:
         run = killed(tmp_path / kind)
         hold(run, machine="another", pid=1, age=age)
         assert status_of(read(run)).kind == kind
+
+
+def test_a_run_whose_checkpoints_lie_elsewhere_is_alive_as_its_holder_is(
+    store: CheckpointStore, tmp_path: Path
+) -> None:
+    """Long after a fault, as when Ray waits for a node that replaces the lost one."""
+    location, _, name = store.location.rpartition("/")
+    config = load_config("quickstart", [f"checkpoint.location={location}", f"name={name}"])
+    fault = {"time": BEGAN + 400, "event": "fault", "message": "rank 1 is gone"}
+    run = write_run(tmp_path / "folder", [row(16)], [begin(), fault], config=config)
+    holder = Holder.here(run)
+    store.claim(store.newest, session=Session(holder, 0))
+    assert status_of(read(run)).kind == "running"
+    store.backend.remove(holder.beat_file)
+    assert status_of(read(run)).kind == "failed"
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_where_the_checkpoints_cannot_be_read_a_silent_run_may_train_or_not(
+    tmp_path: Path, exists: bool
+) -> None:
+    if exists:
+        (tmp_path / "run").write_text("no folder, which is an error of the disk like any other")
+    config = load_config("quickstart", [f"checkpoint.location={tmp_path}", "name=run"])
+    for ago, kind in ((10.0, "running"), (1e4, "unknown")):
+        events = [begin(), {"event": "waiting", "time": time.time() - ago}]
+        run = write_run(tmp_path / kind, [row(16)], events, config=config)
+        assert status_of(read(run)).kind == kind
+        assert f"{tmp_path}/run" in status_of(read(run)).reason or kind == "running"
 
 
 def test_without_a_holder_the_age_of_the_rows_decides(tmp_path: Path) -> None:
