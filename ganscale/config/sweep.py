@@ -28,6 +28,9 @@ from ganscale.errors import ConfigError
 _PLACES = ("name", "storage", "checkpoint.location", "launch.ray_address")
 """Fields that say where things are; the sweep gives each trial its own."""
 
+_DATA = ("data.source", "data.shards")
+"""Fields that say what is trained on: the shards are made once, from the base configuration."""
+
 
 class Asha(Section):
     """Asynchronous successive halving: the worse are stopped early (arXiv 1810.05934)."""
@@ -227,6 +230,8 @@ class Sweep:
                 yield unknown_field(name, known)
             if name in _PLACES:
                 yield f"{name} cannot vary: each trial has a folder in that of the sweep"
+            if name in _DATA:
+                yield f"{name} cannot vary: all trials of a sweep train on one set of images"
             if domain.relative and not isinstance(value, int | float | Schedule):
                 yield f"{name}={value!r} is no number that a relative value could multiply"
             if not isinstance(self.file.scheduler, Population):

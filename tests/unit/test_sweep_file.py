@@ -103,6 +103,8 @@ def test_grids_are_multiplied_and_repeated() -> None:
         ({"search": {"optimizer.lr": {"loguniform": [0, 1]}}}, "numbers above 0, got 0"),
         ({"search": {"optimizer.beta1": {"choice": [1.5]}}}, "optimizer.beta1=1.5"),
         ({"search": {"storage": {"choice": ["a"]}}}, "storage cannot vary"),
+        ({"search": {"data.source": {"choice": ["a", "b"]}}}, "data.source cannot vary"),
+        ({"search": {"data.shards": {"choice": ["a", "b"]}}}, "data.shards cannot vary"),
         ({"search": {"augment.name": {"choice": [1], "relative": True}}}, "is no number"),
         ({"trials": None}, "trials: say how many"),
         ({"mode": "best"}, "mode='best'"),
