@@ -16,7 +16,7 @@ from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 from rich.console import Console
 
 from ganscale.atomic_files import write_text
-from ganscale.checkpoint import CheckpointStore
+from ganscale.checkpoint import CheckpointStore, RunInUse
 from ganscale.cli.sweep import _best_command
 from ganscale.config import Config, load_config
 from ganscale.config.sweep import Sweep
@@ -25,7 +25,7 @@ from ganscale.json_lines import read_lines
 from ganscale.launch import sweep as sweep_module
 from ganscale.launch import sweep_trial
 from ganscale.launch.driver_actor import Messages
-from ganscale.launch.sweep import _Experiment
+from ganscale.launch.sweep import _Experiment, run_sweep
 from ganscale.launch.sweep_status import (
     TrialStatus,
     copy_trial,
@@ -360,6 +360,25 @@ def test_the_best_trial_s_command_trains_it_again(make_sweep: MakeSweep) -> None
     expected = sweep.config("s-002-again", sweep.trials()[2].values)
     again = load_config("quickstart", words[4:])
     assert again == expected.with_changes({"storage": sweep.base.storage})
+
+
+def test_a_sweep_that_a_live_process_runs_is_not_started_a_second_time(
+    make_sweep: MakeSweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its trials would take their runs over from those of the first."""
+    sweep, starts = make_sweep(), list[str]()
+
+    def start_again(*_: Any) -> Any:
+        starts.append("first" if not starts else "second")
+        with pytest.raises(RunInUse, match=f"the sweep in {sweep.root} is in use by process"):
+            run_sweep(sweep, Console(quiet=True))
+        return [], ""
+
+    monkeypatch.setattr(sweep_module, "resolve_config", lambda config, _: config)
+    monkeypatch.setattr(sweep_module, "_run", start_again)
+    for _ in range(2):  # the end of the first makes way for the next
+        run_sweep(sweep, Console(quiet=True))
+    assert starts == ["first", "second"]
 
 
 def test_reports_are_lines_when_piped_and_a_table_on_a_terminal(make_sweep: MakeSweep) -> None:
