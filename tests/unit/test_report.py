@@ -491,6 +491,24 @@ def test_a_remedy_is_a_run_that_can_be_trained_and_differs(
     load_config(run / "config.yaml", ["name=run-2", *settings.split()])
 
 
+@pytest.mark.parametrize(
+    ("preset", "is_advised"),
+    [
+        ("quickstart", True),
+        ("r3gan-small", True),
+        ("sngan-cifar10", False),
+        ("speedrun-cifar10", False),
+    ],
+)
+def test_a_run_whose_learning_rate_has_come_to_its_end_is_not_made_longer(
+    preset: str, is_advised: bool, tmp_path: Path
+) -> None:
+    config = load_config(preset)
+    run = write_run(tmp_path / "run", [row(1)], [begin(), end(2)], config=config)
+    command = f"ganscale resume {run} training.total_kimg={2 * config.training.total_kimg:g}"
+    assert (command in [item.command for item in advice(run)]) == is_advised
+
+
 def test_a_resumed_run_is_no_longer_stopped(tmp_path: Path) -> None:
     stop = {**end(400), "event": "stop", "reason": "interrupted"}
     rows = [row(s) for s in range(16, 400, 16)]
