@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -112,7 +113,7 @@ def watch(
             if status.kind in ("failed", "interrupted"):
                 raise GanscaleError(
                     f"{run} does not train any more ({status.kind}): {status.reason} "
-                    f"To go on: ganscale resume {run}"
+                    f"To go on: ganscale resume {shlex.quote(str(run))}"
                 )
 
 
@@ -220,7 +221,7 @@ def _print_results(config: Config, result: TrainResult) -> None:
     if result.reason:
         typer.echo(
             f"stopped at {result.nimg / 1000:g} of {config.total_nimg / 1000:g} kimg; "
-            f"to go on: ganscale resume {run_dir.root}"
+            f"to go on: ganscale resume {shlex.quote(str(run_dir.root))}"
         )
 
 

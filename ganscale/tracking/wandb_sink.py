@@ -11,6 +11,7 @@ import json
 import math
 import os
 import secrets
+import shlex
 import subprocess
 import sys
 import time
@@ -142,7 +143,7 @@ class WandbSink(NullSink):
         self._process.kill()
         code = self._process.wait()
         if code == NOT_UPLOADED:
-            command = f"wandb sync {self._log.parent}/offline-run-*"
+            command = f"wandb sync {shlex.quote(str(self._log.parent))}/offline-run-*"
             self._report(f"W&B did not take all of the run in time; to upload it later: {command}")
         elif code:
             self._report(f"{self._how_it_ended(self._process)}; the run is whole in metrics.jsonl")

@@ -381,6 +381,19 @@ def test_a_sweep_that_a_live_process_runs_is_not_started_a_second_time(
     assert starts == ["first", "second"]
 
 
+def test_the_best_member_of_a_population_goes_on_wherever_it_lies(
+    make_sweep: MakeSweep, tmp_path: Path
+) -> None:
+    storage = str(tmp_path / "my runs")
+    sweep = make_sweep(scheduler=PBT, overrides={**make_sweep().file.overrides, "storage": storage})
+    stood = statuses(sweep)
+    stood[1].score = 3.0
+    command = _best_command(sweep, stood)
+    assert command is not None
+    words = ["ganscale", "resume", f"{storage}/s/s-001", "training.total_kimg=192"]
+    assert shlex.split(command) == words
+
+
 def test_reports_are_lines_when_piped_and_a_table_on_a_terminal(make_sweep: MakeSweep) -> None:
     sweep = make_sweep(scheduler=PBT)
     make_run(sweep, 0, {16_000: 1.25}, 16_000)

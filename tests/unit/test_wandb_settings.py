@@ -16,7 +16,14 @@ from ganscale.config import load_config
 from ganscale.errors import ConfigError
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking import dashboard, wandb_process
-from ganscale.tracking.wandb_sink import FOLLOWED, POSITIONS, WandbSink, resolve_mode, variables
+from ganscale.tracking.wandb_sink import (
+    FOLLOWED,
+    NOT_UPLOADED,
+    POSITIONS,
+    WandbSink,
+    resolve_mode,
+    variables,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +128,24 @@ def test_an_empty_mode_in_the_configuration_is_auto() -> None:
 def test_a_project_that_wandb_would_refuse_is_refused_with_the_rule(project: str) -> None:
     with pytest.raises(ConfigError, match=r"tracking\.project=.*1 to 128 characters"):
         load_config("quickstart", [f"tracking.project='{project}'"])
+
+
+def test_the_command_that_uploads_the_rest_is_one_for_a_shell(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The folder is one word, and the pattern is left to the shell."""
+    told: list[str] = []
+    process = SimpleNamespace(
+        poll=lambda: None,
+        communicate=lambda *_: None,
+        kill=lambda: None,
+        wait=lambda: NOT_UPLOADED,
+    )
+    monkeypatch.setattr(WandbSink, "_start", lambda sink: setattr(sink, "_process", process))
+    root = tmp_path / "my run"
+    sink = WandbSink(RunDirectory(root), project="p", mode="online", config={}, report=told.append)
+    sink.close()
+    assert told[0].endswith(f"later: wandb sync '{root}/wandb'/offline-run-*")
 
 
 @pytest.mark.parametrize(("known", "begins_at"), [("", 0), ("its-run", 16)])
