@@ -45,7 +45,7 @@ def sweep(
 
     statuses, stopped = run_sweep(checked, stderr_console())
     # Wide, so that nothing is cut off where the output is read by another program.
-    console = Console(markup=False)
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 10_000
     console.print(sweep_table(checked, statuses))

@@ -96,7 +96,7 @@ def watch(
     run_dir = RunDirectory(run.absolute())
     if not run_dir.config.is_file():
         raise ConfigError(f"{run} is not a run: it has no {run_dir.config.name}")
-    total, console = load_config(run_dir.config).total_nimg, Console(markup=False)
+    total, console = load_config(run_dir.config).total_nimg, Console(markup=False, emoji=False)
     follower = RunFollower(run_dir, total, console, from_start=True)
     if once or follower.status.is_over:
         console.print(view(follower.status, now=time.time()))

@@ -45,7 +45,7 @@ def start(
             "set launch.backend=inprocess"
         )
     if launched_rank():  # torchrun starts many, of which one speaks
-        console = Console(quiet=True, markup=False)
+        console = Console(quiet=True, markup=False, emoji=False)
     config = resolve_config(config, console)
     run_dir = RunDirectory(config.run_dir)
     with (
