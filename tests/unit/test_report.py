@@ -252,6 +252,18 @@ def test_a_picture_that_is_too_large_is_made_smaller(tmp_path: Path) -> None:
     np.testing.assert_allclose(half, smooth[750, 1000], atol=6)
 
 
+def test_a_picture_that_pillow_refuses_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of more than twice as many pixels as Pillow warns of."""
+    run = finished(tmp_path / "run")  # with frames of 265 by 265
+    noise_grid(run / "grid.png", side=150)  # 1209 by 1209
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    page = report(run, out=tmp_path / "report.html")
+    assert "grid.png cannot be read" in page.text
+    assert len(album_of(read(run), 2_000_000).frames) == 3
+
+
 def test_a_frame_of_the_newest_samples_is_the_file_itself(tmp_path: Path) -> None:
     run = finished(tmp_path / "run")
     album = album_of(read(run), 2_000_000)
