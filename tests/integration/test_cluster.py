@@ -212,8 +212,8 @@ FAKES = {
 
 def test_the_folder_of_ray_is_the_job_s_own_and_is_removed(tmp_path: Path) -> None:
     """In /tmp itself: a folder of all jobs there would belong to the first user of the node."""
-    for name, script in FAKES.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+    for name, fake in FAKES.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{fake}\n")
         (tmp_path / name).chmod(0o755)
     job, record = str(os.getpid()), tmp_path / "folder"
     values = {
