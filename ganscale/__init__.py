@@ -105,4 +105,4 @@ def train(
         config = load_config(config, overrides)
     elif overrides:
         raise ValueError("overrides are for presets and files; change a Config by with_changes()")
-    return start(config, Console(stderr=True, markup=False), callbacks=callbacks)
+    return start(config, Console(stderr=True, markup=False, emoji=False), callbacks=callbacks)

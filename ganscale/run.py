@@ -71,7 +71,8 @@ class Run:
 
     @property
     def state(self) -> str:
-        """`finished`, `running`, `stopped`, `failed` or `interrupted`."""
+        """`finished`, `running`, `stopped`, `failed`, `interrupted` or `empty`; `unknown` where a
+        run is silent whose checkpoints cannot be read from here."""
         return status_of(self._files()).kind
 
     @property

@@ -45,7 +45,7 @@ def sweep(
 
     statuses, stopped = run_sweep(checked, stderr_console())
     # Wide, so that nothing is cut off where the output is read by another program.
-    console = Console(markup=False)
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 10_000
     console.print(sweep_table(checked, statuses))
@@ -55,7 +55,7 @@ def sweep(
     if command := _best_command(checked, statuses):
         typer.echo(f"best: {command}")
     if stopped:
-        typer.echo(f"stopped; to go on: ganscale sweep {file}")
+        typer.echo(f"stopped; to go on: ganscale sweep {shlex.quote(str(file))}")
         raise typer.Exit(EXIT_CODES[stopped])
     if not all(status.is_over for status in statuses):
         raise typer.Exit(1)
@@ -73,7 +73,8 @@ def _best_command(sweep: Sweep, statuses: Sequence[TrialStatus]) -> str | None:
         return None
     if sweep.file.scheduler.name == "pbt":
         total = 2 * sweep.base.training.total_kimg
-        return f"ganscale resume {sweep.root / best.name} training.total_kimg={total:g}"
+        run = str(sweep.root / best.name)
+        return shlex.join(["ganscale", "resume", run, f"training.total_kimg={total:g}"])
     words = _words({**sweep.file.overrides, **sweep.settings(best.values)})
     command = ["ganscale", "train", "--config", sweep.source, f"name={best.name}-again", *words]
     return shlex.join(command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -95,7 +96,7 @@ def watch(
     run_dir = RunDirectory(run.absolute())
     if not run_dir.config.is_file():
         raise ConfigError(f"{run} is not a run: it has no {run_dir.config.name}")
-    total, console = load_config(run_dir.config).total_nimg, Console(markup=False)
+    total, console = load_config(run_dir.config).total_nimg, Console(markup=False, emoji=False)
     follower = RunFollower(run_dir, total, console, from_start=True)
     if once or follower.status.is_over:
         console.print(view(follower.status, now=time.time()))
@@ -112,7 +113,7 @@ def watch(
             if status.kind in ("failed", "interrupted"):
                 raise GanscaleError(
                     f"{run} does not train any more ({status.kind}): {status.reason} "
-                    f"To go on: ganscale resume {run}"
+                    f"To go on: ganscale resume {shlex.quote(str(run))}"
                 )
 
 
@@ -220,7 +221,7 @@ def _print_results(config: Config, result: TrainResult) -> None:
     if result.reason:
         typer.echo(
             f"stopped at {result.nimg / 1000:g} of {config.total_nimg / 1000:g} kimg; "
-            f"to go on: ganscale resume {run_dir.root}"
+            f"to go on: ganscale resume {shlex.quote(str(run_dir.root))}"
         )
 
 

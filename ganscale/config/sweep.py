@@ -8,7 +8,7 @@ later, is the alternative. Neither torch nor Ray is imported here.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -27,6 +27,9 @@ from ganscale.errors import ConfigError
 
 _PLACES = ("name", "storage", "checkpoint.location", "launch.ray_address")
 """Fields that say where things are; the sweep gives each trial its own."""
+
+_DATA = ("data.source", "data.shards")
+"""Fields that say what is trained on: the shards are made once, from the base configuration."""
 
 
 class Asha(Section):
@@ -227,6 +230,8 @@ class Sweep:
                 yield unknown_field(name, known)
             if name in _PLACES:
                 yield f"{name} cannot vary: each trial has a folder in that of the sweep"
+            if name in _DATA:
+                yield f"{name} cannot vary: all trials of a sweep train on one set of images"
             if domain.relative and not isinstance(value, int | float | Schedule):
                 yield f"{name}={value!r} is no number that a relative value could multiply"
             if not isinstance(self.file.scheduler, Population):
@@ -256,6 +261,11 @@ class Sweep:
                 f"metric={file.metric} needs evaluations: set evaluation.every_kimg in overrides, "
                 "with the metric among evaluation.metrics"
             )
+        elif needs and not _is_column_of(file.metric, evaluated):
+            yield (
+                f"metric={file.metric} is not among the results of evaluation.metrics="
+                f"{','.join(evaluated)}: expected metrics/diversity, fid, or metrics/... of these"
+            )
         if base.launch.backend == "inprocess" and base.launch.max_workers > 1:
             yield "launch.backend=inprocess has one worker: set launch.backend=ray in overrides"
         if isinstance(scheduler, Asha) and not every <= scheduler.grace_kimg <= total:
@@ -270,6 +280,22 @@ class Sweep:
                     "max_concurrent: leave it out of a population, whose trials take turns where "
                     "there is no room for all; launch.cpus_per_worker says how much one takes"
                 )
+
+
+def _is_column_of(metric: str, evaluated: Sequence[str]) -> bool:
+    """Whether a column, or `fid`, is of one of these evaluations, by whichever network.
+
+    Which network there will be is known where the trial runs.
+    """
+    if metric in ("fid", "metrics/diversity"):
+        return True
+    results = {"prdc": ("precision", "recall", "density", "coverage")}
+    for name in evaluated:
+        other = name.replace("fid", "fd").replace("kid", "kd")
+        for stem in results.get(name, (name, other)):
+            if metric == f"metrics/{stem}" or metric.startswith(f"metrics/{stem}_"):
+                return True
+    return False
 
 
 def _between(name: str, value: float, every: float, total: float) -> str:

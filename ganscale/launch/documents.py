@@ -13,7 +13,6 @@ run goes on from has those.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -30,6 +29,7 @@ from ganscale.json_lines import add_missing_lines, end_of_lines
 from ganscale.periodic import PeriodicThread
 from ganscale.run_directory import RunDirectory
 from ganscale.storage import MissingData, RetryPolicy, Store, is_url, open_store, retry
+from ganscale.storage.local import walk
 
 if TYPE_CHECKING:  # they load torch, which the driver's side of a copy does without
     from ganscale.checkpoint import CheckpointStore
@@ -226,13 +226,7 @@ def files_below(root: Path) -> list[Path]:
 
     `Path.rglob` raises an error if a folder vanishes before it is listed.
     """
-
-    def report(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
-            raise error
-
-    folders = os.walk(root, onerror=report)
-    return sorted(Path(folder, name) for folder, _, names in folders for name in names)
+    return sorted(Path(folder, name) for folder, _, names in walk(root) for name in names)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

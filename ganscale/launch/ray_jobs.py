@@ -41,6 +41,9 @@ _ALIVE = ("PENDING", "RUNNING")
 _STOP_MARGIN_SECONDS = 30
 """Beyond `launch.grace_seconds`, after which a driver ends by itself."""
 _PATIENCE_SECONDS = 120.0
+_SILENT_SECONDS = 120.0
+"""After so long without output, of which a run has a line each half minute, another connection is
+made: it tells a job that is silent from one that cannot be reached."""
 _LOOKS_SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSW|CREDENTIAL", re.IGNORECASE)
 
 
@@ -200,15 +203,15 @@ class Jobs:
     def follow(self, job_id: str, write: Callable[[str], None]) -> Job:
         """Pass on the job's output as it comes, until the job has ended; returns it then.
 
-        A connection that breaks is taken up again where it broke.
+        A connection that breaks, or is silent for long, is taken up again where it was. What
+        `write` raises is passed on.
         """
-        log, failed, is_pending = _Log(write), 0.0, True
+        log, failed, is_pending = _Log(write, self.address), 0.0, True
         while True:
             try:
                 is_pending = is_pending and self.get(job_id).status == "PENDING"
                 if not is_pending:
-                    with readable(self.address):
-                        asyncio.run(log.take(self._client.tail_job_logs(job_id)))
+                    asyncio.run(log.take(self._client.tail_job_logs(job_id)))
                     job = self.get(job_id)
                     if not job.is_alive:
                         return job
@@ -242,14 +245,23 @@ class Jobs:
 class _Log:
     """A job's output, of which every connection brings all from the beginning."""
 
-    def __init__(self, write: Callable[[str], None]) -> None:
+    def __init__(self, write: Callable[[str], None], address: str) -> None:
         self._write = write
+        self._address = address
         self._num_written = 0
 
     async def take(self, texts: AsyncIterator[str]) -> None:
-        """Pass on what has not been passed on yet."""
+        """Pass on what has not been passed on yet, until the end of the log or a long silence."""
         seen = 0
-        async for text in texts:
+        while True:
+            with readable(self._address):
+                try:
+                    # Ray waits for ever, also for a cluster that was cut off without a word.
+                    text = await asyncio.wait_for(anext(texts, None), _SILENT_SECONDS)
+                except TimeoutError:
+                    return
+            if text is None:
+                return
             new = text[max(0, self._num_written - seen) :]
             seen += len(text)
             if new:

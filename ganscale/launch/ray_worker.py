@@ -83,7 +83,7 @@ def train_loop_per_worker(settings: Mapping[str, Any]) -> TrainResult:
         "launch.num_workers": world.world_size,
         "launch.use_gpu": device == "cuda",
     }
-    console = Console(stderr=True, markup=False, quiet=not world.is_main)
+    console = Console(stderr=True, markup=False, emoji=False, quiet=not world.is_main)
     config = resolve_config(config.with_changes({**changes, **workers}), console)
     to_stderr(config.name, world.rank)
     # Ray has ended the workers of an earlier attempt, but their hold may seem to last.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -44,7 +45,7 @@ def start(
             "set launch.backend=inprocess"
         )
     if launched_rank():  # torchrun starts many, of which one speaks
-        console = Console(quiet=True, markup=False)
+        console = Console(quiet=True, markup=False, emoji=False)
     config = resolve_config(config, console)
     run_dir = RunDirectory(config.run_dir)
     with (
@@ -123,7 +124,7 @@ def resume_config(run: str, overrides: dict[str, object]) -> Config:
             )
         raise CheckpointError(
             f"{store.location} has no checkpoint that verifies. See: ganscale checkpoint "
-            f"list {run}; to start anew, use ganscale train with another name"
+            f"list {shlex.quote(run)}; to start anew, use ganscale train with another name"
         )
     return config
 

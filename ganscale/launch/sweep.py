@@ -12,9 +12,10 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from ray import tune
 from ray.tune import schedulers
 from rich.console import Console
 
+from ganscale.checkpoint import CheckpointStore, Heartbeat, Holder, RunInUse, Session
 from ganscale.config.search_space import generator_for
 from ganscale.config.sweep import Asha, Population, Sweep
 from ganscale.errors import GanscaleError
@@ -53,9 +55,35 @@ def run_sweep(sweep: Sweep, console: Console) -> tuple[list[TrialStatus], str]:
     was stopped, empty if it was not.
 
     SIGTERM and Ctrl-C end it early, with a checkpoint of each trial. Raises `ConfigError` if the
-    sweep's folder holds runs with other settings, `GanscaleError` if Tune itself fails.
+    sweep's folder holds runs with other settings, `RunInUse` if another process that is alive runs
+    the sweep, `GanscaleError` if Tune itself fails.
     """
     sweep = replace(sweep, base=resolve_config(sweep.base, console))
+    with _held(sweep, console):
+        return _run(sweep, console)
+
+
+@contextmanager
+def _held(sweep: Sweep, console: Console) -> Iterator[None]:
+    """Let this process alone run the sweep while the block runs: each trial takes its run over from
+    whoever has it, so two sweeps at once would end each other's trials."""
+    # Starts are claimed like attempts at a run. The folder holds claims and no checkpoints.
+    store, holder = CheckpointStore(sweep.root / "starts"), Holder.here(sweep.root)
+    newest = store.newest_attempt()
+    if newest is not None and newest.holder is not None:
+        report = partial(console.print, highlight=False, soft_wrap=True)
+        if newest.holder.is_alive(store.backend, report):
+            raise RunInUse(
+                f"the sweep in {sweep.root} is in use by {newest.holder}: wait for its end or stop "
+                "it"
+            )
+    session = Session(holder, newest.number if newest else 0)
+    with Heartbeat(store.backend, holder):
+        store.claim(lambda: None, session=session)
+        yield
+
+
+def _run(sweep: Sweep, console: Console) -> tuple[list[TrialStatus], str]:
     statuses = [read_status(sweep, trial) for trial in sweep.trials()]
     if all(status.is_over for status in statuses):
         return statuses, ""

@@ -102,6 +102,24 @@ def reports(sweep: Sweep, config: Config, attempt: int, start_nimg: int) -> Repo
     return sorted(by_kimg.items())
 
 
+def missing_metric(sweep: Sweep, config: Config, attempt: int, start_nimg: int) -> str:
+    """What is wrong if `attempt`, which began at `start_nimg`, logs no such metric; else empty.
+
+    That is known at the second position at which the metric is due: the first may have been behind
+    the row, or at an evaluation that failed.
+    """
+    metric, file = sweep.file.metric, RunDirectory(config.run_dir).metrics
+    # A penalty that is taken every so many steps is in no row before the first of these.
+    lazy = config.penalty.interval * config.training.batch_size
+    due = start_nimg + max(round(2000 * sweep.every_kimg), lazy)
+    rows = [row for row in read_lines(file) if row["attempt"] >= attempt]
+    if all(row["nimg"] < due for row in rows) or any(metric_column(metric, row) for row in rows):
+        return ""
+    section = f"{metric.partition('/')[0]}/" if "/" in metric else "metrics/"
+    logged = sorted({name for row in rows for name in row if name.startswith(section)})
+    return f"no row of {file} has {metric}; there are {', '.join(logged) or 'no such columns'}"
+
+
 def metric_column(metric: str, row: Mapping[str, Any]) -> str | None:
     """The column of a row that has the metric; None if it was not measured."""
     if metric != "fid":

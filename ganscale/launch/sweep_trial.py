@@ -28,7 +28,7 @@ from ganscale.launch.local import train_here
 from ganscale.launch.ray_metrics import RayMetrics
 from ganscale.launch.ray_train import train_in_groups
 from ganscale.launch.start import supervisor_of
-from ganscale.launch.sweep_status import Reports, reports, resume_point
+from ganscale.launch.sweep_status import Reports, missing_metric, reports, resume_point
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking.console import stderr_console
 from ganscale.tracking.logs import to_stderr
@@ -84,6 +84,11 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
             if size != self._read_bytes:  # the file of a long run is large
                 self._reports = reports(self._sweep, self._config, *self._resume_point)
                 self._read_bytes = size
+                if not self._reports and self._error is None:
+                    problem = missing_metric(self._sweep, self._config, *self._resume_point)
+                    if problem:  # now, and not after days of training that nobody can compare
+                        self._error = GanscaleError(problem)
+                        self._stop.reason = "terminated"
             for kimg, score in self._reports:
                 is_last = kimg >= self._config.training.total_kimg
                 # The last one waits for the final checkpoint.

@@ -19,6 +19,9 @@ from ganscale.report.text import counted, kimg
 _SLOW_DATA = 0.2
 """Part of a step's time beyond which waiting for data is worth a look."""
 
+_ANNEALED = 0.1
+"""Part of the first learning rate below which the last one trains hardly any more."""
+
 _ALARMS = {
     "non_finite": (
         "A loss or a gradient was not finite",
@@ -211,10 +214,17 @@ def _of_result(run: Run) -> Iterator[Advice]:
             "The run has an encoder (docs/how-to/reconstruct.md); the report shows the result.",
             f"ganscale reconstruct {place} --images TEST_IMAGES --out {place}/reconstructed",
         )
-    if run.config is not None:
+    # Schedules are over a fixed number of images. Where the learning rate has come to its end near
+    # zero, more of them would change nothing: that takes a new run with a longer schedule.
+    if run.config is not None and not _has_annealed(run.config):
         longer = f"{2 * run.config.training.total_kimg:g}"
         yield Advice(
             "Train it longer",
             "It goes on where it ended, as if it had been that long from the beginning.",
             f"ganscale resume {place} training.total_kimg={longer}",
         )
+
+
+def _has_annealed(config: Config) -> bool:
+    lr = config.optimizer.lr
+    return lr.at(config.total_nimg) < _ANNEALED * lr.start

@@ -147,8 +147,9 @@ def album_of(run: Run, limit: int) -> Album:
 
 
 def _open(path: Path, limit: int) -> Picture | None:
-    """The picture in a file; None if it is damaged."""
-    with suppress(OSError, UnidentifiedImageError, ValueError, SyntaxError):
+    """The picture in a file; None if it is damaged, or so large that Pillow refuses it."""
+    damages = (OSError, UnidentifiedImageError, ValueError, SyntaxError)
+    with suppress(*damages, Image.DecompressionBombError):
         data, mime = path.read_bytes(), _TYPES[path.suffix.lower()]
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size

@@ -87,7 +87,7 @@ class LocalStore:
     def files(self) -> list[str]:
         """All files, sorted; those of half-written folders, and empty folders with a slash, too."""
         paths = []
-        for folder, folders, names in os.walk(self.root):
+        for folder, folders, names in walk(self.root):
             path = Path(folder).relative_to(self.root)
             paths += [(path / name).as_posix() for name in names]
             # A writer that was killed before its first file leaves an empty folder to remove.
@@ -192,6 +192,20 @@ class OpenFile:
     def __del__(self) -> None:
         with suppress(AttributeError, OSError):  # where opening it has failed
             os.close(self.descriptor)
+
+
+def walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk`, which skips folders that are removed meanwhile, and raises all other errors.
+
+    `os.walk` skips every folder that it cannot list. A disk that is away for a moment would look
+    like an empty one, and a run whose checkpoints lie there would begin anew.
+    """
+
+    def report(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    return os.walk(root, onerror=report)
 
 
 def _add(path: Path, pieces: Pieces) -> None:

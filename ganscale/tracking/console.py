@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress
+from rich.progress import Progress, TextColumn
 
 from ganscale.periodic import PeriodicThread
 
@@ -99,15 +98,16 @@ def progress_bars(
         with _LineReporter(console) as reporter:
             yield reporter.start_task
         return
-    progress = Progress(console=console)
+    # rich's own column of descriptions has markup and emoji whatever the console's settings are.
+    description_column = TextColumn("{task.description}", "progress.description", markup=False)
+    progress = Progress(description_column, *Progress.get_default_columns()[1:], console=console)
 
     def start_task(description: str, total: int | None) -> Callable[[int], None]:
         # Parts follow each other, so earlier ones are done; one without a total would go on
         # spinning.
         for earlier in progress.tasks:
             progress.update(earlier.id, total=earlier.total or 1, completed=earlier.total or 1)
-        # A bar's description has markup whatever the console's setting is.
-        task = progress.add_task(escape(description), total=total)
+        task = progress.add_task(description, total=total)
         return lambda count: progress.advance(task, count)
 
     with progress:
@@ -118,6 +118,7 @@ def stderr_console() -> Console:
     """The console for messages and progress; results go to standard output.
 
     Without markup, as all consoles here: rich would take [brackets] in a path or in an error's text
-    for its own, leave them out, or raise `MarkupError`.
+    for its own, leave them out, or raise `MarkupError`. Without emoji, as it would make one of the
+    `:100:` in `loader.py:100: no such file`.
     """
-    return Console(file=sys.stderr, markup=False)
+    return Console(file=sys.stderr, markup=False, emoji=False)

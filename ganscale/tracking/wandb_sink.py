@@ -11,6 +11,7 @@ import json
 import math
 import os
 import secrets
+import shlex
 import subprocess
 import sys
 import time
@@ -79,6 +80,12 @@ def variables() -> dict[str, str]:
     return {name: os.environ[name] for name in names if os.environ.get(name)}
 
 
+def begin_wandb_run(run_dir: RunDirectory) -> None:
+    """Give a run a new run in W&B, which gets all that the run's files hold already."""
+    write_text(run_dir.root / POSITIONS, json.dumps(dict.fromkeys(FOLLOWED, 0)))
+    write_text(run_dir.wandb_run_id, secrets.token_hex(4))
+
+
 class WandbSink(NullSink):
     """The run in W&B: `mode` is online or offline, `report` takes messages for the user."""
 
@@ -94,12 +101,12 @@ class WandbSink(NullSink):
         timeout = finish_timeout()
         root = run_dir.root
         self._files = open_lines(root / FILES)
-        if not (root / POSITIONS).is_file():
+        if not run_dir.wandb_run_id.is_file() or not run_dir.wandb_run_id.read_text():
+            begin_wandb_run(run_dir)
+        elif not (root / POSITIONS).is_file():
             # What is there already was logged by the host that the run comes from.
             positions = {name: end_of_lines(root / name) for name in FOLLOWED}
             write_text(root / POSITIONS, json.dumps(positions))
-        if not run_dir.wandb_run_id.is_file() or not run_dir.wandb_run_id.read_text():
-            write_text(run_dir.wandb_run_id, secrets.token_hex(4))
         self._report = report
         self._log = root / "wandb" / "process.log"
         self._settings: dict[str, Any] = {
@@ -136,7 +143,7 @@ class WandbSink(NullSink):
         self._process.kill()
         code = self._process.wait()
         if code == NOT_UPLOADED:
-            command = f"wandb sync {self._log.parent}/offline-run-*"
+            command = f"wandb sync {shlex.quote(str(self._log.parent))}/offline-run-*"
             self._report(f"W&B did not take all of the run in time; to upload it later: {command}")
         elif code:
             self._report(f"{self._how_it_ended(self._process)}; the run is whole in metrics.jsonl")

@@ -35,6 +35,7 @@ from ganscale.errors import CheckpointError, TrainingFault
 from ganscale.json_lines import add_missing_lines
 from ganscale.run_directory import RunDirectory
 from ganscale.storage import RetryPolicy, StoreError, retry
+from ganscale.tracking.wandb_sink import begin_wandb_run
 from ganscale.training.collectives import broadcast_bytes
 from ganscale.world import World
 
@@ -253,7 +254,7 @@ class CheckpointManager:
         assert self.store is not None
         has_begun = self.store.backend.exists(session.holder.beat_file)
         if not has_begun and self.run_dir.wandb_run_id.is_file():
-            write_text(self.run_dir.wandb_run_id, secrets.token_hex(4))
+            begin_wandb_run(self.run_dir)
 
     def _restore_history(self, files: SavedFiles) -> None:
         """On a machine that has not seen the run, or not all of it: its rows and its W&B run."""

@@ -188,3 +188,52 @@ def test_settings_of_nccl_are_ones_that_bash_reads() -> None:
         capture_output=True, text=True, check=True, env={"PATH": os.environ["PATH"]},
     ).stdout.splitlines()  # fmt: skip
     assert {"NCCL_DEBUG=WARN", "TORCH_NCCL_ASYNC_ERROR_HANDLING=1"} <= set(settings)
+
+
+FAKES = {
+    # A step of one node: what it is to run, which gets the step's signals as a whole.
+    "srun": """
+        while [[ $1 == --* ]]; do shift; done
+        setsid "$@" & step=$!
+        trap 'kill -TERM -- -$step' TERM
+        wait; wait""",
+    "ray": """
+        [ "$1" = start ] || exit 0
+        for option; do case $option in --temp-dir=*) folder=${option#*=} ;; esac; done
+        mkdir -p "$folder/session_1" && echo "$folder" > "$RECORD" && sleep 60""",
+    "python": """
+        [ "$1" = -c ] && echo token && exit
+        while [ ! -s "$RECORD" ]; do sleep 0.05; done
+        ls -d "$(cat "$RECORD")"/session_1 && exit 7""",
+    "scontrol": "echo NodeAddr=127.0.0.1",
+    "ip": "echo 1: lo",
+}
+
+
+def test_the_folder_of_ray_is_the_job_s_own_and_is_removed(tmp_path: Path) -> None:
+    """In /tmp itself: a folder of all jobs there would belong to the first user of the node."""
+    for name, fake in FAKES.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{fake}\n")
+        (tmp_path / name).chmod(0o755)
+    job, record = str(os.getpid()), tmp_path / "folder"
+    values = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "RECORD": str(record),
+        "SLURM_JOB_ID": job,
+        "SLURM_JOB_NAME": "ganscale",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_CPUS_PER_TASK": "1",
+        "SLURM_NNODES": "1",
+        "SLURMD_NODENAME": "left",
+    }
+    (tmp_path / "cluster").symlink_to(CLUSTER)
+    script = ["bash", str(CLUSTER / "slurm" / "train.sbatch")]
+    done = subprocess.run(
+        script, capture_output=True, text=True, env=values, check=False, timeout=60
+    )
+    folder = Path(record.read_text().strip())
+    assert done.returncode == 7, done.stderr
+    assert done.stdout == f"{folder}/session_1\n"  # it was there while the run trained
+    assert folder.parent == Path("/tmp")
+    assert job in folder.name
+    assert not folder.exists()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+import yaml
 from jsonschema import Draft202012Validator
 
 from ganscale.cli import main
@@ -402,3 +403,38 @@ def test_every_ray_container_is_probed_and_has_shared_memory(
             volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
             assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
             assert set(mounts) >= {"/tmp", "/dev/shm", "/runs"}
+
+
+def test_pods_reach_the_credentials_of_their_role_at_the_addresses_of_the_clouds(
+    tmp_path: Path,
+) -> None:
+    """And the head does as well where it has an account of its own; other pods do not."""
+    parts = {
+        "resources": [os.path.relpath(ROOT / "overlays" / "gpu-elastic", tmp_path.resolve())],
+        "components": [os.path.relpath(ROOT / "components/cloud-identity", tmp_path.resolve())],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(parts))
+    documents = build(tmp_path)
+    policies = [d for d in documents if d["kind"] == "NetworkPolicy"]
+    assert [schema_problems(policy) for policy in policies] == [[], []]
+    assert {policy["metadata"]["namespace"] for policy in policies} == {"ganscale"}
+    policy = next(p for p in policies if p["metadata"]["name"] != "ganscale")
+    selector, spec = policy["spec"]["podSelector"], policy["spec"]
+    assert spec["policyTypes"] == ["Egress"]  # the base alone says who comes in
+    opened = {
+        (peer["ipBlock"]["cidr"], port["port"])
+        for rule in spec["egress"]
+        for peer in rule["to"]
+        for port in rule["ports"]
+    }
+    assert opened == {
+        ("169.254.169.254/32", 80),  # EC2; GKE with Dataplane V2
+        ("169.254.169.252/32", 988),  # GKE without
+        ("169.254.170.23/32", 80),  # EKS Pod Identity
+    }
+    # The operator labels the pods of a Ray cluster with their type.
+    assert selector["matchExpressions"] == [{"key": "ray.io/node-type", "operator": "Exists"}]
+    page = (ROOT.parent / "docs" / "how-to" / "kubernetes.md").read_text()
+    for place, template in pods(ray_document(documents)):
+        assert selector["matchLabels"].items() <= template["metadata"]["labels"].items(), place
+        assert f"`{template['spec']['serviceAccountName']}`" in page, place

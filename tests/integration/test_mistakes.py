@@ -6,6 +6,7 @@ Also runs whose folders people move, rename and copy.
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from ganscale.atomic_files import write_text
 from ganscale.checkpoint import CheckpointStore, RunInUse
 from ganscale.config import Config
 from ganscale.errors import CheckpointError, ConfigError
@@ -33,6 +35,7 @@ from ganscale.launch.local import train_in_process
 from ganscale.launch.ray_cluster import cluster, require_capacity
 from ganscale.launch.start import resume_config, start
 from ganscale.run_directory import RunDirectory
+from ganscale.tracking.wandb_sink import FOLLOWED, POSITIONS
 from ganscale.training.loop import Trainer
 from tests.conftest import MakeConfig, Verb
 from tests.support.ranks import free_port
@@ -169,7 +172,7 @@ def test_a_take_over_ends_the_first_start(make_config: MakeConfig, verb: Verb) -
 def finished(make_config: MakeConfig) -> Config:
     """A run that knows its run in W&B."""
     config = make_config()
-    config.run_dir.mkdir()
+    write_text(config.run_dir / POSITIONS, json.dumps(dict.fromkeys(FOLLOWED, 100)))
     RunDirectory(config.run_dir).wandb_run_id.write_text("original")
     start(config, QUIET)
     return config
@@ -206,6 +209,7 @@ def test_a_copied_run_is_a_run_of_its_own_and_the_original_stays(
     digest, wandb_run_id, said = resumed(copy)
     assert contents(finished.run_dir) == before
     assert wandb_run_id not in ("original", "")
+    assert json.loads((copy / POSITIONS).read_text()) == dict.fromkeys(FOLLOWED, 0)  # of none of it
     assert f"{copy} is a copy of {finished.run_dir}" in said
     events = read_rows(RunDirectory(copy).events)
     assert [e.get("copied_from") for e in events if e["event"] in ("start", "resume")] == [

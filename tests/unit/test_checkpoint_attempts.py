@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -245,6 +247,25 @@ def test_what_a_rollback_left_behind_is_pruned(local: CheckpointStore) -> None:
     second, _ = local.claim(lambda: local.newest(up_to=1), reason="rollback")
     assert positions(local.prune(second, Retention(keep_last=3))) == [2, 3]
     assert newest(local) == CheckpointName(1, 1)
+
+
+def test_a_disk_that_is_away_for_a_moment_is_no_empty_one(
+    local: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is back when the attempt is claimed, which then would begin the run anew."""
+    write(local, begin(local), 1)
+
+    def away(path: object) -> Iterator[os.DirEntry[str]]:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    def choose() -> SavedFiles | None:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "scandir", away)
+            return local.newest()
+
+    with pytest.raises(OSError, match="Stale"):
+        local.claim(choose)
+    assert [attempt.number for attempt in local.attempts()] == [1]
 
 
 def unfinished(store: CheckpointStore, attempt: Attempt, nimg: int) -> str:

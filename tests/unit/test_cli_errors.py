@@ -19,9 +19,12 @@ from PIL import Image
 
 from ganscale import cli
 from ganscale.cli import main
+from ganscale.cli.training import _print_results
+from ganscale.config import load_config
 from ganscale.errors import ConfigError, describe_os_error
 from ganscale.generation.snapshot import load_generator, save_snapshot
 from ganscale.models import build_generator
+from ganscale.training.stopping import TrainResult
 from ganscale.world import check_cuda
 from tests.conftest import MakeConfig, Verb
 
@@ -53,6 +56,15 @@ SPEC = {
 }
 
 Refusal = Callable[..., tuple[int, str]]
+
+
+def test_the_command_that_goes_on_with_a_stopped_run_is_one_for_a_shell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config("quickstart", [f"storage={tmp_path / 'my runs'}"])
+    _print_results(config, TrainResult(1000, "terminated"))
+    command = capsys.readouterr().out.rpartition("to go on: ")[2]
+    assert shlex.split(command) == ["ganscale", "resume", f"{tmp_path}/my runs/quickstart"]
 
 
 @pytest.fixture

@@ -43,23 +43,23 @@ def test_lines_of_a_task_are_at_most_half_a_minute_apart() -> None:
 def test_on_a_terminal_a_task_is_a_bar_and_no_line() -> None:
     shown = io.StringIO()
     terminal = Console(file=shown, width=80, force_terminal=True)
-    with counting("building /data/[a] [/b]", 4, terminal) as advance:
+    with counting("building /data/[a] [/b] :100:", 4, terminal) as advance:
         advance(4)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
     assert "100%" in text
-    assert "building /data/[a] [/b]" in text
+    assert "building /data/[a] [/b] :100:" in text
     assert "(4)" not in text
 
 
-def test_brackets_in_errors_and_paths_are_printed_as_they_are(
+def test_what_looks_like_markup_or_emoji_in_an_error_is_printed_as_it_is(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    error = "[/__w/pytorch/gloo/transport/tcp/pair.cc:545] Read error [10.0.0.1]:3: [red]"
+    error = "[/__w/pytorch/gloo/transport/tcp/pair.cc:545] Read error [10.0.0.1]:100: [red]"
     stderr_console().print(error, highlight=False, soft_wrap=True)
     assert capsys.readouterr().err == f"{error}\n"
 
 
-def test_no_console_of_the_package_interprets_markup() -> None:
+def test_no_console_of_the_package_interprets_markup_or_emoji() -> None:
     """rich raises an error at what a message of gloo begins with, which would end the run."""
     made = [
         (path.name, {keyword.arg: keyword.value for keyword in node.keywords})
@@ -70,6 +70,7 @@ def test_no_console_of_the_package_interprets_markup() -> None:
     ]
     assert len(made) >= 5
     for name, options in made:
-        markup = options.get("markup")
-        assert isinstance(markup, ast.Constant), name
-        assert markup.value is False, name
+        for option in ("markup", "emoji"):
+            stated = options.get(option)
+            assert isinstance(stated, ast.Constant), (name, option)
+            assert stated.value is False, (name, option)

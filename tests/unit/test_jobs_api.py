@@ -25,6 +25,7 @@ requests: Any = pytest.importorskip("requests")  # Ray's, whose errors are read
 
 ADDRESS = "http://head:8265"
 PLANTED = "planted-4b1d"
+SILENCE = "not a word more on this connection"
 
 
 def submission(*, env: dict[str, str] | None = None, **changes: Any) -> Submission:
@@ -87,6 +88,8 @@ class FakeClient:
             await asyncio.sleep(0)
             if isinstance(text, Exception):
                 raise text
+            if text == SILENCE:
+                await asyncio.sleep(3600)
             yield text
 
 
@@ -254,6 +257,34 @@ def test_output_is_taken_up_where_the_connection_broke() -> None:
     job = Jobs(client, ADDRESS).follow("mine-1", written.append)
     assert "".join(written) == "one\ntwo\nthree\nfour\n"
     assert job.status == "SUCCEEDED"
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.timeout(30)
+def test_a_connection_that_falls_silent_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that was cut off while the laptop slept, of which nobody hears."""
+    monkeypatch.setattr(ray_jobs, "_SILENT_SECONDS", 0.05)
+    client = FakeClient(
+        [details("mine-1", "mine", "RUNNING")],
+        statuses=["RUNNING", "RUNNING", "SUCCEEDED"],
+        texts=[["one\n", SILENCE], ["one\n", "two\n"]],
+    )
+    written: list[str] = []
+    assert Jobs(client, ADDRESS).follow("mine-1", written.append).status == "SUCCEEDED"
+    assert written == ["one\n", "two\n"]
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(28, "No space left on device")])
+def test_output_that_cannot_be_written_is_no_fault_of_the_cluster(error: OSError) -> None:
+    """As in `ganscale job logs --follow RUN | head`."""
+
+    def write(text: str) -> None:
+        raise error
+
+    client = FakeClient([details("mine-1", "mine", "RUNNING")], texts=[["one\n"]])
+    with pytest.raises(type(error)) as caught:
+        Jobs(client, ADDRESS).follow("mine-1", write)
+    assert caught.value is error
 
 
 @pytest.mark.usefixtures("quick")

@@ -193,11 +193,12 @@ def test_watch_ends_with_an_error_when_the_run_is_dead(
     fault = {"event": "fault", "time": 2.0, "message": "rank 1 is gone"}
     append(run_dir.events, START, fault)
     append(run_dir.metrics, row_of(1000, **{"time/unix": 1.0}))
-    code, _, errors = verb("watch", run_dir.root)
+    root = run_dir.root.rename(run_dir.root.with_name("my run"))
+    code, _, errors = verb("watch", root)
     assert code == 1
     assert errors == (
-        f"ganscale: {run_dir.root} does not train any more (failed): Rank 1 is gone. "
-        f"To go on: ganscale resume {run_dir.root}\n"
+        f"ganscale: {root} does not train any more (failed): Rank 1 is gone. "
+        f"To go on: ganscale resume '{root}'\n"
     )
 
 

@@ -21,6 +21,7 @@ import pytest
 import typer
 from PIL import Image
 
+from ganscale.checkpoint import CheckpointStore, Holder, Session
 from ganscale.cli import app
 from ganscale.config import load_config, preset_names
 from ganscale.errors import ConfigError
@@ -126,8 +127,7 @@ def hold(run: Path, *, machine: str, pid: int, age: float = 0.0) -> None:
     }
     (attempts / "a0001.json").write_text(json.dumps({"number": 1, "holder": holder}))
     beat = attempts / "session-0123456789abcdef.json"
-    beat.write_text("{}")
-    os.utime(beat, (time.time() - age,) * 2)
+    beat.write_text(json.dumps({"time": time.time() - age}))
 
 
 def read(place: Path) -> Run:
@@ -250,6 +250,18 @@ def test_a_picture_that_is_too_large_is_made_smaller(tmp_path: Path) -> None:
         assert image.size == (1024, 768)
         half = np.asarray(image.convert("RGB"), dtype=float)[384, 512]
     np.testing.assert_allclose(half, smooth[750, 1000], atol=6)
+
+
+def test_a_picture_that_pillow_refuses_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of more than twice as many pixels as Pillow warns of."""
+    run = finished(tmp_path / "run")  # with frames of 265 by 265
+    noise_grid(run / "grid.png", side=150)  # 1209 by 1209
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    page = report(run, out=tmp_path / "report.html")
+    assert "grid.png cannot be read" in page.text
+    assert len(album_of(read(run), 2_000_000).frames) == 3
 
 
 def test_a_frame_of_the_newest_samples_is_the_file_itself(tmp_path: Path) -> None:
@@ -413,6 +425,35 @@ def test_a_run_is_alive_as_its_holder_is(tmp_path: Path) -> None:
         assert status_of(read(run)).kind == kind
 
 
+def test_a_run_whose_checkpoints_lie_elsewhere_is_alive_as_its_holder_is(
+    store: CheckpointStore, tmp_path: Path
+) -> None:
+    """Long after a fault, as when Ray waits for a node that replaces the lost one."""
+    location, _, name = store.location.rpartition("/")
+    config = load_config("quickstart", [f"checkpoint.location={location}", f"name={name}"])
+    fault = {"time": BEGAN + 400, "event": "fault", "message": "rank 1 is gone"}
+    run = write_run(tmp_path / "folder", [row(16)], [begin(), fault], config=config)
+    holder = Holder.here(run)
+    store.claim(store.newest, session=Session(holder, 0))
+    assert status_of(read(run)).kind == "running"
+    store.backend.remove(holder.beat_file)
+    assert status_of(read(run)).kind == "failed"
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_where_the_checkpoints_cannot_be_read_a_silent_run_may_train_or_not(
+    tmp_path: Path, exists: bool
+) -> None:
+    if exists:
+        (tmp_path / "run").write_text("no folder, which is an error of the disk like any other")
+    config = load_config("quickstart", [f"checkpoint.location={tmp_path}", "name=run"])
+    for ago, kind in ((10.0, "running"), (1e4, "unknown")):
+        events = [begin(), {"event": "waiting", "time": time.time() - ago}]
+        run = write_run(tmp_path / kind, [row(16)], events, config=config)
+        assert status_of(read(run)).kind == kind
+        assert f"{tmp_path}/run" in status_of(read(run)).reason or kind == "running"
+
+
 def test_without_a_holder_the_age_of_the_rows_decides(tmp_path: Path) -> None:
     for ago, kind in ((10.0, "running"), (1e4, "interrupted")):
         times = {"time": time.time() - ago}
@@ -460,6 +501,24 @@ def test_a_remedy_is_a_run_that_can_be_trained_and_differs(
     assert (expected in commands) == bool(settings)
     assert not any(c.startswith("ganscale train") for c in commands) or settings
     load_config(run / "config.yaml", ["name=run-2", *settings.split()])
+
+
+@pytest.mark.parametrize(
+    ("preset", "is_advised"),
+    [
+        ("quickstart", True),
+        ("r3gan-small", True),
+        ("sngan-cifar10", False),
+        ("speedrun-cifar10", False),
+    ],
+)
+def test_a_run_whose_learning_rate_has_come_to_its_end_is_not_made_longer(
+    preset: str, is_advised: bool, tmp_path: Path
+) -> None:
+    config = load_config(preset)
+    run = write_run(tmp_path / "run", [row(1)], [begin(), end(2)], config=config)
+    command = f"ganscale resume {run} training.total_kimg={2 * config.training.total_kimg:g}"
+    assert (command in [item.command for item in advice(run)]) == is_advised
 
 
 def test_a_resumed_run_is_no_longer_stopped(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from ganscale.config.sweep import Sweep
 from ganscale.errors import ConfigError
 
 SPACE: dict[str, Any] = {"optimizer.lr": {"loguniform": [1e-4, 1e-2]}}
+EVALUATED = {"evaluation.every_kimg": 16, "evaluation.metrics": ["fid", "kid"]}
 PBT = {"name": "pbt", "interval_kimg": 16}
 
 
@@ -103,11 +104,15 @@ def test_grids_are_multiplied_and_repeated() -> None:
         ({"search": {"optimizer.lr": {"loguniform": [0, 1]}}}, "numbers above 0, got 0"),
         ({"search": {"optimizer.beta1": {"choice": [1.5]}}}, "optimizer.beta1=1.5"),
         ({"search": {"storage": {"choice": ["a"]}}}, "storage cannot vary"),
+        ({"search": {"data.source": {"choice": ["a", "b"]}}}, "data.source cannot vary"),
+        ({"search": {"data.shards": {"choice": ["a", "b"]}}}, "data.shards cannot vary"),
         ({"search": {"augment.name": {"choice": [1], "relative": True}}}, "is no number"),
         ({"trials": None}, "trials: say how many"),
         ({"mode": "best"}, "mode='best'"),
         ({"metric": "frechet"}, "is now called fid"),
         ({"metric": "fid"}, "needs evaluations: set evaluation.every_kimg"),
+        ({"metric": "metrics/coverage", "overrides": EVALUATED}, "not among the results of"),
+        ({"metric": "metrics/fdi", "overrides": EVALUATED}, "not among the results of"),
         ({"scheduler": {"name": "asha", "grace_kimg": 1}}, "grace_kimg=1 must be between 16"),
         ({"scheduler": {"name": "pbt", "interval_kimg": 96}}, "must be between 16"),
         ({"scheduler": PBT, "trials": 1}, "two trials at least"),
@@ -123,6 +128,12 @@ def test_grids_are_multiplied_and_repeated() -> None:
 )
 def test_what_is_wrong_is_told_before_anything_starts(changes: dict[str, Any], told: str) -> None:
     assert told in refusal(**changes)
+
+
+def test_the_metric_may_be_any_result_of_the_evaluations() -> None:
+    evaluated = {**EVALUATED, "evaluation.metrics": ["fid", "kid", "prdc"]}
+    for name in ("fid", "fd_dinov2", "kid", "kd_dinov2", "recall", "density_dinov2", "diversity"):
+        assert sweep(metric=f"metrics/{name}", overrides=evaluated)
 
 
 def test_exploring_multiplies_within_the_bounds() -> None:

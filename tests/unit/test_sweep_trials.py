@@ -5,28 +5,32 @@ from __future__ import annotations
 import io
 import math
 import shlex
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 from rich.console import Console
 
 from ganscale.atomic_files import write_text
-from ganscale.checkpoint import CheckpointStore
+from ganscale.checkpoint import CheckpointStore, RunInUse
 from ganscale.cli.sweep import _best_command
 from ganscale.config import Config, load_config
 from ganscale.config.sweep import Sweep
 from ganscale.errors import ConfigError
 from ganscale.json_lines import read_lines
 from ganscale.launch import sweep as sweep_module
-from ganscale.launch.sweep import _Experiment
+from ganscale.launch import sweep_trial
+from ganscale.launch.driver_actor import Messages
+from ganscale.launch.sweep import _Experiment, run_sweep
 from ganscale.launch.sweep_status import (
     TrialStatus,
     copy_trial,
     metric_column,
+    missing_metric,
     read_status,
     reports,
 )
@@ -82,10 +86,15 @@ def make_run(
     return config, store
 
 
-def log_scores(run_dir: RunDirectory, attempt: int, scores: dict[int, float]) -> None:
+def log_scores(
+    run_dir: RunDirectory,
+    attempt: int,
+    scores: dict[int, float],
+    column: str = "metrics/diversity",
+) -> None:
     sink = JsonlSink(run_dir.metrics)
     for nimg, score in scores.items():
-        sink.log({"step": 1, "nimg": nimg, "attempt": attempt, "metrics/diversity": score})
+        sink.log({"step": 1, "nimg": nimg, "attempt": attempt, column: score})
     sink.close()
 
 
@@ -143,6 +152,50 @@ def test_reports_are_at_positions_that_trials_share(make_sweep: MakeSweep) -> No
     assert reports(sweep, config, attempt=2, start_nimg=32_000) == everything
     assert reports(sweep, config, attempt=3, start_nimg=50_000) == everything[:3]
     assert reports(sweep, config, attempt=1, start_nimg=0) == everything
+
+
+def test_a_trial_whose_rows_lack_the_metric_ends_when_it_is_due_the_second_time(
+    make_sweep: MakeSweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at the end of its training, which may be days later."""
+    sweep, reasons = make_sweep(metric="train/loss_g"), list[str]()
+
+    def train(config: Config, stop: StopRequest) -> SimpleNamespace:
+        note(RunDirectory(config.run_dir), "start", attempt=1, nimg=0)
+        due = [round(1000 * times * sweep.every_kimg) for times in (0, 1, 2)]
+        log_scores(RunDirectory(config.run_dir), 1, dict.fromkeys(due, 1.0), "train/loss_G")
+        for _ in range(500):
+            if stop.reason:
+                break
+            time.sleep(0.01)
+        reasons.append(stop.reason)
+        return SimpleNamespace(reason=stop.reason)
+
+    monkeypatch.setattr(sweep_trial, "_train", train)
+    trial = object.__new__(SweepTrial)
+    trial._sweep, trial._thread = sweep, None
+    trial._messages = cast("Messages", SimpleNamespace(put=lambda *_: None, get=lambda _: None))
+    trial.reset_config({"trial": {"name": "s-000", "values": sweep.trials()[0].values, "kimg": 0}})
+    told = trial.step()
+    assert (told["state"], reasons) == ("failed", ["terminated"])
+    assert "has train/loss_g; there are train/loss_G" in told["message"]
+
+
+def test_a_metric_is_missing_only_once_it_was_due_twice(make_sweep: MakeSweep) -> None:
+    """Of the attempt that trains now; a lazy penalty is in no row before its first step."""
+    evaluated = {"evaluation.every_kimg": 16, "penalty.r1": 1}
+    sweep = make_sweep(metric="fid", overrides={**make_sweep().file.overrides, **evaluated})
+    config, _ = make_run(sweep, 0, {16_000: 1.0, 31_000: 1.0})
+    lazy = config.with_changes({"penalty.interval": 600})  # of 64 images: 38.4 kimg
+    run_dir = RunDirectory(config.run_dir)
+    assert missing_metric(sweep, config, 1, 0) == ""
+    log_scores(run_dir, 1, {32_000: 1.0})
+    assert missing_metric(sweep, config, 1, 0).endswith("has fid; there are metrics/diversity")
+    assert missing_metric(sweep, lazy, 1, 0) == ""
+    assert missing_metric(sweep, config, 1, 1_000) == ""
+    assert missing_metric(sweep, config, 2, 0) == ""
+    log_scores(run_dir, 1, {33_000: math.nan}, "metrics/fd_dinov2")
+    assert missing_metric(sweep, config, 1, 0) == ""
 
 
 def test_the_frechet_distance_is_found_under_any_network() -> None:
@@ -307,6 +360,38 @@ def test_the_best_trial_s_command_trains_it_again(make_sweep: MakeSweep) -> None
     expected = sweep.config("s-002-again", sweep.trials()[2].values)
     again = load_config("quickstart", words[4:])
     assert again == expected.with_changes({"storage": sweep.base.storage})
+
+
+def test_a_sweep_that_a_live_process_runs_is_not_started_a_second_time(
+    make_sweep: MakeSweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its trials would take their runs over from those of the first."""
+    sweep, starts = make_sweep(), list[str]()
+
+    def start_again(*_: Any) -> Any:
+        starts.append("first" if not starts else "second")
+        with pytest.raises(RunInUse, match=f"the sweep in {sweep.root} is in use by process"):
+            run_sweep(sweep, Console(quiet=True))
+        return [], ""
+
+    monkeypatch.setattr(sweep_module, "resolve_config", lambda config, _: config)
+    monkeypatch.setattr(sweep_module, "_run", start_again)
+    for _ in range(2):  # the end of the first makes way for the next
+        run_sweep(sweep, Console(quiet=True))
+    assert starts == ["first", "second"]
+
+
+def test_the_best_member_of_a_population_goes_on_wherever_it_lies(
+    make_sweep: MakeSweep, tmp_path: Path
+) -> None:
+    storage = str(tmp_path / "my runs")
+    sweep = make_sweep(scheduler=PBT, overrides={**make_sweep().file.overrides, "storage": storage})
+    stood = statuses(sweep)
+    stood[1].score = 3.0
+    command = _best_command(sweep, stood)
+    assert command is not None
+    words = ["ganscale", "resume", f"{storage}/s/s-001", "training.total_kimg=192"]
+    assert shlex.split(command) == words
 
 
 def test_reports_are_lines_when_piped_and_a_table_on_a_terminal(make_sweep: MakeSweep) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -15,7 +16,14 @@ from ganscale.config import load_config
 from ganscale.errors import ConfigError
 from ganscale.run_directory import RunDirectory
 from ganscale.tracking import dashboard, wandb_process
-from ganscale.tracking.wandb_sink import WandbSink, resolve_mode, variables
+from ganscale.tracking.wandb_sink import (
+    FOLLOWED,
+    NOT_UPLOADED,
+    POSITIONS,
+    WandbSink,
+    resolve_mode,
+    variables,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +128,40 @@ def test_an_empty_mode_in_the_configuration_is_auto() -> None:
 def test_a_project_that_wandb_would_refuse_is_refused_with_the_rule(project: str) -> None:
     with pytest.raises(ConfigError, match=r"tracking\.project=.*1 to 128 characters"):
         load_config("quickstart", [f"tracking.project='{project}'"])
+
+
+def test_the_command_that_uploads_the_rest_is_one_for_a_shell(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The folder is one word, and the pattern is left to the shell."""
+    told: list[str] = []
+    process = SimpleNamespace(
+        poll=lambda: None,
+        communicate=lambda *_: None,
+        kill=lambda: None,
+        wait=lambda: NOT_UPLOADED,
+    )
+    monkeypatch.setattr(WandbSink, "_start", lambda sink: setattr(sink, "_process", process))
+    root = tmp_path / "my run"
+    sink = WandbSink(RunDirectory(root), project="p", mode="online", config={}, report=told.append)
+    sink.close()
+    assert told[0].endswith(f"later: wandb sync '{root}/wandb'/offline-run-*")
+
+
+@pytest.mark.parametrize(("known", "begins_at"), [("", 0), ("its-run", 16)])
+def test_a_new_run_in_wandb_gets_what_was_logged_before_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, known: str, begins_at: int
+) -> None:
+    """As when a run goes on with W&B switched on; one that came with its id is there already."""
+    run_dir, ids = RunDirectory(tmp_path), set[str]()
+    run_dir.metrics.write_text('{"loss_G": 1.0}\n')
+    if known:
+        run_dir.wandb_run_id.write_text(known)
+    monkeypatch.setattr(WandbSink, "_start", lambda sink: None)
+    for _ in range(2):  # what is known then stays
+        WandbSink(run_dir, project="p", mode="offline", config={})._files.close()
+        positions = json.loads((tmp_path / POSITIONS).read_text())
+        assert positions == {**dict.fromkeys(FOLLOWED, 0), "metrics.jsonl": begins_at}
+        ids.add(run_dir.wandb_run_id.read_text())
+    assert len(ids) == 1
+    assert ids == {known} or not known

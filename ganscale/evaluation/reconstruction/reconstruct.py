@@ -6,6 +6,7 @@ are bit-identical for any number of ranks.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,8 @@ class Reconstructor:
         if by == "encoder" and encoder is None:
             raise ConfigError(
                 f"{path} has no encoder: reconstruct by inversion, or train one for it "
-                f"(ganscale train --config encoder-cifar10 method.generator={path})"
+                "(ganscale train --config encoder-cifar10 "
+                f"{shlex.quote(f'method.generator={path}')})"
             )
         # An encoder takes one forward for an image, an inversion hundreds.
         return cls(generator, encoder, by or ("encoder" if encoder else "inversion"), search)
