@@ -98,8 +98,8 @@ def shards_build(
     notify = partial(console.print, highlight=False, soft_wrap=True)
     if notice:
         notify(notice)
-    # For the progress bar alone: a listing is quick, and `build_shards` opens the source itself.
-    total = min(len(open_source(spec)), limit or sys.maxsize)
+    opened = open_source(spec)
+    total = min(len(opened), limit or sys.maxsize)
     with counting(f"building {out}", total, console) as progress:
         shard_set = build_shards(
             spec,
@@ -114,6 +114,7 @@ def shards_build(
             fit=fit,
             value_range=value_range,
             class_names=_split_names(class_names),
+            source=opened,
             progress=progress,
             notify=notify,
         )

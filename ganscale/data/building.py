@@ -67,6 +67,7 @@ def build_shards(
     fit: Fit = "crop",
     value_range: tuple[float, float] | None = None,
     class_names: Sequence[str] | None = None,
+    source: Source | None = None,
     progress: Progress = lambda num_samples: None,
     notify: Notify = lambda message: None,
 ) -> ShardSet:
@@ -88,6 +89,7 @@ def build_shards(
         value_range: of arrays of floats, which values become -1 and 1 to the networks; None takes
             the set's least and greatest. The shards have all values as they are.
         class_names: names in the order of labels, in place of the source's.
+        source: what `open_source` has made of `spec`; opened here by default.
         progress: called with the number of samples that were written since.
         notify: called with a line about what was left out and one about what was converted.
 
@@ -96,7 +98,7 @@ def build_shards(
         DataError: an image cannot be used.
     """
     out = check_free(out)
-    source = open_source(spec)
+    source = open_source(spec) if source is None else source
     ids = _spread(len(source), limit)
     _check_colour(background)
     if fit == "pad" and resolution is None:
@@ -118,7 +120,8 @@ def build_shards(
     content = [_BUILD_VERSION, asdict(recipe), num_shards, [int(i) for i in dealt]]
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     with _partial_folder(out, fingerprint) as folder:
-        jobs = [(recipe, folder, n, tuple(dealt[n::num_shards])) for n in range(num_shards)]
+        by_shard = [tuple(dealt[n::num_shards]) for n in range(num_shards)]
+        jobs = [(recipe, folder, n, part, source.part(part)) for n, part in enumerate(by_shard)]
         built = _in_processes(build_shard, jobs, progress)
         origin = _Origin(spec.kind, spec.split, classes, value_range)
         shard_set = _summarise(origin, folder, built, num_streams)
@@ -251,7 +254,8 @@ def _end_with_parent() -> None:
 def _in_processes(
     function: Callable[..., BuiltShard], jobs: Sequence[tuple[Any, ...]], progress: Progress
 ) -> list[BuiltShard]:
-    workers = min(len(jobs), os.cpu_count() or 1)
+    # The cores that this process may run on, which in a container may be fewer than there are.
+    workers = min(len(jobs), len(os.sched_getaffinity(0)))
     # Not forked from this process: it has threads (progress, torch), and a fork copies their locks
     # in whatever state they are. The server that forks has none, and imports torch once for all.
     context = get_context("forkserver")
