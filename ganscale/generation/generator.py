@@ -283,7 +283,7 @@ class Generator(SampleableGenerator):
         Raises `ConfigError` if the folder is that of a run.
         """
         folder = Path(folder).expanduser()
-        if RunDirectory(folder).config.is_file():
+        if RunDirectory(folder).is_run:
             raise ConfigError(f"{folder} is the folder of a run: choose another one")
         self._save(folder, str(folder), self.about(licence, evaluation))
         return folder
@@ -379,17 +379,18 @@ class Generator(SampleableGenerator):
 
     def _save(self, folder: Path, source: str, about: Mapping[str, Any]) -> None:
         """Write weights, description and card; the card says that it is loaded from `source`."""
-        file = folder / FOLDER_FILE
-        info = save_generator(file, self, about)
-        write_text(folder / "config.json", json.dumps(info, indent=2) + "\n")
+        num_bytes = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        # Before anything is written: the run may have a configuration that cannot be read.
         card = card_text(
             folder.resolve().name,
             self,
             self.path,
             about=about,
-            file=f"{file.stat().st_size / 1e6:.2f} MB in full precision",
+            file=f"{num_bytes / 1e6:.2f} MB in full precision",
             usage=usage_of(source),
         )
+        info = save_generator(folder / FOLDER_FILE, self, about)
+        write_text(folder / "config.json", json.dumps(info, indent=2) + "\n")
         write_text(folder / "README.md", hub_header(self, about.get("licence")) + card)
 
 

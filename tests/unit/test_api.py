@@ -315,6 +315,26 @@ def test_a_later_evaluation_goes_first(run_folder: Path) -> None:
     assert evaluation["protocol"]["num_samples"] == 50000
 
 
+def test_a_config_of_something_else_is_none_of_a_run(
+    generator: ganscale.Generator, tmp_path: Path
+) -> None:
+    project = tmp_path / "project"
+    generator.save_pretrained(project / "models")
+    (project / "config.yaml").write_text("database: postgres\n")
+    loaded = ganscale.Generator.from_pretrained(project / "models")
+    for target in (project / "given", project):
+        folder = loaded.save_pretrained(target)
+        assert "trained on | 640 real images" in (folder / "README.md").read_text()
+
+
+def test_weights_are_not_written_without_their_card(run_folder: Path, tmp_path: Path) -> None:
+    loaded = ganscale.Run(run_folder).generator()
+    RunDirectory(run_folder).config.write_text("database: postgres\n")
+    with pytest.raises(ConfigError, match="unknown field 'database'"):
+        loaded.save_pretrained(tmp_path / "given")
+    assert not (tmp_path / "given").exists()
+
+
 def test_a_generator_is_not_saved_over_a_run(run_folder: Path) -> None:
     with pytest.raises(ConfigError, match="is the folder of a run"):
         ganscale.Run(run_folder).generator().save_pretrained(run_folder)
