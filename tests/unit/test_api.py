@@ -535,6 +535,10 @@ def test_a_generator_is_evaluated_by_its_images(
         (np.zeros((2, 4, 4, 3)), "an array of float64 (2, 4, 4, 3): expected uint8"),
         (np.zeros((2, 3, 8, 8), dtype=np.uint8), "expected uint8 (N, H, W, C)"),
         ([Image.new("L", (4, 4)), Image.new("RGB", (4, 4))], "several sizes or modes"),
+        ([Image.new("P", (4, 4))], "a Pillow image in mode P: expected L, RGB, RGBA"),
+        ([Image.new("YCbCr", (4, 4))], "a Pillow image in mode YCbCr"),
+        ([Image.new("CMYK", (4, 4))], "a Pillow image in mode CMYK"),
+        ([np.zeros((4, 4, 3), dtype=np.uint8)], "a list of ndarray: expected Pillow images, or"),
         ([], "at least one image"),
     ],
 )
