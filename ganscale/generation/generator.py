@@ -10,12 +10,13 @@ import base64
 import html
 import io
 import json
+import operator
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, overload
+from typing import Any, Literal, Protocol, Self, SupportsIndex, overload
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ from ganscale.generation.snapshot import (
 from ganscale.run_directory import RunDirectory
 
 OutputType = Literal["pil", "pt", "np"]
-ClassLabels = int | str | Sequence[int | str] | None
+ClassLabels = SupportsIndex | str | Sequence[SupportsIndex | str] | None
 
 _NUM_SHOWN = 16
 _SHOWN_COLUMNS = 8
@@ -362,16 +363,20 @@ class Generator(SampleableGenerator):
     def _class_numbers(self, labels: ClassLabels, num_images: int) -> int | list[int] | None:
         if labels is None:
             return None
-        if isinstance(labels, int | str):
+        # An int of Python's or numpy's, or a name.
+        if isinstance(labels, str) or not isinstance(labels, Iterable):
             return self._class_number(labels)
         numbers = [self._class_number(label) for label in labels]
         if len(numbers) != num_images:
             raise ConfigError(f"class_labels has {len(numbers)} labels for {num_images} images")
         return numbers
 
-    def _class_number(self, label: int | str) -> int:
+    def _class_number(self, label: SupportsIndex | str) -> int:
         if not isinstance(label, str):
-            return int(label)
+            try:
+                return operator.index(label)
+            except TypeError:
+                raise ConfigError(f"class {label!r}: expected a whole number or a name") from None
         if label not in self.classes:
             known = ", ".join(self.classes) or "no names of classes"
             raise ConfigError(f"class {label!r}: this generator has {known}")

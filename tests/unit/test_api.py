@@ -198,7 +198,8 @@ def test_classes_are_chosen_by_number_and_by_name(generator: ganscale.Generator)
     for chosen in (labels, [CLASSES[label] for label in labels]):
         assert np.array_equal(generator(3, class_labels=chosen, output_type="np"), by_seed)
     third = generator(3, class_labels="kind 3", output_type="np")
-    assert np.array_equal(third, generator(3, class_labels=3, output_type="np"))
+    for label in (3, np.int64(3), np.array([3, 3, 3])):
+        assert np.array_equal(third, generator(3, class_labels=label, output_type="np"))
     assert not np.array_equal(third, generator(3, class_labels=4, output_type="np"))
 
 
@@ -210,6 +211,7 @@ def test_classes_are_chosen_by_number_and_by_name(generator: ganscale.Generator)
         ({"class_labels": 10}, "takes 0 to 9"),
         ({"class_labels": "cat"}, "class 'cat': this generator has kind 0, kind 1"),
         ({"class_labels": [1, 2]}, "2 labels for 16 images"),
+        ({"class_labels": [1.9] * 16}, "class 1.9: expected a whole number or a name"),
         ({"truncation": 0.0}, "expected at least 0.05"),
     ],
 )
