@@ -63,7 +63,7 @@ def build_shards(
     limit: int | None = None,
     resolution: int | None = None,
     img_channels: int | None = None,
-    background: str = "white",
+    background: str | None = None,
     fit: Fit = "crop",
     value_range: tuple[float, float] | None = None,
     class_names: Sequence[str] | None = None,
@@ -84,7 +84,7 @@ def build_shards(
             and a power of two.
         img_channels: 1, 3 or 4 converts; None takes only images that agree.
         background: colour below what is transparent where that is converted to 1 or 3 channels, and
-            of the borders that `fit` adds.
+            of the borders that `fit` adds; white by default.
         fit: "crop" cuts the centre out of an image that is not square, "pad" adds borders to it.
         value_range: of arrays of floats, which values become -1 and 1 to the networks; None takes
             the set's least and greatest. The shards have all values as they are.
@@ -100,6 +100,12 @@ def build_shards(
     out = check_free(out)
     source = open_source(spec) if source is None else source
     ids = _spread(len(source), limit)
+    if background is not None and fit != "pad" and img_channels not in (1, 3):
+        raise ConfigError(
+            "--background is the colour of borders and below what is transparent: give --fit pad "
+            "or --img-channels 1 or 3, or leave it"
+        )
+    background = "white" if background is None else background
     _check_colour(background)
     if fit == "pad" and resolution is None:
         raise ConfigError("--fit pad adds borders to images that are resized: give --resolution")
