@@ -27,6 +27,11 @@ class RunDirectory:
         return self.root / "config.yaml"
 
     @property
+    def is_run(self) -> bool:
+        """Whether a run has written here."""
+        return self.config.is_file() and (self.events.is_file() or self.snapshots.is_dir())
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a line per logged step, with the attempt that logged it.
 
@@ -86,9 +91,11 @@ class RunDirectory:
 
 
 def containing_run(path: Path) -> RunDirectory | None:
-    """The run whose folder `path` is, or lies in at any depth; None if there is no such run."""
+    """The run whose folder `path` is, or in which it is a snapshot; None if there is no such run.
+
+    A snapshot lies in RUN/snapshots/ or RUN/snapshots/AVERAGE/, or is copied to a place as deep.
+    """
     path = path.expanduser().absolute()
-    # A snapshot lies in snapshots/ or snapshots/best/ of its run, or wherever the user copied it
-    # to.
-    folders = (RunDirectory(folder) for folder in (path, *path.parents))
-    return next((run_dir for run_dir in folders if run_dir.config.is_file()), None)
+    # Not by config.yaml alone and not further up, as many a project has a file of that name.
+    folders = (RunDirectory(folder) for folder in (path, *path.parents[:3]))
+    return next((run_dir for run_dir in folders if run_dir.is_run), None)

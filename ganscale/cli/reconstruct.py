@@ -47,11 +47,25 @@ def reconstruct(
         DegradationTask, typer.Option(help="How the images are degraded.")
     ] = "identity",
     mask: Annotated[
-        str,
-        typer.Option(help="inpaint: half, centre, random, or a picture, where white is missing."),
-    ] = "half",
-    scale: Annotated[int, typer.Option(min=2, help="superres: side of a block in pixels.")] = 4,
-    blur: Annotated[float, typer.Option(help="deblur: standard deviation in pixels.")] = 1.5,
+        str | None,
+        typer.Option(
+            help="inpaint: half, centre, random, or a picture, where white is missing; default: "
+            "half.",
+            show_default=False,
+        ),
+    ] = None,
+    scale: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="superres: side of a block in pixels; default: 4.", show_default=False
+        ),
+    ] = None,
+    blur: Annotated[
+        float | None,
+        typer.Option(
+            help="deblur: standard deviation in pixels; default: 1.5.", show_default=False
+        ),
+    ] = None,
     noise: Annotated[
         float | None,
         typer.Option(
@@ -66,28 +80,43 @@ def reconstruct(
         typer.Option(help="Default: the encoder if there is one."),
     ] = None,
     optimizer: Annotated[
-        Literal["adam", "lbfgs"], typer.Option(help="Optimizer of an inversion.")
-    ] = "lbfgs",
+        Literal["adam", "lbfgs"] | None,
+        typer.Option(help="Optimizer of an inversion; default: lbfgs.", show_default=False),
+    ] = None,
     steps: Annotated[
-        int, typer.Option(min=1, help="Steps of the optimizer from every start.")
-    ] = 100,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Inversion: steps of the optimizer from every start; default: 100.",
+            show_default=False,
+        ),
+    ] = None,
     restarts: Annotated[
-        int, typer.Option(min=1, max=512, help="Starts for each image, of which the best is taken.")
-    ] = 4,
+        int | None,
+        typer.Option(
+            min=1,
+            max=512,
+            help="Inversion: starts for each image, of which the best is taken; default: 4.",
+            show_default=False,
+        ),
+    ] = None,
     prior: Annotated[
         float | None,
         typer.Option(
             min=0,
-            help="Weight of mean(z^2) in the loss; identity, denoise: 0, others: 0.01.",
+            help="Inversion: weight of mean(z^2) in the loss; identity, denoise: 0, others: 0.01.",
             show_default=False,
         ),
     ] = None,
     tuning_steps: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=0, help="Steps of tuning a copy of the generator to each image afterwards."
+            min=0,
+            help="Inversion: steps of tuning a copy of the generator to each image afterwards; "
+            "default: 0.",
+            show_default=False,
         ),
-    ] = 0,
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of images, noise and starts.")] = 0,
     extractor: Extractor = "auto",
     device: AutoDevice = "auto",
@@ -104,16 +133,21 @@ def reconstruct(
     if path is None or (run and run_option):
         raise ConfigError("expected one run: ganscale reconstruct RUN --images ... --out ...")
     world = World.detect(device)
-    # Also where the encoder reconstructs: it is then part of no protocol.
-    search = InversionSettings(
-        optimizer=optimizer,
-        steps=steps,
-        restarts=restarts,
-        prior=prior,
-        tuning_steps=tuning_steps,
-        seed=seed,
-    )
+    choices = {
+        "optimizer": optimizer,
+        "steps": steps,
+        "restarts": restarts,
+        "prior": prior,
+        "tuning_steps": tuning_steps,
+    }
+    given: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}
+    search = InversionSettings(seed=seed, **given)
     reconstructor = Reconstructor.load(path, by=by, search=search, device=world.device)
+    if given and reconstructor.by == "encoder":
+        raise ConfigError(
+            f"--{next(iter(given)).replace('_', '-')} is for inversion, and {path} reconstructs by "
+            "its encoder: leave it, or choose --by inversion"
+        )
     subject: ImageSet = open_images(images, split=split)
     if num is not None:
         subject = Subset.random(subject, num, seed=seed)

@@ -11,7 +11,7 @@ import typer
 
 from ganscale.cli.app import app, stderr_console
 from ganscale.cli.options import Fit, Layout, Scale, Split
-from ganscale.errors import DataError
+from ganscale.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from ganscale.data.shards import ShardSet
@@ -77,11 +77,13 @@ def shards_build(
         Literal["1", "3", "4"] | None, typer.Option(help="Convert to gray, RGB or RGBA.")
     ] = None,
     background: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Colour of borders, and below what is transparent with --img-channels 1 or 3."
+            help="Colour of borders with --fit pad, and below what is transparent with "
+            "--img-channels 1 or 3; default: white.",
+            show_default=False,
         ),
-    ] = "white",
+    ] = None,
     value_range: _ValueRange = None,
     class_names: _ClassNames = None,
 ) -> None:
@@ -98,8 +100,12 @@ def shards_build(
     notify = partial(console.print, highlight=False, soft_wrap=True)
     if notice:
         notify(notice)
-    # For the progress bar alone: a listing is quick, and `build_shards` opens the source itself.
-    total = min(len(open_source(spec)), limit or sys.maxsize)
+    if layout != "auto" and spec.kind not in ("files", "webdataset"):
+        raise ConfigError(
+            f"--layout {layout} is for images in files, and {spec} has classes of its own: leave it"
+        )
+    opened = open_source(spec)
+    total = min(len(opened), limit or sys.maxsize)
     with counting(f"building {out}", total, console) as progress:
         shard_set = build_shards(
             spec,
@@ -114,6 +120,7 @@ def shards_build(
             fit=fit,
             value_range=value_range,
             class_names=_split_names(class_names),
+            source=opened,
             progress=progress,
             notify=notify,
         )

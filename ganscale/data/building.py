@@ -63,10 +63,11 @@ def build_shards(
     limit: int | None = None,
     resolution: int | None = None,
     img_channels: int | None = None,
-    background: str = "white",
+    background: str | None = None,
     fit: Fit = "crop",
     value_range: tuple[float, float] | None = None,
     class_names: Sequence[str] | None = None,
+    source: Source | None = None,
     progress: Progress = lambda num_samples: None,
     notify: Notify = lambda message: None,
 ) -> ShardSet:
@@ -83,11 +84,12 @@ def build_shards(
             and a power of two.
         img_channels: 1, 3 or 4 converts; None takes only images that agree.
         background: colour below what is transparent where that is converted to 1 or 3 channels, and
-            of the borders that `fit` adds.
+            of the borders that `fit` adds; white by default.
         fit: "crop" cuts the centre out of an image that is not square, "pad" adds borders to it.
         value_range: of arrays of floats, which values become -1 and 1 to the networks; None takes
             the set's least and greatest. The shards have all values as they are.
         class_names: names in the order of labels, in place of the source's.
+        source: what `open_source` has made of `spec`; opened here by default.
         progress: called with the number of samples that were written since.
         notify: called with a line about what was left out and one about what was converted.
 
@@ -96,8 +98,14 @@ def build_shards(
         DataError: an image cannot be used.
     """
     out = check_free(out)
-    source = open_source(spec)
+    source = open_source(spec) if source is None else source
     ids = _spread(len(source), limit)
+    if background is not None and fit != "pad" and img_channels not in (1, 3):
+        raise ConfigError(
+            "--background is the colour of borders and below what is transparent: give --fit pad "
+            "or --img-channels 1 or 3, or leave it"
+        )
+    background = "white" if background is None else background
     _check_colour(background)
     if fit == "pad" and resolution is None:
         raise ConfigError("--fit pad adds borders to images that are resized: give --resolution")
@@ -118,7 +126,8 @@ def build_shards(
     content = [_BUILD_VERSION, asdict(recipe), num_shards, [int(i) for i in dealt]]
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     with _partial_folder(out, fingerprint) as folder:
-        jobs = [(recipe, folder, n, tuple(dealt[n::num_shards])) for n in range(num_shards)]
+        by_shard = [tuple(dealt[n::num_shards]) for n in range(num_shards)]
+        jobs = [(recipe, folder, n, part, source.part(part)) for n, part in enumerate(by_shard)]
         built = _in_processes(build_shard, jobs, progress)
         origin = _Origin(spec.kind, spec.split, classes, value_range)
         shard_set = _summarise(origin, folder, built, num_streams)
@@ -251,7 +260,8 @@ def _end_with_parent() -> None:
 def _in_processes(
     function: Callable[..., BuiltShard], jobs: Sequence[tuple[Any, ...]], progress: Progress
 ) -> list[BuiltShard]:
-    workers = min(len(jobs), os.cpu_count() or 1)
+    # The cores that this process may run on, which in a container may be fewer than there are.
+    workers = min(len(jobs), len(os.sched_getaffinity(0)))
     # Not forked from this process: it has threads (progress, torch), and a fork copies their locks
     # in whatever state they are. The server that forks has none, and imports torch once for all.
     context = get_context("forkserver")

@@ -7,6 +7,7 @@ system or the archiver wrote. Which of them are images, and of which class, is d
 
 from __future__ import annotations
 
+import errno
 import os
 import zipfile
 import zlib
@@ -65,10 +66,17 @@ class FolderTree:
             raise DataError(f"{folder} cannot be listed: {error.strerror}") from None
         for entry in entries:
             member = prefix + entry.name
-            if entry.is_dir():
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise DataError(f"{folder / entry.name}: {error.strerror}") from None
+                self.left_out.add("links that lead to themselves", member)
+                continue
+            if is_folder:
                 self.folders.append(member)
                 self._list(folder / entry.name, f"{member}/", above | {identity})
-            elif entry.is_file():
+            elif is_file:
                 # Size and time, which a listing gives: reading thousands of files to hash them
                 # would take as long as building the set.
                 status = entry.stat()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from ganscale.errors import DataError
 
@@ -75,8 +75,9 @@ def normalised_png(
     """An image of any kind as a PNG to train on; one that needs no change stays byte for byte.
 
     EXIF's orientation is applied. Modes that have one counterpart become it: palettes, CMYK, YCbCr,
-    Lab and HSV become RGB; one bit and 16 bits a pixel become 8-bit gray (65535 becomes 255). Of a
-    moving image the first frame is taken.
+    Lab and HSV become RGB; one bit and 16 bits a pixel become 8-bit gray (65535 becomes 255, and
+    values between are rounded). Of 16 bits a channel in colour images, and in gray ones with alpha,
+    the upper 8 are kept. Of a moving image the first frame is taken.
 
     Args:
         data: an image in any format that Pillow reads.
@@ -93,12 +94,43 @@ def normalised_png(
         DataError: not readable, too large, or of a mode that is not told what to become; the caller
             puts the image's name before the message.
     """
+    image, changes, is_unchanged = _normalised(
+        data, resolution=resolution, img_channels=img_channels, background=background, fit=fit
+    )
+    # Else the bytes stay: encoding again would make them depend on the version of zlib.
+    if not is_unchanged:
+        # Without the colour profile: decoders differ in whether they apply it, and pixels must not.
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG", icc_profile=None)
+        data = buffer.getvalue()
+    return Normalised(data, _chw(np.asarray(image)), tuple(changes))
+
+
+def normalised_pixels(data: bytes) -> NDArray[np.uint8]:
+    """The pixels of `normalised_png` without arguments, (C, H, W), without encoding a PNG."""
+    image, _, _ = _normalised(data)
+    return _chw(np.asarray(image))
+
+
+def _normalised(
+    data: bytes,
+    *,
+    resolution: int | None = None,
+    img_channels: int | None = None,
+    background: str = "white",
+    fit: Fit = "crop",
+) -> tuple[Image.Image, list[str], bool]:
+    """The image to train on, what was converted, and whether `data` are a PNG of it already."""
     with _opened(data) as image:
         if image.width * image.height > _MAX_PIXELS:
             raise DataError(
                 f"claims {image.width}x{image.height} pixels; at most {_MAX_PIXELS} are read"
             )
         changes: list[str] = []
+        # Pillow has no colour images of 16 bits a channel: it reads the upper bytes alone. A PNG of
+        # them must be encoded again, or every reader of the shards would meet all 16 bits.
+        if image.mode in CHANNELS and any(";16" in str(tile[3]) for tile in image.tile):
+            changes.append("16 bits a channel became 8")
         try:
             changed = _upright(image, changes)
             if getattr(image, "is_animated", False):
@@ -111,17 +143,10 @@ def normalised_png(
                     changed = ImageOps.pad(changed, size, method=method, color=background)
                 else:
                     changed = ImageOps.fit(changed, size, method=method)
-            pixels = np.asarray(changed)
+            changed.load()  # while the file is open
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f"cannot be decoded: {_first_line(error)}") from None
-        # Else the bytes stay: encoding again would make them depend on the version of zlib.
-        if changed is not image or image.format != "PNG" or len(changes):
-            # Without the colour profile: decoders differ in whether they apply it, and pixels must
-            # not.
-            buffer = io.BytesIO()
-            changed.save(buffer, format="PNG", icc_profile=None)
-            data = buffer.getvalue()
-    return Normalised(data, _chw(pixels), tuple(changes))
+        return changed, changes, changed is image and image.format == "PNG" and not changes
 
 
 def _png_rows(data: bytes, shape: tuple[int, int, int]) -> bytes | None:
@@ -198,10 +223,10 @@ def _decoded(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
         )
         if {image.height, image.width} != set(shape[1:]):  # EXIF's orientation may swap them
             raise DataError(problem)
-        image = _converted(_upright(image, []), None, "white", [])
-        if CHANNELS[image.mode] != shape[0]:
+        converted = _converted(_upright(image, []), None, "white", [])
+        if CHANNELS[converted.mode] != shape[0]:
             raise DataError(problem)
-        return _chw(np.asarray(image))
+        return _chw(np.asarray(converted))
 
 
 def _upright(image: Image.Image, changes: list[str]) -> Image.Image:
@@ -226,6 +251,10 @@ def _converted(
             f"has mode {image.mode} with transparency: say with --img-channels 1, 3 or 4 what to "
             "make of it"
         )
+    # A PGM of 16 bits has mode "I" in Pillow, its values always scaled to 0..65535.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        changes.append("16 bits a pixel became 8")
+        image = _with_eight_bits(image)
     if image.mode in ("I", "F"):
         raise DataError(
             f"has mode {image.mode}, 32 bits a pixel whose range is not known: save it with 8 or "
@@ -235,11 +264,6 @@ def _converted(
         changes.append(f"transparency was composited on {background}")
         below = Image.new("RGBA", image.size, background)
         image = Image.alpha_composite(below, image.convert("RGBA")).convert("RGB")
-    elif image.mode.startswith("I;16"):
-        changes.append("16 bits a pixel became 8")
-        # Rounded in 32 bits: Pillow's own conversion to "L" clips at 255 instead of scaling.
-        wide = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
     elif image.mode == "1":
         changes.append("one bit a pixel became 8-bit gray")
         image = image.convert("L")
@@ -258,11 +282,24 @@ def _converted(
     return image
 
 
+def _with_eight_bits(image: Image.Image) -> Image.Image:
+    """A gray image of 16 bits a pixel with 8, rounded; with alpha if it has a transparent value."""
+    # In 32 bits: Pillow's own conversions clip at 255 instead of scaling.
+    wide = np.asarray(image).astype(np.uint32)
+    gray = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+    transparent: int | None = image.info.get("transparency")
+    if transparent is None:
+        return gray
+    # Compared with all 16 bits: several values become the same one of 8, and only one is invisible.
+    alpha = np.where(wide == transparent, 0, 255).astype(np.uint8)
+    return Image.merge("LA", (gray, Image.fromarray(alpha)))
+
+
 def _chw(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
 
 
-def _opened(data: bytes) -> Image.Image:
+def _opened(data: bytes) -> ImageFile.ImageFile:
     try:
         return Image.open(io.BytesIO(data))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -100,10 +100,13 @@ class BuiltShard:
             )
 
 
-def build_shard(recipe: Recipe, folder: Path, number: int, ids: tuple[int, ...]) -> BuiltShard:
+def build_shard(
+    recipe: Recipe, folder: Path, number: int, ids: tuple[int, ...], part: Source | None = None
+) -> BuiltShard:
     """Write shard `number` with the images `ids` of the source, unless an earlier build has.
 
-    Raises `DataError` that names the image that cannot be used.
+    They are read from `part` where `Source.part` has made one. Raises `DataError` that names the
+    image that cannot be used.
     """
     path = folder / f"shard-{number:05d}.tar"
     record = folder / f".{path.name}.npz"
@@ -114,6 +117,7 @@ def build_shard(recipe: Recipe, folder: Path, number: int, ids: tuple[int, ...])
     # The source is opened in this process by its spec: file handles and torchvision's data sets do
     # not travel between processes, or would be copied for every shard.
     source = _opened(recipe.spec, recipe.fingerprint)
+    source = source if part is None else part
     summary = _Summary()
     # No time and no user of this machine, so that the same images give the same bytes.
     form = {"user": "ganscale", "group": "ganscale", "mtime": 0.0, "encoder": False}

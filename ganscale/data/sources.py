@@ -7,6 +7,7 @@ order is fixed: the shards, and so the order of training, follow from it.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 from collections.abc import Sequence
@@ -71,6 +72,13 @@ class Source(Protocol):
         """The encoded image `index`. Raises `DataError` that names it."""
         ...
 
+    def part(self, indices: Sequence[int]) -> Source | None:
+        """Some images, under their numbers, as a source that can be sent to another process.
+
+        None for sources that are opened there by their spec as quickly.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class SourceSpec:
@@ -128,6 +136,9 @@ class _Procedural:
     def read(self, index: int) -> bytes:
         return _encode_png(Image.fromarray(procedural_image(self.split, index)[0]))
 
+    def part(self, indices: Sequence[int]) -> None:
+        return None
+
 
 class _Spectrograms:
     encoding = NPY
@@ -149,6 +160,9 @@ class _Spectrograms:
 
     def read(self, index: int) -> bytes:
         return encode_npy(spectrograms.spectrogram(self.split, index)[0])
+
+    def part(self, indices: Sequence[int]) -> None:
+        return None
 
 
 class _CifarPickles:
@@ -185,6 +199,9 @@ class _CifarPickles:
     def read(self, index: int) -> bytes:
         return _encode_png(Image.fromarray(self._pixels[index]))
 
+    def part(self, indices: Sequence[int]) -> None:
+        return None
+
 
 class _Files:
     """The images, or arrays, of a folder or zip archive, in the order of their paths."""
@@ -216,11 +233,14 @@ class _Files:
     def read(self, index: int) -> bytes:
         return self._tree.read(self._members[index])
 
+    def part(self, indices: Sequence[int]) -> None:
+        return None
+
 
 class _WebDataset:
     """The samples of a folder of WebDataset tars, in the order of the tars' names.
 
-    The tars are read when their samples are asked for; the fingerprint needs their sizes and times.
+    Their headers are read when samples are asked for; the fingerprint needs their sizes and times.
     """
 
     def __init__(self, path: Path) -> None:
@@ -231,26 +251,31 @@ class _WebDataset:
         marks = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
         self.fingerprint = hashlib.sha256(repr(marks).encode()).hexdigest()
 
-    # Read when it is first needed: it takes a pass over all tars, and whether shards have to be
-    # built at all is decided by the fingerprint.
+    # Scanned when it is first needed: it takes a pass over the headers of all tars, and whether
+    # shards have to be built at all is decided by the fingerprint.
     @cached_property
-    def _samples(self) -> list[tuple[Path, TarSample]]:
-        samples = [(tar, one) for tar in self._tars for one in scan_tar(tar, self.left_out)]
+    def _samples(self) -> dict[int, tuple[Path, TarSample]]:
+        samples = [
+            (tar, sample)
+            for tar in self._tars
+            for sample in scan_tar(tar, self.left_out, checksums=False)
+        ]
         if not samples:
             raise DataError(f"{self._path}: the tars hold no samples")
         if len({sample.is_array for _, sample in samples}) > 1:
             raise DataError(f"{self._path}: some samples are images and some are arrays of floats")
-        return samples
+        return dict(enumerate(samples))
 
     @cached_property
     def classes(self) -> Sequence[str]:
-        labels = [sample.label for _, sample in self._samples]
+        labels = [sample.label for _, sample in self._samples.values()]
         check_labels(labels, str(self._path), self.name)
         return numbered_classes(labels)
 
     @property
     def encoding(self) -> Encoding:
-        return NPY if self._samples[0][1].is_array else PNG
+        _, first = next(iter(self._samples.values()))
+        return NPY if first.is_array else PNG
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -267,6 +292,12 @@ class _WebDataset:
         with tar.open("rb") as file:
             file.seek(BLOCK_BYTES * sample.block)
             return file.read(sample.num_bytes)
+
+    def part(self, indices: Sequence[int]) -> Source:
+        # So that no other process has to scan all tars again.
+        part = copy.copy(self)
+        part._samples = {index: self._samples[index] for index in indices}
+        return part
 
 
 def _encode_png(image: Image.Image) -> bytes:

@@ -2,8 +2,8 @@
 
 tarfile, and webdataset on top of it, take a damaged header for the end of the archive, and half a
 shard goes missing without a word. Here an archive must end as archives end, in zeros to the last
-byte, and hold plain files with relative names only. The price is one pass over the whole file,
-which the CRC of each image needs anyway.
+byte, and hold plain files with relative names only. Headers tell all of this; only the CRCs of the
+images, which an index has, need a pass over the whole file.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class TarSample:
     """The image's bytes start at BLOCK_BYTES * block."""
     num_bytes: int
     crc32: int
+    """0 if the tar was scanned without checksums."""
     label: int
     """From `key.cls`; -1 where the sample has none."""
     is_array: bool = False
@@ -65,12 +66,15 @@ def tars_in(folder: Path) -> list[Path]:
     return tars
 
 
-def scan_tar(path: Path, left_out: Tally | None = None) -> Iterator[TarSample]:
+def scan_tar(
+    path: Path, left_out: Tally | None = None, *, checksums: bool = True
+) -> Iterator[TarSample]:
     """The samples of a tar in their order: runs of members with the same key.
 
     `left_out`, if given, gets a count of hidden members and of fields beside image and label.
-    Raises `DataError` naming path and member for a truncated or damaged archive, links, names that
-    leave the folder, and samples without an image or with a label that is no whole number.
+    Without `checksums` no image is read. Raises `DataError` naming path and member for a truncated
+    or damaged archive, links, names that leave the folder, and samples without an image or with a
+    label that is no whole number.
     """
     left_out = Tally() if left_out is None else left_out
     seen: set[str] = set()
@@ -90,11 +94,11 @@ def scan_tar(path: Path, left_out: Tally | None = None) -> Iterator[TarSample]:
                     left_out.add("hidden or system files", f"{path.name}: {member.name}")
                     continue
                 if run and _key(member) != _key(run[0]):
-                    yield _sample(path, file, run, left_out, seen)
+                    yield _sample(path, file, run, left_out, seen, checksums=checksums)
                     run = []
                 run.append(member)
             if run:
-                yield _sample(path, file, run, left_out, seen)
+                yield _sample(path, file, run, left_out, seen, checksums=checksums)
             check_end(path, file, tar.offset)
     # Besides its own errors, tarfile lets those of number fields and of encodings through.
     except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
@@ -109,6 +113,8 @@ def _sample(
     run: list[tarfile.TarInfo],
     left_out: Tally,
     seen: set[str],
+    *,
+    checksums: bool,
 ) -> TarSample:
     """The sample of the members `run`; its key joins `seen`, those of earlier samples."""
     by_suffix = {_suffix(member): member for member in run}
@@ -123,12 +129,11 @@ def _sample(
         if member is not image and suffix != "cls":
             left_out.add(f"fields .{suffix} of samples", f"{path.name}: {member.name}")
     label = _label(path, by_suffix["cls"], file) if "cls" in by_suffix else -1
-    data = _content(path, image, file)
     return TarSample(
         _key(image),
         image.offset_data // BLOCK_BYTES,
-        len(data),
-        zlib.crc32(data),
+        image.size,
+        zlib.crc32(_content(path, image, file)) if checksums else 0,
         label,
         is_array=_suffix(image) == ARRAY_SUFFIX,
     )

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ganscale.data.encodings import PNG
-from ganscale.data.images import normalised_png
+from ganscale.data.images import normalised_pixels
 from ganscale.data.layout import Split
 from ganscale.data.reader import ShardImages
 from ganscale.data.resolve_source import resolve_source
@@ -165,7 +165,7 @@ class FileImages:
     def _pixels(self, index: int) -> NDArray[np.uint8]:
         name, data = self._source.name(index), self._source.read(index)
         try:
-            pixels: NDArray[np.uint8] = normalised_png(data).values
+            pixels = normalised_pixels(data)
         except DataError as error:
             raise DataError(f"{name} {error}") from None
         # Resizing here would change the metrics silently: how images are resized is part of a

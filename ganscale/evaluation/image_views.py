@@ -166,8 +166,8 @@ def with_classes_of(images: ImageSet, classes: Sequence[str], owner: str) -> Ima
     if not images.classes or not classes:
         nameless = owner if images.classes else images.description
         raise DataError(
-            f"classes are matched by name, and {nameless} has none: it was written by an earlier "
-            "version of ganscale"
+            f"classes are matched by name, and there are no names of classes in {nameless} (images "
+            "without classes, or a generator of an earlier version of ganscale)"
         )
     # Only classes that occur need a counterpart: the test set of a run with fewer classes may list
     # all of them.

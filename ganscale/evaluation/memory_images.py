@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ganscale.data.images import CHANNELS
 from ganscale.errors import DataError
 from ganscale.evaluation.image_sets import Indices
 
 HeldImages = Tensor | NDArray[Any] | Sequence[Image.Image]
 """A tensor (N, C, H, W) of uint8 or of floats in [0, 1], an array (N, H, W, C) of uint8, or a list
-of Pillow images of one size: what calling a `Generator` returns."""
+of Pillow images of one size in mode L, RGB or RGBA: what calling a `Generator` returns."""
 
 
 class MemoryImages:
@@ -40,10 +41,7 @@ class MemoryImages:
         if isinstance(images, Tensor):
             return cls(_pixels_of(images.detach().cpu()))
         if not isinstance(images, np.ndarray):
-            sizes = {(image.size, image.mode) for image in images}
-            if len(sizes) > 1:
-                raise DataError(f"images have several sizes or modes: {sorted(sizes)}")
-            images = np.stack([np.atleast_3d(np.array(image)) for image in images])
+            images = _array_of(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3, 4):
             raise DataError(
                 f"an array of {images.dtype} {images.shape}: expected uint8 (N, H, W, C) with 1, 3 "
@@ -63,6 +61,27 @@ class MemoryImages:
 
     def read(self, indices: Indices) -> Tensor:
         return self.pixels[torch.from_numpy(indices)]
+
+
+def _array_of(images: Sequence[Image.Image]) -> NDArray[np.uint8]:
+    """Pillow images of one size as an array (N, H, W, C)."""
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise DataError(
+                f"a list of {type(image).__name__}: expected Pillow images, or one array "
+                "(N, H, W, C) or tensor (N, C, H, W) of all images"
+            )
+        # The numbers of other modes are no gray or colours, though they may have as many channels:
+        # "P" has indices into a palette, "YCbCr" and "CMYK" have other coordinates.
+        if image.mode not in CHANNELS:
+            raise DataError(
+                f"a Pillow image in mode {image.mode}: expected {', '.join(CHANNELS)}; "
+                'image.convert("RGB") makes one'
+            )
+    sizes = {(image.size, image.mode) for image in images}
+    if len(sizes) > 1:
+        raise DataError(f"images have several sizes or modes: {sorted(sizes)}")
+    return np.stack([np.atleast_3d(np.array(image)) for image in images])
 
 
 def _pixels_of(images: Tensor) -> Tensor:

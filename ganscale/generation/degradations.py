@@ -191,9 +191,9 @@ def build_degradation(
     task: str,
     shape: tuple[int, int, int],
     *,
-    mask: str = "half",
-    scale: int = 4,
-    blur: float = 1.5,
+    mask: str | None = None,
+    scale: int | None = None,
+    blur: float | None = None,
     noise: float | None = None,
     seed: int = 0,
 ) -> Degradation:
@@ -202,9 +202,9 @@ def build_degradation(
     Args:
         task: one of `TASKS`.
         shape: of the images.
-        mask: for inpaint, see `build_mask`.
-        scale: for superres: pixels a side of a block.
-        blur: for deblur: the standard deviation in pixels.
+        mask: for inpaint alone, see `build_mask`; None is "half".
+        scale: for superres alone: pixels a side of a block; None is 4.
+        blur: for deblur alone: the standard deviation in pixels; None is 1.5.
         noise: standard deviation on the scale of 0 to 255; None is 25 for denoise, else 0.
         seed: of a random mask.
 
@@ -212,20 +212,28 @@ def build_degradation(
     """
     _, height, width = shape
     size = (noise or 0.0) / _HALF_RANGE
+    for option, value, owner in (
+        ("mask", mask, "inpaint"),
+        ("scale", scale, "superres"),
+        ("blur", blur, "deblur"),
+    ):
+        if value is not None and task != owner:
+            raise ConfigError(f"--{option} is for {owner}: leave it, or choose --task {owner}")
     if task == "identity":
         if size:
             raise ConfigError("identity takes no noise: the task with noise alone is denoise")
         return identity()
     if task == "inpaint":
-        return inpaint(build_mask(mask, height, width, seed=seed), noise=size)
+        return inpaint(build_mask(mask or "half", height, width, seed=seed), noise=size)
     if task == "superres":
+        scale = 4 if scale is None else scale
         if height % scale or width % scale:
             raise ConfigError(f"blocks of {scale} pixels do not divide images of {width}x{height}")
         return superres(scale, noise=size)
     if task == "denoise":
         return denoise(_NOISE / _HALF_RANGE if noise is None else size)
     if task == "deblur":
-        return deblur(blur, noise=size)
+        return deblur(1.5 if blur is None else blur, noise=size)
     if task == "colourise":
         return colourise(noise=size)
     raise ConfigError(f"task {task!r}: expected one of {', '.join(TASKS)}")

@@ -10,12 +10,13 @@ import base64
 import html
 import io
 import json
+import operator
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, overload
+from typing import Any, Literal, Protocol, Self, SupportsIndex, overload
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ from ganscale.generation.snapshot import (
 from ganscale.run_directory import RunDirectory
 
 OutputType = Literal["pil", "pt", "np"]
-ClassLabels = int | str | Sequence[int | str] | None
+ClassLabels = SupportsIndex | str | Sequence[SupportsIndex | str] | None
 
 _NUM_SHOWN = 16
 _SHOWN_COLUMNS = 8
@@ -283,7 +284,7 @@ class Generator(SampleableGenerator):
         Raises `ConfigError` if the folder is that of a run.
         """
         folder = Path(folder).expanduser()
-        if RunDirectory(folder).config.is_file():
+        if RunDirectory(folder).is_run:
             raise ConfigError(f"{folder} is the folder of a run: choose another one")
         self._save(folder, str(folder), self.about(licence, evaluation))
         return folder
@@ -362,16 +363,20 @@ class Generator(SampleableGenerator):
     def _class_numbers(self, labels: ClassLabels, num_images: int) -> int | list[int] | None:
         if labels is None:
             return None
-        if isinstance(labels, int | str):
+        # An int of Python's or numpy's, or a name.
+        if isinstance(labels, str) or not isinstance(labels, Iterable):
             return self._class_number(labels)
         numbers = [self._class_number(label) for label in labels]
         if len(numbers) != num_images:
             raise ConfigError(f"class_labels has {len(numbers)} labels for {num_images} images")
         return numbers
 
-    def _class_number(self, label: int | str) -> int:
+    def _class_number(self, label: SupportsIndex | str) -> int:
         if not isinstance(label, str):
-            return int(label)
+            try:
+                return operator.index(label)
+            except TypeError:
+                raise ConfigError(f"class {label!r}: expected a whole number or a name") from None
         if label not in self.classes:
             known = ", ".join(self.classes) or "no names of classes"
             raise ConfigError(f"class {label!r}: this generator has {known}")
@@ -379,17 +384,18 @@ class Generator(SampleableGenerator):
 
     def _save(self, folder: Path, source: str, about: Mapping[str, Any]) -> None:
         """Write weights, description and card; the card says that it is loaded from `source`."""
-        file = folder / FOLDER_FILE
-        info = save_generator(file, self, about)
-        write_text(folder / "config.json", json.dumps(info, indent=2) + "\n")
+        num_bytes = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        # Before anything is written: the run may have a configuration that cannot be read.
         card = card_text(
             folder.resolve().name,
             self,
             self.path,
             about=about,
-            file=f"{file.stat().st_size / 1e6:.2f} MB in full precision",
+            file=f"{num_bytes / 1e6:.2f} MB in full precision",
             usage=usage_of(source),
         )
+        info = save_generator(folder / FOLDER_FILE, self, about)
+        write_text(folder / "config.json", json.dumps(info, indent=2) + "\n")
         write_text(folder / "README.md", hub_header(self, about.get("licence")) + card)
 
 

@@ -7,14 +7,18 @@ what one would have drawn.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
 
-def seed_for(*key: int | str) -> int:
+def seed_for(*key: SupportsIndex | str) -> int:
     """A 63-bit seed decided by `key`, the same on every platform."""
+    # Numbers of numpy are printed with their type, and would give other seeds than Python's.
+    key = tuple(part if isinstance(part, str) else operator.index(part) for part in key)
     # Not `hash`, which differs between processes, and not a sum of numbers, by which the keys (1,
     # 2) and (2, 1) would collide.
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
@@ -52,7 +56,7 @@ def draw_noise(
     return noise
 
 
-def seeded_latents(seeds: list[int], z_dim: int) -> Tensor:
+def seeded_latents(seeds: Sequence[SupportsIndex], z_dim: int) -> Tensor:
     """One N(0, 1) latent for each seed, the same whatever else is in the list; (n, z_dim)."""
     rows = []
     for seed in seeds:
@@ -61,7 +65,7 @@ def seeded_latents(seeds: list[int], z_dim: int) -> Tensor:
     return torch.stack(rows)
 
 
-def seeded_labels(seeds: list[int], num_classes: int) -> Tensor:
+def seeded_labels(seeds: Sequence[SupportsIndex], num_classes: int) -> Tensor:
     """One uniform label for each seed, the same whatever else is in the list; int64 (n,)."""
     # The remainder's bias is num_classes / 2^63.
     return torch.tensor([seed_for("label", seed) % num_classes for seed in seeds])

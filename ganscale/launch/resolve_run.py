@@ -110,8 +110,9 @@ def _shards_of(source: str, storage: Path, console: Console) -> Path:
                 f"{spec} is not what {', '.join(map(str, older))} was built from: building a new "
                 "set. Runs that began with the old one keep it; remove it when none needs it"
             )
-        with counting(f"building shards in {path}", len(open_source(spec)), console) as progress:
-            build_shards(spec, path, progress=progress, notify=notify)
+        opened = open_source(spec)
+        with counting(f"building shards in {path}", len(opened), console) as progress:
+            build_shards(spec, path, source=opened, progress=progress, notify=notify)
     return path
 
 

@@ -15,11 +15,6 @@ whenever another run's discriminator chooses its generator's sample, and wheneve
 discriminator does not choose the other's sample. As in r_samples, a run is a pair of networks, so a
 better discriminator counts too.
 
-A second rating has generators and discriminators as separate players (as in Olsson et al. 2018,
-arXiv 1808.04888). It does not blame a generator for meeting sharp discriminators, but with few runs
-it depends much on the worst discriminator: measured on three snapshots it put the earliest
-generator first (benchmarks/EVALUATION.md).
-
 Intervals are of 95 % and resample images. They do not cover other seeds of the runs.
 """
 
@@ -61,18 +56,15 @@ class Match:
     """None for a tie."""
 
 
-# The fields of `RankedRun` and `Scores` are the keys of the JSON that `ganscale tournament` writes,
-# where a discriminator is called a judge.
+# The fields of `RankedRun` and `Scores` are the keys of the JSON that `ganscale tournament` writes.
 
 
 @dataclass(frozen=True)
 class RankedRun:
-    """A run's rating, the separate ratings of its two networks, and the shares behind them."""
+    """A run's rating and the shares behind it."""
 
     name: str
     rating: Estimate
-    generator_rating: Estimate
-    judge_rating: Estimate
     chosen: Estimate
     """How often other runs' discriminators choose its sample over a test image, averaged over
     them."""
@@ -105,13 +97,14 @@ class Scores:
     def lines(self) -> list[str]:
         """The ranking, the table of choices and the matches as lines for a terminal."""
         width = max(len(name) for name in (*self.names, "run"))
-        columns = f"{'rating (95 %)':20}  generator  judge  chosen"
-        lines = [f"rank  {'run':{width}}  {columns}"]
+        lines = [f"rank  {'run':{width}}  {'rating (95 %)':20}  chosen"]
         for rank, s in enumerate(self.standings, 1):
-            parts = f"{s.generator_rating.value:9.0f}  {s.judge_rating.value:5.0f}"
             rating = f"{s.rating.value:.0f} ({s.rating.low:.0f} to {s.rating.high:.0f})"
-            lines.append(f"{rank:4}  {s.name:{width}}  {rating:20}  {parts}  {s.chosen.value:6.3f}")
-        lines += ["", "how often the judge of a row chooses a column's sample over a test image:"]
+            lines.append(f"{rank:4}  {s.name:{width}}  {rating:20}  {s.chosen.value:6.3f}")
+        lines += [
+            "",
+            "how often the discriminator of a row chooses a column's sample over a test image:",
+        ]
         lines.append(" " * width + "".join(f"  {name:>{width}}" for name in self.names))
         for name, row in zip(self.names, self.chosen, strict=True):
             lines.append(f"{name:{width}}" + "".join(f"  {value:{width}.3f}" for value in row))
@@ -148,18 +141,14 @@ def score(logits: Floats, thresholds: Floats, names: Sequence[str], *, seed: int
     resampled = votes.resampled(_NUM_RESAMPLES, seed=seed)
     table = votes.table()
     # Shares times images are numbers of games, beside which the prior's one game weighs little.
-    ratings, separate = (
-        rate_with_intervals(
-            num_images * wins(table.chosen), [num_images * wins(t.chosen) for t in resampled]
-        )
-        for wins in (_wins_of_runs, _wins_of_players)
+    ratings = rate_with_intervals(
+        num_images * _wins_of_runs(table.chosen),
+        [num_images * _wins_of_runs(other.chosen) for other in resampled],
     )
     standings = [
         RankedRun(
             name=name,
             rating=ratings[i],
-            generator_rating=separate[num_runs + i],
-            judge_rating=separate[i],
             chosen=_estimate(partial(_chosen_by_others, i), table, resampled),
             test_error=float(1 - table.taken[i, -1]),
             own_error=float(table.taken[i, i]),
@@ -185,13 +174,6 @@ def _wins_of_runs(chosen: Floats) -> Floats:
     # choose j's, 1 - [i, j]. The diagonal, a discriminator on the generator against which it was
     # trained, is no game.
     return (1 - np.eye(len(chosen))) * (chosen.T + 1 - chosen)
-
-
-def _wins_of_players(chosen: Floats) -> Floats:
-    """The same for R discriminators, then R generators, as separate players, (2R, 2R)."""
-    # Discriminators never meet each other, nor do generators: each beats the other kind only.
-    others, none = 1 - np.eye(len(chosen)), np.zeros(chosen.shape)
-    return np.block([[none, others * (1 - chosen)], [(others * chosen).T, none]])
 
 
 def _estimate(

@@ -45,8 +45,12 @@ def wilson_interval(num_successes: int, num_trials: int) -> Estimate:
     p, n, z2 = num_successes / num_trials, num_trials, NORMAL_QUANTILE**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = NORMAL_QUANTILE / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    # At p = 0 and 1 a bound is exactly 0 or 1, and rounding could put it outside.
-    return Estimate(p, max(0.0, centre - half), min(1.0, centre + half))
+    # At p = 0 and 1 a bound is exactly 0 or 1, which rounding would miss by 1e-18.
+    return Estimate(
+        p,
+        centre - half if num_successes else 0.0,
+        centre + half if num_successes < num_trials else 1.0,
+    )
 
 
 def t_interval(values: Sequence[float]) -> Estimate:

@@ -3,8 +3,8 @@
 Where real and fake images follow one distribution no classifier is right more often than by chance
 on images it has not seen, so an accuracy is a test and a measure at once (Lopez-Paz and Oquab 2017,
 arXiv 1610.06545). `accuracy_test` is for the hits of any classifier on held-out images;
-`nearest_neighbour_test` is the one that needs no training. Features are compared in float64:
-squared distances by products cancel, and in float32 rounding would choose among close neighbours.
+`nearest_neighbour_accuracy` needs no training. Features are compared in float64: squared distances
+by products cancel, and in float32 rounding would choose among close neighbours.
 """
 
 from __future__ import annotations
@@ -37,20 +37,6 @@ class AccuracyTest:
 
 
 @dataclass(frozen=True)
-class NearestNeighbourTest:
-    """Leave-one-out accuracy of the 1-nearest-neighbour classifier."""
-
-    accuracy: Estimate
-    real: Estimate
-    """Share of the real images whose nearest other image is real. Low if they sit among the fake
-    ones, high if the fake ones leave them out."""
-    fake: Estimate
-    """Share of the fake images whose nearest other image is fake. High if they crowd together, as
-    they do where modes collapsed (Xu et al. 2018, arXiv 1806.07755)."""
-    p_value: float
-
-
-@dataclass(frozen=True)
 class Repeat:
     """The result of one test, with one seed."""
 
@@ -73,8 +59,6 @@ class TwoSampleReport:
     mean of the repeats' intervals: a mean of dependent values varies at most as much as one alone.
     """
 
-    classifier: str
-    """ "network" or "1-nn"."""
     num_images: int
     """The number of each set in each repeat; a network is trained on half of them."""
     repeats: tuple[Repeat, ...]
@@ -84,18 +68,23 @@ class TwoSampleReport:
     """Twice the median over the repeats, at most 1; that of a single repeat as it is."""
 
     @classmethod
-    def of(cls, classifier: str, num_images: int, repeats: Sequence[Repeat]) -> TwoSampleReport:
+    def of(cls, num_images: int, repeats: Sequence[Repeat]) -> TwoSampleReport:
         """Sum up the tests of all seeds."""
-        bounds = [(one.accuracy.value, one.accuracy.low, one.accuracy.high) for one in repeats]
-        mean = Estimate(*np.array(bounds, np.float64).mean(0).tolist())
+        mean = mean_estimate([repeat.accuracy for repeat in repeats])
         # See the class: neither a product nor a mean of dependent p-values is a p-value.
         median = float(np.median([repeat.p_value for repeat in repeats]))
         p_value = median if len(repeats) == 1 else min(1.0, 2 * median)
-        return cls(classifier, num_images, tuple(repeats), mean, p_value)
+        return cls(num_images, tuple(repeats), mean, p_value)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as they are written to files."""
         return asdict(self)
+
+
+def mean_estimate(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of dependent estimates and of their intervals; see `TwoSampleReport`."""
+    bounds = [(one.value, one.low, one.high) for one in estimates]
+    return Estimate(*np.array(bounds, np.float64).mean(0).tolist())
 
 
 def accuracy_test(num_correct: int, num_trials: int) -> AccuracyTest:
@@ -112,18 +101,19 @@ def accuracy_test(num_correct: int, num_trials: int) -> AccuracyTest:
     return AccuracyTest(accuracy, float(p_value))
 
 
-def nearest_neighbour_test(
+def nearest_neighbour_accuracy(
     real_features: Tensor, fake_features: Tensor, *, seed: int = 0
-) -> NearestNeighbourTest:
-    """Call each image what its nearest other image is; count how often that is right.
+) -> Estimate:
+    """How often the nearest other image of an image is of its own set, real or fake.
+
+    That is the leave-one-out accuracy of the 1-nearest-neighbour classifier. By chance it is
+    (n - 1) / (2n - 1), a little below 1/2, because an image is not its own neighbour.
 
     The hits are not independent: neighbours are often mutual, and some images are nearest to many.
-    So they are compared with what they would be if the labels were randomly permuted among the same
-    neighbours, of which mean and variance are known exactly (Schilling 1986, JASA 81, p. 799, for k
-    neighbours); the p-value takes that distribution as normal, one-sided, with half a hit of
-    continuity. The mean accuracy is then (n - 1) / (2n - 1), a little below 1/2, because an image
-    is not its own neighbour. Intervals are Wilson's for as many independent trials as would have
-    that variance, at most as many as there are images; off the null that number is approximate.
+    Their variance is known exactly where the labels are randomly permuted among the same neighbours
+    (Schilling 1986, JASA 81, p. 799, for k neighbours). The interval is Wilson's for as many
+    independent trials as would have that variance, at most as many as there are images; where the
+    sets differ that number is approximate.
 
     Equally near neighbours, of which exact copies are the usual case, are drawn from at random
     whatever their labels, so copies favour neither side.
@@ -140,65 +130,36 @@ def nearest_neighbour_test(
     pool = torch.cat([real_features, fake_features.to(real_features.device)]).double()
     nearest = _nearest_others(pool - pool.mean(0), seed).cpu()
     is_real = torch.arange(2 * n) < n
-    own = is_real == is_real[nearest]
-    hits = int(own.sum())
-    graph = _NeighbourGraph.of(nearest)
-    mean, variance = graph.moments(_probabilities_of_same(n))
-    _, variance_of_one = graph.moments(_probabilities_of_real(n))
-    return NearestNeighbourTest(
-        accuracy=_interval(hits, 2 * n, variance),
-        real=_interval(int(own[:n].sum()), n, variance_of_one),
-        fake=_interval(int(own[n:].sum()), n, variance_of_one),
-        p_value=_upper_tail(hits - 0.5, mean, variance),
-    )
+    hits = int((is_real == is_real[nearest]).sum())
+    # The variance of as many independent guesses. Dependent hits vary more, so they count as fewer
+    # trials; a smaller variance does not make them more.
+    independent = 2 * n / 4
+    effective = max(1, round(2 * n * independent / max(_variance_of_hits(nearest), independent)))
+    interval = wilson_interval(round(effective * hits / (2 * n)), effective)
+    return Estimate(hits / (2 * n), interval.low, interval.high)
 
 
-@dataclass(frozen=True)
-class _NeighbourGraph:
-    """The counts that decide the variance of hits when labels are randomly permuted.
+def _variance_of_hits(nearest: Tensor) -> float:
+    """The variance of the number of hits when the labels are permuted, half of them real.
 
-    The graph has an edge from each of its N nodes. Of the N * N ordered pairs of edges, some join
-    the same two nodes, some share one node, the rest share none.
+    `nearest` (N,) says which node's is the nearest to each: an edge from each of N nodes, which is
+    a hit if both of its ends are real or both are fake. Of the N * N ordered pairs of edges, some
+    join the same two nodes, some share one node, the rest share none.
     """
-
-    num_nodes: int
-    same_nodes: int
-    one_shared: int
-
-    @classmethod
-    def of(cls, nearest: Tensor) -> _NeighbourGraph:
-        """Count; `nearest` (N,) says where each node's edge leads."""
-        number = len(nearest)
-        mutual = int((nearest[nearest] == torch.arange(number)).sum())
-        degrees = 1 + torch.bincount(nearest, minlength=number)
-        same_nodes = number + mutual
-        # Pairs that meet at a node, summed over nodes: those with the same two nodes count twice.
-        return cls(number, same_nodes, int(degrees.square().sum()) - 2 * same_nodes)
-
-    def moments(self, probabilities: tuple[float, float, float]) -> tuple[float, float]:
-        """Mean and variance of the number of edges that count.
-
-        `probabilities` are those that an edge counts, and that two edges both count which share a
-        node (three nodes in all) or none (four).
-        """
-        one, three, four = probabilities
-        apart = self.num_nodes**2 - self.same_nodes - self.one_shared
-        mean = self.num_nodes * one
-        # E[hits^2] sums, over ordered pairs of edges, the chance that both count.
-        square = self.same_nodes * one + self.one_shared * three + apart * four
-        return mean, square - mean**2
-
-
-def _probabilities_of_real(n: int) -> tuple[float, float, float]:
-    """An edge counts if both ends are real; n of 2n nodes are."""
-    one, three, four = (math.perm(n, k) / math.perm(2 * n, k) for k in (2, 3, 4))
-    return one, three, four
-
-
-def _probabilities_of_same(n: int) -> tuple[float, float, float]:
-    """An edge counts if its ends are of one kind; two edges apart may be of either kind each."""
-    one, three, four = (2 * chance for chance in _probabilities_of_real(n))
-    return one, three, four + 2 * math.perm(n, 2) ** 2 / math.perm(2 * n, 4)
+    number = len(nearest)
+    n = number // 2
+    mutual = int((nearest[nearest] == torch.arange(number)).sum())
+    degrees = 1 + torch.bincount(nearest, minlength=number)
+    same_nodes = number + mutual
+    # Pairs that meet at a node, summed over nodes: those with the same two nodes count twice.
+    one_shared = int(degrees.square().sum()) - 2 * same_nodes
+    apart = number**2 - same_nodes - one_shared
+    # The chances that two, three and four nodes are of one kind. Two edges that are apart are also
+    # hits if one is of two real nodes and the other of two fake ones.
+    two, three, four = (2 * math.perm(n, k) / math.perm(number, k) for k in (2, 3, 4))
+    four += 2 * math.perm(n, 2) ** 2 / math.perm(number, 4)
+    # E[hits^2] sums, over ordered pairs of edges, the chance that both are hits.
+    return same_nodes * two + one_shared * three + apart * four - (number * two) ** 2
 
 
 def _check(real: Tensor, fake: Tensor) -> int:
@@ -231,18 +192,3 @@ def _nearest_others(pool: Tensor, seed: int) -> Tensor:
             nearest[several] = drawn.squeeze(1)
         neighbours.append(nearest)
     return torch.cat(neighbours)
-
-
-def _interval(hits: int, trials: int, variance: float) -> Estimate:
-    """Wilson's interval for the number of independent trials whose hits vary as much by chance."""
-    # The variance of as many independent guesses. Dependent hits vary more, so they count as fewer
-    # trials; a smaller variance does not make them more.
-    independent = trials / 4
-    effective = max(1, round(trials * independent / max(variance, independent)))
-    interval = wilson_interval(round(effective * hits / trials), effective)
-    return Estimate(hits / trials, interval.low, interval.high)
-
-
-def _upper_tail(value: float, mean: float, variance: float) -> float:
-    """The probability that a normal variable exceeds `value`."""
-    return math.erfc((value - mean) / math.sqrt(2 * max(variance, 1e-12))) / 2

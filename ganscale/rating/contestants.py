@@ -101,9 +101,10 @@ def encode_png(image: Tensor) -> bytes:
 
 def _snapshot(path: Path) -> Path | None:
     """The snapshot file that a path stands for; None for a path of images."""
-    # A folder of images may lie anywhere, so only what holds snapshots is taken for a run.
-    is_run = path.suffix == _SNAPSHOT or RunDirectory(path).snapshots.is_dir()
-    return snapshot_file(path) if is_run else None
+    # A folder of images may lie anywhere, so only what holds snapshots is taken for a run or for
+    # one of its averages.
+    holds_snapshots = RunDirectory(path).snapshots.is_dir() or any(path.glob(f"*{_SNAPSHOT}"))
+    return snapshot_file(path) if path.suffix == _SNAPSHOT or holds_snapshots else None
 
 
 def _names(origins: Sequence[Path | str]) -> list[str]:
@@ -124,8 +125,9 @@ def _short_name(origin: Path | str) -> str:
 
 
 def _trained_on(path: Path) -> str | None:
-    run = containing_run(path) if path.suffix == _SNAPSHOT else RunDirectory(path)
-    if run is None or not run.config.is_file():
+    snapshot = _snapshot(path)
+    run = None if snapshot is None else containing_run(snapshot)
+    if run is None:
         return None
     data = load_config(run.config).data
     if data.shards is not None and (is_url(data.shards) or Path(data.shards).is_dir()):

@@ -144,13 +144,14 @@ def tarred(place: Path, files: Files, name: str = "a.tar") -> Path:
 
 
 def linked(place: Path) -> Path:
-    """Class folders that are links, a link to nothing, a link to the folder above."""
+    """Class folders that are links, and links to nothing, to themselves and to the folder above."""
     store = folder(place.parent / "store", in_classes())
     place.mkdir()
     for inner in store.iterdir():
         (place / inner.name).symlink_to(inner)
     (store / "ant" / "gone.png").symlink_to(store / "nowhere.png")
     (store / "bee" / "up").symlink_to(store / "bee")
+    (store / "ant" / "loop.png").symlink_to("loop.png")
     return place
 
 
@@ -330,7 +331,11 @@ FOLDERS: dict[str, Input] = {
         linked,
         20,
         4,
-        ("links to nothing: 1, such as ant/gone.png", "links to a folder above them: 1"),
+        (
+            "links to nothing: 1, such as ant/gone.png",
+            "links that lead to themselves: 1, such as ant/loop.png",
+            "links to a folder above them: 1",
+        ),
     ),
     "a class called train": built(
         VEHICLES, says=("train may be a class or a part", "one of 3 classes", "takes its 10 images")

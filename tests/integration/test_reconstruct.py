@@ -89,7 +89,8 @@ def test_every_task_is_done_by_inversion_and_by_encoder(
     for method, by in (("gan", "inversion"), ("vae", "encoder")):
         out = tmp_path / method
         where = ("--images", procedural_shards, "--num", 3, "--out", out)
-        code, text, err = verb("reconstruct", runs[method], *where, "--task", task, *QUICK)
+        options = ("--task", task, *(QUICK if by == "inversion" else ("--device", "cpu")))
+        code, text, err = verb("reconstruct", runs[method], *where, *options)
         assert code == 0, err
         assert f"by       {by}" in text
         written = json.loads((out / "figures.json").read_text())
@@ -174,6 +175,16 @@ def test_what_makes_no_sense_is_refused_in_a_line(
     code, _, err = verb("reconstruct", runs["gan"], *place, *QUICK, *options)
     assert code == 2
     assert reason in err.splitlines()[-1]
+
+
+def test_an_encoder_has_no_options_of_a_search(
+    verb: Verb, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    place = ("--images", folder_of(tmp_path / "images", 1), "--out", tmp_path / "out")
+    for option in ("--steps", "--restarts", "--prior", "--tuning-steps"):
+        code, _, err = verb("reconstruct", runs["vae"], *place, option, 1)
+        assert code == 2
+        assert f"{option} is for inversion" in err.splitlines()[-1]
 
 
 def _reconstructed(world: World, run: Path, images: str) -> Any:

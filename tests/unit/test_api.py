@@ -198,7 +198,8 @@ def test_classes_are_chosen_by_number_and_by_name(generator: ganscale.Generator)
     for chosen in (labels, [CLASSES[label] for label in labels]):
         assert np.array_equal(generator(3, class_labels=chosen, output_type="np"), by_seed)
     third = generator(3, class_labels="kind 3", output_type="np")
-    assert np.array_equal(third, generator(3, class_labels=3, output_type="np"))
+    for label in (3, np.int64(3), np.array([3, 3, 3])):
+        assert np.array_equal(third, generator(3, class_labels=label, output_type="np"))
     assert not np.array_equal(third, generator(3, class_labels=4, output_type="np"))
 
 
@@ -210,6 +211,7 @@ def test_classes_are_chosen_by_number_and_by_name(generator: ganscale.Generator)
         ({"class_labels": 10}, "takes 0 to 9"),
         ({"class_labels": "cat"}, "class 'cat': this generator has kind 0, kind 1"),
         ({"class_labels": [1, 2]}, "2 labels for 16 images"),
+        ({"class_labels": [1.9] * 16}, "class 1.9: expected a whole number or a name"),
         ({"truncation": 0.0}, "expected at least 0.05"),
     ],
 )
@@ -313,6 +315,26 @@ def test_a_later_evaluation_goes_first(run_folder: Path) -> None:
     evaluation = ganscale.Run(run_folder).generator().evaluation
     assert evaluation["metrics"] == {"fid": 38.25}
     assert evaluation["protocol"]["num_samples"] == 50000
+
+
+def test_a_config_of_something_else_is_none_of_a_run(
+    generator: ganscale.Generator, tmp_path: Path
+) -> None:
+    project = tmp_path / "project"
+    generator.save_pretrained(project / "models")
+    (project / "config.yaml").write_text("database: postgres\n")
+    loaded = ganscale.Generator.from_pretrained(project / "models")
+    for target in (project / "given", project):
+        folder = loaded.save_pretrained(target)
+        assert "trained on | 640 real images" in (folder / "README.md").read_text()
+
+
+def test_weights_are_not_written_without_their_card(run_folder: Path, tmp_path: Path) -> None:
+    loaded = ganscale.Run(run_folder).generator()
+    RunDirectory(run_folder).config.write_text("database: postgres\n")
+    with pytest.raises(ConfigError, match="unknown field 'database'"):
+        loaded.save_pretrained(tmp_path / "given")
+    assert not (tmp_path / "given").exists()
 
 
 def test_a_generator_is_not_saved_over_a_run(run_folder: Path) -> None:
@@ -515,6 +537,10 @@ def test_a_generator_is_evaluated_by_its_images(
         (np.zeros((2, 4, 4, 3)), "an array of float64 (2, 4, 4, 3): expected uint8"),
         (np.zeros((2, 3, 8, 8), dtype=np.uint8), "expected uint8 (N, H, W, C)"),
         ([Image.new("L", (4, 4)), Image.new("RGB", (4, 4))], "several sizes or modes"),
+        ([Image.new("P", (4, 4))], "a Pillow image in mode P: expected L, RGB, RGBA"),
+        ([Image.new("YCbCr", (4, 4))], "a Pillow image in mode YCbCr"),
+        ([Image.new("CMYK", (4, 4))], "a Pillow image in mode CMYK"),
+        ([np.zeros((4, 4, 3), dtype=np.uint8)], "a list of ndarray: expected Pillow images, or"),
         ([], "at least one image"),
     ],
 )

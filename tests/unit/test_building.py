@@ -46,6 +46,23 @@ def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ganscale.data.building.ProcessPoolExecutor", pool)
 
 
+def test_as_many_processes_build_as_may_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A container may have fewer cores than its machine."""
+    started: list[int] = []
+
+    def pool(workers: int, **_: Any) -> ThreadPoolExecutor:
+        started.append(workers)
+        return ThreadPoolExecutor(1)
+
+    monkeypatch.setattr("ganscale.data.building.ProcessPoolExecutor", pool)
+    monkeypatch.setattr("ganscale.data.building.os.cpu_count", lambda: 4)
+    monkeypatch.setattr("ganscale.data.building.os.sched_getaffinity", lambda _: {0, 2, 3})
+    build_shards(PROCEDURAL, tmp_path / "set", num_shards=8, limit=8)
+    assert started == [3]
+
+
 def hashes(root: str | Path) -> dict[str, str]:
     files = sorted(Path(root).iterdir())
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}

@@ -216,6 +216,12 @@ MISTAKES = [
     ("shards build --source procedural --out full", 2, "full exists and is not empty"),
     ("shards build --split valid --out new", 2, "'valid' is not one of 'train', 'test'"),
     ("shards build --num-shards 0 --out new", 2, "'--num-shards'"),
+    ("shards build --source procedural --layout flat --out new", 2, "--layout flat is for images"),
+    (
+        "shards build --source procedural --background black --out new",
+        2,
+        "give --fit pad or --img-channels 1 or 3, or leave it",
+    ),
     ("shards info absent", 1, "absent. Build it: ganscale shards build"),
     ("shards verify empty", 1, "empty is empty: not a finished shard set"),
     ("shards index empty", 1, "empty: no .tar files to index"),

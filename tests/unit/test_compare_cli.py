@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 
 from ganscale.cli import main
+from ganscale.evaluation.reconstruction.comparison import load_run
+from ganscale.generation.inversion import InversionSettings
+from ganscale.generation.snapshot import save_snapshot
+from ganscale.models import build_generator
+from ganscale.run_directory import RunDirectory
 from tests.conftest import MakeConfig
 from tests.support.runs import read_rows
 
@@ -41,6 +46,23 @@ def test_a_tournament_of_what_is_no_run_exits_with_1(
     code, line = refusal(capsys, "tournament", tmp_path, "--reference", procedural_shards)
     assert code == 1
     assert "is not a run" in line
+    assert "discriminators are in checkpoints" in line
+
+
+def test_averages_of_one_run_are_compared_by_different_names(make_config: MakeConfig) -> None:
+    config = make_config()
+    run_dir, spec = RunDirectory(config.run_dir), config.model.model_dump() | {"base_channels": 8}
+    for name in ("", "ema-2000"):
+        save_snapshot(run_dir.snapshot(640, name), build_generator(spec), spec=spec, nimg=640)
+    run_dir.config.write_text(config.to_yaml())
+    average = run_dir.snapshots / "ema-2000"
+    places = (run_dir.root, run_dir.snapshot(640), average, run_dir.snapshot(640, "ema-2000"))
+    assert [load_run(str(place), InversionSettings()).name for place in places] == [
+        "tiny",
+        "tiny@0.64",
+        "tiny/ema-2000",
+        "tiny/ema-2000@0.64",
+    ]
 
 
 def test_a_tournament_without_test_images_exits_with_1(

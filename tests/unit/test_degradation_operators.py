@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from torch.testing import assert_close
 
 from ganscale.errors import ConfigError
 from ganscale.generation.degradations import (
+    TASKS,
     Degradation,
+    build_degradation,
     build_mask,
     colourise,
     deblur,
@@ -158,6 +161,17 @@ def test_a_mask_may_be_a_picture(tmp_path: Path) -> None:
     assert torch.equal(build_mask(str(path), 8, 8), wanted[0] > 0)
     with pytest.raises(ConfigError, match=r"is 8x8, the images are 16x16"):
         build_mask(str(path), 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("setting", "owner"),
+    [({"mask": "half"}, "inpaint"), ({"scale": 4}, "superres"), ({"blur": 1.5}, "deblur")],
+)
+def test_settings_of_another_task_are_refused(setting: dict[str, Any], owner: str) -> None:
+    assert build_degradation(owner, (3, SIDE, SIDE), **setting).name.startswith(owner)
+    for task in set(TASKS) - {owner}:
+        with pytest.raises(ConfigError, match=f"is for {owner}: leave it, or choose"):
+            build_degradation(task, (3, SIDE, SIDE), **setting)
 
 
 def test_what_makes_no_sense_is_refused(images: Tensor) -> None:

@@ -22,7 +22,7 @@ from ganscale.metrics.fid import (
     frechet_infinity,
 )
 from ganscale.metrics.inception_score import inception_score
-from ganscale.metrics.intervals import jackknife
+from ganscale.metrics.intervals import jackknife, wilson_interval
 from ganscale.metrics.kid import kernel_distance
 from ganscale.metrics.statistics import Moments, check_features
 
@@ -195,3 +195,13 @@ def test_nothing_warns() -> None:
         warnings.simplefilter("error")
         value: Any = frechet_infinity(draws(200, 0), Moments.of(draws(200, 1)))
     assert math.isfinite(value.value)
+
+
+@pytest.mark.parametrize("num_trials", [3, 10, 64, 199, 2000])
+def test_a_share_of_none_or_all_ends_at_exactly_0_or_1(num_trials: int) -> None:
+    """The other bound is z^2 / (n + z^2) away (Wilson 1927)."""
+    none, every = wilson_interval(0, num_trials), wilson_interval(num_trials, num_trials)
+    away = 1.959963984540054**2 / (num_trials + 1.959963984540054**2)
+    assert (none.low, every.high) == (0.0, 1.0)
+    assert none.high == pytest.approx(away)
+    assert every.low == pytest.approx(1 - away)

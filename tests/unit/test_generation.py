@@ -7,6 +7,7 @@ import os
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -80,6 +81,12 @@ def test_a_seeds_latent_does_not_depend_on_its_neighbours() -> None:
     torch.testing.assert_close(
         seeded_latents([5, 4711], 8)[1], seeded_latents([4711], 8)[0], rtol=0, atol=0
     )
+
+
+def test_numbers_of_numpy_are_the_seeds_that_they_are() -> None:
+    numbers = list(np.arange(4, dtype=np.int32))
+    assert torch.equal(seeded_latents(numbers, 8), seeded_latents([0, 1, 2, 3], 8))
+    assert torch.equal(seeded_labels(numbers, 10), seeded_labels([0, 1, 2, 3], 10))
 
 
 @on_each_device

@@ -18,7 +18,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from ganscale.data.images import CHANNELS, decode
+from ganscale.data.images import CHANNELS, decode, normalised_pixels
 from ganscale.data.images import normalised_png as normalised_image
 from ganscale.errors import DataError
 
@@ -337,6 +337,19 @@ def test_other_formats_become_pngs_of_the_same_pixels(kind: str) -> None:
     assert np.array_equal(decode(png, (3, 16, 16)), pixels)
 
 
+def test_pixels_alone_are_those_of_the_png_and_cost_no_png(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = {kind: encoded(image_of(noise(3)), kind) for kind in ("PNG", "JPEG", "WEBP")}
+    images["palette"] = encoded(image_of(noise(3)).convert("P"))
+    expected = {kind: normalised_image(data).values for kind, data in images.items()}
+
+    def save(*_: Any, **__: Any) -> None:
+        raise AssertionError("encoded what nobody asked for")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    for kind, data in images.items():
+        assert np.array_equal(normalised_pixels(data), expected[kind])
+
+
 def test_no_colour_profile_is_carried_into_every_png() -> None:
     data = encoded(image_of(noise(1)), "JPEG", icc_profile=random.Random(0).randbytes(3000))
     png, _ = normalised_png(data)
@@ -537,6 +550,54 @@ def test_sixteen_bits_are_scaled_to_eight(kind: str) -> None:
     deep = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     normalised = normalised_image(encoded(Image.fromarray(deep), kind))
     assert np.array_equal(normalised.values[0], np.rint(deep / 257).astype(np.uint8))
+    assert normalised.changes == ("16 bits a pixel became 8",)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_the_transparent_one_of_65536_grays_alone_is_invisible(channels: int) -> None:
+    """Its neighbours become the same 8 bits, and stay visible."""
+    deep = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    deep[4, :2] = (8000, 8001)
+    data = encoded(Image.fromarray(deep), transparency=8000)
+    pixels = normalised_image(data, img_channels=channels, background="#ffffff").values
+    gray = np.rint(deep / 257).astype(np.uint8)
+    visible = deep != 8000
+    assert visible.sum() == 255
+    if channels == 4:
+        assert np.array_equal(pixels[3], visible * 255)
+    expected = gray if channels == 4 else np.where(visible, gray, 255)
+    assert (pixels[:3] == expected).all()
+
+
+DEEP_COLOURS = {
+    "RGB": (2, 3, [0, 1, 2]),
+    "RGBA": (6, 4, [0, 1, 2, 3]),
+    "gray": (4, 2, [0, 0, 0, 1]),
+}
+
+
+@pytest.mark.parametrize(("colour", "planes", "seen"), DEEP_COLOURS.values(), ids=DEEP_COLOURS)
+def test_sixteen_bits_a_channel_keep_their_upper_bytes_and_are_counted(
+    colour: int, planes: int, seen: list[int]
+) -> None:
+    deep = np.random.default_rng(0).integers(0, 65536, (16, 16, planes)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in deep)
+    normalised = normalised_image(png_of(16, 16, colour, zlib.compress(rows), bits=16))
+    assert normalised.changes == ("16 bits a channel became 8",)
+    assert np.array_equal(normalised.values, (deep >> 8).transpose(2, 0, 1)[seen])
+    # Stored with 8 bits, so that readers of the shards need not convert it each time.
+    stored_bits = normalised.data[24]
+    assert stored_bits == 8
+    assert np.array_equal(decode(normalised.data, normalised.values.shape), normalised.values)
+
+
+@pytest.mark.parametrize("greatest", [65535, 4095])
+def test_a_pgm_of_more_than_eight_bits_is_scaled_by_its_greatest_value(greatest: int) -> None:
+    deep = np.linspace(0, greatest, 256).astype(">u2")
+    data = f"P5 16 16 {greatest}\n".encode() + deep.tobytes()
+    normalised = normalised_image(data)
+    expected = np.rint(deep.astype(np.float64) * 255 / greatest).reshape(16, 16)
+    assert np.array_equal(normalised.values[0], expected)
     assert normalised.changes == ("16 bits a pixel became 8",)
 
 

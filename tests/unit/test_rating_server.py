@@ -359,6 +359,18 @@ def test_runs_are_their_newest_snapshot_a_named_one_or_images(
         open_runs([str(run), str(run)], num_images=1, seed=0, device="cpu", scratch=tmp_path)
 
 
+def test_the_folder_of_an_average_is_its_newest_snapshot(
+    run: Path, procedural_shards: Path, tmp_path: Path
+) -> None:
+    average = run / "snapshots" / "ema-2000"
+    average.mkdir()
+    older = run / "snapshots" / "nimg-000000000016.safetensors"
+    older.rename(average / older.name)
+    (found,) = open_runs([str(average)], num_images=2, seed=3, device="cpu", scratch=tmp_path)
+    assert found.name == f"tiny/{older.stem}"
+    assert default_reference([str(average)]) == str(procedural_shards)
+
+
 def test_the_real_images_are_those_the_run_learned_from(
     run: Path, procedural_shards: Path, image_folder: Path
 ) -> None:

@@ -49,6 +49,10 @@ def test_the_reference_is_what_the_run_was_trained_on(run: Path, tmp_path: Path)
         assert default_reference(subject) == "data/shards"
     assert containing_run(snapshot) == RunDirectory(run)
     assert containing_run(tmp_path) is None
+    # Of something else: no run has written here, or it lies further up.
+    (tmp_path / "config.yaml").touch()
+    assert containing_run(tmp_path / "models" / "g.safetensors") is None
+    assert containing_run(run / "exports" / "a" / "b" / "g.safetensors") is None
     with pytest.raises(ConfigError, match="give --reference"):
         default_reference(str(tmp_path))
 

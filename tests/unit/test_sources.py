@@ -283,6 +283,35 @@ def test_a_folder_of_webdataset_tars_is_read_in_the_order_of_names(tmp_path: Pat
     assert list(source.classes) == [str(n) for n in range(9)]
 
 
+def test_tars_are_scanned_by_their_headers_and_once_for_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tars").mkdir()
+    contents = [os.urandom(1000 + n) for n in range(4)]
+    for n, data in enumerate(contents):
+        with wds.TarWriter(str(tmp_path / "tars" / f"{n // 2}-{n}.tar"), encoder=False) as writer:
+            writer.write({"__key__": f"k{n}", "png": data, "cls": str(n).encode()})
+    source = opened(tmp_path / "tars", tmp_path / "scratch")
+    read: list[int] = []
+    pread = os.pread
+
+    def counting(descriptor: int, num_bytes: int, offset: int) -> bytes:
+        read.append(num_bytes)
+        return pread(descriptor, num_bytes, offset)
+
+    monkeypatch.setattr("ganscale.data.tars.os.pread", counting)
+    assert len(source) == 4
+    assert read == [1] * 4, "labels are read and no image"
+    part = source.part([3, 1])
+    assert part is not None
+    # Elsewhere the tars are read at the places that are known.
+    monkeypatch.setattr("ganscale.data.sources.scan_tar", None)
+    sent = pickle.loads(pickle.dumps(part))
+    assert [(sent.read(n), sent.label(n), sent.name(n)) for n in (1, 3)] == [
+        (contents[n], n, f"{tmp_path / 'tars'}/{n // 2}-{n}.tar: k{n}") for n in (1, 3)
+    ]
+
+
 def test_a_damaged_webdataset_tar_is_named(tmp_path: Path) -> None:
     (tmp_path / "tars").mkdir()
     path = tmp_path / "tars" / "a.tar"

@@ -148,15 +148,6 @@ def test_the_last_line_says_who_is_ahead_and_how_surely(
     assert line.endswith(words)
 
 
-def test_the_rating_of_a_generator_allows_for_the_judges_that_it_met() -> None:
-    """Odds are generator over judge: 1/9, 1 and 9 against judges that are 9 times sharper each."""
-    odds = np.outer([1 / 9, 1, 9], [1, 3, 9])
-    scores = score(logits_of((odds / (1 + odds)).tolist(), 4000), np.zeros(3), ["a", "b", "c"])
-    ratings = {s.name: s.generator_rating.value for s in scores.standings}
-    assert ratings["b"] - ratings["a"] == pytest.approx(400 * math.log10(3), abs=2)
-    assert ratings["c"] - ratings["b"] == pytest.approx(400 * math.log10(3), abs=2)
-
-
 @pytest.mark.parametrize(
     ("thresholds", "winner"),
     [((60.0, 60.0), "a"), ((20.0, 150.0), None), ((150.0, 150.0), None)],

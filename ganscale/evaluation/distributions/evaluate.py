@@ -32,7 +32,7 @@ from ganscale.evaluation.distributions.features import (
     extract,
     plan_reference,
 )
-from ganscale.evaluation.gan_metrics.two_sample import neighbour_two_sample
+from ganscale.evaluation.gan_metrics.two_sample import mean_neighbour_accuracy
 from ganscale.evaluation.image_sets import ImageSet
 from ganscale.evaluation.image_views import with_classes_of
 from ganscale.metrics.extractors import FeatureExtractor
@@ -286,7 +286,7 @@ def _fid_per_class(comparison: _Comparison) -> dict[str, Estimate]:
 
 def _nearest_neighbour_test(comparison: _Comparison) -> dict[str, Estimate]:
     samples, reference = comparison.rows()
-    return comparison.named(("c2st_1nn", neighbour_two_sample(reference, samples).accuracy))
+    return comparison.named(("c2st_1nn", mean_neighbour_accuracy(reference, samples)))
 
 
 _COMPUTE: dict[MetricName, Callable[[_Comparison], dict[str, Estimate]]] = {

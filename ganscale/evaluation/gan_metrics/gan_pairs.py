@@ -123,7 +123,10 @@ def _load(text: str, device: str) -> GanPair:
     root, kimg = reference.path, reference.kimg
     run_dir = RunDirectory(root)
     if not run_dir.config.is_file():
-        raise CheckpointError(f"{text} is not a run: it has no {run_dir.config.name}")
+        raise CheckpointError(
+            f"{text} is not a run: it has no {run_dir.config.name}. Expected the folder of a run, "
+            "or RUN@KIMG: discriminators are in checkpoints, and not in snapshots"
+        )
     # A run's folder may have been moved or copied since, so the place in its configuration is not
     # used; checkpoints in another store are read from there.
     config = load_config(run_dir.config).with_changes(

@@ -2,7 +2,7 @@
 
 A repeat draws images of both sets, trains on half of them where the classifier learns, and counts
 how often the classifier is right about the rest: 1/2 if both sets follow one distribution, 1 if it
-always tells them apart. `TwoSampleReport` sums the repeats up.
+always tells them apart.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from ganscale.evaluation.recognition.classifier import (
     predict,
     train_classifier,
 )
-from ganscale.metrics.intervals import wilson_interval
+from ganscale.metrics.intervals import Estimate, wilson_interval
 from ganscale.metrics.two_sample import (
     Repeat,
     TwoSampleReport,
     accuracy_test,
-    nearest_neighbour_test,
+    mean_estimate,
+    nearest_neighbour_accuracy,
 )
 
 # No recipe augments: a generator may betray itself at an image's border, which shifts would hide.
@@ -84,38 +85,37 @@ def network_two_sample(
         )
         correct = predict(model, held_out) == held_out.labels
         repeats.append(_repeat(seed, correct, held_out.labels))
-    return TwoSampleReport.of("network", num_images, repeats)
+    return TwoSampleReport.of(num_images, repeats)
 
 
-def neighbour_two_sample(
+def mean_neighbour_accuracy(
     real_features: Tensor,
     fake_features: Tensor,
     *,
     num_images: int = 2000,
     seeds: Sequence[int] = range(5),
-) -> TwoSampleReport:
-    """Test with the leave-one-out 1-nearest neighbour of features, on other images for each seed.
+) -> Estimate:
+    """The mean over seeds of the leave-one-out accuracy of the 1-nearest neighbour of features.
 
     Args:
         real_features: (n, d).
         fake_features: (m, d).
-        num_images: how many images of each set a repeat draws, limited by the smaller set.
-        seeds: one for each repeat.
+        num_images: how many images of each set each seed draws, limited by the smaller set.
+        seeds: of the repeats, which draw other images.
 
     Raises:
         DataError: for fewer than 20 images of a set.
         ConfigError: without a seed.
     """
     num_images = _checked_number(len(real_features), len(fake_features), num_images, seeds)
-    repeats = []
+    accuracies = []
     for seed in seeds:
         one, other = (
             features[torch.from_numpy(_draw(len(features), num_images, seed, kind))]
             for kind, features in enumerate((real_features, fake_features))
         )
-        test = nearest_neighbour_test(one, other, seed=seed)
-        repeats.append(Repeat(seed, test.accuracy, test.p_value, test.real, test.fake))
-    return TwoSampleReport.of("1-nn", num_images, repeats)
+        accuracies.append(nearest_neighbour_accuracy(one, other, seed=seed))
+    return mean_estimate(accuracies)
 
 
 def _split(

@@ -122,7 +122,9 @@ class TaskResult:
 
 
 def load_run(text: str, search: InversionSettings, *, device: str = "cpu") -> ComparedRun:
-    """Load a run's newest snapshot, or a snapshot in a run, which is then named RUN@KIMG.
+    """Load a run's newest snapshot, named RUN, or a snapshot in a run, named RUN@KIMG.
+
+    Snapshots of a further average are named RUN/AVERAGE and RUN/AVERAGE@KIMG.
 
     Raises `ConfigError` if it is no part of a run, `CheckpointError` if it has no snapshot.
     """
@@ -140,7 +142,10 @@ def load_run(text: str, search: InversionSettings, *, device: str = "cpu") -> Co
     }
     method = load_config(run_dir.config).method.name
     kimg = by_default.generator.info["nimg"] / 1000
-    name = run_dir.name if Path(text).expanduser().is_dir() else f"{run_dir.name}@{kimg:g}"
+    is_average = snapshot.parent.parent == run_dir.snapshots
+    name = f"{run_dir.name}/{snapshot.parent.name}" if is_average else run_dir.name
+    if not Path(text).expanduser().is_dir():
+        name += f"@{kimg:g}"
     return ComparedRun(name, snapshot, run_dir, method, reconstructors)
 
 
