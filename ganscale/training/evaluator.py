@@ -46,7 +46,8 @@ class Evaluator:
         settings = config.evaluation
         self.config = config
         self.world = world
-        self._classes = list(shard_set.classes)
+        # As in snapshots: metrics by class match classes by name, and labels are drawn by counts.
+        self._info = {"classes": shard_set.classes, "class_counts": shard_set.class_counts}
         # Rank 0 decides what "auto" is: other machines may have other weights.
         name = [chosen_extractor(settings.extractor)]
         dist.broadcast_object_list(name, src=0)
@@ -76,8 +77,8 @@ class Evaluator:
 
         began = time.perf_counter()
         settings = self.config.evaluation
-        info = {"classes": self._classes}  # for metrics by class, which match them by name
-        generator = SampleableGenerator(model, spec=self.config.generator_spec, info=info)
+        spec = self.config.generator_spec
+        generator = SampleableGenerator(model, spec=spec, info=self._info)
         samples = GeneratedImages(generator, settings.num_images, 0, self.config.name, str(nimg))
         evaluation: Evaluation | None = None
         problem = ""

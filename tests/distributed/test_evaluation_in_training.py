@@ -63,6 +63,7 @@ def test_a_run_measures_itself_and_keeps_its_best(make_config: MakeConfig, world
     best = min(rows, key=lambda row: row["metrics/fd_small"])["nimg"]
     (snapshot,) = (RunDirectory(config.run_dir).snapshots / "best").iterdir()
     assert load_generator(snapshot).info["nimg"] == best
+    assert sum(load_generator(snapshot).class_counts) == 500
     kept = {name.nimg for name in CheckpointStore(config.checkpoints).names()}
     assert kept >= {480, 640, best}
 
