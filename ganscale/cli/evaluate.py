@@ -142,10 +142,12 @@ def evaluate(
     if evaluation is None:
         return
     typer.echo(str(evaluation))
-    # The run first: a --json path that cannot be written must not lose an hour's result.
-    if run is not None:
-        _log_evaluation(run, samples, evaluation)
-    write_json(json_file, evaluation.to_json())
+    # Each whether or not the other can be written: an hour's result must not be lost.
+    try:
+        write_json(json_file, evaluation.to_json())
+    finally:
+        if run is not None:
+            _log_evaluation(run, samples, evaluation)
 
 
 def _log_evaluation(run: Path, samples: ImageSet, evaluation: Evaluation) -> None:

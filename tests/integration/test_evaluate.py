@@ -78,6 +78,21 @@ def test_a_run_gets_a_row_of_what_was_measured(verb: Verb, run_dir: RunDirectory
     assert read_rows(run_dir.metrics)[-1] == row
 
 
+def test_neither_file_is_lost_where_the_other_cannot_be_written(
+    verb: Verb, run_dir: RunDirectory, tmp_path: Path
+) -> None:
+    file = tmp_path / "figures.json"
+    command = ("evaluate", "--run", run_dir.root, "--num", 20, "--metrics", "prdc", "--json")
+    code, _, err = verb(*command, run_dir.root)
+    assert (code, "a folder is where a file should be" in err) == (1, True)
+    assert "metrics/recall_efficientnet_lite0" in read_rows(run_dir.metrics)[-1]
+    run_dir.events.unlink()
+    run_dir.events.mkdir()
+    code, _, err = verb(*command, file)
+    assert (code, "a folder is where a file should be" in err) == (1, True)
+    assert "recall_efficientnet_lite0" in json.loads(file.read_text())["metrics"]
+
+
 def test_classifiers_judge_too(
     verb: Verb, run_dir: RunDirectory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
