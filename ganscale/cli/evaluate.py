@@ -50,8 +50,12 @@ def evaluate(
     ] = None,
     reference: Reference = None,
     split: Annotated[
-        Split, typer.Option(help="Which part of --reference, and of --images, if it has both.")
-    ] = "train",
+        Split | None,
+        typer.Option(
+            help="Which part of --reference, and of --images, if it has both; default: train.",
+            show_default=False,
+        ),
+    ] = None,
     metrics: Annotated[
         str | None, typer.Option(help=f"Some of {_METRICS}; default: all but the last two.")
     ] = None,
@@ -67,7 +71,7 @@ def evaluate(
         int | None,
         typer.Option(
             min=1,
-            help="Reference images, at random, that all metrics but fid and fid_infinity use; "
+            help="Reference images, at random, that kid, prdc, authenticity and c2st_1nn use; "
             "default: as many as there are samples.",
         ),
     ] = None,
@@ -90,7 +94,7 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Compare generated images with real ones: FID, KID, precision, recall, copies."""
-    from ganscale.evaluation.evaluate import choose_metrics, measure, open_reference
+    from ganscale.evaluation.evaluate import check_split, choose_metrics, measure, open_reference
     from ganscale.evaluation.image_sets import GeneratedImages, open_images
     from ganscale.evaluation.run_references import default_reference
     from ganscale.metrics.extractors import open_extractor
@@ -115,15 +119,16 @@ def evaluate(
     world = World.detect(device)
     network = open_extractor(extractor, weights=weights, weights_sha256=weights_sha256)
     network.to(world.device)
-    real = open_reference(reference or default_reference(subject), split, num_reference)
+    real = open_reference(reference or default_reference(subject), split or "train", num_reference)
     samples: ImageSet
     if images is not None:
-        samples = open_images(images, split=split)
+        samples = open_images(images, split=split or "train")
     else:
         num_images = 10_000 if num is None else num
         samples = GeneratedImages.of_snapshot(
             Path(subject), num_images, seed=seed or 0, device=world.device
         )
+    check_split(split, samples, real)
     real_test = None if test is None else open_images(test, split="test")
     evaluation = measure(
         samples,

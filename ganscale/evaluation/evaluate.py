@@ -13,7 +13,7 @@ from typing import cast
 from ganscale.config import RENAMED_METRICS, ExtractorName, MetricName
 from ganscale.data.layout import Split
 from ganscale.errors import CheckpointError, ConfigError
-from ganscale.evaluation.distributions.evaluate import METRICS
+from ganscale.evaluation.distributions.evaluate import METRICS, ROW_METRICS
 from ganscale.evaluation.distributions.evaluate import evaluate as evaluate_features
 from ganscale.evaluation.distributions.evaluation import Evaluation
 from ganscale.evaluation.distributions.features import FeatureCache
@@ -21,7 +21,13 @@ from ganscale.evaluation.gan_metrics.classifier_metrics import (
     CLASSIFIER_METRICS,
     with_classifier_metrics,
 )
-from ganscale.evaluation.image_sets import GeneratedImages, ImageSet, open_images
+from ganscale.evaluation.image_sets import (
+    FileImages,
+    GeneratedImages,
+    ImageSet,
+    ImagesOfShards,
+    open_images,
+)
 from ganscale.evaluation.image_views import Subset
 from ganscale.evaluation.memory_images import HeldImages, MemoryImages
 from ganscale.evaluation.run_references import default_reference
@@ -40,7 +46,7 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     num: int = 10_000,
     seed: int = 0,
-    split: Split = "train",
+    split: Split | None = None,
     num_reference: int | None = None,
     reference_rows: int | None = None,
     test: str | Path | None = None,
@@ -63,10 +69,10 @@ def evaluate(
             computed are then in `skipped` with the reasons.
         num: images that are drawn of a generator; images that are given are all used.
         seed: of the first image that is drawn; each next one is 1 higher.
-        split: which part of an image set that has both.
+        split: which part of an image set that has both, by default "train".
         num_reference: use only so many images of the reference, drawn at random.
-        reference_rows: reference images, drawn at random, that all metrics but `fid` and
-            `fid_infinity` use; by default as many as there are samples.
+        reference_rows: reference images, drawn at random, that `kid`, `prdc`, `authenticity` and
+            `c2st_1nn` use; by default as many as there are samples.
         test: for `cas`, real images that nothing was trained on.
         extractor: the network of the features; `auto` is Inception if its weights are installed
             (`ganscale[fid]`), else one that is, under other names of metrics (`fd_...`).
@@ -85,8 +91,8 @@ def evaluate(
         >>> print(evaluation.metrics["kid"].value)
 
     Raises:
-        ConfigError: an unknown metric, no reference, or several processes: for these there is
-            `torchrun -m ganscale evaluate`.
+        ConfigError: an unknown metric, no reference, `reference_rows` or `split` where they have
+            no effect, or several processes: for these there is `torchrun -m ganscale evaluate`.
         DataError: images are too few, unreadable, of different shapes or all equal; or a metric
             that was named cannot be computed.
     """
@@ -97,8 +103,10 @@ def evaluate(
             "torchrun -m ganscale evaluate"
         )
     names = choose_metrics(metrics)
-    real = _open_real(images, reference, split, num_reference)
-    samples = _open_samples(images, split, num=num, seed=seed, device=world.device)
+    part = split or "train"
+    real = _open_real(images, reference, part, num_reference)
+    samples = _open_samples(images, part, num=num, seed=seed, device=world.device)
+    check_split(split, samples, real)
     real_test = None if test is None else open_images(str(test), split="test")
     network = open_extractor(extractor) if isinstance(extractor, str) else extractor
     network.to(world.device)
@@ -134,6 +142,20 @@ def choose_metrics(names: Sequence[str] | None) -> Sequence[str]:
     return names
 
 
+def check_split(split: Split | None, samples: ImageSet, reference: ImageSet) -> None:
+    """Raise `ConfigError` if a split was asked for and the reference is shards of another one."""
+    whole = reference.whole if isinstance(reference, Subset) else reference
+    # Shards have the split that they were built of. The one that was asked for may be meant for
+    # samples in files.
+    if split is None or isinstance(samples, FileImages) or not isinstance(whole, ImagesOfShards):
+        return
+    if (built := whole.shard_set.split) != split:
+        raise ConfigError(
+            f"--split {split}: {whole.shard_set.location} is a shard set of the {built} split: "
+            "name the place of the other one, or leave --split"
+        )
+
+
 def open_reference(place: str, split: Split, num_images: int | None) -> ImageSet:
     """The images at a place, or so many of them drawn at random."""
     return _part(open_images(place, split=split), num_images)
@@ -163,8 +185,14 @@ def measure(
         real_test: real images of another split, for `cas`.
         show_progress: on standard error, by rank 0.
 
-    Raises `ConfigError` for `cas` without `real_test`.
+    Raises `ConfigError` for `cas` without `real_test`, and for `num_reference_rows` that no metric
+    uses.
     """
+    if num_reference_rows is not None and not ROW_METRICS.intersection(metrics):
+        raise ConfigError(
+            f"--reference-rows is for {', '.join(sorted(ROW_METRICS))}: add one of these to "
+            "--metrics, or leave it"
+        )
     if "cas" in metrics and real_test is None:  # now, and not when all else has been measured
         raise ConfigError("cas needs real images that nothing was trained on: give --test")
     console = stderr_console() if show_progress and world.is_main else None

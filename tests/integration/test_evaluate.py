@@ -78,6 +78,15 @@ def test_a_run_gets_a_row_of_what_was_measured(verb: Verb, run_dir: RunDirectory
     assert read_rows(run_dir.metrics)[-1] == row
 
 
+def test_a_split_that_shards_do_not_have_is_refused(verb: Verb, run_dir: RunDirectory) -> None:
+    options = ("--run", run_dir.root, "--num", 20, "--metrics", "prdc")
+    code, out, err = verb("evaluate", *options, "--split", "test")
+    assert (code, out) == (2, "")
+    assert "is a shard set of the train split" in err
+    code, _, err = verb("evaluate", *options, "--split", "train")
+    assert code == 0, err
+
+
 def test_neither_file_is_lost_where_the_other_cannot_be_written(
     verb: Verb, run_dir: RunDirectory, tmp_path: Path
 ) -> None:
@@ -117,6 +126,11 @@ def test_classifiers_judge_too(
         (["--images", "."], 2, "give --reference"),
         (["--images", "a", "--reference", "b", "--metrics", "fad"], 2, "expected some of fid"),
         (["--images", "a", "--reference", "b", "--metrics", "frechet"], 2, "is now called fid"),
+        (
+            ["--images", "a", "--reference", "a", "--reference-rows", 9, "--metrics", "fid"],
+            2,
+            "add",
+        ),
         (["--images", "absent", "--reference", "a"], 1, "no such image source"),
         (["--images", "a", "--reference", "a", "--metrics", "fid"], 1, "are too few for 1280"),
         (["--images", "a", "--reference", "small"], 1, "only images of one shape"),

@@ -111,7 +111,7 @@ def evaluate(
     if not metrics:
         return Evaluation(protocol, {}, {}) if world.is_main else None
     _check_same_on_all_ranks(extractor.digest, len(samples), len(reference))
-    uses_rows = any(metric in _USING_ROWS for metric in metrics)
+    uses_rows = any(metric in ROW_METRICS for metric in metrics)
     num_rows = (num_reference_rows or len(samples)) if uses_rows else 0
     seconds: dict[str, float] = {}
     with _timed("reference", seconds):
@@ -299,7 +299,7 @@ _COMPUTE: dict[MetricName, Callable[[_Comparison], dict[str, Estimate]]] = {
     "fid_per_class": _fid_per_class,
     "c2st_1nn": _nearest_neighbour_test,
 }
-_USING_ROWS: frozenset[MetricName] = frozenset(
+ROW_METRICS: frozenset[MetricName] = frozenset(
     {"kid", "prdc", "authenticity", "fid_per_class", "c2st_1nn"}
 )
 """Metrics that look at single images of the reference, not only at the moments of all."""
