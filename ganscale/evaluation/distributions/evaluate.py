@@ -110,7 +110,7 @@ def evaluate(
     )
     if not metrics:
         return Evaluation(protocol, {}, {}) if world.is_main else None
-    _check_same_on_all_ranks(extractor.digest, len(samples), len(reference))
+    _check_same_on_all_ranks(extractor.digest, samples.digest, reference.digest)
     uses_rows = any(metric in ROW_METRICS for metric in metrics)
     num_rows = (num_reference_rows or len(samples)) if uses_rows else 0
     seconds: dict[str, float] = {}
@@ -186,12 +186,16 @@ def _estimates(
 
 def _check_same_on_all_ranks(*what: object) -> None:
     """Raise `DataError` if ranks differ in any of these values."""
-    # With `extractor: auto`, nodes may find different weights on their disks, and rank 0 would mix
-    # the features of two networks without noticing.
+    # With `extractor: auto`, nodes may find different weights on their disks, and the newest
+    # snapshot of a run that trains may be another one for the next rank: rank 0 would mix features
+    # of two networks, or of two generators, without noticing.
     by_rank: list[tuple[object, ...]] = [()] * dist.get_world_size()
     dist.all_gather_object(by_rank, what)
     if len(set(by_rank)) > 1:
-        raise DataError(f"ranks have different extractors or images: {by_rank}")
+        raise DataError(
+            "ranks have different extractors or images (of a run that trains, name one snapshot by "
+            f"--snapshot): {by_rank}"
+        )
 
 
 @dataclass(frozen=True)
