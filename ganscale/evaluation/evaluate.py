@@ -16,7 +16,7 @@ from ganscale.errors import CheckpointError, ConfigError
 from ganscale.evaluation.distributions.evaluate import METRICS, ROW_METRICS
 from ganscale.evaluation.distributions.evaluate import evaluate as evaluate_features
 from ganscale.evaluation.distributions.evaluation import Evaluation
-from ganscale.evaluation.distributions.features import FeatureCache
+from ganscale.evaluation.distributions.features import MAX_ROWS, FeatureCache
 from ganscale.evaluation.gan_metrics.classifier_metrics import (
     CLASSIFIER_METRICS,
     with_classifier_metrics,
@@ -67,7 +67,8 @@ def evaluate(
             density, coverage), `authenticity`, `fid_per_class`, `c2st_1nn`, `c2st` and `cas`. By
             default all but the last two, which train classifiers; those of them that cannot be
             computed are then in `skipped` with the reasons.
-        num: images that are drawn of a generator; images that are given are all used.
+        num: images that are drawn of a generator; images that are given are all used. Of more than
+            50,000 so many are drawn at random, and the protocol says so.
         seed: of the first image that is drawn; each next one is 1 higher.
         split: which part of an image set that has both, by default "train".
         num_reference: use only so many images of the reference, drawn at random.
@@ -195,6 +196,10 @@ def measure(
         )
     if "cas" in metrics and real_test is None:  # now, and not when all else has been measured
         raise ConfigError("cas needs real images that nothing was trained on: give --test")
+    feature_metrics = cast("list[MetricName]", [m for m in metrics if m in METRICS])
+    if feature_metrics:
+        # All metrics are of the same images, those that the protocol names.
+        samples = Subset.random(samples, MAX_ROWS, seed=0)
     console = stderr_console() if show_progress and world.is_main else None
     with process_group(world), progress_bars(console) as start_task:
         evaluation = evaluate_features(
@@ -202,7 +207,7 @@ def measure(
             reference,
             network,
             world,
-            metrics=cast("list[MetricName]", [m for m in metrics if m in METRICS]),
+            metrics=feature_metrics,
             num_reference_rows=num_reference_rows,
             required=required,
             cache=FeatureCache(),

@@ -142,6 +142,23 @@ def test_a_metric_that_says_nothing_is_skipped_or_an_error(tmp_path: Path) -> No
     assert found.protocol.extractor == "small"
 
 
+def test_of_too_many_samples_the_protocol_names_those_that_were_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = opened(folder_of(tmp_path / "a", 40))
+    b = opened(folder_of(tmp_path / "b", 40, seed=1))
+    monkeypatch.setattr("ganscale.evaluation.distributions.evaluate.MAX_ROWS", 30)
+    extractor = SmallExtractor()
+    with process_group(WORLD):
+        found = evaluate(a, b, extractor, WORLD, metrics=["fid"])
+        of_part = evaluate(Subset.random(a, 30, seed=0), b, extractor, WORLD, metrics=["fid"])
+    assert found is not None
+    assert of_part is not None
+    assert found.protocol.num_samples == 30
+    assert found.protocol.samples.startswith("30 of 40 images of")
+    assert found.metrics == of_part.metrics
+
+
 def test_a_decomposition_that_fails_is_a_reason_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ from ganscale.config import MetricName
 from ganscale.errors import DataError
 from ganscale.evaluation.distributions.evaluation import Evaluation, Protocol
 from ganscale.evaluation.distributions.features import (
+    MAX_ROWS,
     FeatureCache,
     Features,
     ReferenceFeatures,
@@ -34,7 +35,7 @@ from ganscale.evaluation.distributions.features import (
 )
 from ganscale.evaluation.gan_metrics.two_sample import neighbour_two_sample
 from ganscale.evaluation.image_sets import ImageSet
-from ganscale.evaluation.image_views import with_classes_of
+from ganscale.evaluation.image_views import Subset, with_classes_of
 from ganscale.metrics.extractors import FeatureExtractor
 from ganscale.metrics.fid import frechet_distance, frechet_estimate, frechet_infinity
 from ganscale.metrics.inception_score import inception_score
@@ -72,7 +73,7 @@ def evaluate(
     """Compare images with a reference; returns the metrics on rank 0, None on other ranks.
 
     Args:
-        samples, reference: of one shape.
+        samples, reference: of one shape; of more than 50,000 samples so many are drawn at random.
         extractor: of the features.
         world: of the process group; all its ranks share the work, and distances between features
             are computed on the device of rank 0.
@@ -94,6 +95,8 @@ def evaluate(
             f"{samples.description} have shape {samples.shape}, {reference.description} "
             f"{reference.shape}: only images of one shape can be compared"
         )
+    # So many rows are kept, and the protocol is to say which images were measured.
+    samples = Subset.random(samples, MAX_ROWS, seed=0)
     samples, skipped = _with_reference_classes(samples, reference, metrics, required=required)
     metrics = [metric for metric in metrics if metric not in skipped]
     protocol = Protocol(
@@ -229,8 +232,7 @@ class _Comparison:
 
 
 def _fid(comparison: _Comparison) -> dict[str, Estimate]:
-    # Of rows and not of the samples' moments, since the jackknife regroups them. No more than
-    # 50,000 rows are kept, so with more samples the distance is that of a random 50,000.
+    # Of rows and not of the samples' moments, since the jackknife regroups them.
     return comparison.named(
         ("fid", frechet_estimate(comparison.samples.rows, comparison.reference.moments))
     )
