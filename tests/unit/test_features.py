@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from ganscale.data.shards import ShardSet
 from ganscale.errors import DataError
 from ganscale.evaluation.distributions.evaluate import evaluate
 from ganscale.evaluation.distributions.features import FeatureCache, extract, extract_reference
 from ganscale.evaluation.image_sets import ImageSet, ImagesOfShards, open_images
 from ganscale.evaluation.image_views import Subset
+from ganscale.metrics.fid import frechet_distance
 from ganscale.metrics.statistics import Moments, RunningMoments
 from ganscale.world import World, process_group
 from tests.support.small_extractor import SmallExtractor
@@ -140,6 +142,26 @@ def test_a_metric_that_says_nothing_is_skipped_or_an_error(tmp_path: Path) -> No
     assert found.row()["metrics/fd_small"] == found.metrics["fd_small"].value
     assert found.protocol.num_samples == 40
     assert found.protocol.extractor == "small"
+
+
+def test_a_class_is_compared_with_all_its_reference_images(procedural_shards: Path) -> None:
+    reference = ImagesOfShards(ShardSet.load(procedural_shards))
+    samples, extractor = Subset.random(reference, 70, seed=1), SmallExtractor()
+    with process_group(WORLD):
+        found = evaluate(samples, reference, extractor, WORLD, metrics=["fid_per_class", "prdc"])
+    assert found is not None
+    # As many reference images as there are samples are too few of each class.
+    assert 70 / len(reference.classes) < extractor.num_features
+    distances = []
+    for label in range(len(reference.classes)):
+        of_class = [
+            Moments.of(extractor.features(images.read(np.flatnonzero(images.labels == label))))
+            for images in (samples, reference)
+        ]
+        distances.append(frechet_distance(*of_class))
+    value = found.metrics["fd_per_class_small"].value
+    assert value == pytest.approx(float(np.mean(distances)), rel=1e-4)
+    assert found.protocol.num_reference_rows == 70
 
 
 def test_of_too_many_samples_the_protocol_names_those_that_were_measured(

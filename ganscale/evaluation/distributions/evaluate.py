@@ -3,8 +3,9 @@
 One call computes all of them, and reports the protocol: network, resizing, reference and numbers of
 images change the values by more than most improvements of a GAN do.
 
-Metrics that compare distributions by their moments use those of the whole reference. Metrics that
-look at single images use as many of the reference as there are samples, drawn with a fixed seed.
+Metrics that compare distributions by their moments use those of the whole reference, and the FID of
+each class all rows that are kept. Metrics that look at single images use as many of the reference as
+there are samples, drawn with a fixed seed.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ganscale.evaluation.distributions.features import (
     Features,
     ReferenceFeatures,
     StartTask,
+    draw_indices,
     extract,
     plan_reference,
 )
@@ -78,8 +80,8 @@ def evaluate(
         world: of the process group; all its ranks share the work, and distances between features
             are computed on the device of rank 0.
         metrics: the names of those to compute.
-        num_reference_rows: how many images of the reference the metrics of single images use; by
-            default as many as there are samples.
+        num_reference_rows: how many images of the reference `ROW_METRICS` use; by default as many
+            as there are samples.
         required: whether a metric that cannot be computed is an error; else it is skipped with a
             reason.
         cache: keeps the reference's features.
@@ -114,12 +116,14 @@ def evaluate(
     if not metrics:
         return Evaluation(protocol, {}, {}) if world.is_main else None
     _check_same_on_all_ranks(extractor.digest, samples.digest, reference.digest)
-    uses_rows = any(metric in ROW_METRICS for metric in metrics)
-    num_rows = (num_reference_rows or len(samples)) if uses_rows else 0
+    num_rows = (num_reference_rows or len(samples)) if ROW_METRICS.intersection(metrics) else 0
+    rows = draw_indices(len(reference), min(num_rows, MAX_ROWS))
+    # A class has only a part of the rows, and its FID needs more of them than there are features.
+    num_kept = MAX_ROWS if "fid_per_class" in metrics else len(rows)
     seconds: dict[str, float] = {}
     with _timed("reference", seconds):
         plan = plan_reference(
-            reference, extractor, world, num_rows=num_rows, cache=cache, start_task=start_task
+            reference, extractor, world, num_rows=num_kept, cache=cache, start_task=start_task
         )
         of_reference = plan.features(extractor, world, cache=cache, start_task=start_task)
     with _timed("samples", seconds):
@@ -127,7 +131,9 @@ def evaluate(
         of_samples = extract(samples, extractor, world, progress=progress)
     if of_samples is None or of_reference is None:
         return None
-    comparison = _Comparison(of_samples, of_reference, extractor, world.device)
+    comparison = _Comparison(
+        of_samples, of_reference.with_rows_of(rows), of_reference, extractor, world.device
+    )
     estimates, failed = _estimates(
         metrics, comparison, required=required, seconds=seconds, start_task=start_task
     )
@@ -138,7 +144,7 @@ def evaluate(
     protocol = replace(
         protocol,
         reference_statistics=plan.statistics.name if plan.statistics else "extracted",
-        num_reference_rows=len(plan.row_indices),
+        num_reference_rows=len(rows),
     )
     return Evaluation(protocol, estimates, skipped, seconds=seconds)
 
@@ -205,6 +211,9 @@ def _check_same_on_all_ranks(*what: object) -> None:
 class _Comparison:
     samples: Features
     reference: ReferenceFeatures
+    """With the rows that metrics of single images use."""
+    labelled_reference: ReferenceFeatures
+    """With the rows for metrics by class, which include those."""
     extractor: FeatureExtractor
     device: str
 
@@ -270,7 +279,8 @@ def _authenticity(comparison: _Comparison) -> dict[str, Estimate]:
 
 
 def _fid_per_class(comparison: _Comparison) -> dict[str, Estimate]:
-    sample_labels, reference_labels = comparison.samples.labels, comparison.reference.labels
+    reference = comparison.labelled_reference
+    sample_labels, reference_labels = comparison.samples.labels, reference.labels
     if sample_labels is None or reference_labels is None:
         raise DataError("a Frechet distance per class needs labels of samples and reference")
     # Only the reference's kept rows have labels: included statistics are of all classes together.
@@ -280,7 +290,7 @@ def _fid_per_class(comparison: _Comparison) -> dict[str, Estimate]:
             Moments.of(features.rows[torch.from_numpy(labels == label)])
             for features, labels in (
                 (comparison.samples, sample_labels),
-                (comparison.reference, reference_labels),
+                (reference, reference_labels),
             )
         ]
         try:
@@ -305,9 +315,7 @@ _COMPUTE: dict[MetricName, Callable[[_Comparison], dict[str, Estimate]]] = {
     "fid_per_class": _fid_per_class,
     "c2st_1nn": _nearest_neighbour_test,
 }
-ROW_METRICS: frozenset[MetricName] = frozenset(
-    {"kid", "prdc", "authenticity", "fid_per_class", "c2st_1nn"}
-)
+ROW_METRICS: frozenset[MetricName] = frozenset({"kid", "prdc", "authenticity", "c2st_1nn"})
 """Metrics that look at single images of the reference, not only at the moments of all."""
 
 

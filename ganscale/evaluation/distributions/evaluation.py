@@ -79,7 +79,7 @@ def _lines(evaluation: Evaluation) -> Iterator[str]:
     yield f"reference  {protocol.reference}"
     if protocol.num_reference_rows:
         drawn = f"{protocol.num_reference_rows:,} of them, at random,"
-        yield f"           {drawn} for all metrics but fid and fid_infinity"
+        yield f"           {drawn} for kid, prdc, authenticity and c2st_1nn"
     if protocol.reference_statistics != "extracted":
         yield f"           included mean and covariance of {protocol.reference_statistics}"
     yield f"features   {protocol.extractor}, {protocol.resizer}"
@@ -99,6 +99,8 @@ def _lines(evaluation: Evaluation) -> Iterator[str]:
 def _better(column: str, protocol: Protocol) -> str:
     """Which direction is better, and what is known of the scale."""
     is_biased = column.startswith(("fid", "fd_")) and "infinity" not in column
+    if column.startswith(("fid_per_class", "fd_per_class")):
+        return "lower; compare equally many images of each class"
     if is_biased and protocol.num_samples < _FEW_SAMPLES:
         return f"lower; too high by its bias: fewer than {_FEW_SAMPLES:,} samples"
     if column == "fid" and protocol.reference_statistics in _KNOWN_FID:
