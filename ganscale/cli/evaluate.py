@@ -136,7 +136,7 @@ def evaluate(
         network,
         world,
         metrics=chosen,
-        # Metrics that were asked for must succeed; of the default ones those that cannot be
+        # Metrics that were asked for must be possible; of the default ones those that cannot be
         # computed are listed with the reasons.
         required=metrics is not None,
         num_reference_rows=reference_rows,
@@ -153,6 +153,9 @@ def evaluate(
     finally:
         if run is not None:
             _log_evaluation(run, samples, evaluation)
+    # Only now that those which could be computed have been shown and written.
+    if metrics is not None:
+        evaluation.check_complete()
 
 
 def _log_evaluation(run: Path, samples: ImageSet, evaluation: Evaluation) -> None:

@@ -19,6 +19,7 @@ from ganscale.evaluation.distributions.evaluation import Evaluation
 from ganscale.evaluation.distributions.features import MAX_ROWS, FeatureCache
 from ganscale.evaluation.gan_metrics.classifier_metrics import (
     CLASSIFIER_METRICS,
+    check_classifier_metrics,
     with_classifier_metrics,
 )
 from ganscale.evaluation.image_sets import (
@@ -95,7 +96,8 @@ def evaluate(
         ConfigError: an unknown metric, no reference, `reference_rows` or `split` where they have
             no effect, or several processes: for these there is `torchrun -m ganscale evaluate`.
         DataError: images are too few, unreadable, of different shapes or all equal; or a metric
-            that was named cannot be computed.
+            that was named cannot be computed. If the others have been, a note of the error has
+            their table.
     """
     world = World.detect(device)
     if world.world_size > 1:
@@ -123,6 +125,8 @@ def evaluate(
         show_progress=progress,
     )
     assert evaluation is not None, "the only process is rank 0"
+    if metrics is not None:
+        evaluation.check_complete()
     return evaluation
 
 
@@ -181,21 +185,24 @@ def measure(
         network: of the features, on the world's device.
         world: of the processes that share the work.
         metrics: what `choose_metrics` returns.
-        required: whether a metric that cannot be computed is an error; else it is skipped.
+        required: whether a metric that is known not to be computable is an error; else it is
+            skipped.
         num_reference_rows: how many images of the reference the metrics of single images use.
         real_test: real images of another split, for `cas`.
         show_progress: on standard error, by rank 0.
 
-    Raises `ConfigError` for `cas` without `real_test`, and for `num_reference_rows` that no metric
-    uses.
+    A metric that fails although it is required, when others have been computed, is among the
+    skipped ones: those who show or keep the others call `Evaluation.check_complete` then.
+
+    Raises `ConfigError` for `cas` without `real_test` or labels, and for `num_reference_rows` that
+    no metric uses; what is known to be missing is reported before anything is extracted.
     """
     if num_reference_rows is not None and not ROW_METRICS.intersection(metrics):
         raise ConfigError(
             f"--reference-rows is for {', '.join(sorted(ROW_METRICS))}: add one of these to "
             "--metrics, or leave it"
         )
-    if "cas" in metrics and real_test is None:  # now, and not when all else has been measured
-        raise ConfigError("cas needs real images that nothing was trained on: give --test")
+    check_classifier_metrics(metrics, samples, reference, real_test)
     feature_metrics = cast("list[MetricName]", [m for m in metrics if m in METRICS])
     if feature_metrics:
         # All metrics are of the same images, those that the protocol names.

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ganscale.evaluation.distributions import evaluate as distributions
 from ganscale.evaluation.distributions.evaluation import Evaluation, Protocol
 from ganscale.evaluation.gan_metrics import classifier_metrics
 from ganscale.evaluation.gan_metrics.two_sample import SHORT_TEST
@@ -116,6 +117,35 @@ def test_classifiers_judge_too(
     assert len(found["details"]["c2st"]["repeats"]) == 2
     code, _, err = verb("evaluate", "--run", run_dir.root, "--num", 60, "--metrics", "cas")
     assert (code, err.splitlines()[-1][:24]) == (2, "ganscale: cas needs real")
+
+
+def test_the_other_metrics_are_shown_when_one_fails(
+    verb: Verb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(distributions, "neighbour_two_sample", fail)
+    monkeypatch.setattr(classifier_metrics, "network_two_sample", fail)
+    a, b = folder_of(tmp_path / "a", 30, 0), folder_of(tmp_path / "b", 30, 1)
+    options = ("--metrics", "c2st_1nn,prdc,c2st", "--json", tmp_path / "figures.json")
+    code, out, err = verb("evaluate", "--images", a, "--reference", b, *options)
+    assert code == 1
+    assert err.splitlines()[-1] == "ganscale: c2st_1nn: no room; c2st: no room"
+    assert "recall_efficientnet_lite0" in out
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert "recall_efficientnet_lite0" in found["metrics"]
+    assert found["skipped"] == {"c2st_1nn": "no room", "c2st": "no room"}
+
+
+def test_labels_for_classifiers_are_missed_before_anything_is_measured(
+    verb: Verb, run_dir: RunDirectory, procedural_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributions, "extract", None)
+    options = ("--num", 60, "--metrics", "prdc,cas", "--test", procedural_shards)
+    code, out, err = verb("evaluate", "--run", run_dir.root, *options)
+    assert (code, out) == (2, "")
+    assert "the classification accuracy score needs labels" in err
 
 
 @pytest.mark.parametrize(

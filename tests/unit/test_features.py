@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from ganscale.config import MetricName
 from ganscale.data.shards import ShardSet
 from ganscale.errors import DataError
 from ganscale.evaluation.distributions.evaluate import evaluate
@@ -181,6 +182,42 @@ def test_of_too_many_samples_the_protocol_names_those_that_were_measured(
     assert found.metrics == of_part.metrics
 
 
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        ("fid", "the reference: 6 images are too few for 8 features"),
+        ("fid_infinity", "the samples: 12 images are too few for 8 features"),
+        ("kid", "the samples: 12 images are too few for a kernel distance"),
+        ("inception_score", "defined by inception-v3's classes"),
+        ("prdc", "5 images are too few for 5 neighbours"),
+        ("fid_per_class", "needs labels of samples and reference"),
+        ("c2st_1nn", "needs at least 20 images of each set"),
+    ],
+)
+def test_what_numbers_and_labels_rule_out_is_told_before_features_are_extracted(
+    tmp_path: Path, metric: MetricName, words: str
+) -> None:
+    samples = opened(folder_of(tmp_path / "a", 12))
+    reference = opened(folder_of(tmp_path / "b", 6, seed=1))
+    extractor = SmallExtractor()
+    rows = 5 if metric == "prdc" else None
+    with process_group(WORLD):
+        for metrics, required in (([metric], False), (["authenticity", metric], True)):
+            with pytest.raises(DataError, match=f"^{metric}: .*{words}"):
+                evaluate(
+                    samples, reference, extractor, WORLD,
+                    metrics=metrics, required=required, num_reference_rows=rows,
+                )  # fmt: skip
+        assert extractor.num_images == 0
+        found = evaluate(
+            samples, reference, extractor, WORLD,
+            metrics=["authenticity", metric], num_reference_rows=rows,
+        )  # fmt: skip
+    assert found is not None
+    assert list(found.skipped) == [metric]
+    assert list(found.metrics) == ["authenticity_small"]
+
+
 def test_a_decomposition_that_fails_is_a_reason_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +231,14 @@ def test_a_decomposition_that_fails_is_a_reason_too(
         found = evaluate(images, images, SmallExtractor(), WORLD)
         with pytest.raises(DataError, match="fid: failed to converge"):
             evaluate(images, images, SmallExtractor(), WORLD, metrics=["fid"], required=True)
+        # The others have been computed by then.
+        part = evaluate(
+            images, images, SmallExtractor(), WORLD, metrics=["fid", "prdc"], required=True
+        )
+    assert part is not None
+    assert "recall_small" in part.metrics
+    with pytest.raises(DataError, match="fid: failed to converge"):
+        part.check_complete()
     assert found is not None
     assert found.skipped["fid"] == "failed to converge"
     assert "recall_small" in found.metrics

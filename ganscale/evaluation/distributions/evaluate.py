@@ -4,8 +4,8 @@ One call computes all of them, and reports the protocol: network, resizing, refe
 images change the values by more than most improvements of a GAN do.
 
 Metrics that compare distributions by their moments use those of the whole reference, and the FID of
-each class all rows that are kept. Metrics that look at single images use as many of the reference as
-there are samples, drawn with a fixed seed.
+each class all rows that are kept. Metrics that look at single images use as many of the reference
+as there are samples, drawn with a fixed seed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ganscale.config import MetricName
 from ganscale.errors import DataError
-from ganscale.evaluation.distributions.evaluation import Evaluation, Protocol
+from ganscale.evaluation.distributions.evaluation import Evaluation, Protocol, describe_reasons
 from ganscale.evaluation.distributions.features import (
     MAX_ROWS,
     FeatureCache,
@@ -35,6 +35,7 @@ from ganscale.evaluation.distributions.features import (
     extract,
     plan_reference,
 )
+from ganscale.evaluation.distributions.requirements import check_shape, unmet_requirements
 from ganscale.evaluation.gan_metrics.two_sample import neighbour_two_sample
 from ganscale.evaluation.image_sets import ImageSet
 from ganscale.evaluation.image_views import Subset, with_classes_of
@@ -82,25 +83,19 @@ def evaluate(
         metrics: the names of those to compute.
         num_reference_rows: how many images of the reference `ROW_METRICS` use; by default as many
             as there are samples.
-        required: whether a metric that cannot be computed is an error; else it is skipped with a
-            reason.
+        required: whether a metric is an error that is known beforehand not to be computable; else
+            it is skipped with a reason, as is one that fails later.
         cache: keeps the reference's features.
         start_task: called with each part and its number of images; what it returns is called with
             progress.
 
     Raises:
-        DataError: images are too few, unreadable, of different shapes, all equal, or have features
-            that are not finite.
+        DataError: no metric can be computed, or one that is required; images are unreadable, of
+            different shapes, or have features that are not finite.
     """
-    if samples.shape != reference.shape:
-        raise DataError(
-            f"{samples.description} have shape {samples.shape}, {reference.description} "
-            f"{reference.shape}: only images of one shape can be compared"
-        )
+    check_shape(samples.shape, samples.description, reference)
     # So many rows are kept, and the protocol is to say which images were measured.
     samples = Subset.random(samples, MAX_ROWS, seed=0)
-    samples, skipped = _with_reference_classes(samples, reference, metrics, required=required)
-    metrics = [metric for metric in metrics if metric not in skipped]
     protocol = Protocol(
         extractor=extractor.name,
         extractor_digest=extractor.digest,
@@ -116,6 +111,14 @@ def evaluate(
     if not metrics:
         return Evaluation(protocol, {}, {}) if world.is_main else None
     _check_same_on_all_ranks(extractor.digest, samples.digest, reference.digest)
+    skipped = unmet_requirements(
+        metrics, samples, reference, extractor, num_reference_rows=num_reference_rows
+    )
+    metrics = [metric for metric in metrics if metric not in skipped]
+    if skipped and (required or not metrics):
+        raise DataError(describe_reasons(skipped))
+    if "fid_per_class" in metrics:
+        samples = with_classes_of(samples, reference.classes, reference.description)
     num_rows = (num_reference_rows or len(samples)) if ROW_METRICS.intersection(metrics) else 0
     rows = draw_indices(len(reference), min(num_rows, MAX_ROWS))
     # A class has only a part of the rows, and its FID needs more of them than there are features.
@@ -134,13 +137,11 @@ def evaluate(
     comparison = _Comparison(
         of_samples, of_reference.with_rows_of(rows), of_reference, extractor, world.device
     )
-    estimates, failed = _estimates(
-        metrics, comparison, required=required, seconds=seconds, start_task=start_task
-    )
+    estimates, failed = _estimates(metrics, comparison, seconds=seconds, start_task=start_task)
     skipped |= failed
     # An evaluation without a single value would pass for a successful one in a run's files.
     if skipped and not estimates:
-        raise DataError("; ".join(skipped.values()))
+        raise DataError(describe_reasons(skipped))
     protocol = replace(
         protocol,
         reference_statistics=plan.statistics.name if plan.statistics else "extracted",
@@ -149,32 +150,16 @@ def evaluate(
     return Evaluation(protocol, estimates, skipped, seconds=seconds)
 
 
-def _with_reference_classes(
-    samples: ImageSet, reference: ImageSet, metrics: Sequence[MetricName], *, required: bool
-) -> tuple[ImageSet, dict[str, str]]:
-    """The samples with the reference's numbering of classes, and why that failed, by metric."""
-    if "fid_per_class" not in metrics:
-        return samples, {}
-    try:
-        return with_classes_of(samples, reference.classes, reference.description), {}
-    except DataError as error:
-        if required:
-            raise
-        return samples, {"fid_per_class": str(error)}
-
-
 def _estimates(
     metrics: Sequence[MetricName],
     comparison: _Comparison,
     *,
-    required: bool,
     seconds: dict[str, float],
     start_task: StartTask,
 ) -> tuple[dict[str, Estimate], dict[str, str]]:
     """The values by column, and the reasons of metrics that could not be computed.
 
-    Adds the duration of each to `seconds`. Raises `DataError` for the first that fails if all are
-    required.
+    Adds the duration of each to `seconds`.
     """
     estimates: dict[str, Estimate] = {}
     failed: dict[str, str] = {}
@@ -187,8 +172,6 @@ def _estimates(
             try:
                 estimates |= _COMPUTE[metric](comparison)
             except (DataError, LinAlgError, MemoryError, torch.OutOfMemoryError) as error:
-                if required:
-                    raise DataError(f"{metric}: {error}") from None
                 failed[metric] = str(error)
     return estimates, failed
 
@@ -281,8 +264,8 @@ def _authenticity(comparison: _Comparison) -> dict[str, Estimate]:
 def _fid_per_class(comparison: _Comparison) -> dict[str, Estimate]:
     reference = comparison.labelled_reference
     sample_labels, reference_labels = comparison.samples.labels, reference.labels
-    if sample_labels is None or reference_labels is None:
-        raise DataError("a Frechet distance per class needs labels of samples and reference")
+    assert sample_labels is not None, "checked before anything was measured"
+    assert reference_labels is not None, "checked before anything was measured"
     # Only the reference's kept rows have labels: included statistics are of all classes together.
     distances = []
     for label in np.unique(reference_labels).tolist():

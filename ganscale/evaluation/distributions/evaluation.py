@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ganscale.errors import DataError
 from ganscale.metrics.intervals import Estimate
 
 # Published figures are of 10,000 or 50,000 samples; the bias of fewer is what one would see.
@@ -68,9 +69,21 @@ class Evaluation:
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
         }
 
+    def check_complete(self) -> None:
+        """Raise `DataError` if a metric could not be computed; a note of it shows the others."""
+        if self.skipped:
+            error = DataError(describe_reasons(self.skipped))
+            error.add_note(repr(self))
+            raise error
+
     def row(self) -> dict[str, float]:
         """The metrics as columns of a run's metrics.jsonl."""
         return {f"metrics/{name}": value.value for name, value in self.metrics.items()}
+
+
+def describe_reasons(reasons: Mapping[str, str]) -> str:
+    """Metrics that cannot be computed and the reasons, as one line."""
+    return "; ".join(f"{metric}: {reason}" for metric, reason in reasons.items())
 
 
 def _lines(evaluation: Evaluation) -> Iterator[str]:
