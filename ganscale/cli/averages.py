@@ -69,10 +69,11 @@ def averages(
         raise DataError("; ".join(problems.values()))
     distances = {name: one.metrics[column] for name, one in evaluations.items()}
     best = min(distances, key=lambda name: distances[name].value)
-    protocol = replace(
-        evaluations[best].protocol,
-        samples=f"{num:,} of each average at {nimg / 1000:g} kimg, seeds from {seed}",
-    )
+    protocol = evaluations[best].protocol
+    # What follows the name of the one average: its seeds and how labels were drawn.
+    drawn = protocol.samples.rpartition(", seeds from ")[2]
+    each = f"{protocol.num_samples:,} of each average at {nimg / 1000:g} kimg"
+    protocol = replace(protocol, samples=f"{each}, seeds from {drawn}")
     table = Evaluation(
         protocol,
         {f"{column} of {name or _MAIN}": value for name, value in distances.items()},

@@ -239,6 +239,11 @@ def compare(
         raise ConfigError(f"--tasks {tasks}: expected at least one")
     degradations = [build_degradation(task, originals.shape, seed=seed) for task in names]
     networks = _networks(extractor, world)
+    # Now, and not after the reconstructions, which may take hours.
+    for run in compared:
+        comparison.check_sample_metrics(
+            run, real, networks.extractor, metric=metric, num_images=num_samples
+        )
     with process_group(world), progress_bars(stderr_console()) as start_task:
         # Reconstructions before features of samples, which take far longer.
         results = {}

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # A list here, since reading the modules would load torch for `ganscale --help`.
 _METRICS = (
     "fid, fid_infinity, kid, inception_score, prdc (precision, recall, density, coverage), "
-    "authenticity, fid_per_class, c2st_1nn, c2st, cas"
+    "authenticity, c2st_1nn, fid_per_class, c2st, cas"
 )
 
 
@@ -50,10 +50,14 @@ def evaluate(
     ] = None,
     reference: Reference = None,
     split: Annotated[
-        Split, typer.Option(help="Which part of --reference, and of --images, if it has both.")
-    ] = "train",
+        Split | None,
+        typer.Option(
+            help="Which part of --reference, and of --images, if it has both; default: train.",
+            show_default=False,
+        ),
+    ] = None,
     metrics: Annotated[
-        str | None, typer.Option(help=f"Some of {_METRICS}; default: all but the last two.")
+        str | None, typer.Option(help=f"Some of {_METRICS}; default: all but the last three.")
     ] = None,
     num: Annotated[
         int | None,
@@ -67,7 +71,7 @@ def evaluate(
         int | None,
         typer.Option(
             min=1,
-            help="Reference images, at random, that all metrics but fid and fid_infinity use; "
+            help="Reference images, at random, that kid, prdc, authenticity and c2st_1nn use; "
             "default: as many as there are samples.",
         ),
     ] = None,
@@ -90,7 +94,7 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Compare generated images with real ones: FID, KID, precision, recall, copies."""
-    from ganscale.evaluation.evaluate import choose_metrics, measure, open_reference
+    from ganscale.evaluation.evaluate import check_split, choose_metrics, measure, open_reference
     from ganscale.evaluation.image_sets import GeneratedImages, open_images
     from ganscale.evaluation.run_references import default_reference
     from ganscale.metrics.extractors import open_extractor
@@ -115,15 +119,16 @@ def evaluate(
     world = World.detect(device)
     network = open_extractor(extractor, weights=weights, weights_sha256=weights_sha256)
     network.to(world.device)
-    real = open_reference(reference or default_reference(subject), split, num_reference)
+    real = open_reference(reference or default_reference(subject), split or "train", num_reference)
     samples: ImageSet
     if images is not None:
-        samples = open_images(images, split=split)
+        samples = open_images(images, split=split or "train")
     else:
         num_images = 10_000 if num is None else num
         samples = GeneratedImages.of_snapshot(
             Path(subject), num_images, seed=seed or 0, device=world.device
         )
+    check_split(split, samples, real)
     real_test = None if test is None else open_images(test, split="test")
     evaluation = measure(
         samples,
@@ -131,7 +136,7 @@ def evaluate(
         network,
         world,
         metrics=chosen,
-        # Metrics that were asked for must succeed; of the default ones those that cannot be
+        # Metrics that were asked for must be possible; of the default ones those that cannot be
         # computed are listed with the reasons.
         required=metrics is not None,
         num_reference_rows=reference_rows,
@@ -142,10 +147,15 @@ def evaluate(
     if evaluation is None:
         return
     typer.echo(str(evaluation))
-    # The run first: a --json path that cannot be written must not lose an hour's result.
-    if run is not None:
-        _log_evaluation(run, samples, evaluation)
-    write_json(json_file, evaluation.to_json())
+    # Each whether or not the other can be written: an hour's result must not be lost.
+    try:
+        write_json(json_file, evaluation.to_json())
+    finally:
+        if run is not None:
+            _log_evaluation(run, samples, evaluation)
+    # Only now that those which could be computed have been shown and written.
+    if metrics is not None:
+        evaluation.check_complete()
 
 
 def _log_evaluation(run: Path, samples: ImageSet, evaluation: Evaluation) -> None:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from ganscale.evaluation.image_sets import ImageSet
     from ganscale.generation.latent_sampler import LatentSampler
 
+_MOST_SEARCHED = 50_000
+"""Images whose features are kept; a constant here, as reading the module would load torch."""
+
 
 @app.command(
     epilog="Example: ganscale interpolate runs/quickstart --seeds 1,2,3 --out strip.png    "
@@ -171,7 +174,10 @@ def nearest(
         int, typer.Option(min=1, help="Number of neighbours by either distance.")
     ] = 4,
     num_reference: Annotated[
-        int, typer.Option(min=2, help="The most reference images to search, drawn at random.")
+        int,
+        typer.Option(
+            min=2, max=_MOST_SEARCHED, help="The most reference images to search, drawn at random."
+        ),
     ] = 10_000,
     truncation_psi: TruncationPsi = None,
     out: Annotated[
@@ -253,11 +259,12 @@ def _reference(place: str, num_reference: int) -> ImageSet:
     whole = open_images(place)
     reference = Subset.random(whole, num_reference, seed=0)
     if len(reference) < len(whole):
-        typer.echo(
-            f"looking at {len(reference):,} of {len(whole):,} reference images "
-            f"(--num-reference {len(whole)} looks at all)",
-            err=True,
-        )
+        searched = f"looking at {len(reference):,} of {len(whole):,} reference images"
+        if len(whole) <= _MOST_SEARCHED:
+            searched += f" (--num-reference {len(whole)} looks at all)"
+        elif num_reference < _MOST_SEARCHED:
+            searched += f" (--num-reference {_MOST_SEARCHED} looks at the most that is possible)"
+        typer.echo(searched, err=True)
     return reference
 
 

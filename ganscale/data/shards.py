@@ -103,6 +103,14 @@ class ShardSet:
         return ENCODINGS[self.values.dtype]
 
     @cached_property
+    def class_counts(self) -> tuple[int, ...]:
+        """The number of images of each class, by label; empty for a set without labels."""
+        labels = self.samples["label"]
+        if labels.min() < 0:
+            return ()
+        return tuple(np.bincount(labels, minlength=len(self.classes)).tolist())
+
+    @cached_property
     def starts(self) -> NDArray[np.int64]:
         """(shards + 1,) first sample of each shard, and the end."""
         return np.cumsum([0, *(shard.num_samples for shard in self.shards)])

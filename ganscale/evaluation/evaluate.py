@@ -13,15 +13,22 @@ from typing import cast
 from ganscale.config import RENAMED_METRICS, ExtractorName, MetricName
 from ganscale.data.layout import Split
 from ganscale.errors import CheckpointError, ConfigError
-from ganscale.evaluation.distributions.evaluate import METRICS
+from ganscale.evaluation.distributions.evaluate import METRICS, ROW_METRICS
 from ganscale.evaluation.distributions.evaluate import evaluate as evaluate_features
 from ganscale.evaluation.distributions.evaluation import Evaluation
-from ganscale.evaluation.distributions.features import FeatureCache
+from ganscale.evaluation.distributions.features import MAX_ROWS, FeatureCache
 from ganscale.evaluation.gan_metrics.classifier_metrics import (
     CLASSIFIER_METRICS,
+    check_classifier_metrics,
     with_classifier_metrics,
 )
-from ganscale.evaluation.image_sets import GeneratedImages, ImageSet, open_images
+from ganscale.evaluation.image_sets import (
+    FileImages,
+    GeneratedImages,
+    ImageSet,
+    ImagesOfShards,
+    open_images,
+)
 from ganscale.evaluation.image_views import Subset
 from ganscale.evaluation.memory_images import HeldImages, MemoryImages
 from ganscale.evaluation.run_references import default_reference
@@ -32,6 +39,10 @@ from ganscale.metrics.extractors import FeatureExtractor, open_extractor
 from ganscale.tracking.console import progress_bars, stderr_console
 from ganscale.world import World, process_group
 
+DEFAULT_METRICS = tuple(metric for metric in METRICS if metric != "fid_per_class")
+"""What is computed without a choice: what takes seconds once features have been extracted, and no
+more features of the reference than the others need."""
+
 
 def evaluate(
     images: SampleableGenerator | HeldImages | str | Path,
@@ -40,7 +51,7 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     num: int = 10_000,
     seed: int = 0,
-    split: Split = "train",
+    split: Split | None = None,
     num_reference: int | None = None,
     reference_rows: int | None = None,
     test: str | Path | None = None,
@@ -58,15 +69,17 @@ def evaluate(
         reference: the real images: a shard set, a folder, `cifar10`, or images in memory. By
             default, for a generator in a run's folder, what the run trains on.
         metrics: some of `fid`, `fid_infinity`, `kid`, `inception_score`, `prdc` (precision, recall,
-            density, coverage), `authenticity`, `fid_per_class`, `c2st_1nn`, `c2st` and `cas`. By
-            default all but the last two, which train classifiers; those of them that cannot be
-            computed are then in `skipped` with the reasons.
-        num: images that are drawn of a generator; images that are given are all used.
+            density, coverage), `authenticity`, `c2st_1nn`, `fid_per_class`, `c2st` and `cas`. By
+            default all but the last three, of which the first extracts features of the whole
+            reference and the others train classifiers; those that cannot be computed are then in
+            `skipped` with the reasons.
+        num: images that are drawn of a generator; images that are given are all used. Of more than
+            50,000 so many are drawn at random, and the protocol says so.
         seed: of the first image that is drawn; each next one is 1 higher.
-        split: which part of an image set that has both.
+        split: which part of an image set that has both, by default "train".
         num_reference: use only so many images of the reference, drawn at random.
-        reference_rows: reference images, drawn at random, that all metrics but `fid` and
-            `fid_infinity` use; by default as many as there are samples.
+        reference_rows: reference images, drawn at random, that `kid`, `prdc`, `authenticity` and
+            `c2st_1nn` use; by default as many as there are samples.
         test: for `cas`, real images that nothing was trained on.
         extractor: the network of the features; `auto` is Inception if its weights are installed
             (`ganscale[fid]`), else one that is, under other names of metrics (`fd_...`).
@@ -85,10 +98,11 @@ def evaluate(
         >>> print(evaluation.metrics["kid"].value)
 
     Raises:
-        ConfigError: an unknown metric, no reference, or several processes: for these there is
-            `torchrun -m ganscale evaluate`.
+        ConfigError: an unknown metric, no reference, `reference_rows` or `split` where they have
+            no effect, or several processes: for these there is `torchrun -m ganscale evaluate`.
         DataError: images are too few, unreadable, of different shapes or all equal; or a metric
-            that was named cannot be computed.
+            that was named cannot be computed. If the others have been, a note of the error has
+            their table.
     """
     world = World.detect(device)
     if world.world_size > 1:
@@ -97,8 +111,10 @@ def evaluate(
             "torchrun -m ganscale evaluate"
         )
     names = choose_metrics(metrics)
-    real = _open_real(images, reference, split, num_reference)
-    samples = _open_samples(images, split, num=num, seed=seed, device=world.device)
+    part = split or "train"
+    real = _open_real(images, reference, part, num_reference)
+    samples = _open_samples(images, part, num=num, seed=seed, device=world.device)
+    check_split(split, samples, real)
     real_test = None if test is None else open_images(str(test), split="test")
     network = open_extractor(extractor) if isinstance(extractor, str) else extractor
     network.to(world.device)
@@ -114,16 +130,18 @@ def evaluate(
         show_progress=progress,
     )
     assert evaluation is not None, "the only process is rank 0"
+    if metrics is not None:
+        evaluation.check_complete()
     return evaluation
 
 
 def choose_metrics(names: Sequence[str] | None) -> Sequence[str]:
-    """The metrics that are computed: without a choice all but those that train classifiers.
+    """The metrics that are computed: without a choice those that are quick (`DEFAULT_METRICS`).
 
     Raises `ConfigError` for a name that is unknown, and one that says the new name of an old one.
     """
     if names is None:
-        return METRICS
+        return DEFAULT_METRICS
     known = (*METRICS, *CLASSIFIER_METRICS)
     for name in names:
         if name in RENAMED_METRICS:
@@ -132,6 +150,20 @@ def choose_metrics(names: Sequence[str] | None) -> Sequence[str]:
         shown = names if isinstance(names, str) else ",".join(names)
         raise ConfigError(f"metrics {shown}: expected some of {', '.join(known)}")
     return names
+
+
+def check_split(split: Split | None, samples: ImageSet, reference: ImageSet) -> None:
+    """Raise `ConfigError` if a split was asked for and the reference is shards of another one."""
+    whole = reference.whole if isinstance(reference, Subset) else reference
+    # Shards have the split that they were built of. The one that was asked for may be meant for
+    # samples in files.
+    if split is None or isinstance(samples, FileImages) or not isinstance(whole, ImagesOfShards):
+        return
+    if (built := whole.shard_set.split) != split:
+        raise ConfigError(
+            f"--split {split}: {whole.shard_set.location} is a shard set of the {built} split: "
+            "name the place of the other one, or leave --split"
+        )
 
 
 def open_reference(place: str, split: Split, num_images: int | None) -> ImageSet:
@@ -158,15 +190,28 @@ def measure(
         network: of the features, on the world's device.
         world: of the processes that share the work.
         metrics: what `choose_metrics` returns.
-        required: whether a metric that cannot be computed is an error; else it is skipped.
+        required: whether a metric that is known not to be computable is an error; else it is
+            skipped.
         num_reference_rows: how many images of the reference the metrics of single images use.
         real_test: real images of another split, for `cas`.
         show_progress: on standard error, by rank 0.
 
-    Raises `ConfigError` for `cas` without `real_test`.
+    A metric that fails although it is required, when others have been computed, is among the
+    skipped ones: those who show or keep the others call `Evaluation.check_complete` then.
+
+    Raises `ConfigError` for `cas` without `real_test` or labels, and for `num_reference_rows` that
+    no metric uses; what is known to be missing is reported before anything is extracted.
     """
-    if "cas" in metrics and real_test is None:  # now, and not when all else has been measured
-        raise ConfigError("cas needs real images that nothing was trained on: give --test")
+    if num_reference_rows is not None and not ROW_METRICS.intersection(metrics):
+        raise ConfigError(
+            f"--reference-rows is for {', '.join(sorted(ROW_METRICS))}: add one of these to "
+            "--metrics, or leave it"
+        )
+    check_classifier_metrics(metrics, samples, reference, real_test)
+    feature_metrics = cast("list[MetricName]", [m for m in metrics if m in METRICS])
+    if feature_metrics:
+        # All metrics are of the same images, those that the protocol names.
+        samples = Subset.random(samples, MAX_ROWS, seed=0)
     console = stderr_console() if show_progress and world.is_main else None
     with process_group(world), progress_bars(console) as start_task:
         evaluation = evaluate_features(
@@ -174,7 +219,7 @@ def measure(
             reference,
             network,
             world,
-            metrics=cast("list[MetricName]", [m for m in metrics if m in METRICS]),
+            metrics=feature_metrics,
             num_reference_rows=num_reference_rows,
             required=required,
             cache=FeatureCache(),

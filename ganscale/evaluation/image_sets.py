@@ -30,7 +30,7 @@ from ganscale.data.shards import INDEX_NAME, ShardSet
 from ganscale.data.sources import Source, open_source
 from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import ConfigError, DataError
-from ganscale.generation.latents import seeded_labels
+from ganscale.generation.latents import seeded_labels_by_count
 from ganscale.generation.sampler import SampleableGenerator
 from ganscale.generation.snapshot import load_generator, snapshot_file
 from ganscale.storage import is_url
@@ -182,6 +182,11 @@ class FileImages:
 class GeneratedImages:
     """`num_images` of a generator, for the seeds `seed`, `seed` + 1, ..., drawn when they are read.
 
+    With classes, a seed decides the label of its image. Classes are as frequent as in the training
+    set, whose labels the generator was trained with: with other frequencies even a perfect
+    generator would not have the distribution of the data. They are equally likely where the
+    snapshot does not say how frequent they were.
+
     `name` says where the generator comes from, `identity` which weights it has (a digest). Raises
     `DataError` if it makes arrays of floats.
     """
@@ -195,9 +200,17 @@ class GeneratedImages:
     def __post_init__(self) -> None:
         _check_pixels(self.generator.values, self.name)
         self.description = f"{self.num_images} samples of {self.name}, seeds from {self.seed}"
-        # Weights, number and first seed decide the images, so none needs to be drawn. The device is
-        # left out, although its rounding may change single grey levels.
+        counts, num_classes = self.generator.class_counts, self.generator.num_classes
+        if num_classes:
+            drawn = "as frequent as in the training set" if counts else "uniform"
+            self.description += f", labels {drawn}"
+        self._class_counts = counts or (1,) * num_classes
+        # Weights, number, first seed and frequencies of the classes decide the images, so none
+        # needs to be drawn. The device is left out, although its rounding may change single grey
+        # levels, and so are equal frequencies, for which it does not matter whether they are known.
         key = f"{self.identity} {self.num_images} {self.seed}"
+        if len(set(self._class_counts)) > 1:
+            key += f" {self._class_counts}"
         self.digest = hashlib.sha256(key.encode()).hexdigest()
         # Those of the set that the generator was trained on.
         self.classes = self.generator.classes
@@ -227,7 +240,7 @@ class GeneratedImages:
         if not self.generator.num_classes:
             return None
         seeds = list(range(self.seed, self.seed + self.num_images))
-        return seeded_labels(seeds, self.generator.num_classes).numpy()
+        return seeded_labels_by_count(seeds, self._class_counts).numpy()
 
     def __len__(self) -> int:
         return self.num_images
@@ -243,7 +256,9 @@ class GeneratedImages:
             num_rows = self.generator.forward_rows
             end = drawn[-1] + 1
             drawn += range(end, min(end + -len(drawn) % num_rows, self.num_images))
-            pixels = self.generator.sample_seeds([self.seed + number for number in drawn])
+            labels = None if self.labels is None else self.labels[drawn].tolist()
+            seeds = [self.seed + number for number in drawn]
+            pixels = self.generator.sample_seeds(seeds, label=labels)
             images |= zip(drawn, pixels, strict=True)
             # A copy, since a view would keep all pixels in memory.
             last = pixels[-num_rows:].clone()

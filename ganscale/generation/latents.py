@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,3 +70,25 @@ def seeded_labels(seeds: Sequence[SupportsIndex], num_classes: int) -> Tensor:
     """One uniform label for each seed, the same whatever else is in the list; int64 (n,)."""
     # The remainder's bias is num_classes / 2^63.
     return torch.tensor([seed_for("label", seed) % num_classes for seed in seeds])
+
+
+def seeded_labels_by_count(seeds: list[int], class_counts: Sequence[int]) -> Tensor:
+    """One label for each seed, each class as often as it has images; int64 (n,).
+
+    A class without images is never drawn. With equal counts the labels are those of
+    `seeded_labels`. At least one count must be above 0.
+    """
+    # A seed's number chooses one of all images. They are put in rounds that take one image of each
+    # class that has any left, the most frequent class first. So equal counts give the labels 0, 1,
+    # ..., num_classes - 1, 0, 1, ..., and with these the uniform label of the seed. From one count
+    # that occurs to the next, all rounds have the same number of classes.
+    counts = np.asarray(class_counts, dtype=np.int64)
+    order = np.argsort(-counts, kind="stable")
+    levels = np.unique(counts[counts > 0])
+    sizes = len(counts) - np.searchsorted(np.sort(counts), levels)
+    num_images = sizes * np.diff(levels, prepend=0)
+    ends = np.cumsum(num_images)
+    # In Python's integers, since a seed's number has 63 bits.
+    places = np.array([seed_for("label", seed) % int(ends[-1]) for seed in seeds], dtype=np.int64)
+    block = np.searchsorted(ends, places, side="right")
+    return torch.from_numpy(order[(places - (ends - num_images)[block]) % sizes[block]])

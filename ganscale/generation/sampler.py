@@ -50,18 +50,22 @@ class SampleableGenerator:
         self.classes = tuple(info.get("classes", ())) if self.num_classes else ()
         """Names of the classes by label, as in the set that it was trained on; snapshots from
         before names were kept have none."""
+        self.class_counts = tuple(info.get("class_counts", ())) if self.num_classes else ()
+        """How many images of each class that set has; empty where the snapshot does not say."""
         self.info = info
-        """`model` (its description), `nimg`, `version`, `classes`; `values` of arrays of floats."""
+        """`model` (its description), `nimg`, `version`, `classes`, `class_counts`; `values` of
+        arrays of floats."""
 
     def sample(self, num_images: int, *, seed: int = 0, label: int | None = None) -> Tensor:
         """Images for the seeds seed, seed + 1, ...: (num_images, C, H, W), on the CPU."""
         return self.sample_seeds(list(range(seed, seed + num_images)), label=label)
 
-    def sample_seeds(self, seeds: list[int], *, label: int | None = None) -> Tensor:
+    def sample_seeds(self, seeds: list[int], *, label: int | list[int] | None = None) -> Tensor:
         """One image for each seed, (len(seeds), C, H, W); equal seeds give equal images.
 
-        With classes, a seed also decides the label of its image, unless `label` is given.
-        Raises `ValueError` without a seed, or for a label that the generator does not know.
+        With classes, a seed also decides the label of its image, all of which are equally likely,
+        unless `label` is given: one for all images, or one for each. Raises `ValueError` without a
+        seed, or for a label that the generator does not know.
         """
         if not seeds:
             raise ValueError("expected at least one seed")
@@ -77,13 +81,16 @@ class SampleableGenerator:
         """The images of every forward on the device where the generator is."""
         return rows_per_forward(next(self.model.parameters()).device.type, self.resolution)
 
-    def _labels(self, seeds: list[int], label: int | None) -> Tensor:
-        if label is not None and not 0 <= label < self.num_classes:
-            known = f"0 to {self.num_classes - 1}" if self.num_classes else "no labels"
-            raise ValueError(f"label {label}: this generator takes {known}")
+    def _labels(self, seeds: list[int], label: int | list[int] | None) -> Tensor:
         if label is None and self.num_classes:
             return seeded_labels(seeds, self.num_classes)
-        return torch.full((len(seeds),), label or 0)
+        if label is None:
+            return torch.zeros(len(seeds), dtype=torch.int64)
+        labels = torch.tensor(label).expand(len(seeds))
+        for unknown in labels[(labels < 0) | (labels >= self.num_classes)].tolist():
+            known = f"0 to {self.num_classes - 1}" if self.num_classes else "no labels"
+            raise ValueError(f"label {unknown}: this generator takes {known}")
+        return labels
 
     @torch.no_grad()
     def _rows(self, z: Tensor, labels: Tensor) -> Tensor:

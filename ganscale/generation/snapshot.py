@@ -46,6 +46,7 @@ def save_snapshot(
     spec: dict[str, Any],
     nimg: int,
     classes: Sequence[str] = (),
+    class_counts: Sequence[int] = (),
     others: Mapping[str, nn.Module] | None = None,
     values: ValueRange = PIXELS,
     about: Mapping[str, Any] | None = None,
@@ -58,6 +59,8 @@ def save_snapshot(
         spec: the `model` section that it was built from.
         nimg: the number of real images that it was trained on.
         classes: names of the training set's classes by label.
+        class_counts: the number of its images of each class, if it is known; evaluations draw
+            labels by it.
         others: further networks, by their names in `OTHERS`.
         values: the values of the generator's images.
         about: what people should know of it, as plain values: licence, figures, date.
@@ -65,7 +68,9 @@ def save_snapshot(
     Returns:
         The description that was written.
     """
-    info = describe(spec, nimg=nimg, classes=classes, values=values, about=about)
+    info = describe(
+        spec, nimg=nimg, classes=classes, class_counts=class_counts, values=values, about=about
+    )
     state = dict(model.state_dict())
     for kind, network in (others or {}).items():
         assert kind in OTHERS
@@ -88,6 +93,7 @@ def save_generator(
         spec=generator.info["model"],
         nimg=generator.info["nimg"],
         classes=generator.info.get("classes", ()),
+        class_counts=generator.info.get("class_counts", ()),
         values=generator.values,
         about=about,
     )
@@ -98,6 +104,7 @@ def describe(
     *,
     nimg: int,
     classes: Sequence[str],
+    class_counts: Sequence[int] = (),
     values: ValueRange,
     about: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -107,6 +114,8 @@ def describe(
     """
     info: dict[str, Any] = {"model": spec, "nimg": nimg, "version": ganscale.__version__}
     info["classes"] = list(classes)
+    if class_counts:
+        info["class_counts"] = list(class_counts)
     if (stored_values := values.to_json()) is not None:
         info["values"] = stored_values
     if about:

@@ -63,14 +63,9 @@ def frechet_infinity(features: Tensor, reference: Moments, *, seed: int = 0) -> 
     """
     from scipy.stats import linregress, t
 
-    num, num_features = features.shape
+    num = len(features)
+    check_extrapolation(*features.shape)
     smallest = math.ceil(_SMALLEST_PART * num)
-    if smallest <= num_features:
-        # The distance is not linear in 1 / n there.
-        raise DataError(
-            f"the samples: {num} images are too few for {num_features} features: an extrapolated "
-            "Frechet distance needs more than twice as many"
-        )
     inverse = np.linspace(1 / num, 1 / smallest, _SIZES)
     random = np.random.default_rng(seed)
     root = _root(reference)
@@ -86,15 +81,35 @@ def frechet_infinity(features: Tensor, reference: Moments, *, seed: int = 0) -> 
     return Estimate(value, value - half, value + half)
 
 
-def _root(moments: Moments) -> Tensor:
-    """R (d, d) with R R^T the covariance."""
-    _check(moments, "the reference")
-    num_features = len(moments.mean)
-    if moments.count <= num_features:
+def check_reference(num_images: int, num_features: int) -> None:
+    """Raise `DataError` if a reference has no more images than features."""
+    if num_images <= num_features:
         raise DataError(
-            f"the reference: {moments.count} images are too few for {num_features} features: a "
+            f"the reference: {num_images} images are too few for {num_features} features: a "
             "Frechet distance needs a reference of more images than features"
         )
+
+
+def check_samples(num_images: int) -> None:
+    """Raise `DataError` if samples have no covariance."""
+    if num_images < 2:
+        raise DataError(f"the samples: {num_images} images are too few for a covariance")
+
+
+def check_extrapolation(num_images: int, num_features: int) -> None:
+    """Raise `DataError` if half of the samples are no more than there are features."""
+    if math.ceil(_SMALLEST_PART * num_images) <= num_features:
+        # The distance is not linear in 1 / n there.
+        raise DataError(
+            f"the samples: {num_images} images are too few for {num_features} features: an "
+            "extrapolated Frechet distance needs more than twice as many"
+        )
+
+
+def _root(moments: Moments) -> Tensor:
+    """R (d, d) with R R^T the covariance."""
+    check_reference(moments.count, len(moments.mean))
+    _check_differences(moments, "the reference")
     # Rounding makes some eigenvalues of a nearly singular covariance negative, whose roots would
     # be NaN; the true ones are at least 0. The same holds in `_distance`.
     values, vectors = torch.linalg.eigh(moments.covariance)
@@ -103,7 +118,8 @@ def _root(moments: Moments) -> Tensor:
 
 
 def _distance(samples: Moments, root: Tensor, reference: Moments) -> float:
-    _check(samples, "the samples")
+    check_samples(samples.count)
+    _check_differences(samples, "the samples")
     covariance = samples.covariance
     # tr((C1 C2)^(1/2)) is the sum of the roots of the eigenvalues of C1 C2. A matrix square root of
     # that asymmetric product, as in the first FID code, can be complex by rounding; R^T C1 R has
@@ -115,9 +131,7 @@ def _distance(samples: Moments, root: Tensor, reference: Moments) -> float:
     return float(step.dot(step) + traces - 2 * roots.sum())
 
 
-def _check(moments: Moments, whose: str) -> None:
-    if moments.count < 2:
-        raise DataError(f"{whose}: {moments.count} images are too few for a covariance")
+def _check_differences(moments: Moments, whose: str) -> None:
     if not moments.scatter.trace() > 0:
         raise DataError(f"{whose}: all {moments.count} images have the same features")
 

@@ -25,8 +25,7 @@ def inception_score(logits: Tensor) -> Estimate:
     numbers of images cannot be compared. Raises `DataError` for fewer images than splits.
     """
     num = len(logits)
-    if num < _SPLITS:
-        raise DataError(f"{num} images are too few for an inception score of {_SPLITS} splits")
+    check_splits(num)
     # The legacy generator gives torch-fidelity's order, and so its score.
     order = np.random.RandomState(_SEED).permutation(num)  # noqa: NPY002
     log_p = logits[torch.from_numpy(order)].double().log_softmax(1)
@@ -34,6 +33,14 @@ def inception_score(logits: Tensor) -> Estimate:
     return t_interval(
         [_score(log_p[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
     )
+
+
+def check_splits(num_images: int) -> None:
+    """Raise `DataError` if some split would have no image."""
+    if num_images < _SPLITS:
+        raise DataError(
+            f"{num_images} images are too few for an inception score of {_SPLITS} splits"
+        )
 
 
 def _score(log_p: Tensor) -> float:

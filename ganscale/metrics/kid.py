@@ -12,23 +12,20 @@ from torch import Tensor
 from ganscale.errors import DataError
 from ganscale.metrics.intervals import NORMAL_QUANTILE, Estimate
 
-_SEED = 2020  # torch-fidelity's
+# Both are torch-fidelity's.
+_SEED = 2020
+_SUBSET_SIZE = 1000
 
 
 def kernel_distance(
-    samples: Tensor, reference: Tensor, *, num_subsets: int = 100, subset_size: int = 1000
+    samples: Tensor, reference: Tensor, *, num_subsets: int = 100, subset_size: int = _SUBSET_SIZE
 ) -> Estimate:
     """Mean over random subsets of both (n, d), with the interval of that mean.
 
     The subsets are those that torch-fidelity draws, so the value is torch-fidelity's. It may be a
     little below 0 when the sets are alike. Raises `DataError` for fewer images than a subset has.
     """
-    for whose, features in (("the samples", samples), ("the reference", reference)):
-        if len(features) < subset_size:
-            raise DataError(
-                f"{whose}: {len(features)} images are too few for a kernel distance, whose subsets "
-                f"have {subset_size}"
-            )
+    check_subsets(len(samples), len(reference), subset_size)
     # The legacy generator, in the order samples then reference, gives torch-fidelity's subsets.
     random = np.random.RandomState(_SEED)  # noqa: NPY002
     values = np.empty(num_subsets)
@@ -43,6 +40,16 @@ def kernel_distance(
     # nothing of other samples.
     half = NORMAL_QUANTILE * float(values.std(ddof=1)) / num_subsets**0.5
     return Estimate(mean, mean - half, mean + half)
+
+
+def check_subsets(num_samples: int, num_reference: int, subset_size: int = _SUBSET_SIZE) -> None:
+    """Raise `DataError` if either set has fewer images than a subset."""
+    for whose, num_images in (("the samples", num_samples), ("the reference", num_reference)):
+        if num_images < subset_size:
+            raise DataError(
+                f"{whose}: {num_images} images are too few for a kernel distance, whose subsets "
+                f"have {subset_size}"
+            )
 
 
 def _unbiased_mmd2(x: Tensor, y: Tensor) -> float:

@@ -68,6 +68,16 @@ def prdc(samples: Tensor, reference: Tensor, *, seed: int = 0) -> Prdc:
     )
 
 
+def check_prdc(num_images: int) -> None:
+    """Raise `DataError` if so many images of either set have too few neighbours for `prdc`."""
+    _check_neighbours(num_images, max(_K_PRECISION, _K_DENSITY))
+
+
+def check_authenticity(num_reference: int) -> None:
+    """Raise `DataError` if a reference image has no neighbour for `authenticity`."""
+    _check_neighbours(num_reference, 1)
+
+
 def authenticity(samples: Tensor, reference: Tensor) -> Estimate:
     """Share of samples that are no near copies of a reference image (Alaa et al. 2022, 2102.08921).
 
@@ -92,8 +102,7 @@ def _nearest(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 
 def _radii(features: Tensor, ks: tuple[int, ...]) -> Tensor:
     """Distance of each row to its k-th nearest other row, (len(ks), n)."""
-    if len(features) <= max(ks):
-        raise DataError(f"{len(features)} images are too few for {max(ks)} neighbours of each")
+    _check_neighbours(len(features), max(ks))
     radii = features.new_empty(len(ks), len(features))
     for rows, distances in _distances(features, features):
         # The row itself is excluded by its place. Taking neighbour k + 1 instead would be wrong
@@ -102,6 +111,11 @@ def _radii(features: Tensor, ks: tuple[int, ...]) -> Tensor:
         smallest = distances.topk(max(ks), largest=False).values
         radii[:, rows] = smallest[:, [k - 1 for k in ks]].T
     return radii
+
+
+def _check_neighbours(num_images: int, k: int) -> None:
+    if num_images <= k:
+        raise DataError(f"{num_images} images are too few for {k} neighbours of each")
 
 
 def _distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -14,8 +14,9 @@ from ganscale.config import Config
 from ganscale.data.shards import ShardSet
 from ganscale.errors import DataError
 from ganscale.evaluation.distributions.evaluate import column_of, evaluate
-from ganscale.evaluation.distributions.evaluation import Evaluation
+from ganscale.evaluation.distributions.evaluation import Evaluation, describe_reasons
 from ganscale.evaluation.distributions.features import FeatureCache
+from ganscale.evaluation.distributions.requirements import check_shape, unmet_requirements
 from ganscale.evaluation.image_sets import GeneratedImages, ImageSet, ImagesOfShards, open_images
 from ganscale.generation.sampler import SampleableGenerator
 from ganscale.metrics.extractors import chosen_extractor, open_extractor
@@ -39,14 +40,17 @@ class Measured:
 class Evaluator:
     """Measures generators of a run against its reference.
 
-    Raises `ConfigError` or `DataError`, when it is made, if extractor or reference are not there.
+    Raises `ConfigError` or `DataError`, when it is made, if extractor or reference are not there,
+    or if the numbers, shapes and labels of the images leave no metric that can be computed, or not
+    the one that checkpoints are kept by.
     """
 
     def __init__(self, config: Config, shard_set: ShardSet, world: World) -> None:
         settings = config.evaluation
         self.config = config
         self.world = world
-        self._classes = list(shard_set.classes)
+        # As in snapshots: metrics by class match classes by name, and labels are drawn by counts.
+        self._info = {"classes": shard_set.classes, "class_counts": shard_set.class_counts}
         # Rank 0 decides what "auto" is: other machines may have other weights.
         name = [chosen_extractor(settings.extractor)]
         dist.broadcast_object_list(name, src=0)
@@ -57,6 +61,7 @@ class Evaluator:
         self._reference: ImageSet = ImagesOfShards(shard_set)
         if settings.reference is not None:
             self._reference = open_images(settings.reference)
+        self._check()
 
     def measure(
         self, model: nn.Module, nimg: int, *, alive: Callable[[], None] = lambda: None
@@ -76,9 +81,7 @@ class Evaluator:
 
         began = time.perf_counter()
         settings = self.config.evaluation
-        info = {"classes": self._classes}  # for metrics by class, which match them by name
-        generator = SampleableGenerator(model, spec=self.config.generator_spec, info=info)
-        samples = GeneratedImages(generator, settings.num_images, 0, self.config.name, str(nimg))
+        samples = self._samples(model, nimg)
         evaluation: Evaluation | None = None
         problem = ""
         try:
@@ -104,3 +107,22 @@ class Evaluator:
         measured = [Measured(row, fid, problem, skipped)]
         dist.broadcast_object_list(measured, src=0)
         return measured[0]
+
+    def _samples(self, model: nn.Module, nimg: int) -> GeneratedImages:
+        spec = self.config.generator_spec
+        generator = SampleableGenerator(model, spec=spec, info=self._info)
+        num_images = self.config.evaluation.num_images
+        return GeneratedImages(generator, num_images, 0, self.config.name, str(nimg))
+
+    def _check(self) -> None:
+        """Raise `DataError` for what would come again at each evaluation."""
+        spec, metrics = self.config.generator_spec, self.config.evaluation.metrics
+        shape = (spec["img_channels"], spec["resolution"], spec["resolution"])
+        check_shape(shape, "the generator's images", self._reference)
+        # Their numbers and labels alone are looked at, for which no network is needed.
+        samples = self._samples(nn.Identity(), 0)
+        unmet = unmet_requirements(metrics, samples, self._reference, self.extractor)
+        # A metric that is missing beside others is reported with them.
+        keeps_by_fid = self.config.checkpoint.best_metric == "fid"
+        if len(unmet) == len(set(metrics)) or (keeps_by_fid and "fid" in unmet):
+            raise DataError(f"evaluation.metrics: {describe_reasons(unmet)}")

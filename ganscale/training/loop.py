@@ -110,7 +110,9 @@ class Trainer:
         self.stop = stop or StopRequest()
         self.callbacks = callbacks
         self.checkpoints = CheckpointManager(config, world, session)
-        self.outputs = Outputs(config, world, sinks, shard_set.values, shard_set.classes)
+        self.outputs = Outputs(
+            config, world, sinks, shard_set.values, shard_set.classes, shard_set.class_counts
+        )
         self.reader = build_reader(config, shard_set, world, gather_objects)
         self.labelled: LabelledPool | None = None
         if isinstance(config.method, SemiSupervisedMethod):

@@ -39,10 +39,12 @@ class Outputs:
         sinks: Sequence[Sink] = (),
         values: ValueRange = PIXELS,
         classes: Sequence[str] = (),
+        class_counts: Sequence[int] = (),
     ) -> None:
         self.config = config
         self.values = values
         self.classes = classes
+        self.class_counts = class_counts
         self.world = world
         self._extra_sinks = sinks
         self._step = 0
@@ -149,6 +151,7 @@ class Outputs:
             spec=spec,
             nimg=state.nimg,
             classes=self.classes,
+            class_counts=self.class_counts,
             others=others,
             values=self.values,
         )

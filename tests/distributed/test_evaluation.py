@@ -86,6 +86,18 @@ def test_an_image_that_one_rank_cannot_read_is_an_error_on_all(
     assert other == one
 
 
+def _evaluated_snapshots(world: World) -> Any:
+    _, generator = counting_generator()
+    samples = GeneratedImages(generator, 100, 0, "fake", f"weights of rank {world.rank}")
+    with pytest.raises(DataError, match="name one snapshot by --snapshot"):
+        evaluate(samples, samples, SmallExtractor(), world)
+    return True
+
+
+def test_ranks_with_different_snapshots_are_refused() -> None:
+    assert run_ranks(2, _evaluated_snapshots) == [True, True]
+
+
 def _evaluated_by_two_networks(world: World, folder: Path) -> Any:
     extractor = SmallExtractor()
     extractor.digest = f"that of rank {world.rank}"

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from ganscale.checkpoint import CheckpointStore
 from ganscale.config import Config
-from ganscale.errors import ConfigError
+from ganscale.data.shards import ShardSet
+from ganscale.errors import ConfigError, DataError
 from ganscale.generation.snapshot import load_generator
 from ganscale.run_directory import RunDirectory
 from ganscale.training import evaluator, loop
-from ganscale.world import World
+from ganscale.world import World, process_group
 from tests.conftest import MakeConfig
 from tests.support.ranks import run_ranks
 from tests.support.runs import final_digest, read_rows
@@ -63,6 +66,7 @@ def test_a_run_measures_itself_and_keeps_its_best(make_config: MakeConfig, world
     best = min(rows, key=lambda row: row["metrics/fd_small"])["nimg"]
     (snapshot,) = (RunDirectory(config.run_dir).snapshots / "best").iterdir()
     assert load_generator(snapshot).info["nimg"] == best
+    assert sum(load_generator(snapshot).class_counts) == 500
     kept = {name.nimg for name in CheckpointStore(config.checkpoints).names()}
     assert kept >= {480, 640, best}
 
@@ -104,6 +108,39 @@ def _train_blind(world: World, config: Config) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SmallExtractor, "features", features)
         _train(world, config)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "size", "settings", "words"),
+    [
+        (5, 32, {}, "fid: the reference: 5 images are too few for 8 features.*; prdc: 5"),
+        (7, 32, {"checkpoint__best_metric": "fid"}, "fid: the reference: 7 images are too few"),
+        (20, 16, {}, r"shape \(3, 32, 32\), 20 images of .* \(3, 16, 16\): only images of one"),
+    ],
+)
+def test_a_reference_that_nothing_can_be_measured_by_is_refused_at_the_start(
+    make_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_images: int,
+    size: int,
+    settings: dict[str, Any],
+    words: str,
+) -> None:
+    monkeypatch.setattr(evaluator, "open_extractor", lambda name: SmallExtractor())
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    for number in range(num_images):
+        Image.new("RGB", (size, size)).save(reference / f"{number}.png")
+    config = make_config(
+        evaluation__every_kimg=0.16,
+        evaluation__metrics=["fid", "prdc"],
+        evaluation__reference=str(reference),
+        **settings,
+    )
+    world = World()
+    with process_group(world), pytest.raises(DataError, match=words):
+        evaluator.Evaluator(config, ShardSet.load(config.data.shards or ""), world)
 
 
 def test_the_best_by_a_distance_needs_evaluations(make_config: MakeConfig) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ganscale.evaluation.distributions import evaluate as distributions
 from ganscale.evaluation.distributions.evaluation import Evaluation, Protocol
 from ganscale.evaluation.gan_metrics import classifier_metrics
 from ganscale.evaluation.gan_metrics.two_sample import SHORT_TEST
@@ -78,6 +79,30 @@ def test_a_run_gets_a_row_of_what_was_measured(verb: Verb, run_dir: RunDirectory
     assert read_rows(run_dir.metrics)[-1] == row
 
 
+def test_a_split_that_shards_do_not_have_is_refused(verb: Verb, run_dir: RunDirectory) -> None:
+    options = ("--run", run_dir.root, "--num", 20, "--metrics", "prdc")
+    code, out, err = verb("evaluate", *options, "--split", "test")
+    assert (code, out) == (2, "")
+    assert "is a shard set of the train split" in err
+    code, _, err = verb("evaluate", *options, "--split", "train")
+    assert code == 0, err
+
+
+def test_neither_file_is_lost_where_the_other_cannot_be_written(
+    verb: Verb, run_dir: RunDirectory, tmp_path: Path
+) -> None:
+    file = tmp_path / "figures.json"
+    command = ("evaluate", "--run", run_dir.root, "--num", 20, "--metrics", "prdc", "--json")
+    code, _, err = verb(*command, run_dir.root)
+    assert (code, "a folder is where a file should be" in err) == (1, True)
+    assert "metrics/recall_efficientnet_lite0" in read_rows(run_dir.metrics)[-1]
+    run_dir.events.unlink()
+    run_dir.events.mkdir()
+    code, _, err = verb(*command, file)
+    assert (code, "a folder is where a file should be" in err) == (1, True)
+    assert "recall_efficientnet_lite0" in json.loads(file.read_text())["metrics"]
+
+
 def test_classifiers_judge_too(
     verb: Verb, run_dir: RunDirectory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -94,6 +119,35 @@ def test_classifiers_judge_too(
     assert (code, err.splitlines()[-1][:24]) == (2, "ganscale: cas needs real")
 
 
+def test_the_other_metrics_are_shown_when_one_fails(
+    verb: Verb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(distributions, "neighbour_two_sample", fail)
+    monkeypatch.setattr(classifier_metrics, "network_two_sample", fail)
+    a, b = folder_of(tmp_path / "a", 30, 0), folder_of(tmp_path / "b", 30, 1)
+    options = ("--metrics", "c2st_1nn,prdc,c2st", "--json", tmp_path / "figures.json")
+    code, out, err = verb("evaluate", "--images", a, "--reference", b, *options)
+    assert code == 1
+    assert err.splitlines()[-1] == "ganscale: c2st_1nn: no room; c2st: no room"
+    assert "recall_efficientnet_lite0" in out
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert "recall_efficientnet_lite0" in found["metrics"]
+    assert found["skipped"] == {"c2st_1nn": "no room", "c2st": "no room"}
+
+
+def test_labels_for_classifiers_are_missed_before_anything_is_measured(
+    verb: Verb, run_dir: RunDirectory, procedural_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributions, "extract", None)
+    options = ("--num", 60, "--metrics", "prdc,cas", "--test", procedural_shards)
+    code, out, err = verb("evaluate", "--run", run_dir.root, *options)
+    assert (code, out) == (2, "")
+    assert "the classification accuracy score needs labels" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -102,6 +156,11 @@ def test_classifiers_judge_too(
         (["--images", "."], 2, "give --reference"),
         (["--images", "a", "--reference", "b", "--metrics", "fad"], 2, "expected some of fid"),
         (["--images", "a", "--reference", "b", "--metrics", "frechet"], 2, "is now called fid"),
+        (
+            ["--images", "a", "--reference", "a", "--reference-rows", 9, "--metrics", "fid"],
+            2,
+            "add",
+        ),
         (["--images", "absent", "--reference", "a"], 1, "no such image source"),
         (["--images", "a", "--reference", "a", "--metrics", "fid"], 1, "are too few for 1280"),
         (["--images", "a", "--reference", "small"], 1, "only images of one shape"),

@@ -240,6 +240,16 @@ def test_runs_are_compared(
         assert width > 3 * 66 - 2  # with the names of the ways at its left
 
 
+def test_a_metric_without_enough_images_is_refused_before_the_reconstructions(
+    verb: Verb, runs: dict[str, Path], procedural_shards: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "compared"
+    options = ("--images", procedural_shards, "--num", 3, "--num-samples", 60, "--out", out)
+    code, text, err = verb("compare", runs["gan"], *options, "--metric", "kid", *QUICK)
+    assert (code, text) == (1, "")
+    assert "kid: the samples: 60 images are too few" in err.splitlines()[-1]
+
+
 def test_only_images_that_networks_take_have_their_distances() -> None:
     network = EfficientNetLite0()
     images = torch.randint(0, 256, (2, 4, 32, 32), dtype=torch.uint8)

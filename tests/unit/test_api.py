@@ -522,7 +522,7 @@ def test_a_generator_is_evaluated_by_its_images(
     for what in (generator, path, str(path)):
         found = ganscale.evaluate(what, reference, seed=7, **options)
         assert found.metrics == of_images.metrics
-        assert found.protocol.samples == f"30 samples of {path}, seeds from 7"
+        assert found.protocol.samples == f"30 samples of {path}, seeds from 7, labels uniform"
     folder = generator.save_pretrained(tmp_path / "given", evaluation=found)
     value = found.metrics["fd_small"].value
     assert f"| metrics | fd_small {value:.4g} |" in (folder / "README.md").read_text()

@@ -10,11 +10,14 @@ import torch
 from PIL import Image
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from ganscale.config import MetricName
+from ganscale.data.shards import ShardSet
 from ganscale.errors import DataError
 from ganscale.evaluation.distributions.evaluate import evaluate
 from ganscale.evaluation.distributions.features import FeatureCache, extract, extract_reference
 from ganscale.evaluation.image_sets import ImageSet, ImagesOfShards, open_images
 from ganscale.evaluation.image_views import Subset
+from ganscale.metrics.fid import frechet_distance
 from ganscale.metrics.statistics import Moments, RunningMoments
 from ganscale.world import World, process_group
 from tests.support.small_extractor import SmallExtractor
@@ -142,6 +145,79 @@ def test_a_metric_that_says_nothing_is_skipped_or_an_error(tmp_path: Path) -> No
     assert found.protocol.extractor == "small"
 
 
+def test_a_class_is_compared_with_all_its_reference_images(procedural_shards: Path) -> None:
+    reference = ImagesOfShards(ShardSet.load(procedural_shards))
+    samples, extractor = Subset.random(reference, 70, seed=1), SmallExtractor()
+    with process_group(WORLD):
+        found = evaluate(samples, reference, extractor, WORLD, metrics=["fid_per_class", "prdc"])
+    assert found is not None
+    # As many reference images as there are samples are too few of each class.
+    assert 70 / len(reference.classes) < extractor.num_features
+    distances = []
+    for label in range(len(reference.classes)):
+        of_class = [
+            Moments.of(extractor.features(images.read(np.flatnonzero(images.labels == label))))
+            for images in (samples, reference)
+        ]
+        distances.append(frechet_distance(*of_class))
+    value = found.metrics["fd_per_class_small"].value
+    assert value == pytest.approx(float(np.mean(distances)), rel=1e-4)
+    assert found.protocol.num_reference_rows == 70
+
+
+def test_of_too_many_samples_the_protocol_names_those_that_were_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = opened(folder_of(tmp_path / "a", 40))
+    b = opened(folder_of(tmp_path / "b", 40, seed=1))
+    monkeypatch.setattr("ganscale.evaluation.distributions.evaluate.MAX_ROWS", 30)
+    extractor = SmallExtractor()
+    with process_group(WORLD):
+        found = evaluate(a, b, extractor, WORLD, metrics=["fid"])
+        of_part = evaluate(Subset.random(a, 30, seed=0), b, extractor, WORLD, metrics=["fid"])
+    assert found is not None
+    assert of_part is not None
+    assert found.protocol.num_samples == 30
+    assert found.protocol.samples.startswith("30 of 40 images of")
+    assert found.metrics == of_part.metrics
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        ("fid", "the reference: 6 images are too few for 8 features"),
+        ("fid_infinity", "the samples: 12 images are too few for 8 features"),
+        ("kid", "the samples: 12 images are too few for a kernel distance"),
+        ("inception_score", "defined by inception-v3's classes"),
+        ("prdc", "5 images are too few for 5 neighbours"),
+        ("fid_per_class", "needs labels of samples and reference"),
+        ("c2st_1nn", "needs at least 20 images of each set"),
+    ],
+)
+def test_what_numbers_and_labels_rule_out_is_told_before_features_are_extracted(
+    tmp_path: Path, metric: MetricName, words: str
+) -> None:
+    samples = opened(folder_of(tmp_path / "a", 12))
+    reference = opened(folder_of(tmp_path / "b", 6, seed=1))
+    extractor = SmallExtractor()
+    rows = 5 if metric == "prdc" else None
+    with process_group(WORLD):
+        for metrics, required in (([metric], False), (["authenticity", metric], True)):
+            with pytest.raises(DataError, match=f"^{metric}: .*{words}"):
+                evaluate(
+                    samples, reference, extractor, WORLD,
+                    metrics=metrics, required=required, num_reference_rows=rows,
+                )  # fmt: skip
+        assert extractor.num_images == 0
+        found = evaluate(
+            samples, reference, extractor, WORLD,
+            metrics=["authenticity", metric], num_reference_rows=rows,
+        )  # fmt: skip
+    assert found is not None
+    assert list(found.skipped) == [metric]
+    assert list(found.metrics) == ["authenticity_small"]
+
+
 def test_a_decomposition_that_fails_is_a_reason_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +231,14 @@ def test_a_decomposition_that_fails_is_a_reason_too(
         found = evaluate(images, images, SmallExtractor(), WORLD)
         with pytest.raises(DataError, match="fid: failed to converge"):
             evaluate(images, images, SmallExtractor(), WORLD, metrics=["fid"], required=True)
+        # The others have been computed by then.
+        part = evaluate(
+            images, images, SmallExtractor(), WORLD, metrics=["fid", "prdc"], required=True
+        )
+    assert part is not None
+    assert "recall_small" in part.metrics
+    with pytest.raises(DataError, match="fid: failed to converge"):
+        part.check_complete()
     assert found is not None
     assert found.skipped["fid"] == "failed to converge"
     assert "recall_small" in found.metrics

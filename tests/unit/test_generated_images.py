@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from ganscale.evaluation.distributions.features import extract
 from ganscale.evaluation.image_sets import GeneratedImages
 from ganscale.evaluation.image_views import halves
-from ganscale.generation.sampler import rows_per_forward
+from ganscale.generation.latents import seeded_labels
+from ganscale.generation.sampler import SampleableGenerator, rows_per_forward
 from ganscale.world import World, process_group
 from tests.support.counting_generator import counting_generator
 from tests.support.small_extractor import SmallExtractor
@@ -73,3 +75,41 @@ def test_features_and_halves_draw_each_image_once(rows: int) -> None:
         for images in (first, second):
             assert extract(images, SmallExtractor(), world) is not None
     assert network.num_rows == -(-NUM_IMAGES // rows) * rows
+
+
+class _PaintsLabels(nn.Module):
+    """Images whose every pixel is the label."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.none = nn.Parameter(torch.zeros(1))
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        return (labels * (2 / 255) - 1)[:, None, None, None].expand(-1, 3, 8, 8) + self.none
+
+
+def _labelled_images(**info: object) -> GeneratedImages:
+    spec = {"resolution": 8, "z_dim": 8, "num_classes": 3}
+    generator = SampleableGenerator(_PaintsLabels(), spec=spec, info=info)
+    return GeneratedImages(generator, NUM_IMAGES, 0, "fake", "fake")
+
+
+def test_classes_are_drawn_as_often_as_the_training_set_has_them() -> None:
+    images = _labelled_images(class_counts=[900, 0, 100])
+    assert images.labels is not None
+    # Six standard deviations.
+    assert np.bincount(images.labels) / NUM_IMAGES == pytest.approx([0.9, 0, 0.1], abs=0.05)
+    pixels = images.read(np.arange(NUM_IMAGES))
+    assert np.array_equal(pixels[:, 0, 0, 0].numpy(), images.labels)
+    assert images.description.endswith("labels as frequent as in the training set")
+    assert images.digest != _labelled_images(class_counts=[100, 0, 900]).digest
+
+
+def test_equal_or_unknown_frequencies_leave_labels_uniform() -> None:
+    balanced, unknown = _labelled_images(class_counts=[7, 7, 7]), _labelled_images()
+    expected = seeded_labels(list(range(NUM_IMAGES)), 3).numpy()
+    for images in (balanced, unknown):
+        assert images.labels is not None
+        assert np.array_equal(images.labels, expected)
+    assert balanced.digest == unknown.digest
+    assert unknown.description.endswith("labels uniform")

@@ -21,7 +21,9 @@ from ganscale.errors import CheckpointError
 from ganscale.generation.latents import (
     draw_noise,
     normal,
+    seed_for,
     seeded_labels,
+    seeded_labels_by_count,
     seeded_latents,
     uniform,
 )
@@ -33,7 +35,7 @@ from ganscale.generation.pictures import (
     save_grid,
 )
 from ganscale.generation.sampler import SampleableGenerator, diversity, rows_per_forward, to_uint8
-from ganscale.generation.snapshot import save_snapshot
+from ganscale.generation.snapshot import load_generator, save_generator, save_snapshot
 from ganscale.models import build_discriminator, build_generator
 from tests.support.devices import on_each_device
 
@@ -284,3 +286,33 @@ def test_labels_stand_beside_a_sheet_that_stays_as_it_is(channels: int) -> None:
     above = labelled[:3, :top, left:].float().amin(0)
     assert min(above[:, :30].min(), above[:, 30:].min()) < 100
     assert margin.max() == 255
+
+
+def test_labels_are_as_frequent_as_the_classes() -> None:
+    counts = [5, 0, 2, 1]
+    # By the definition: one image of each class that has any left, the most frequent first.
+    rounds = [0, 2, 3, 0, 2, 0, 0, 0]
+    expected = [rounds[seed_for("label", seed) % 8] for seed in range(4000)]
+    labels = seeded_labels_by_count(list(range(4000)), counts)
+    assert labels.tolist() == expected
+    shares = torch.bincount(labels, minlength=4) / len(labels)
+    # Six standard deviations of the most frequent one.
+    torch.testing.assert_close(shares, torch.tensor(counts) / 8, rtol=0, atol=0.05)
+    assert not (labels == 1).any()
+
+
+@pytest.mark.parametrize("num_images", [1, 3, 5000])
+def test_labels_of_equally_frequent_classes_are_the_uniform_ones(num_images: int) -> None:
+    seeds = list(range(2000))
+    labels = seeded_labels_by_count(seeds, [num_images] * 10)
+    assert torch.equal(labels, seeded_labels(seeds, 10))
+
+
+def test_frequencies_of_classes_stay_with_a_generator(tmp_path: Path) -> None:
+    spec = SnganModel(z_dim=8, base_channels=8, num_classes=3, resolution=16).model_dump()
+    first, again = tmp_path / "first.safetensors", tmp_path / "again.safetensors"
+    save_snapshot(first, build_generator(spec), spec=spec, nimg=1, class_counts=[5, 0, 2])
+    save_generator(again, load_generator(first), about={})
+    assert load_generator(again).class_counts == (5, 0, 2)
+    save_snapshot(again, build_generator(spec), spec=spec, nimg=1)
+    assert load_generator(again).class_counts == ()

@@ -6,12 +6,14 @@ from typing import Any, get_args
 
 import pytest
 
-from ganscale.cli import options
+from ganscale.cli import explore, options
 from ganscale.cli.options import parse_integers, parse_names
 from ganscale.data import images, layout
 from ganscale.errors import ConfigError
+from ganscale.evaluation.distributions.features import MAX_ROWS
 from ganscale.generation.degradations import TASKS
 from ganscale.rating.questions import Task
+from tests.conftest import Verb
 
 
 @pytest.mark.parametrize(
@@ -37,3 +39,10 @@ def test_lists_of_numbers_and_names() -> None:
 def test_what_is_no_number_is_refused_by_its_option(text: str) -> None:
     with pytest.raises(ConfigError, match=f"--seeds {text}: expected numbers"):
         parse_integers("--seeds", text)
+
+
+def test_nearest_searches_no_more_images_than_keep_their_features(verb: Verb) -> None:
+    assert explore._MOST_SEARCHED == MAX_ROWS
+    code, _, err = verb("nearest", "x", "--reference", "y", "--num-reference", MAX_ROWS + 1)
+    assert code == 2
+    assert "--num-reference" in err

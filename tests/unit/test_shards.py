@@ -358,3 +358,10 @@ def test_a_source_that_holds_no_images_is_an_error_in_one_line(tmp_path: Path, n
     with pytest.raises((DataError, ConfigError), match=re.escape(name)) as error:
         open_source(resolve_source(str(tmp_path / name), "train", download_dir=tmp_path)[0])
     one_line(error)
+
+
+def test_classes_are_counted_where_there_are_labels(built_set: ShardSet) -> None:
+    assert built_set.class_counts == (11, 9, 10, 7)
+    samples = built_set.samples.copy()
+    samples["label"] = -1
+    assert replace(built_set, samples=samples).class_counts == ()

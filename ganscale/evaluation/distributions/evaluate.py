@@ -3,8 +3,9 @@
 One call computes all of them, and reports the protocol: network, resizing, reference and numbers of
 images change the values by more than most improvements of a GAN do.
 
-Metrics that compare distributions by their moments use those of the whole reference. Metrics that
-look at single images use as many of the reference as there are samples, drawn with a fixed seed.
+Metrics that compare distributions by their moments use those of the whole reference, and the FID of
+each class all rows that are kept. Metrics that look at single images use as many of the reference
+as there are samples, drawn with a fixed seed.
 """
 
 from __future__ import annotations
@@ -23,18 +24,21 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ganscale.config import MetricName
 from ganscale.errors import DataError
-from ganscale.evaluation.distributions.evaluation import Evaluation, Protocol
+from ganscale.evaluation.distributions.evaluation import Evaluation, Protocol, describe_reasons
 from ganscale.evaluation.distributions.features import (
+    MAX_ROWS,
     FeatureCache,
     Features,
     ReferenceFeatures,
     StartTask,
+    draw_indices,
     extract,
     plan_reference,
 )
+from ganscale.evaluation.distributions.requirements import check_shape, unmet_requirements
 from ganscale.evaluation.gan_metrics.two_sample import mean_neighbour_accuracy
 from ganscale.evaluation.image_sets import ImageSet
-from ganscale.evaluation.image_views import with_classes_of
+from ganscale.evaluation.image_views import Subset, with_classes_of
 from ganscale.metrics.extractors import FeatureExtractor
 from ganscale.metrics.fid import frechet_distance, frechet_estimate, frechet_infinity
 from ganscale.metrics.inception_score import inception_score
@@ -72,30 +76,26 @@ def evaluate(
     """Compare images with a reference; returns the metrics on rank 0, None on other ranks.
 
     Args:
-        samples, reference: of one shape.
+        samples, reference: of one shape; of more than 50,000 samples so many are drawn at random.
         extractor: of the features.
         world: of the process group; all its ranks share the work, and distances between features
             are computed on the device of rank 0.
         metrics: the names of those to compute.
-        num_reference_rows: how many images of the reference the metrics of single images use; by
-            default as many as there are samples.
-        required: whether a metric that cannot be computed is an error; else it is skipped with a
-            reason.
+        num_reference_rows: how many images of the reference `ROW_METRICS` use; by default as many
+            as there are samples.
+        required: whether a metric is an error that is known beforehand not to be computable; else
+            it is skipped with a reason, as is one that fails later.
         cache: keeps the reference's features.
         start_task: called with each part and its number of images; what it returns is called with
             progress.
 
     Raises:
-        DataError: images are too few, unreadable, of different shapes, all equal, or have features
-            that are not finite.
+        DataError: no metric can be computed, or one that is required; images are unreadable, of
+            different shapes, or have features that are not finite.
     """
-    if samples.shape != reference.shape:
-        raise DataError(
-            f"{samples.description} have shape {samples.shape}, {reference.description} "
-            f"{reference.shape}: only images of one shape can be compared"
-        )
-    samples, skipped = _with_reference_classes(samples, reference, metrics, required=required)
-    metrics = [metric for metric in metrics if metric not in skipped]
+    check_shape(samples.shape, samples.description, reference)
+    # So many rows are kept, and the protocol is to say which images were measured.
+    samples = Subset.random(samples, MAX_ROWS, seed=0)
     protocol = Protocol(
         extractor=extractor.name,
         extractor_digest=extractor.digest,
@@ -110,13 +110,23 @@ def evaluate(
     )
     if not metrics:
         return Evaluation(protocol, {}, {}) if world.is_main else None
-    _check_same_on_all_ranks(extractor.digest, len(samples), len(reference))
-    uses_rows = any(metric in _USING_ROWS for metric in metrics)
-    num_rows = (num_reference_rows or len(samples)) if uses_rows else 0
+    _check_same_on_all_ranks(extractor.digest, samples.digest, reference.digest)
+    skipped = unmet_requirements(
+        metrics, samples, reference, extractor, num_reference_rows=num_reference_rows
+    )
+    metrics = [metric for metric in metrics if metric not in skipped]
+    if skipped and (required or not metrics):
+        raise DataError(describe_reasons(skipped))
+    if "fid_per_class" in metrics:
+        samples = with_classes_of(samples, reference.classes, reference.description)
+    num_rows = (num_reference_rows or len(samples)) if ROW_METRICS.intersection(metrics) else 0
+    rows = draw_indices(len(reference), min(num_rows, MAX_ROWS))
+    # A class has only a part of the rows, and its FID needs more of them than there are features.
+    num_kept = MAX_ROWS if "fid_per_class" in metrics else len(rows)
     seconds: dict[str, float] = {}
     with _timed("reference", seconds):
         plan = plan_reference(
-            reference, extractor, world, num_rows=num_rows, cache=cache, start_task=start_task
+            reference, extractor, world, num_rows=num_kept, cache=cache, start_task=start_task
         )
         of_reference = plan.features(extractor, world, cache=cache, start_task=start_task)
     with _timed("samples", seconds):
@@ -124,48 +134,32 @@ def evaluate(
         of_samples = extract(samples, extractor, world, progress=progress)
     if of_samples is None or of_reference is None:
         return None
-    comparison = _Comparison(of_samples, of_reference, extractor, world.device)
-    estimates, failed = _estimates(
-        metrics, comparison, required=required, seconds=seconds, start_task=start_task
+    comparison = _Comparison(
+        of_samples, of_reference.with_rows_of(rows), of_reference, extractor, world.device
     )
+    estimates, failed = _estimates(metrics, comparison, seconds=seconds, start_task=start_task)
     skipped |= failed
     # An evaluation without a single value would pass for a successful one in a run's files.
     if skipped and not estimates:
-        raise DataError("; ".join(skipped.values()))
+        raise DataError(describe_reasons(skipped))
     protocol = replace(
         protocol,
         reference_statistics=plan.statistics.name if plan.statistics else "extracted",
-        num_reference_rows=len(plan.row_indices),
+        num_reference_rows=len(rows),
     )
     return Evaluation(protocol, estimates, skipped, seconds=seconds)
-
-
-def _with_reference_classes(
-    samples: ImageSet, reference: ImageSet, metrics: Sequence[MetricName], *, required: bool
-) -> tuple[ImageSet, dict[str, str]]:
-    """The samples with the reference's numbering of classes, and why that failed, by metric."""
-    if "fid_per_class" not in metrics:
-        return samples, {}
-    try:
-        return with_classes_of(samples, reference.classes, reference.description), {}
-    except DataError as error:
-        if required:
-            raise
-        return samples, {"fid_per_class": str(error)}
 
 
 def _estimates(
     metrics: Sequence[MetricName],
     comparison: _Comparison,
     *,
-    required: bool,
     seconds: dict[str, float],
     start_task: StartTask,
 ) -> tuple[dict[str, Estimate], dict[str, str]]:
     """The values by column, and the reasons of metrics that could not be computed.
 
-    Adds the duration of each to `seconds`. Raises `DataError` for the first that fails if all are
-    required.
+    Adds the duration of each to `seconds`.
     """
     estimates: dict[str, Estimate] = {}
     failed: dict[str, str] = {}
@@ -178,26 +172,31 @@ def _estimates(
             try:
                 estimates |= _COMPUTE[metric](comparison)
             except (DataError, LinAlgError, MemoryError, torch.OutOfMemoryError) as error:
-                if required:
-                    raise DataError(f"{metric}: {error}") from None
                 failed[metric] = str(error)
     return estimates, failed
 
 
 def _check_same_on_all_ranks(*what: object) -> None:
     """Raise `DataError` if ranks differ in any of these values."""
-    # With `extractor: auto`, nodes may find different weights on their disks, and rank 0 would mix
-    # the features of two networks without noticing.
+    # With `extractor: auto`, nodes may find different weights on their disks, and the newest
+    # snapshot of a run that trains may be another one for the next rank: rank 0 would mix features
+    # of two networks, or of two generators, without noticing.
     by_rank: list[tuple[object, ...]] = [()] * dist.get_world_size()
     dist.all_gather_object(by_rank, what)
     if len(set(by_rank)) > 1:
-        raise DataError(f"ranks have different extractors or images: {by_rank}")
+        raise DataError(
+            "ranks have different extractors or images (of a run that trains, name one snapshot by "
+            f"--snapshot): {by_rank}"
+        )
 
 
 @dataclass(frozen=True)
 class _Comparison:
     samples: Features
     reference: ReferenceFeatures
+    """With the rows that metrics of single images use."""
+    labelled_reference: ReferenceFeatures
+    """With the rows for metrics by class, which include those."""
     extractor: FeatureExtractor
     device: str
 
@@ -225,8 +224,7 @@ class _Comparison:
 
 
 def _fid(comparison: _Comparison) -> dict[str, Estimate]:
-    # Of rows and not of the samples' moments, since the jackknife regroups them. No more than
-    # 50,000 rows are kept, so with more samples the distance is that of a random 50,000.
+    # Of rows and not of the samples' moments, since the jackknife regroups them.
     return comparison.named(
         ("fid", frechet_estimate(comparison.samples.rows, comparison.reference.moments))
     )
@@ -264,9 +262,10 @@ def _authenticity(comparison: _Comparison) -> dict[str, Estimate]:
 
 
 def _fid_per_class(comparison: _Comparison) -> dict[str, Estimate]:
-    sample_labels, reference_labels = comparison.samples.labels, comparison.reference.labels
-    if sample_labels is None or reference_labels is None:
-        raise DataError("a Frechet distance per class needs labels of samples and reference")
+    reference = comparison.labelled_reference
+    sample_labels, reference_labels = comparison.samples.labels, reference.labels
+    assert sample_labels is not None, "checked before anything was measured"
+    assert reference_labels is not None, "checked before anything was measured"
     # Only the reference's kept rows have labels: included statistics are of all classes together.
     distances = []
     for label in np.unique(reference_labels).tolist():
@@ -274,7 +273,7 @@ def _fid_per_class(comparison: _Comparison) -> dict[str, Estimate]:
             Moments.of(features.rows[torch.from_numpy(labels == label)])
             for features, labels in (
                 (comparison.samples, sample_labels),
-                (comparison.reference, reference_labels),
+                (reference, reference_labels),
             )
         ]
         try:
@@ -299,9 +298,7 @@ _COMPUTE: dict[MetricName, Callable[[_Comparison], dict[str, Estimate]]] = {
     "fid_per_class": _fid_per_class,
     "c2st_1nn": _nearest_neighbour_test,
 }
-_USING_ROWS: frozenset[MetricName] = frozenset(
-    {"kid", "prdc", "authenticity", "fid_per_class", "c2st_1nn"}
-)
+ROW_METRICS: frozenset[MetricName] = frozenset({"kid", "prdc", "authenticity", "c2st_1nn"})
 """Metrics that look at single images of the reference, not only at the moments of all."""
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ganscale.errors import DataError
 from ganscale.metrics.intervals import Estimate
 
 # Published figures are of 10,000 or 50,000 samples; the bias of fewer is what one would see.
@@ -68,9 +69,21 @@ class Evaluation:
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
         }
 
+    def check_complete(self) -> None:
+        """Raise `DataError` if a metric could not be computed; a note of it shows the others."""
+        if self.skipped:
+            error = DataError(describe_reasons(self.skipped))
+            error.add_note(repr(self))
+            raise error
+
     def row(self) -> dict[str, float]:
         """The metrics as columns of a run's metrics.jsonl."""
         return {f"metrics/{name}": value.value for name, value in self.metrics.items()}
+
+
+def describe_reasons(reasons: Mapping[str, str]) -> str:
+    """Metrics that cannot be computed and the reasons, as one line."""
+    return "; ".join(f"{metric}: {reason}" for metric, reason in reasons.items())
 
 
 def _lines(evaluation: Evaluation) -> Iterator[str]:
@@ -79,7 +92,7 @@ def _lines(evaluation: Evaluation) -> Iterator[str]:
     yield f"reference  {protocol.reference}"
     if protocol.num_reference_rows:
         drawn = f"{protocol.num_reference_rows:,} of them, at random,"
-        yield f"           {drawn} for all metrics but fid and fid_infinity"
+        yield f"           {drawn} for kid, prdc, authenticity and c2st_1nn"
     if protocol.reference_statistics != "extracted":
         yield f"           included mean and covariance of {protocol.reference_statistics}"
     yield f"features   {protocol.extractor}, {protocol.resizer}"
@@ -99,6 +112,8 @@ def _lines(evaluation: Evaluation) -> Iterator[str]:
 def _better(column: str, protocol: Protocol) -> str:
     """Which direction is better, and what is known of the scale."""
     is_biased = column.startswith(("fid", "fd_")) and "infinity" not in column
+    if column.startswith(("fid_per_class", "fd_per_class")):
+        return "lower; compare equally many images of each class"
     if is_biased and protocol.num_samples < _FEW_SAMPLES:
         return f"lower; too high by its bias: fewer than {_FEW_SAMPLES:,} samples"
     if column == "fid" and protocol.reference_statistics in _KNOWN_FID:

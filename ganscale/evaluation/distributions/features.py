@@ -40,8 +40,9 @@ _ROWS = 50
 """The number of images of every forward; an incomplete group is filled with black images. Kernels
 choose their arithmetic by the batch size, so the features of an image would depend on its group's
 size."""
-# Rows of 2048 features of so many images are 400 MB; moments are of all images, however many.
-_MAX_KEPT = 50_000
+MAX_ROWS = 50_000
+"""The most images of a set whose own features are kept, 400 MB for 2048 features; moments are of
+all images, however many."""
 _FORMAT = 3
 """Incremented when the same images and network give features that differ, if only in bits."""
 
@@ -95,7 +96,7 @@ def extract(
     Raises `DataError`, on every rank alike, if an image cannot be read on any of them, has other
     than one or three channels, or gets a feature that is not finite.
     """
-    kept = _draw_indices(len(images), _MAX_KEPT)
+    kept = draw_indices(len(images), MAX_ROWS)
     rows = torch.empty(len(kept) if world.is_main else 0, extractor.num_features)
 
     def features(indices: NDArray[np.int64]) -> Tensor:
@@ -271,7 +272,7 @@ def plan_reference(
 
     All ranks call this inside a process group. Raises `DataError` if an image cannot be read.
     """
-    row_indices = _draw_indices(len(images), min(num_rows, _MAX_KEPT))
+    row_indices = draw_indices(len(images), min(num_rows, MAX_ROWS))
     statistics = _statistics(images, extractor, world, cache, start_task)
     extracted: ImageSet | None = images
     if statistics is not None and not len(row_indices):
@@ -298,7 +299,7 @@ def _statistics(
     return None
 
 
-def _draw_indices(num_images: int, num_drawn: int) -> NDArray[np.int64]:
+def draw_indices(num_images: int, num_drawn: int) -> NDArray[np.int64]:
     """Ascending indices drawn without replacement; a smaller draw is part of a larger one."""
     # A prefix of one permutation, so that the rows that are kept of a whole set contain every
     # smaller draw from it.

@@ -193,7 +193,7 @@ def _gan_pair(run: str, files: SavedFiles, device: str) -> GanPair:
         generator=SampleableGenerator(
             generator.to(device),
             spec=spec,
-            info={"nimg": nimg, "classes": _classes(files.meta["config"]["data"]["shards"])},
+            info={"nimg": nimg, **_classes(files.meta["config"]["data"]["shards"])},
         ),
         discriminator=ScoringDiscriminator(discriminator, num_classes=spec["num_classes"]),
         identity=files.meta["tensors_sha256"],
@@ -201,10 +201,14 @@ def _gan_pair(run: str, files: SavedFiles, device: str) -> GanPair:
     )
 
 
-def _classes(shards: str) -> list[str]:
-    """Names of the classes of the set that a run was trained on; none if the set is gone."""
+def _classes(shards: str) -> dict[str, Any]:
+    """Names and sizes of the classes of the set that a run was trained on, as in snapshots.
+
+    Nothing if the set is gone.
+    """
     # Without names the tournament takes images to have no labels, and still works.
     try:
-        return list(ShardSet.load(shards).classes)
+        shard_set = ShardSet.load(shards)
     except DataError:
-        return []
+        return {}
+    return {"classes": shard_set.classes, "class_counts": shard_set.class_counts}

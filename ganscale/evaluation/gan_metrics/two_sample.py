@@ -41,6 +41,7 @@ LONG_TEST = ClassifierRecipe(
 )
 """The recipe for GPUs, with 10,000 images of each set or more."""
 
+_NUM_IMAGES = 2000
 _MIN_IMAGES = 20
 """A test needs this many images of each set, so that 20 images in all are held out."""
 
@@ -51,7 +52,7 @@ def network_two_sample(
     real: ImageSet,
     fake: ImageSet,
     *,
-    num_images: int = 2000,
+    num_images: int = _NUM_IMAGES,
     seeds: Sequence[int] = range(5),
     recipe: ClassifierRecipe = SHORT_TEST,
     device: torch.device | None = None,
@@ -75,7 +76,7 @@ def network_two_sample(
         ConfigError: without a seed.
     """
     num_images = _checked_number(len(real), len(fake), num_images, seeds)
-    _check_images(real, fake)
+    check_images(real, fake)
 
     repeats = []
     for seed in seeds:
@@ -92,7 +93,7 @@ def mean_neighbour_accuracy(
     real_features: Tensor,
     fake_features: Tensor,
     *,
-    num_images: int = 2000,
+    num_images: int = _NUM_IMAGES,
     seeds: Sequence[int] = range(5),
 ) -> Estimate:
     """The mean over seeds of the leave-one-out accuracy of the 1-nearest neighbour of features.
@@ -155,6 +156,11 @@ def _repeat(seed: int, correct: NDArray[np.bool_], labels: NDArray[np.int64]) ->
 def _checked_number(num_real: int, num_fake: int, wanted: int, seeds: Sequence[int]) -> int:
     if not len(seeds):
         raise ConfigError("a two-sample test needs at least one seed")
+    return check_num_images(num_real, num_fake, wanted)
+
+
+def check_num_images(num_real: int, num_fake: int, wanted: int = _NUM_IMAGES) -> int:
+    """The number of images of each set that a repeat draws. Raises `DataError` below 20."""
     # Equal numbers make chance 1/2 without weights.
     number = min(num_real, num_fake, wanted)
     if number < _MIN_IMAGES:
@@ -165,7 +171,8 @@ def _checked_number(num_real: int, num_fake: int, wanted: int, seeds: Sequence[i
     return number
 
 
-def _check_images(real: ImageSet, fake: ImageSet) -> None:
+def check_images(real: ImageSet, fake: ImageSet) -> None:
+    """Raise `DataError` for sets of images of several shapes, or one set as both."""
     if real.shape != fake.shape:
         raise DataError(
             f"{real.description} have shape {real.shape}, {fake.description} have {fake.shape}; "

@@ -104,10 +104,8 @@ def classification_accuracy_score(
         DataError: for other shapes, fewer than 2 classes, or classes that `real_train` lacks;
             classes are matched by name.
     """
+    samples, real_test = matched_sets(samples, real_train, real_test)
     train_labels, num_classes = _labels_of(real_train), len(real_train.classes)
-    samples, real_test = (
-        _with_classes_of_train(images, real_train) for images in (samples, real_test)
-    )
     sample_labels, test_labels = _labels_of(samples), _labels_of(real_test)
     # Two trainings give all three scores: the network of real images is tested on real images and
     # on samples.
@@ -136,6 +134,20 @@ def classification_accuracy_score(
         test_gap=unpaired_difference(real, gan_test),
         recipe=recipe,
         seed=seed,
+    )
+
+
+def matched_sets(
+    samples: ImageSet, real_train: ImageSet, real_test: ImageSet
+) -> tuple[ImageSet, ImageSet]:
+    """Samples and test images with labels in the numbering of `real_train`'s classes.
+
+    Raises what `classification_accuracy_score` raises for sets without labels, or of other shapes
+    or classes.
+    """
+    _labels_of(real_train)
+    return _with_classes_of_train(samples, real_train), _with_classes_of_train(
+        real_test, real_train
     )
 
 

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from ganscale.config import MetricName, load_config
-from ganscale.errors import ConfigError
+from ganscale.errors import ConfigError, DataError
 from ganscale.evaluation.distributions.evaluate import evaluate
+from ganscale.evaluation.distributions.evaluation import describe_reasons
 from ganscale.evaluation.distributions.features import FeatureCache, StartTask
+from ganscale.evaluation.distributions.requirements import check_shape, unmet_requirements
 from ganscale.evaluation.image_sets import GeneratedImages, ImageSet
 from ganscale.evaluation.reconstruction.reconstruct import (
     ReconstructionMethod,
@@ -28,6 +30,7 @@ from ganscale.evaluation.reconstruction.reconstruct import (
 )
 from ganscale.generation.degradations import Degradation
 from ganscale.generation.inversion import InversionSettings
+from ganscale.generation.sampler import SampleableGenerator
 from ganscale.generation.snapshot import snapshot_file
 from ganscale.metrics.extractors import EfficientNetLite0, FeatureExtractor
 from ganscale.metrics.intervals import Estimate, t_interval
@@ -61,14 +64,19 @@ class ComparedRun:
     """By inversion, and by its encoder if the run has one."""
 
     @property
+    def generator(self) -> SampleableGenerator:
+        """The generator, which all reconstructors share."""
+        return self._any.generator
+
+    @property
     def nimg(self) -> int:
         """The number of real images that the snapshot was trained on."""
-        return int(self._any.generator.info["nimg"])
+        return int(self.generator.info["nimg"])
 
     @property
     def num_parameters(self) -> int:
         """The number of parameters of the generator, and of the encoder if there is one."""
-        networks = [self._any.generator.model, self._any.encoder]
+        networks = [self.generator.model, self._any.encoder]
         return sum(p.numel() for n in networks if n is not None for p in n.parameters())
 
     def to_json(self, cost: TrainingCost, metrics: Mapping[str, Estimate]) -> dict[str, Any]:
@@ -165,6 +173,21 @@ def training_cost(run: ComparedRun) -> TrainingCost:
     peaks = [max((row[name] for row in rows if name in row), default=None) for name in _MEMORY]
     peak = next((peak for peak in peaks if peak is not None), None)
     return TrainingCost(seconds, before / seconds if seconds else 0.0, peak)
+
+
+def check_sample_metrics(
+    run: ComparedRun,
+    reference: ImageSet,
+    extractor: FeatureExtractor,
+    *,
+    metric: MetricName,
+    num_images: int,
+) -> None:
+    """Raise `DataError` if it is known that `sample_metrics` cannot compute the metric."""
+    samples = GeneratedImages(run.generator, num_images, 0, run.name, "")
+    check_shape(samples.shape, samples.description, reference)
+    if unmet := unmet_requirements([metric], samples, reference, extractor):
+        raise DataError(describe_reasons(unmet))
 
 
 def sample_metrics(
