@@ -125,7 +125,7 @@ def test_the_other_metrics_are_shown_when_one_fails(
     def fail(*_: object, **__: object) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(distributions, "neighbour_two_sample", fail)
+    monkeypatch.setattr(distributions, "mean_neighbour_accuracy", fail)
     monkeypatch.setattr(classifier_metrics, "network_two_sample", fail)
     a, b = folder_of(tmp_path / "a", 30, 0), folder_of(tmp_path / "b", 30, 1)
     options = ("--metrics", "c2st_1nn,prdc,c2st", "--json", tmp_path / "figures.json")
