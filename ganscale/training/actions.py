@@ -204,10 +204,14 @@ class LogMetrics(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return self.guard.state_dict()
+        return {**self.guard.state_dict(), "policy": self.config.guard.policy}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.guard.load_state_dict(state)
+        # An alarm is raised once. A run that is resumed with another policy is meant to do
+        # something else about the one that is up.
+        if state.get("policy") != self.config.guard.policy:
+            self.guard.raise_again()
 
 
 class SaveSnapshots(Callback):
