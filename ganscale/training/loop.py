@@ -133,6 +133,8 @@ class Trainer:
         self.evaluator: Evaluator | None = None
         if config.evaluation.every_kimg:
             self.evaluator = Evaluator(config, shard_set, world)
+            if config.checkpoint.best_metric == "fid":
+                self.checkpoints.best_metric = self.evaluator.measurement
         self._begin("resume")
 
     def run(self) -> TrainResult:
