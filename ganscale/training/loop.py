@@ -19,7 +19,7 @@ import torch
 from ganscale.checkpoint import Session
 from ganscale.config import Config, SemiSupervisedMethod
 from ganscale.data.shards import ShardSet
-from ganscale.errors import CheckpointError, ConfigError
+from ganscale.errors import CheckpointError, ConfigError, GanscaleError
 from ganscale.tracking.sinks import Sink
 from ganscale.tracking.step_times import StepTimes
 from ganscale.training.actions import (
@@ -45,6 +45,7 @@ from ganscale.training.evaluator import Evaluator
 from ganscale.training.guard import Guard
 from ganscale.training.inputs import HostInputs, InputPreparer, PackedInputs
 from ganscale.training.labelled import LabelledPool
+from ganscale.training.memory import device_memory_gib, out_of_memory_message
 from ganscale.training.outputs import Outputs
 from ganscale.training.precision import Precision
 from ganscale.training.step_graphs import StepRunner, choose_capture, own_stream
@@ -182,7 +183,13 @@ class Trainer:
         self.times.enter("prepare")
         # Noted by the rank that met them, on the host; ranks exchange them once a row.
         self.state.skipped_samples += [str(error) for error in host.batch.skipped]
-        self.steps.run(host)
+        try:
+            self.steps.run(host)
+        except torch.OutOfMemoryError as error:
+            # Of the configuration and not of this attempt: the next one would end like this.
+            world = self.world
+            message = out_of_memory_message(self.config, world.device, device_memory_gib(world))
+            raise GanscaleError(message) from error
         self.state.advance(self.config.training.batch_size)
         self.times.num_steps += 1
 
