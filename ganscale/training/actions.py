@@ -149,7 +149,7 @@ class LogMetrics(Callback):
             "step": state.step,
             "nimg": state.nimg,
             **means,
-            **state.next_row,
+            **state.row_values(),
         }
         for letter, model in state.method.models.items():
             row[f"train/loss_scale_{letter}"] = model.scaler.scale
@@ -256,7 +256,7 @@ class SaveCheckpoint(Callback):
     def is_due(self, state: TrainingState) -> bool:
         # The clock and a stop ask for checkpoints at positions that another run would not have.
         # That is harmless: writing one changes nothing that is computed.
-        return state.checkpoint_requested or super().is_due(state)
+        return state.checkpoint_requested or state.stop_requested or super().is_due(state)
 
     def run(self, state: TrainingState) -> None:
         self.checkpoints.save(
