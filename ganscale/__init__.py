@@ -92,9 +92,10 @@ def train(
         >>> changes = ["name=mine", "launch.backend=inprocess", "launch.num_workers=1"]
         >>> ganscale.train("quickstart", changes, callbacks=[PrintPosition()])
 
-    SIGTERM and Ctrl-C end it early, with a checkpoint. Raises `ConfigError` or `DataError` before
-    anything is written if the configuration cannot be trained, `RunInUse` if another process that
-    is alive trains the run, `TrainingFault` when the guard ends the run.
+    SIGTERM and Ctrl-C end it early, with a checkpoint, where the main thread calls it. Raises
+    `ConfigError` or `DataError` before anything is written if the configuration cannot be trained,
+    `RunInUse` if another process that is alive trains the run, `TrainingFault` when the guard ends
+    the run.
     """
     from rich.console import Console
 

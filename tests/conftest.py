@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ganscale.cli import main
 from ganscale.config import Config
 from ganscale.data.building import build_shards
 from ganscale.data.resolve_source import CIFAR10_ENV, resolve_source
+from ganscale.data.shard_writer import BuiltShard
 from ganscale.data.sources import SourceSpec
 from ganscale.metrics import extractors
 from tests.support import processes  # noqa: F401  (says what the server imports)
@@ -58,6 +59,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def warm_server() -> None:
     """Start what `tests.support.processes` forks from, before a pool starts one with less in it."""
     ensure_running()
+
+
+@pytest.fixture
+def builds_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards are built in the test's own process: starting others takes seconds."""
+
+    def run(
+        function: Callable[..., BuiltShard],
+        jobs: Sequence[tuple[Any, ...]],
+        progress: Callable[[int], None],
+    ) -> list[BuiltShard]:
+        built = []
+        for job in jobs:
+            built.append(function(*job))
+            progress(built[-1].shard.num_samples)
+        return built
+
+    monkeypatch.setattr("ganscale.data.building.run_in_processes", run)
 
 
 @pytest.fixture(scope="session")

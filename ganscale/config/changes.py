@@ -22,6 +22,7 @@ MAY_CHANGE_ON_RESUME = (
     "data.shards",
     "data.source",
     "data.cache",
+    "data.on_error",
     "data.reader_threads",
     "data.prefetch_batches",
     "data.store_",
@@ -31,9 +32,9 @@ MAY_CHANGE_ON_RESUME = (
 )
 """Beginnings of the names of settings that a run may be resumed with other values of.
 
-They decide where, how fast and how long a run trains, and what is observed of it. All others decide
-its weights. A run that was renamed or moved is the same run; that its shards are the same is
-checked by their digest.
+They decide where, how fast and how long a run trains, what is observed of it, and what becomes of
+damaged samples. All others decide its weights. A run that was renamed or moved is the same run;
+that its shards are the same is checked by their digest.
 """
 
 MAY_CHANGE_IN_POPULATION = (

@@ -14,16 +14,10 @@ import hashlib
 import itertools
 import json
 import operator
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Thread
-from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -34,6 +28,7 @@ from ganscale.data.encodings import PNG, Encoding
 from ganscale.data.images import Fit
 from ganscale.data.labels import check_labels, named_classes, numbered_classes
 from ganscale.data.order import keyed_permutation
+from ganscale.data.shard_pool import run_in_processes
 from ganscale.data.shard_writer import MAKE_ALIKE, BuiltShard, Recipe, build_shard, read_shard
 from ganscale.data.shards import INDEX_NAME, Progress, ShardSet
 from ganscale.data.sources import Source, SourceSpec, open_source
@@ -128,7 +123,7 @@ def build_shards(
     with _partial_folder(out, fingerprint) as folder:
         by_shard = [tuple(dealt[n::num_shards]) for n in range(num_shards)]
         jobs = [(recipe, folder, n, part, source.part(part)) for n, part in enumerate(by_shard)]
-        built = _in_processes(build_shard, jobs, progress)
+        built = run_in_processes(build_shard, jobs, progress)
         origin = _Origin(spec.kind, spec.split, classes, value_range)
         shard_set = _summarise(origin, folder, built, num_streams)
         shard_set.save(folder)
@@ -169,7 +164,7 @@ def index_shards(
     paths = tars_in(folder)
     if not paths:
         raise DataError(f"{folder}: no .tar files to index")
-    built = _in_processes(read_shard, [(path,) for path in paths], progress)
+    built = run_in_processes(read_shard, [(path,) for path in paths], progress)
     labels = np.concatenate([shard.samples["label"] for shard in built])
     check_labels(labels, str(folder), lambda number: _sample_name(paths, built, number))
     classes = named_classes(numbered_classes(labels), class_names)
@@ -240,48 +235,6 @@ def _check_colour(name: str) -> None:
         raise ConfigError(
             f"--background {name}: expected a colour such as white, black or #808080"
         ) from None
-
-
-def _end_with_parent() -> None:
-    """End this process when the builder's ends, even if that was killed.
-
-    Else it would go on writing into the folder in which the next build continues.
-    """
-    parent = parent_process()
-    assert parent is not None, "runs in a process of the pool"
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    Thread(target=wait, daemon=True).start()
-
-
-def _in_processes(
-    function: Callable[..., BuiltShard], jobs: Sequence[tuple[Any, ...]], progress: Progress
-) -> list[BuiltShard]:
-    # The cores that this process may run on, which in a container may be fewer than there are.
-    workers = min(len(jobs), len(os.sched_getaffinity(0)))
-    # Not forked from this process: it has threads (progress, torch), and a fork copies their locks
-    # in whatever state they are. The server that forks has none, and imports torch once for all.
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["ganscale.data.shard_writer"])
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
-        futures = [pool.submit(function, *job) for job in jobs]
-        try:
-            # Progress in the order of completion, results in the order of the jobs: the index must
-            # not depend on which process was faster.
-            for future in as_completed(futures):
-                progress(future.result().shard.num_samples)
-        except BrokenProcessPool:
-            raise DataError(
-                "a building process was killed (out of memory?); run again to go on from here"
-            ) from None
-        except BaseException:
-            # Leaving the block waits for all jobs, those that have not begun included.
-            pool.shutdown(cancel_futures=True)
-            raise
-        return [future.result() for future in futures]
 
 
 def _summarise(

@@ -32,8 +32,12 @@ process and to its group."""
 def stopping_on_signals(stop: StopRequest, grace_seconds: float) -> Iterator[None]:
     """Set `stop` at the first signal; end this process at a second one, or after the grace time.
 
-    Belongs to the main thread.
+    In another thread than the main one, which alone gets signals, nothing is changed: they are the
+    program's.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     here, there = socket.socketpair()
     there.setblocking(False)
     listener = threading.Thread(

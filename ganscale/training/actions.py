@@ -59,7 +59,11 @@ class DrawSamples(Callback):
 
 
 class Evaluate(Callback):
-    """Measures the averaged generator; the metrics go into the next row, and the best is kept."""
+    """Measures the averaged generator; the metrics go into the next row, and the best is kept.
+
+    The settings of evaluations may change when a run is resumed. Distances that were not measured
+    alike are not compared, so the best is then looked for anew.
+    """
 
     def __init__(
         self,
@@ -92,7 +96,7 @@ class Evaluate(Callback):
             # FID is not among the run's metrics, or could not be measured.
             if measured.fid is None:
                 return
-            state.latest_metrics["fid"] = measured.fid
+            state.latest_metrics[self.evaluator.measurement] = measured.fid
             if measured.fid < self.best_fid:
                 # On all ranks alike: it is part of the state that every rank loads.
                 self.best_fid = measured.fid
@@ -100,10 +104,13 @@ class Evaluate(Callback):
                 self.outputs.save_best(state)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_fid": self.best_fid}
+        return {"best_fid": self.best_fid, "measurement": self.evaluator.measurement}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best_fid = state["best_fid"]
+        # Checkpoints of older versions do not say how it was measured.
+        measurement = self.evaluator.measurement
+        if state.get("measurement", measurement) == measurement:
+            self.best_fid = state["best_fid"]
 
 
 class LogMetrics(Callback):
@@ -142,7 +149,7 @@ class LogMetrics(Callback):
             "step": state.step,
             "nimg": state.nimg,
             **means,
-            **state.next_row,
+            **state.row_values(),
         }
         for letter, model in state.method.models.items():
             row[f"train/loss_scale_{letter}"] = model.scaler.scale
@@ -204,10 +211,14 @@ class LogMetrics(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return self.guard.state_dict()
+        return {**self.guard.state_dict(), "policy": self.config.guard.policy}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.guard.load_state_dict(state)
+        # An alarm is raised once. A run that is resumed with another policy is meant to do
+        # something else about the one that is up.
+        if state.get("policy") != self.config.guard.policy:
+            self.guard.raise_again()
 
 
 class SaveSnapshots(Callback):
@@ -245,7 +256,7 @@ class SaveCheckpoint(Callback):
     def is_due(self, state: TrainingState) -> bool:
         # The clock and a stop ask for checkpoints at positions that another run would not have.
         # That is harmless: writing one changes nothing that is computed.
-        return state.checkpoint_requested or super().is_due(state)
+        return state.checkpoint_requested or state.stop_requested or super().is_due(state)
 
     def run(self, state: TrainingState) -> None:
         self.checkpoints.save(

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from ganscale.config import Config
-from ganscale.errors import ConfigError, GanscaleError
+from ganscale.errors import ConfigError
 from ganscale.json_lines import read_lines
 from ganscale.run_directory import RunDirectory
 from ganscale.training.loop import train
-from ganscale.training.memory import out_of_memory_message
+from ganscale.training.memory import device_memory_gib
 from ganscale.training.precision import Precision
 from ganscale.training.stopping import StopRequest
 from ganscale.world import World, process_group
@@ -201,9 +201,6 @@ def bench_training(config: Config, world: World, *, seconds: float) -> TrainingS
         try:
             with process_group(world, timeout_seconds=config.launch.timeout_seconds):
                 train(config, world, stop)
-        except torch.OutOfMemoryError:
-            message = out_of_memory_message(config, world.device, _device_memory_gib(world))
-            raise GanscaleError(message) from None
         finally:
             ended.set()
             clock.join()
@@ -242,12 +239,6 @@ def _summary(config: Config, world: World, rows: list[dict[str, Any]]) -> Traini
             for name in parts
         },
         peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
-        device_memory_gib=_device_memory_gib(world),
+        device_memory_gib=device_memory_gib(world),
         num_rows=len(rows),
     )
-
-
-def _device_memory_gib(world: World) -> float | None:
-    if world.device == "cpu":
-        return None
-    return float(torch.cuda.get_device_properties(world.torch_device).total_memory / 2**30)

@@ -12,7 +12,8 @@ class Rollback(Exception):  # noqa: N818 - not an error: the loop goes on from a
     """Asks the loop to go on from the newest checkpoint up to `healthy_nimg`.
 
     All ranks have to raise it at the same position. Random numbers then differ
-    from those of the first attempt.
+    from those of the first attempt. After `guard.max_rollbacks` of a run, the next one ends it with
+    `TrainingFault`.
     """
 
     def __init__(self, healthy_nimg: int) -> None:
@@ -38,7 +39,8 @@ class Callback:
     """
 
     every_kimg: float = 1.0
-    """Distance between runs; there is one more at the end of the run."""
+    """Distance between runs, above 0; there is one more at the end of the run. A distance of less
+    than a batch is after each step."""
     at_start: bool = False
     """Whether it is run before the first step as well."""
 
@@ -53,7 +55,11 @@ class Callback:
         return state.done or state.nimg // every_nimg > state.previous_nimg // every_nimg
 
     def run(self, state: TrainingState) -> None:
-        """Do it. Metrics put into `state.next_row` are logged; `Rollback` may be raised."""
+        """Do it. Metrics put into `state.next_row` are logged.
+
+        To end training here with a checkpoint, set `state.stop_requested` on all ranks; to go back
+        to an earlier checkpoint, raise `Rollback` on all ranks.
+        """
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:

@@ -45,7 +45,8 @@ class CheckpointManager:
 
     `attempt` is the current one, on every rank. `session` is the start of the run to which all
     attempts belong; without one the run is not protected from a second start. `start_nimg` is the
-    position of the checkpoint that the attempt began with, -1 without one.
+    position of the checkpoint that the attempt began with, -1 without one. `best_metric` is the
+    name, among the metrics given to `save`, of the one by which the best are kept.
     """
 
     attempt: Attempt
@@ -55,6 +56,7 @@ class CheckpointManager:
         self.world = world
         self.session = session
         self.run_dir = RunDirectory(config.run_dir)
+        self.best_metric: str = config.checkpoint.best_metric
         self.store = (
             CheckpointStore(config.checkpoints, RetryPolicy.of(config.data))
             if world.is_main
@@ -239,7 +241,7 @@ class CheckpointManager:
             Retention(
                 checkpoint.keep_last,
                 checkpoint.keep_best,
-                checkpoint.best_metric,
+                self.best_metric,
                 lowest_is_best=checkpoint.best_metric == "fid",
             ),
             RetryPolicy.of(self.config.data),

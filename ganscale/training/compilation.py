@@ -37,7 +37,8 @@ def kernel_compiler(config: Config, device: torch.device) -> AbstractContextMana
         if mode == "on":
             raise ConfigError(
                 f"training.compile=on, but kernels cannot be compiled here: {reason} (a C++ "
-                "compiler is needed, and Triton on CUDA; or set training.compile=off)"
+                "compiler is needed, and Triton on CUDA; or set training.compile=off, and another "
+                "name=... if the run has begun)"
             ) from error
         warnings.warn(
             "kernels could not be compiled, so elementwise operations are launched one by one, "

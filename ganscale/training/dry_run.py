@@ -7,16 +7,23 @@ The memory is what weights and activations take by their shapes; kernels and all
 from __future__ import annotations
 
 from ganscale.config import Config
-from ganscale.training.build import build_order, load_shards
+from ganscale.training.build import build_order, check_against_shards, check_generator, load_shards
 from ganscale.training.memory import estimate_memory
 from ganscale.training.steps import METHODS
 
 
 def describe_plan(config: Config) -> list[str]:
-    """Lines about parameters, memory, steps and shards per worker."""
+    """Lines about parameters, memory, steps and shards per worker.
+
+    Raises what training would raise at once: `DataError` if the shards cannot be opened,
+    `ConfigError` if they are not for this configuration.
+    """
+    shard_set = None if config.data.shards is None else load_shards(config)
+    if shard_set is not None:
+        check_against_shards(config, shard_set)
+        check_generator(config, shard_set)
     networks = METHODS[config.method.name].networks(config)
     sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in networks.items()}
-    shard_set = None if config.data.shards is None else load_shards(config)
     num_streams = None if shard_set is None else shard_set.num_streams
     memory = estimate_memory(config, networks, num_streams)
     activations = ", ".join(f"{name} {_mib(n)}" for name, n in memory.activations.items())

@@ -62,6 +62,16 @@ class Evaluator:
         if settings.reference is not None:
             self._reference = open_images(settings.reference)
         self._check()
+        measurement = [self._describe_measurement() if world.is_main else ""]
+        dist.broadcast_object_list(measurement, src=0)
+        self.measurement = measurement[0]
+        """Says how the Frechet distance is measured; those of equal measurements may be compared.
+        The same on all ranks."""
+
+    def _describe_measurement(self) -> str:
+        column = column_of("fid", self.extractor)
+        num_images = self.config.evaluation.num_images
+        return f"{column} of {num_images} images, reference {self._reference.digest[:16]}"
 
     def measure(
         self, model: nn.Module, nimg: int, *, alive: Callable[[], None] = lambda: None

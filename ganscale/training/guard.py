@@ -113,6 +113,11 @@ class Guard:
         kinds = [kind for kind in _PATIENCE if kind != "collapse" or self._best_diversity]
         return min([nimg, *(self._healthy_nimg[kind] for kind in kinds)])
 
+    def raise_again(self) -> None:
+        """Let the next row raise the alarms that are up, if it has their signs."""
+        for kind, patience in _PATIENCE.items():
+            self._counts[kind] = min(self._counts[kind], patience - 1)
+
     def state_dict(self) -> dict[str, Any]:
         """What is remembered, as numbers."""
         return {

@@ -19,7 +19,7 @@ import torch
 from ganscale.checkpoint import Session
 from ganscale.config import Config, SemiSupervisedMethod
 from ganscale.data.shards import ShardSet
-from ganscale.errors import CheckpointError, ConfigError
+from ganscale.errors import CheckpointError, ConfigError, GanscaleError, TrainingFault
 from ganscale.tracking.sinks import Sink
 from ganscale.tracking.step_times import StepTimes
 from ganscale.training.actions import (
@@ -40,11 +40,12 @@ from ganscale.training.callbacks import Callback, Rollback
 from ganscale.training.checkpoints import CheckpointManager, non_finite
 from ganscale.training.collectives import gather_objects
 from ganscale.training.compilation import kernel_compiler
-from ganscale.training.determinism import use_deterministic_kernels
+from ganscale.training.determinism import restoring_settings, use_deterministic_kernels
 from ganscale.training.evaluator import Evaluator
 from ganscale.training.guard import Guard
 from ganscale.training.inputs import HostInputs, InputPreparer, PackedInputs
 from ganscale.training.labelled import LabelledPool
+from ganscale.training.memory import device_memory_gib, out_of_memory_message
 from ganscale.training.outputs import Outputs
 from ganscale.training.precision import Precision
 from ganscale.training.step_graphs import StepRunner, choose_capture, own_stream
@@ -70,18 +71,20 @@ def train(
     which process holds the run. `callbacks` are run between steps, on all ranks, after samples and
     evaluation and before the row of metrics. Raises `ConfigError` or `DataError` before anything is
     written if the configuration cannot be trained, `RunInUse` if another process holds the run,
-    `TrainingFault` when the guard ends the run, `Superseded` when a newer attempt has taken over.
+    `TrainingFault` when the guard ends the run or a rollback too many is asked for, `Superseded`
+    when a newer attempt has taken over, and `GanscaleError` if a step does not fit into memory.
     """
+    _check_callbacks(callbacks)
     shard_set = load_shards(config)
     # What the set rules out is refused before a file of the run is touched.
     check_against_shards(config, shard_set)
     check_generator(config, shard_set)
-    # On the CPU the ranks of one machine share its cores, and torch by default takes all of them
-    # for each process.
-    if world.device == "cpu":
-        torch.set_num_threads(config.launch.threads_per_worker)
-    use_deterministic_kernels(world.torch_device)
-    with warnings.catch_warnings(), own_stream(world.torch_device):
+    with restoring_settings(), warnings.catch_warnings(), own_stream(world.torch_device):
+        # On the CPU the ranks of one machine share its cores, and torch by default takes all of
+        # them for each process.
+        if world.device == "cpu":
+            torch.set_num_threads(config.launch.threads_per_worker)
+        use_deterministic_kernels(world.torch_device)
         # Of gradients with a dimension of size 1, whose strides mean nothing.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         trainer = Trainer(config, world, shard_set, stop, sinks, session, callbacks)
@@ -89,6 +92,15 @@ def train(
             return trainer.run()
         finally:
             trainer.close()
+
+
+def _check_callbacks(callbacks: Sequence[Callback]) -> None:
+    for callback in callbacks:
+        if not callback.every_kimg > 0:
+            raise ConfigError(
+                f"{type(callback).__name__}.every_kimg is {callback.every_kimg!r}: a distance must "
+                "be above 0; 0.001 is after each step"
+            )
 
 
 class Trainer:
@@ -135,6 +147,8 @@ class Trainer:
         self.evaluator: Evaluator | None = None
         if config.evaluation.every_kimg:
             self.evaluator = Evaluator(config, shard_set, world)
+            if config.checkpoint.best_metric == "fid":
+                self.checkpoints.best_metric = self.evaluator.measurement
         self._begin("resume")
 
     def run(self) -> TrainResult:
@@ -149,6 +163,7 @@ class Trainer:
                     with closing(self.inputs.ahead(batches, state.nimg, state.step)) as inputs:
                         return self._train(inputs)
                 except Rollback as rollback:
+                    self._check_rollbacks(rollback)
                     # The checkpoint in flight may be the one to go back to.
                     self._report_checkpoints(wait=True)
                     self._begin("rollback", up_to=rollback.healthy_nimg)
@@ -171,8 +186,9 @@ class Trainer:
                     if action.is_due(state):
                         action.run(state)
             # After the actions: the end of the run is sampled, logged and saved, a stop is saved.
-            if state.done or requests.stop:
-                return self._finish("" if state.done else requests.stop)
+            stop: StopReason = "callback" if state.stop_requested else requests.stop
+            if state.done or stop:
+                return self._finish("" if state.done else stop)
             consensus.propose(RankRequests(self.stop.reason, self.checkpoints.is_due()))
             self._enter("data")
             self.step(next(inputs))
@@ -182,7 +198,13 @@ class Trainer:
         self.times.enter("prepare")
         # Noted by the rank that met them, on the host; ranks exchange them once a row.
         self.state.skipped_samples += [str(error) for error in host.batch.skipped]
-        self.steps.run(host)
+        try:
+            self.steps.run(host)
+        except torch.OutOfMemoryError as error:
+            # Of the configuration and not of this attempt: the next one would end like this.
+            world = self.world
+            message = out_of_memory_message(self.config, world.device, device_memory_gib(world))
+            raise GanscaleError(message) from error
         self.state.advance(self.config.training.batch_size)
         self.times.num_steps += 1
 
@@ -202,6 +224,19 @@ class Trainer:
         if variant.generator_turn:
             for name, ema in state.emas.items():
                 ema.update(state.averaged, inputs.schedules[f"ema_weight/{name}"])
+
+    def _check_rollbacks(self, rollback: Rollback) -> None:
+        """Raise `TrainingFault` if the run has gone back as often as it may.
+
+        The guard stops asking by itself; callbacks would go back again and again.
+        """
+        limit = self.config.guard.max_rollbacks
+        if self.checkpoints.num_rollbacks >= limit:
+            raise TrainingFault(
+                f"stopped at {self.state.nimg / 1000:g} kimg: a callback asks to go back to "
+                f"{rollback.healthy_nimg / 1000:g} kimg, after {limit} rollbacks "
+                "(guard.max_rollbacks)"
+            )
 
     def close(self) -> None:
         """Close files and W&B; a checkpoint that is being written may become whole."""
@@ -235,9 +270,12 @@ class Trainer:
                     "of another version of ganscale, which can go on with it"
                 ) from error
             # Outside, as a user's own may raise a `KeyError` that says nothing of versions.
-            for name, action in self._named_actions():
-                if name in saved["actions"]:  # a callback or an evaluation may be new to the run
-                    action.load_state_dict(saved["actions"][name])
+            for group, actions in self._named_actions().items():
+                # In checkpoints of older versions callbacks are among the actions.
+                states = saved.get(group, saved["actions"])
+                for name, action in actions.items():
+                    if name in states:  # a callback or an evaluation may be new to the run
+                        action.load_state_dict(states[name])
             # When the checkpoint was saved the run was longer. It ends here now, so all that is
             # done at the end of a run is due.
             if self.state.nimg >= self.config.total_nimg and not self.state.done:
@@ -305,7 +343,10 @@ class Trainer:
         """Everything to go on from, with what each rank has not logged yet; a collective."""
         return {
             **self.state.state_dict(),
-            "actions": {name: action.state_dict() for name, action in self._named_actions()},
+            **{
+                group: {name: action.state_dict() for name, action in actions.items()}
+                for group, actions in self._named_actions().items()
+            },
             "shards": self.shard_set.digest,
             # Each rank's sums since its last row; another number of workers shares them out when it
             # resumes.
@@ -321,13 +362,21 @@ class Trainer:
         self.state.load_state_dict(saved)
         self.state.load_rank_state_dicts(saved["ranks"])
 
-    def _named_actions(self) -> Iterator[tuple[str, Callback]]:
-        """The actions by the names of their classes, numbered where a class comes again."""
-        seen: Counter[str] = Counter()
+    def _named_actions(self) -> dict[str, dict[str, Callback]]:
+        """The built-in actions and the callbacks, by the names of their classes.
+
+        They are numbered where a name comes again, in either group by itself: a callback may have
+        the name of an action.
+        """
+        named: dict[str, dict[str, Callback]] = {"actions": {}, "callbacks": {}}
+        seen: Counter[tuple[str, str]] = Counter()
         for action in self.actions:
-            name = type(action).__name__
-            yield f"{name} {seen[name]}" if seen[name] else name, action
-            seen[name] += 1
+            is_callback = any(action is callback for callback in self.callbacks)
+            group, name = "callbacks" if is_callback else "actions", type(action).__name__
+            number = seen[group, name]
+            named[group][f"{name} {number}" if number else name] = action
+            seen[group, name] += 1
+        return named
 
     def _report_checkpoints(self, *, wait: bool = False) -> None:
         """Report which checkpoints were written or failed; `wait` for the one in flight."""

@@ -135,17 +135,28 @@ def out_of_memory_message(config: Config, device: str, total_gib: float | None) 
     size = config.training.micro_batch_size or config.training.batch_size
     room = "" if total_gib is None else f", which has {total_gib:.1f} GiB"
     problem = f"a step of {size} images at once does not fit on {device}{room}"
+    # A run that has begun keeps what decides its weights, as micro-batches do not.
     if size == 1:
-        return f"{problem}: choose a smaller model"
+        return f"{problem}: choose a smaller model, and another name=... if the run has begun"
     half = {"training.micro_batch_size": size // 2}
     try:
         config.with_changes(half)
     except ConfigError as error:
-        return f"{problem}: set a smaller training.batch_size ({error})"
+        return (
+            f"{problem}: set a smaller training.batch_size, and another name=... if the run has "
+            f"begun ({error})"
+        )
     return (
         f"{problem}: set training.micro_batch_size={size // 2}, by which gradients change by "
         "rounding alone"
     )
+
+
+def device_memory_gib(world: World) -> float | None:
+    """What the GPU of a rank has; None on a CPU."""
+    if world.device == "cpu":
+        return None
+    return float(torch.cuda.get_device_properties(world.torch_device).total_memory / 2**30)
 
 
 class _Holder:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ganscale.ema import Ema
+from ganscale.errors import ConfigError
 from ganscale.tracking.stats import RunningMeans
 from ganscale.training.steps import TrainingMethod
 from ganscale.world import World
@@ -45,8 +46,12 @@ class TrainingState:
         """Whether this is the end of the run, where every callback is run."""
         self.checkpoint_requested = False
         """Whether a checkpoint is due for other reasons than the position: the clock, a stop."""
+        self.stop_requested = False
+        """Set by a callback, on all ranks at the same position, to end training here with a
+        checkpoint."""
         self.next_row: dict[str, float] = {}
-        """Metrics that go into the next row; the same on all ranks."""
+        """Metrics that go into the next row: numbers, or tensors or arrays of one number; the same
+        on all ranks."""
         self.latest_metrics: dict[str, float] = {}
         """What was measured last, by which the best checkpoints are chosen."""
         self.skipped_samples: list[str] = []
@@ -71,6 +76,19 @@ class TrainingState:
         self.nimg += batch_size
         self.step += 1
 
+    def row_values(self) -> dict[str, float]:
+        """`next_row` as numbers. Raises `ConfigError`, on all ranks, that names what is none."""
+        values = {}
+        for name, value in self.next_row.items():
+            try:
+                values[name] = float(value)
+            except (TypeError, ValueError, RuntimeError):
+                raise ConfigError(
+                    f"a callback has put something of type {type(value).__name__} into "
+                    f"state.next_row[{name!r}]: a row takes numbers, or tensors of one number"
+                ) from None
+        return values
+
     @contextmanager
     def not_training(self) -> Iterator[None]:
         """Leave the time of the block out of the images per second."""
@@ -92,7 +110,7 @@ class TrainingState:
             "nimg": self.nimg,
             "step": self.step,
             "done": self.done,
-            "next_row": dict(self.next_row),
+            "next_row": self.row_values(),
             "latest_metrics": dict(self.latest_metrics),
         }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-StopReason = Literal["", "regroup", "terminated", "interrupted"]
+StopReason = Literal["", "regroup", "callback", "terminated", "interrupted"]
 
 
 @dataclass

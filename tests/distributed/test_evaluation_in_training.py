@@ -88,6 +88,30 @@ def test_a_resumed_run_measures_what_the_whole_one_does(make_config: MakeConfig)
     assert figures[0] == figures[1]
 
 
+def _train_measured(world: World, config: Config, distances: dict[int, float]) -> None:
+    def measure(self: evaluator.Evaluator, model: Any, nimg: int, **_: Any) -> evaluator.Measured:
+        return evaluator.Measured({"metrics/fd_small": distances[nimg]}, distances[nimg], "", {})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator.Evaluator, "measure", measure)
+        _train(world, config)
+
+
+@pytest.mark.parametrize(("num_images", "best"), [(120, 160), (150, 480)])
+def test_distances_that_were_measured_otherwise_are_not_compared(
+    make_config: MakeConfig, num_images: int, best: int
+) -> None:
+    config = make_config(**{**SETTINGS, "training__total_kimg": 0.32})
+    run_ranks(1, _train_measured, config, {160: 1.0, 320: 2.0})
+    changes = {"training.total_kimg": 0.8, "evaluation.num_images": num_images}
+    config = config.with_changes(changes)
+    run_ranks(1, _train_measured, config, {480: 4.0, 640: 5.0, 800: 6.0})
+    (snapshot,) = (RunDirectory(config.run_dir).snapshots / "best").iterdir()
+    assert load_generator(snapshot).info["nimg"] == best
+    kept = {name.nimg for name in CheckpointStore(config.checkpoints).names()}
+    assert kept & {160, 480} == {best}
+
+
 def test_images_that_are_all_alike_are_told_and_training_goes_on(
     make_config: MakeConfig,
 ) -> None:

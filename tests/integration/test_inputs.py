@@ -14,7 +14,6 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ from PIL import Image
 from ganscale.data.reader import ShardImages
 from ganscale.data.shards import ShardSet
 from tests.conftest import Verb
+
+pytestmark = pytest.mark.usefixtures("builds_here")
 
 CLASSES = ("ant", "bee", "cow", "dog")
 Files = dict[str, bytes]
@@ -472,14 +473,6 @@ TARS: dict[str, Input] = {
         sample_files(), says=("2 names, the set has 4",), options=("--class-names", "a,b")
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Builds in a thread: starting processes takes seconds, and other tests do."""
-    monkeypatch.setattr(
-        "ganscale.data.building.ProcessPoolExecutor", lambda *args, **kwargs: ThreadPoolExecutor(1)
-    )
 
 
 def check(case: Input, place: Path, code: int, out: str, err: str) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+import ganscale
 from ganscale.checkpoint import CheckpointStore, Holder, Session
 from ganscale.config import Config
 from ganscale.data.building import build_shards
@@ -79,6 +81,7 @@ def remove_one(images: Path) -> None:
     (images / "099.png").unlink()
 
 
+@pytest.mark.usefixtures("builds_here")
 @pytest.mark.parametrize("by_environment", [False, True])
 @pytest.mark.parametrize("change", [change_nothing, add_one, change_one, remove_one])
 def test_shards_are_built_anew_when_the_images_changed(
@@ -87,9 +90,6 @@ def test_shards_are_built_anew_when_the_images_changed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        "ganscale.data.building.ProcessPoolExecutor", lambda *args, **kwargs: ThreadPoolExecutor(1)
-    )
     images = folder_of_images(tmp_path / "images")
     source = "cifar10" if by_environment else str(images)
     monkeypatch.setenv("GANSCALE_CIFAR10", str(images))
@@ -110,12 +110,31 @@ def test_shards_are_built_anew_when_the_images_changed(
     assert ShardSet.load(first).num_samples == 100
 
 
+def test_a_script_that_trains_at_its_top_level_builds_its_shards(tmp_path: Path) -> None:
+    """Processes that build must not import the script, which would train in each of them."""
+    images = folder_of_images(tmp_path / "images")
+    changes = [
+        "name=first",
+        f"data.source={images}",
+        "model.base_channels=8",
+        "model.z_dim=16",
+        "training.batch_size=16",
+        "training.total_kimg=0.032",
+        "tracking.wandb=disabled",
+        "launch.backend=inprocess",
+        "launch.num_workers=1",
+    ]
+    script = tmp_path / "first.py"
+    script.write_text(f'import ganscale\n\nganscale.train("quickstart", {changes})\n')
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, timeout=600, check=True)
+    assert ganscale.Run(tmp_path / "runs/first").nimg == 32
+
+
+@pytest.mark.usefixtures("builds_here")
 def test_a_run_that_has_begun_keeps_its_shards_and_says_that_its_source_changed(
-    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(
-        "ganscale.data.building.ProcessPoolExecutor", lambda *args, **kwargs: ThreadPoolExecutor(1)
-    )
     images = folder_of_images(tmp_path / "images")
     config = make_config(data__shards=None, data__source=str(images))
     start(config, Console(quiet=True))

@@ -7,7 +7,6 @@ import json
 import shutil
 import tarfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,17 +29,9 @@ from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import ConfigError, DataError
 from tests.unit.test_arrays import noise, saved
 
+pytestmark = pytest.mark.usefixtures("builds_here")
+
 Floats = NDArray[np.float32]
-
-
-@pytest.fixture(autouse=True)
-def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Builds in a thread: starting processes takes seconds, and other tests do."""
-
-    def pool(workers: int, *, mp_context: Any, initializer: Any) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(1)
-
-    monkeypatch.setattr("ganscale.data.building.ProcessPoolExecutor", pool)
 
 
 def members(shard_set: ShardSet) -> dict[str, bytes]:

@@ -13,7 +13,6 @@ import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import pytest
 from PIL import Image
 
 from ganscale.data.building import build_shards
+from ganscale.data.shard_pool import num_processes, run_in_processes
 from ganscale.data.shards import INDEX_NAME, ShardSet, verify_shards
 from ganscale.data.sources import SourceSpec
 from ganscale.errors import ConfigError, DataError
@@ -33,34 +33,6 @@ PROCEDURAL = SourceSpec("procedural")
 
 class Interrupted(BaseException):
     """Stands for Ctrl-C."""
-
-
-@pytest.fixture
-def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Builds in a thread: starting processes takes seconds, and other tests do."""
-
-    def pool(workers: int, *, mp_context: Any, initializer: Any) -> ThreadPoolExecutor:
-        assert mp_context.get_start_method() == "forkserver"
-        return ThreadPoolExecutor(1)
-
-    monkeypatch.setattr("ganscale.data.building.ProcessPoolExecutor", pool)
-
-
-def test_as_many_processes_build_as_may_run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """A container may have fewer cores than its machine."""
-    started: list[int] = []
-
-    def pool(workers: int, **_: Any) -> ThreadPoolExecutor:
-        started.append(workers)
-        return ThreadPoolExecutor(1)
-
-    monkeypatch.setattr("ganscale.data.building.ProcessPoolExecutor", pool)
-    monkeypatch.setattr("ganscale.data.building.os.cpu_count", lambda: 4)
-    monkeypatch.setattr("ganscale.data.building.os.sched_getaffinity", lambda _: {0, 2, 3})
-    build_shards(PROCEDURAL, tmp_path / "set", num_shards=8, limit=8)
-    assert started == [3]
 
 
 def hashes(root: str | Path) -> dict[str, str]:
@@ -107,7 +79,7 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
     return message
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 @pytest.mark.parametrize(
     ("folder", "num_images", "shards"),
     [("image_folder", 37, 1), ("image_folder", 37, 2), ("array_folder", 41, 2)],
@@ -135,7 +107,7 @@ def test_an_interrupted_build_goes_on_with_the_shards_it_has(
     assert not partial(out).exists()
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 def test_what_is_half_written_is_written_again(image_folder: Path, tmp_path: Path) -> None:
     spec = SourceSpec("files", str(image_folder))
     out = tmp_path / "set"
@@ -150,7 +122,7 @@ def test_what_is_half_written_is_written_again(image_folder: Path, tmp_path: Pat
     assert hashes(out) == hashes(fresh.location)
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a record"])
 def test_a_damaged_record_costs_its_shard_and_no_more(
     image_folder: Path, tmp_path: Path, content: bytes
@@ -166,7 +138,7 @@ def test_a_damaged_record_costs_its_shard_and_no_more(
     assert hashes(out) == hashes(fresh.location)
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 @pytest.mark.parametrize(
     "other",
     [
@@ -189,7 +161,7 @@ def test_what_another_build_left_is_not_used(
     assert hashes(out) == hashes(fresh.location)
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 @pytest.mark.parametrize("change", ["an image more", "another image under the same name"])
 def test_what_was_built_from_other_images_is_not_used(
     image_folder: Path, tmp_path: Path, change: str
@@ -207,13 +179,13 @@ def test_what_was_built_from_other_images_is_not_used(
     assert hashes(out) == hashes(fresh.location)
 
 
+# Without a guard of its top level, which processes that build must not run again.
 KILLED_BUILD = """
 import sys
 from ganscale.data.building import build_shards
 from ganscale.data.sources import SourceSpec
 
-if __name__ == "__main__":
-    build_shards(SourceSpec("procedural"), sys.argv[1], num_shards=20, limit=1500)
+build_shards(SourceSpec("procedural"), sys.argv[1], num_shards=20, limit=1500)
 """
 
 
@@ -255,7 +227,7 @@ def test_the_processes_of_a_killed_build_end_with_it(killed: tuple[Path, list[in
     assert alive == []
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 def test_a_build_goes_on_after_sigkill(killed: tuple[Path, list[int]], tmp_path: Path) -> None:
     out, _ = killed
     assert not out.exists()
@@ -269,21 +241,13 @@ def test_a_build_goes_on_after_sigkill(killed: tuple[Path, list[int]], tmp_path:
     assert verify_shards(ShardSet.load(out)) == []
 
 
-@pytest.mark.usefixtures("in_threads")
-def test_a_killed_process_of_a_build_says_that_it_can_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed_worker(*_: object) -> None:
-        raise BrokenProcessPool("a process in the pool was terminated abruptly")
-
-    monkeypatch.setattr("ganscale.data.building.build_shard", killed_worker)
+def test_a_killed_process_of_a_build_says_that_it_can_go_on() -> None:
     with pytest.raises(DataError, match="run again to go on") as error:
-        build_shards(PROCEDURAL, tmp_path / "set", num_shards=2, limit=4)
+        run_in_processes(os._exit, [(9,)], lambda num_samples: None)
     one_line(error)
-    monkeypatch.undo()
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 def test_two_builders_of_one_set_are_one_too_many(tmp_path: Path) -> None:
     out = tmp_path / "set"
     building, may_go_on = threading.Event(), threading.Event()
@@ -308,7 +272,7 @@ def test_two_builders_of_one_set_are_one_too_many(tmp_path: Path) -> None:
     assert hashes(out) == hashes(fresh.location)
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 def test_a_place_that_is_taken_while_building_is_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "set"
 
@@ -322,7 +286,7 @@ def test_a_place_that_is_taken_while_building_is_left_alone(tmp_path: Path) -> N
     assert hashes(out) == {"precious": hashlib.sha256(b"precious").hexdigest()}
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 def test_a_set_appears_with_its_index_or_not_at_all(tmp_path: Path) -> None:
     out = tmp_path / "set"
     seen: list[set[str]] = []
@@ -385,7 +349,7 @@ def images_of(shard_set: ShardSet) -> dict[str, np.ndarray[Any, np.dtype[np.uint
     return found
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("resolution", [8, 16])
 def test_images_of_any_kind_are_made_alike(tmp_path: Path, channels: int, resolution: int) -> None:
@@ -415,7 +379,7 @@ def test_images_of_any_kind_are_made_alike(tmp_path: Path, channels: int, resolu
         assert np.abs(difference).max() <= 1
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_mean_and_deviation_are_those_of_all_pixels(tmp_path: Path, channels: int) -> None:
     spec = SourceSpec("files", str(mixed_folder(tmp_path / "images")))
@@ -425,7 +389,7 @@ def test_mean_and_deviation_are_those_of_all_pixels(tmp_path: Path, channels: in
     np.testing.assert_allclose(built.pixel_std, values.std(0), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 def test_one_flat_colour_has_no_deviation(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for number in range(3):
@@ -436,7 +400,7 @@ def test_one_flat_colour_has_no_deviation(tmp_path: Path) -> None:
     assert built.pixel_std == (0.0, 0.0, 0.0)
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 @pytest.mark.parametrize(
     ("num_shards", "num_streams", "expected"),
     [(1, None, 1), (5, None, 5), (70, None, 64), (70, 70, 70), (5, 1, 1), (5, 3, 3), (5, 5, 5)],
@@ -452,7 +416,7 @@ def test_there_are_as_many_streams_as_asked_for(
     assert len(built.shards) == num_shards
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 @pytest.mark.parametrize("num_streams", [0, -1, 6])
 def test_streams_without_shards_are_refused(tmp_path: Path, num_streams: int) -> None:
     with pytest.raises(ConfigError, match=r"--num-streams must be in 1\.\.5") as error:
@@ -461,7 +425,7 @@ def test_streams_without_shards_are_refused(tmp_path: Path, num_streams: int) ->
     assert not (tmp_path / "set").exists()
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 def test_a_wrong_number_of_streams_is_refused_before_hours_of_building(tmp_path: Path) -> None:
     counts: list[int] = []
     with pytest.raises(ConfigError, match="--num-streams"):
@@ -476,7 +440,7 @@ def test_a_wrong_number_of_streams_is_refused_before_hours_of_building(tmp_path:
     assert counts == []
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 def test_borders_are_for_images_that_are_resized(
     image_folder: Path, array_folder: Path, tmp_path: Path
 ) -> None:
@@ -487,7 +451,7 @@ def test_borders_are_for_images_that_are_resized(
         build_shards(arrays, tmp_path / "set", resolution=8, fit="pad", num_shards=1)
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 @pytest.mark.parametrize("num_shards", [1, 2])
 @pytest.mark.parametrize("other", [(32, 32, "RGB"), (16, 16, "RGBA"), (16, 16, "L")])
 def test_images_that_disagree_are_named_with_what_to_do(
@@ -508,7 +472,7 @@ def test_images_that_disagree_are_named_with_what_to_do(
     assert ".png" in message
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 def test_an_image_of_no_trainable_size_is_named_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     Image.new("RGB", (24, 20)).save(tmp_path / "images" / "0.png")
@@ -518,14 +482,14 @@ def test_an_image_of_no_trainable_size_is_named_with_what_to_do(tmp_path: Path) 
     assert "--resolution" in one_line(error)
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 def test_the_folders_above_a_set_are_made(tmp_path: Path) -> None:
     built = build_shards(PROCEDURAL, tmp_path / "a" / "b" / "set", num_shards=1, limit=2)
     assert built.location == str(tmp_path / "a" / "b" / "set")
     assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == ["set"]
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 def test_an_empty_folder_is_a_place_for_a_set(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     build_shards(PROCEDURAL, tmp_path / "set", num_shards=1, limit=2)
@@ -540,3 +504,10 @@ def test_a_part_of_a_set_whose_classes_take_turns_has_all_of_them(
     counts = np.bincount(shard_set.samples["label"], minlength=10)
     assert counts.sum() == limit
     assert counts.min() > limit / 20
+
+
+def test_as_many_processes_build_as_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may have fewer cores than its machine."""
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 2, 3})
+    assert [num_processes(num_jobs) for num_jobs in (2, 8)] == [2, 3]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import ganscale
 from ganscale.checkpoint import CheckpointStore
@@ -15,6 +19,7 @@ from ganscale.run_directory import RunDirectory
 from ganscale.tracking.history import History
 from ganscale.training.build import build_state, load_shards
 from ganscale.training.callbacks import Callback, Rollback
+from ganscale.training.determinism import restoring_settings, use_deterministic_kernels
 from ganscale.training.loop import Trainer, train
 from ganscale.training.precision import Precision
 from ganscale.training.state import TrainingState
@@ -202,3 +207,160 @@ def test_a_callback_at_the_start_is_run_before_the_first_step(make_config: MakeC
     assert not late.is_due(state)
     state.advance(1)
     assert late.is_due(state)
+
+
+class PutMetric(Callback):
+    """Puts a value into the next row after each step."""
+
+    every_kimg = 0.001
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def run(self, state: TrainingState) -> None:
+        state.next_row["train/loss_D"] = self.value
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.5), torch.tensor([0.5]), np.float32(0.5)])
+def test_a_metric_may_be_a_tensor_or_an_array_of_one_number(
+    make_config: MakeConfig, value: Any
+) -> None:
+    # Checkpoints between rows hold what the next one will.
+    config = make_config(
+        training__total_kimg=0.064, tracking__log_every_kimg=0.032, checkpoint__every_kimg=0.016
+    )
+    ganscale.train(config, callbacks=[PutMetric(value)])
+    rows = read_rows(RunDirectory(config.run_dir).metrics)
+    assert [row["train/loss_D"] for row in rows] == [0.5, 0.5]
+
+
+def _put_no_number(world: World, config: Config) -> str:
+    with pytest.raises(ConfigError) as error:
+        train(config, world, callbacks=[PutMetric(torch.zeros(2))])
+    return str(error.value)
+
+
+def test_a_metric_that_is_no_number_is_refused_on_all_ranks(make_config: MakeConfig) -> None:
+    config = make_config(launch__num_workers=2)
+    first, second = run_ranks(2, _put_no_number, config)
+    assert first == second
+    assert "type Tensor into state.next_row['train/loss_D']" in first
+
+
+@pytest.mark.parametrize("policy", ["stop", "rollback"])
+def test_another_policy_acts_on_an_alarm_that_is_up(make_config: MakeConfig, policy: str) -> None:
+    config = make_config(training__total_kimg=0.032)
+    ganscale.train(config, callbacks=[PutMetric(math.nan)])
+    longer = config.with_changes({"training.total_kimg": 0.064})
+    ganscale.train(longer, callbacks=[PutMetric(math.nan)])  # the same policy goes on
+    again = config.with_changes(
+        {"training.total_kimg": 0.096, "guard.policy": policy, "guard.max_rollbacks": 1}
+    )
+    # The sign is there from the first row on, so a rollback begins at nothing and meets it again.
+    with pytest.raises(TrainingFault, match="the loss of D is nan"):
+        ganscale.train(again, callbacks=[PutMetric(math.nan)])
+    events = read_rows(RunDirectory(config.run_dir).events)
+    alarms = [(e["nimg"], e["action"]) for e in events if e["event"] == "alarm"]
+    expected = [(80, "stop")] if policy == "stop" else [(80, "rollback"), (16, "stop")]
+    assert alarms == [(16, "warn"), *expected]
+
+
+def test_a_callback_may_be_named_like_a_built_in_action(make_config: MakeConfig) -> None:
+    class LogMetrics(CountRuns):
+        """As that of `ganscale.training.actions`."""
+
+    config = make_config(training__total_kimg=0.032)
+    ganscale.train(config, callbacks=[LogMetrics()])
+    ganscale.train(config.with_changes({"training.total_kimg": 0.064}))  # without it
+    ganscale.train(config.with_changes({"name": "other"}), callbacks=[LogMetrics(), LogMetrics()])
+    again = [LogMetrics(), LogMetrics()]
+    ganscale.train(
+        config.with_changes({"name": "other", "training.total_kimg": 0.064}), callbacks=again
+    )
+    assert [callback.count for callback in again] == [2, 2]
+
+
+def test_what_an_older_version_saved_of_a_callback_is_loaded(make_config: MakeConfig) -> None:
+    config = make_config()
+    callback = CountRuns()
+    with process_group(World()):
+        trainer = Trainer(config, World(), load_shards(config), callbacks=[callback])
+        try:
+            state = trainer._state_dict()
+            state["actions"] |= {"CountRuns": {"count": 7}}
+            del state["callbacks"]
+            trainer.checkpoints.save(0, state, step=0, metrics={}, healthy_nimg=0)
+            trainer.checkpoints.finish()
+            trainer._begin("resume")
+        finally:
+            trainer.close()
+    assert callback.count == 7
+
+
+def test_rollbacks_by_callbacks_have_a_limit(make_config: MakeConfig) -> None:
+    class RollBackAlways(Callback):
+        every_kimg = 0.016
+
+        def run(self, state: TrainingState) -> None:
+            if state.nimg == 64:
+                raise Rollback(32)
+
+    config = make_config(checkpoint__every_kimg=0.016, guard__max_rollbacks=2)
+    with pytest.raises(TrainingFault, match=r"a callback asks to go back to 0.032 kimg, after 2"):
+        ganscale.train(config, callbacks=[RollBackAlways()])
+    attempts = CheckpointStore(config.checkpoints).attempts()
+    assert [attempt.reason for attempt in attempts] == ["start", "rollback", "rollback"]
+
+
+@pytest.mark.parametrize("every_kimg", [0, -1.0, math.nan])
+def test_a_distance_that_is_none_is_refused_before_the_run_begins(
+    make_config: MakeConfig, every_kimg: float
+) -> None:
+    callback, config = CountRuns(), make_config()
+    callback.every_kimg = every_kimg
+    with pytest.raises(ConfigError, match=r"CountRuns.every_kimg is .*must be above 0"):
+        ganscale.train(config, callbacks=[callback])
+    assert not RunDirectory(config.run_dir).config.exists()
+
+
+class StopAt48(Callback):
+    every_kimg = 0.016
+
+    def run(self, state: TrainingState) -> None:
+        state.stop_requested = state.nimg == 48
+
+
+def test_a_callback_may_stop_the_run_which_can_be_resumed(make_config: MakeConfig) -> None:
+    ganscale.train(make_config(name="whole"))
+    config = make_config()
+    result = ganscale.train(config, callbacks=[StopAt48()])
+    assert (result.nimg, result.reason) == (48, "callback")
+    assert final_digest(config)[0] == 48
+    (stop,) = [e for e in read_rows(RunDirectory(config.run_dir).events) if e["event"] == "stop"]
+    assert (stop["nimg"], stop["reason"]) == (48, "callback")
+    assert ganscale.train(config).reason == ""
+    assert final_digest(config) == final_digest(config.with_changes({"name": "whole"}))
+
+
+def test_training_may_be_called_in_a_thread_and_leaves_torch_as_it_was(
+    make_config: MakeConfig,
+) -> None:
+    threads = torch.get_num_threads()
+    config = make_config(training__total_kimg=0.016, launch__threads_per_worker=1)
+    try:
+        torch.set_num_threads(3)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(ganscale.train, config).result().nimg == 16
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_deterministic_kernels_end_with_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    with restoring_settings():
+        use_deterministic_kernels(torch.device("cuda"))
+        assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory == fills  # type: ignore[attr-defined]

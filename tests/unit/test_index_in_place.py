@@ -6,7 +6,6 @@ import hashlib
 import io
 import tarfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,11 @@ from ganscale.data.reader import ShardImages
 from ganscale.data.shards import INDEX_NAME, SAMPLES_NAME, ShardSet, verify_shards
 from ganscale.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.usefixtures("builds_here")
+
 Pixels = NDArray[np.uint8]
 LENGTHS = {"b-000.tar": 1, "a-000.tar": 7, "c.tar": 4}
 """Samples of each tar; a-000 is the first by name."""
-
-
-@pytest.fixture(autouse=True)
-def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Indexes in threads: starting processes takes seconds, and other tests do."""
-
-    def pool(workers: int, *, mp_context: Any, initializer: Any) -> ThreadPoolExecutor:
-        assert mp_context.get_start_method() == "forkserver"
-        return ThreadPoolExecutor(workers)
-
-    monkeypatch.setattr("ganscale.data.building.ProcessPoolExecutor", pool)
 
 
 def encoded(channels: int = 3, kind: str = "png", seed: int = 0, side: int = 16) -> bytes:

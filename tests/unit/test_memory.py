@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from ganscale.config import Config
 from ganscale.data.order import Order
-from ganscale.errors import GanscaleError
-from ganscale.training import benchmark
+from ganscale.errors import ConfigError, GanscaleError
 from ganscale.training.build import build_state
 from ganscale.training.dry_run import describe_plan
+from ganscale.training.loop import train
 from ganscale.training.memory import (
     estimate_memory,
     largest_local_batch,
@@ -23,6 +24,7 @@ from ganscale.training.memory import (
     saved_for_backward,
 )
 from ganscale.training.precision import LossScaler, Precision
+from ganscale.training.step_graphs import StepRunner
 from ganscale.training.step_inputs import Labelled
 from ganscale.training.steps import METHODS, TrainingMethod
 from ganscale.world import World, process_group
@@ -258,6 +260,13 @@ def test_a_plan_says_what_memory_is_for(make_config: MakeConfig) -> None:
     assert any("workspaces of kernels" in line for line in lines)
 
 
+def test_a_plan_refuses_shards_that_training_would_refuse(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"set model.img_channels=3 model.resolution=32"):
+        describe_plan(make_config(model__resolution=64))
+    with pytest.raises(ConfigError, match=r"launch.num_workers=16 is more than the 12 streams"):
+        describe_plan(make_config(launch__num_workers=16, training__batch_size=64))
+
+
 @pytest.mark.parametrize(
     ("sections", "changes", "expected"),
     [
@@ -267,28 +276,32 @@ def test_a_plan_says_what_memory_is_for(make_config: MakeConfig) -> None:
             {"training.micro_batch_size": 10},
             "set training.micro_batch_size=5,",
         ),
-        ({"model": SMALL_MODELS["r3gan"]}, {"training.micro_batch_size": 1}, "a smaller model"),
-        ({}, {}, "set a smaller training.batch_size .*batch norm"),
+        (
+            {"model": SMALL_MODELS["r3gan"]},
+            {"training.micro_batch_size": 1},
+            "a smaller model, and another name=",
+        ),
+        ({}, {}, "set a smaller training.batch_size, and another name=.*batch norm"),
     ],
 )
 def test_a_step_that_does_not_fit_is_told_with_what_to_set(
-    make_config: MakeConfig,
-    monkeypatch: pytest.MonkeyPatch,
-    sections: dict[str, Any],
-    changes: dict[str, Any],
-    expected: str,
+    make_config: MakeConfig, sections: dict[str, Any], changes: dict[str, Any], expected: str
 ) -> None:
     config = make_config(**sections, training__batch_size=128).with_changes(changes)
+    size = changes.get("training.micro_batch_size", 128)
+    message = out_of_memory_message(config, "cuda:0", 79.1)
+    begin = f"a step of {size} images at once does not fit on cuda:0, which has 79.1 GiB: "
+    assert message.startswith(begin)
+    assert re.search(expected, message)
 
-    def train(*_: object) -> None:
+
+def test_training_ends_with_that_message(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(benchmark, "train", train)
-    size = changes.get("training.micro_batch_size", 128)
-    with pytest.raises(GanscaleError, match=f"of {size} images at once does not fit .*{expected}"):
-        benchmark.bench_training(config, World(), seconds=1)
-
-
-def test_the_message_names_the_device_and_its_memory() -> None:
-    message = out_of_memory_message(Config(model=SMALL_MODELS["r3gan"]), "cuda:0", 79.1)
-    assert "does not fit on cuda:0, which has 79.1 GiB" in message
+    monkeypatch.setattr(StepRunner, "run", run)
+    # A `GanscaleError` is not tried again, as other errors of workers are.
+    with process_group(World()), pytest.raises(GanscaleError, match="16 images at once does not"):
+        train(make_config(), World())

@@ -9,7 +9,6 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -136,7 +135,7 @@ def test_the_index_takes_16_bytes_for_a_sample(built_set: ShardSet) -> None:
     assert built_set.samples.nbytes == 16 * built_set.num_samples
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 def test_a_limit_takes_images_evenly_and_progress_counts_them(
     image_folder: Path, tmp_path: Path
 ) -> None:
@@ -296,17 +295,6 @@ def test_more_shards_than_images_are_refused(
     assert not (tmp_path / "set").exists()
 
 
-@pytest.fixture
-def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Builds in threads: starting processes takes seconds, and other tests do."""
-
-    def pool(workers: int, *, mp_context: Any, initializer: Any) -> ThreadPoolExecutor:
-        assert mp_context.get_start_method() == "forkserver"
-        return ThreadPoolExecutor(workers)
-
-    monkeypatch.setattr("ganscale.data.building.ProcessPoolExecutor", pool)
-
-
 def write_png(path: Path, width: int, height: int, mode: str = "RGB") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, (width, height)).save(path)
@@ -326,7 +314,7 @@ def test_images_of_different_sizes_are_refused(tmp_path: Path, num_shards: int) 
     assert not (tmp_path / "set").exists()
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 @pytest.mark.parametrize(
     ("width", "height", "mode", "words"),
     [(16, 32, "RGB", "16x32"), (24, 24, "RGB", "power of two"), (16, 16, "LA", "mode LA")],
@@ -340,7 +328,7 @@ def test_images_that_no_model_takes_are_refused(
     one_line(error)
 
 
-@pytest.mark.usefixtures("in_threads")
+@pytest.mark.usefixtures("builds_here")
 def test_a_source_image_that_does_not_decode_is_named(tmp_path: Path) -> None:
     write_png(tmp_path / "in/a/0.png", 16, 16)
     broken = (tmp_path / "in/a/0.png").read_bytes()[:50]
