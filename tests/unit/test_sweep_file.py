@@ -199,6 +199,18 @@ def test_a_trial_of_another_architecture_has_the_values_that_train_gives_it(
         assert config.model == load_config(base, [f"model.name={name}"]).model
 
 
+def test_the_overrides_of_a_sweep_hold_for_every_architecture() -> None:
+    trials = sweep(
+        config="quickstart",
+        overrides={"model": {"z_dim": 48}, "training": {"total_kimg": 48}},
+        search={"model.name": {"grid": ["dcgan", "sngan"]}},
+    )
+    dcgan, sngan = (trials.config(trial.name, trial.values) for trial in trials.trials()[:2])
+    assert (dcgan.model.z_dim, dcgan.model.base_channels) == (48, 32)
+    assert (sngan.model.z_dim, sngan.model.base_channels) == (48, 128)
+    assert sngan.training == load_config("quickstart", ["training.total_kimg=48"]).training
+
+
 def test_each_field_is_explored_within_its_own_domain() -> None:
     search = {"optimizer.lr": {"choice": [1e-4, 1e-3]}, "penalty.r1": {"uniform": [1, 2]}}
     population = sweep(scheduler={**PBT, "factors": [0.5, 2], "resample": 0}, search=search)
