@@ -231,6 +231,10 @@ class Sweep:
                 yield f"{name} cannot vary: each trial has a folder in that of the sweep"
             if domain.relative and not isinstance(value, int | float | Schedule):
                 yield f"{name}={value!r} is no number that a relative value could multiply"
+            factors = domain.values if domain.relative else ()
+            for factor in factors:
+                if not isinstance(factor, int | float):
+                    yield f"{name}: {factor!r} is no number, which a relative value has to be"
             if not isinstance(self.file.scheduler, Population):
                 continue
             if name not in MAY_CHANGE_IN_POPULATION:

@@ -173,6 +173,12 @@ def test_a_relative_value_multiplies_a_schedule_at_every_position() -> None:
     assert {replaced.optimizer.lr.at(nimg) for nimg in (0, 25_000, 60_000)} == {3e-4}
 
 
+@pytest.mark.parametrize("kind", ["choice", "grid"])
+def test_a_relative_value_that_is_no_number_is_refused(kind: str) -> None:
+    search = {"optimizer.lr": {kind: [0.5, "a"], "relative": True}}
+    assert "optimizer.lr: 'a' is no number" in refusal(search=search)
+
+
 def test_a_trial_is_a_run_in_the_folder_of_the_sweep(tmp_path: Path) -> None:
     places = {"storage": str(tmp_path), "checkpoint.location": "s3://bucket/runs/"}
     found = sweep(overrides=places)
