@@ -163,6 +163,10 @@ def test_a_value_out_of_bounds_names_field_and_value(override: str) -> None:
     assert field in refusal(override)
 
 
+_WAY = "{start: 0, end: 0.5, kimg: 10, shape: linear}"
+_SEMI_SUPERVISED = "method={name: semi-supervised, labels: 100}"
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -181,6 +185,35 @@ def test_a_value_out_of_bounds_names_field_and_value(override: str) -> None:
         ),
         (["augment.name=ada"], ["augment.p=0", "augment.target=0.6"]),
         (["augment.p=0.5"], ["augment.name=ada"]),
+        (
+            ["augment.name=ada", "augment.target=0.6", f"augment.p={_WAY}"],
+            ["augment.p", "augment.target=0.6", "adapted"],
+        ),
+        (
+            ["augment.name=ada", "augment.p=0.5", "augment.adapt_kimg=100"],
+            ["augment.adapt_kimg=100", "augment.target=0.6"],
+        ),
+        (["guard.max_rollbacks=5"], ["guard.max_rollbacks=5", "guard.policy=rollback"]),
+        (
+            ["training.extra_ema_halflives_kimg=[50, 50.00001]"],
+            ["training.extra_ema_halflives_kimg=[50.0, 50.00001]"],
+        ),
+        (
+            ["penalty.r1=1", "penalty.form=finite_difference", "training.precision=bf16"],
+            ["penalty.form=finite_difference", "training.precision=bf16"],
+        ),
+        (
+            ["model=stylegan2", "penalty.orthogonal=1e-4"],
+            ["penalty.orthogonal=0.0001", "stylegan2"],
+        ),
+        (
+            [
+                "model={name: sngan, num_classes: 10}",
+                _SEMI_SUPERVISED,
+                "objective.name=wasserstein",
+            ],
+            ["wasserstein", "penalty.wgan_gp=10"],
+        ),
     ],
 )
 def test_an_impossible_combination_says_what_does_not_fit(
@@ -196,6 +229,11 @@ def test_an_impossible_combination_says_what_does_not_fit(
         ["objective.name=wasserstein", "penalty.wgan_gp=10"],
         ["objective.name=wasserstein", "optimizer.clip_weights=0.01"],
         ["objective.name=wasserstein", "model={name: sngan}"],
+        ["objective.name=wasserstein", "method.name=bigan"],
+        ["guard.max_rollbacks=5", "guard.policy=rollback"],
+        ["training.extra_ema_halflives_kimg=[50, 50.01]"],
+        ["penalty.form=finite_difference", "training.precision=bf16"],
+        ["augment.name=ada", "augment.target=0.6", "augment.p=0.2", "augment.adapt_kimg=100"],
         ["training.compile=on", "penalty.r1=1", "method.name=vae-gan"],
         ["augment.name=ada", "augment.target=0.6"],
         ["augment.name=diffaugment", "augment.p=1"],
