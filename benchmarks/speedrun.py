@@ -101,7 +101,6 @@ CONFIGURATIONS: dict[str, list[str]] = {
         "penalty.r1={start: 0.05, end: 0.005, kimg: 10000, shape: cosine}",
         "penalty.r2={start: 0.05, end: 0.005, kimg: 10000, shape: cosine}",
         "penalty.form=finite_difference",
-        "training.precision=bf16",
     ],
 }
 """Overrides of the preset by name. Schedules are as long as the preset's total_kimg."""

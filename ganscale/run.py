@@ -106,8 +106,7 @@ class Run:
     @property
     def samples(self) -> list[Path]:
         """The grids of samples that were drawn as it learned, oldest first."""
-        # The position is in the name, with leading zeros.
-        return sorted(self._dir.sample_grid(0).parent.glob("kimg-*.png"))
+        return [*self._dir.sample_grids().values()]
 
     @property
     def snapshots(self) -> list[Path]:

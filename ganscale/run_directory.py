@@ -6,6 +6,7 @@ looked at while it trains, after it has died, and on another machine.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +89,13 @@ class RunDirectory:
     def sample_grid(self, nimg: int) -> Path:
         """The picture drawn after `nimg` real images."""
         return self.root / "samples" / f"kimg-{nimg / 1000:09.3f}.png"
+
+    def sample_grids(self) -> dict[int, Path]:
+        """The pictures that were drawn, by their position in real images, ascending."""
+        # By number, since the names of positions from 100,000 kimg on are longer than the others.
+        paths = (self.root / "samples").glob("kimg-*.png")
+        names = [(re.fullmatch(r"kimg-(\d+\.\d+)", path.stem), path) for path in paths]
+        return dict(sorted((round(1000 * float(name[1])), path) for name, path in names if name))
 
 
 def containing_run(path: Path) -> RunDirectory | None:

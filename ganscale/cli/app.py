@@ -87,12 +87,14 @@ def _options(
 
 
 def write_json(path: Path | None, values: Any) -> None:
-    """Write values to the file of a `JsonFile` option, if there is one."""
+    """Write values to the file of a `JsonFile` option, if there is one; not finite ones as null."""
     if path is not None:
+        # JSON has no Infinity and no NaN, which Python writes and most other readers refuse.
+        finite = json.loads(json.dumps(values), parse_constant=lambda _: None)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not atomically: people also name /dev/stdout, a link that must not be replaced.
         with naming_file(path):
-            path.write_text(json.dumps(values, indent=2) + "\n")
+            path.write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n")
 
 
 def stderr_console() -> Console:

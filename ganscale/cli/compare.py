@@ -68,8 +68,9 @@ def tournament(
     total = num_scored(len(pairs), num, images)
     with counting("scoring images", total, stderr_console()) as progress:
         result = run_tournament(pairs, images, num_images=num, seed=seed, progress=progress)
-    write_json(json_file, result.to_json())
+    # Printed first, so that a file that cannot be written loses no results.
     typer.echo("\n".join(result.scores.lines()))
+    write_json(json_file, result.to_json())
 
 
 @app.command(
@@ -127,8 +128,8 @@ def stability(
         overrides = [*(arguments or []), *([f"storage={storage}"] if storage else [])]
         runs = _train_seeds(config or "quickstart", overrides, 5 if seeds is None else seeds)
     report = summarise([summarise_run(run, metric) for run in runs], metric)
-    write_json(json_file, report.to_json())
     typer.echo("\n".join(report.lines()))
+    write_json(json_file, report.to_json())
 
 
 def _train_seeds(source: str, overrides: list[str], num_seeds: int) -> list[Path]:

@@ -111,8 +111,14 @@ def directions(
     import torch
 
     from ganscale.generation.directions import edit_images, find_directions
-    from ganscale.generation.pictures import label_sheet, lay_out, write_picture
+    from ganscale.generation.pictures import (
+        check_picture_name,
+        label_sheet,
+        lay_out,
+        write_picture,
+    )
 
+    check_picture_name(out)
     sampler = _latent_sampler(path, truncation_psi, device)
     directions = find_directions(sampler, num)
     offsets = torch.linspace(-extent, extent, steps)
@@ -150,8 +156,9 @@ def mix(
     import torch
 
     from ganscale.generation.latent_sampler import mixed_images
-    from ganscale.generation.pictures import lay_out, write_picture
+    from ganscale.generation.pictures import check_picture_name, lay_out, write_picture
 
+    check_picture_name(out)
     sampler = _latent_sampler(path, truncation_psi, device)
     left, top = parse_integers("--rows", rows), parse_integers("--columns", columns)
     mixed = mixed_images(sampler, left, top, layer)
@@ -192,8 +199,9 @@ def nearest(
     """Show generated images beside the training images nearest to them, to see copies."""
     import torch
 
-    from ganscale.generation.pictures import lay_out, write_picture
+    from ganscale.generation.pictures import check_picture_name, lay_out, write_picture
 
+    check_picture_name(out)
     sampler = _latent_sampler(path, truncation_psi, device)
     seeds = list(range(seed, seed + num))
     images = sampler.sample_seeds(seeds)
@@ -234,7 +242,8 @@ def _neighbours(
     from ganscale.tracking.console import progress_bars
 
     # Its features of all training images take minutes on a CPU; those of Inception take hours.
-    network, world = EfficientNetLite0(), World.detect(device)
+    # One process on the device that was asked for, which `World.detect` would choose itself.
+    network, world = EfficientNetLite0(), World(device=device)
     network.to(device)
     reference = _reference(place, num_reference)
     with process_group(world), progress_bars(stderr_console()) as start_task:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from contextlib import closing, suppress
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ganscale.cli.app import app, stderr_console
-from ganscale.cli.options import Device, RatingTask, Reference
+from ganscale.cli.app import app, stderr_console, write_json
+from ganscale.cli.options import Device, JsonFile, RatingTask, Reference
 from ganscale.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -50,6 +49,7 @@ def rate(
     results: Annotated[
         bool, typer.Option("--results", help="Print the results so far and exit.")
     ] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Serve a page on which people say which images are real, or better; print their error rates.
 
@@ -57,7 +57,7 @@ def rate(
     results.
     """
     if results:
-        _print_results(out, with_json=True)
+        _print_results(out, json_file)
         return
     if not runs:
         raise ConfigError("name at least one run (with --results only --out is needed)")
@@ -67,6 +67,8 @@ def rate(
         runs, reference, task=task, pool=pool, seed=seed, device=device, scratch=out / "downloads"
     )
     _serve(contestants, out, task=task, num=num, seed=seed, reveal=reveal, at=(host, port))
+    typer.echo()
+    _print_results(out, json_file)
 
 
 def _contestants(
@@ -120,12 +122,9 @@ def _serve(
             typer.echo(f"answers    {session.answers.path}")
             typer.echo("Ctrl-C stops it and prints the results.")
             server.serve_forever()
-    typer.echo()
-    _print_results(out)
 
 
-def _print_results(out: Path, *, with_json: bool = False) -> None:
-
+def _print_results(out: Path, json_file: Path | None) -> None:
     from ganscale.rating.answers import read_answers
     from ganscale.rating.results import as_json, as_table
     from ganscale.rating.session import ANSWERS_NAME
@@ -135,5 +134,4 @@ def _print_results(out: Path, *, with_json: bool = False) -> None:
     answers = read_answers(out / ANSWERS_NAME)
     for line in as_table(answers):
         typer.echo(line)
-    if with_json:
-        typer.echo(json.dumps(as_json(answers)))
+    write_json(json_file, as_json(answers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,8 @@ import typer
 
 from ganscale.cli.app import app, stderr_console, write_json
 from ganscale.cli.options import Device, JsonFile, parse_integers
-from ganscale.config import SemiSupervisedMethod, load_config
+from ganscale.config import Config, SemiSupervisedMethod, load_config
+from ganscale.config.changes import MAY_CHANGE_ON_RESUME, settings_by_name
 from ganscale.errors import ConfigError
 from ganscale.run_directory import RunDirectory
 
@@ -186,26 +188,49 @@ def semi_supervised(
     from ganscale.tracking.console import counting
 
     of_test = open_images(test, split="test")
-    by_kind: dict[str, dict[str, float]] = defaultdict(dict)
+    accuracies = []
     with counting("testing classifiers", len(runs), stderr_console()) as progress:
         for run in runs:
             classifier = classifier_of_run(run, device=device)
             classes = snapshot_classes(run)
-            accuracy = snapshot_accuracy(classifier, classes, of_test, device=device)
-            by_kind[_kind_of(run)][str(run)] = accuracy
+            accuracies.append(snapshot_accuracy(classifier, classes, of_test, device=device))
             progress(1)
+    by_kind: dict[str, dict[str, float]] = defaultdict(dict)
+    for run, kind, accuracy in zip(runs, _kinds_of(runs), accuracies, strict=True):
+        by_kind[kind][str(run)] = accuracy
     typer.echo(f"test   {of_test.description}\n")
     typer.echo(f"{'runs':52} {'seeds':>5}  accuracy")
-    rows = {kind: t_interval(list(accuracies.values())) for kind, accuracies in by_kind.items()}
+    rows = {kind: t_interval([*of_runs.values()]) for kind, of_runs in by_kind.items()}
     for kind, estimate in rows.items():
         typer.echo(f"{kind:52} {len(by_kind[kind]):5d}  {_per_cent(estimate)}")
     write_json(json_file, {"runs": by_kind, "accuracy": {k: vars(e) for k, e in rows.items()}})
 
 
-def _kind_of(run: Path) -> str:
-    config = load_config(RunDirectory(run).config)
+def _kinds_of(runs: Sequence[Path]) -> list[str]:
+    """What each run is, the same for runs that differ by their seed only.
+
+    Where the usual words do not tell two runs apart, the settings in which they differ follow them.
+    """
+    configs = [load_config(RunDirectory(run).config) for run in runs]
+    texts = [_described(config) for config in configs]
+    recipes = [settings_by_name(config) for config in configs]
+    kinds = []
+    for text, recipe in zip(texts, recipes, strict=True):
+        alike = [other for kind, other in zip(texts, recipes, strict=True) if kind == text]
+        differing = [
+            f"{name}={value}"
+            for name, value in recipe.items()
+            # What may change on a resume does not decide what is learnt, but for the length, which
+            # the words have.
+            if name != "seed" and not name.startswith(MAY_CHANGE_ON_RESUME)
+            if any(other.get(name) != value for other in alike)
+        ]
+        kinds.append(", ".join([text, *differing]))
+    return kinds
+
+
+def _described(config: Config) -> str:
     assert isinstance(config.method, SemiSupervisedMethod)
-    # What describes a kind is what differs between runs that are compared, their seed apart.
     length = f"{config.training.total_kimg:g} kimg"
     if not config.method.adversarial:
         return f"{config.method.labels} labels alone, {length}"

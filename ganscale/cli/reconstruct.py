@@ -161,8 +161,9 @@ def reconstruct(
     if compared is None:
         return
     protocol = _protocol(path, reconstructor, degradation, subject, compared, seed)
-    _write_metrics(compared, protocol, out)
+    # Printed first, so that a file that cannot be written loses no results.
     _print(compared.metrics, protocol)
+    _write_metrics(compared, protocol, out)
     num_images = len(compared.reconstructions.images)
     typer.echo(f"wrote {num_images} images, grid.png and figures.json to {out}")
 
@@ -242,6 +243,10 @@ def _write_pictures(reconstructed: Reconstructions, out: Path) -> None:
 
     for number, image in enumerate(reconstructed.images):
         write_picture(image, out / "images" / f"{number:06d}.png")
+    # Those of an earlier call with more images, which would be taken for some of these.
+    for path in (out / "images").glob("[0-9]" * 6 + ".png"):
+        if int(path.stem) >= len(reconstructed.images):
+            path.unlink()
     # What was observed, what was made of it, and the original, one below the other.
     shown = torch.stack([reconstructed.inputs, reconstructed.images, reconstructed.truth])[
         :, :_COLUMNS

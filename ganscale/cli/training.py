@@ -210,13 +210,11 @@ def _print_results(config: Config, result: TrainResult) -> None:
         return
     run_dir, store = RunDirectory(config.run_dir), CheckpointStore(config.checkpoints)
     typer.echo(f"run        {run_dir.root}")
-    for name, folder in (
-        ("samples", run_dir.sample_grid(0).parent),
-        ("snapshots", run_dir.snapshots),
+    for name, paths in (
+        ("samples", run_dir.sample_grids().values()),
+        ("snapshots", map(run_dir.snapshot, run_dir.snapshot_positions())),
     ):
-        # Names that begin with a dot are files that are still being written.
-        newest = max((p for p in folder.glob("[!.]*-*")), default=None)
-        typer.echo(f"{name:10} {newest}")
+        typer.echo(f"{name:10} {next(reversed([*paths]), None)}")
     typer.echo(f"checkpoint {next((store.where(name) for name in store.lineage()), None)}")
     if result.reason:
         typer.echo(

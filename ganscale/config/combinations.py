@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ganscale.config.methods import SemiSupervisedMethod
 from ganscale.config.schedule import Schedule
+from ganscale.config.sections import AugmentConfig, GuardConfig
 
 if TYPE_CHECKING:
     from ganscale.config.run import Config
@@ -130,20 +131,40 @@ def _judged(config: Config) -> Iterator[str]:
 
 
 def _objectives(config: Config) -> Iterator[str]:
-    penalty, optimizer = config.penalty, config.optimizer
+    penalty, optimizer, method = config.penalty, config.optimizer, config.method.name
+    # Two methods have a discriminator of their own, whatever the model is.
+    has_spectral_norm = method == "bigan" or (
+        method != "semi-supervised" and config.model.name in _LIPSCHITZ_MODELS
+    )
     # Any of these bounds the slope of the discriminator in its input, which the dual form of the
     # Wasserstein distance requires (Arjovsky et al. 2017).
     smooth = (
         penalty.wgan_gp
         or penalty.gradient_normalisation
         or optimizer.clip_weights
-        or config.model.name in _LIPSCHITZ_MODELS
+        or has_spectral_norm
     )
     if config.objective.name == "wasserstein" and not smooth:
+        another = "" if method == "semi-supervised" else ", or take model.name=sngan"
         yield (
             "objective.name=wasserstein needs a discriminator that cannot be steep: set "
-            "penalty.wgan_gp=10, penalty.gradient_normalisation=true, optimizer.clip_weights=0.01, "
-            "or take model.name=sngan"
+            "penalty.wgan_gp=10, penalty.gradient_normalisation=true or "
+            f"optimizer.clip_weights=0.01{another}"
+        )
+    # Its parameters are scaled where they are used, those of the mapping network by a hundredth and
+    # less, and styles scale them once more: their own products say nothing of its filters.
+    if penalty.orthogonal and config.model.name == "stylegan2":
+        yield (
+            f"penalty.orthogonal={penalty.orthogonal:g} has no meaning for model.name=stylegan2, "
+            "whose weights are scaled at run time: set it to 0, or take model.name=biggan"
+        )
+    # Its rounding, divided by the step and squared, is added to the penalty.
+    differences = any(name.endswith("finite_difference") for name in penalty.names)
+    if differences and config.training.precision == "bf16":
+        yield (
+            "training.precision=bf16 is too coarse for the small difference of logits that "
+            "penalty.form=finite_difference takes: set training.precision=fp16 or fp32, or "
+            "penalty.form=gradient"
         )
     # The normalised logit contains a gradient already; a penalty differentiates it, and its
     # training once more.
@@ -156,6 +177,11 @@ def _objectives(config: Config) -> Iterator[str]:
 
 def _augmentation(config: Config) -> Iterator[str]:
     augment = config.augment
+    if augment.target is not None and not augment.p.is_constant:
+        yield (
+            f"augment.p is a schedule, but with augment.target={augment.target:g} it is adapted: "
+            "set augment.p=0, where it starts, or augment.target=null"
+        )
     if augment.name == "none" and (augment.target is not None or not augment.p.is_zero):
         yield "augment.p and augment.target need transforms: set augment.name=ada"
     if augment.name != "none" and augment.target is None and augment.p.is_zero:
@@ -179,6 +205,7 @@ def _evaluation(config: Config) -> Iterator[str]:
 def _without_effect(config: Config) -> Iterator[str]:
     """Settings that are set to something, and would do nothing."""
     data, guard, checkpoint = config.data, config.guard, config.checkpoint
+    augment, halflives = config.augment, config.training.extra_ema_halflives_kimg
     if data.cache_limit_gb is not None and data.cache_dir is None:
         yield (
             f"data.cache_limit_gb={data.cache_limit_gb:g} limits data.cache_dir: set this as well, "
@@ -188,6 +215,22 @@ def _without_effect(config: Config) -> Iterator[str]:
         yield (
             f"guard.rollback_lr_factor={guard.rollback_lr_factor:g} is for guard.policy=rollback, "
             f"not {guard.policy}: set it to 1"
+        )
+    if guard.max_rollbacks != GuardConfig().max_rollbacks and guard.policy != "rollback":
+        yield (
+            f"guard.max_rollbacks={guard.max_rollbacks} is for guard.policy=rollback, not "
+            f"{guard.policy}: leave it out"
+        )
+    if augment.adapt_kimg != AugmentConfig().adapt_kimg and augment.target is None:
+        yield (
+            f"augment.adapt_kimg={augment.adapt_kimg:g} is how fast p comes to augment.target: set "
+            "this as well, such as augment.target=0.6, or leave both out"
+        )
+    # Averages are called after their half-lives, and of two with one name one would be lost.
+    if len({f"{kimg:g}" for kimg in halflives}) < len(halflives):
+        yield (
+            f"training.extra_ema_halflives_kimg={list(halflives)} has half-lives that are alike to "
+            "six digits, which are one average: leave one of them out"
         )
     # One image has no diversity, so no checkpoint would ever be among the best.
     by_diversity = checkpoint.keep_best and checkpoint.best_metric == "metrics/diversity"

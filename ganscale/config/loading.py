@@ -27,9 +27,6 @@ PRESET_COLUMNS = (
     "kimg",
 )
 
-_REQUIRED = {"encoder-cifar10": ("method.generator=runs/dcgan-cifar10",)}
-"""Settings without a default that a preset leaves to its user, so that it can be loaded."""
-
 
 def preset_names() -> list[str]:
     """Names of the presets that ship with the package."""
@@ -54,9 +51,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def preset_rows() -> list[tuple[str, ...]]:
     """A row of texts for each preset, with the columns of `PRESET_COLUMNS`."""
-    return [
-        _preset_row(name, load_config(name, _REQUIRED.get(name, ()))) for name in preset_names()
-    ]
+    return [_preset_row(name, load_config(name)) for name in preset_names()]
 
 
 def read_yaml(text: str, source: str | Path) -> Any:

@@ -24,6 +24,10 @@ class _ModelSection(Section):
         return self
 
 
+SHARED_FIELDS = tuple(_ModelSection.model_fields)
+"""Fields that say what the images are; they mean the same for every architecture."""
+
+
 class DcganModel(_ModelSection):
     """Radford et al. 2016: strided convolutions and batch norm."""
 

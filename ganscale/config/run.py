@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 from ganscale.config.combinations import impossible
 from ganscale.config.messages import BY_NAME, abbreviated, explain, unknown_field
 from ganscale.config.methods import GanMethod, MethodConfig
-from ganscale.config.models import DcganModel, ModelConfig
+from ganscale.config.models import SHARED_FIELDS, DcganModel, ModelConfig
 from ganscale.config.schedule import Schedule
 from ganscale.config.section import Section
 from ganscale.config.sections import (
@@ -117,8 +117,8 @@ class Config(Section):
     def with_changes(self, changes: Mapping[str, Any]) -> Config:
         """A validated copy; `changes` maps dotted field names to values.
 
-        A field that was never set has the default of what is chosen now: with another `model.name`,
-        that of the other architecture, as on the command line.
+        They mean what they mean on the command line: a mapping changes the fields that it names and
+        no others of its section, and another `model.name` or `method.name` brings its own defaults.
         """
         values = self.model_dump(exclude_unset=True)
         for section in BY_NAME:
@@ -147,12 +147,35 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
     return [kind for part in get_args(annotation) for kind in _sections_in(part)]
 
 
+def by_field(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes by dotted field names, in which a section may be given as a mapping or a name."""
+    fields: dict[str, Any] = {}
+    for name, value in changes.items():
+        if name in Config.model_fields and isinstance(value, Mapping):
+            fields |= {f"{name}.{field}": inner for field, inner in value.items()}
+        else:
+            fields[f"{name}.name" if name in BY_NAME and isinstance(value, str) else name] = value
+    return fields
+
+
 def merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with dotted field names set; raises `ConfigError` on an unknown section."""
+    """`values` with fields set, each by its dotted name or in a mapping of its section.
+
+    Another architecture or method does not take over the fields of the one before, which are of
+    another size or mean something else: the images' fields of `model` stay, and what else `changes`
+    does not set has its default. Raises `ConfigError` on an unknown section.
+    """
     merged = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    changes = by_field(changes)
+    for section in BY_NAME:
+        target, name = merged.get(section, {}), changes.get(f"{section}.name")
+        before = Config.model_fields[section].default.name
+        if isinstance(target, dict) and name not in (None, target.get("name", before)):
+            kept = SHARED_FIELDS if section == "model" else ()
+            merged[section] = {field: target[field] for field in kept if field in target}
     for name, value in changes.items():
         section, dot, field = name.partition(".")
-        if not dot:  # a field of the run itself, or a whole section as a mapping
+        if not dot:  # a field of the run itself, or a section as an object
             merged[section] = value
             continue
         if section not in Config.model_fields:

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from ganscale.config.changes import MAY_CHANGE_IN_POPULATION
 from ganscale.config.loading import load_config, read_yaml
 from ganscale.config.messages import explain, unknown_field
-from ganscale.config.run import Config, field_names
+from ganscale.config.run import Config, by_field, field_names
 from ganscale.config.schedule import Schedule
 from ganscale.config.search_space import Domain, drawn
 from ganscale.config.section import Section, by_name
@@ -190,7 +190,9 @@ class Sweep:
         places = {"name": name, "storage": str(self.root)}
         if location is not None:
             places["checkpoint.location"] = f"{location.rstrip('/')}/{self.file.name}"
-        return self.base.with_changes({**self.settings(values), **places})
+        # The overrides once more: another architecture would drop those of the base's.
+        overrides = by_field(self.file.overrides)
+        return self.base.with_changes({**overrides, **self.settings(values), **places})
 
     def explored(self, values: Mapping[str, Any], generator: random.Random) -> dict[str, Any]:
         """What a trial of a population makes of values that it has copied."""
@@ -234,6 +236,10 @@ class Sweep:
                 yield f"{name} cannot vary: all trials of a sweep train on one set of images"
             if domain.relative and not isinstance(value, int | float | Schedule):
                 yield f"{name}={value!r} is no number that a relative value could multiply"
+            factors = domain.values if domain.relative else ()
+            for factor in factors:
+                if not isinstance(factor, int | float):
+                    yield f"{name}: {factor!r} is no number, which a relative value has to be"
             if not isinstance(self.file.scheduler, Population):
                 continue
             if name not in MAY_CHANGE_IN_POPULATION:

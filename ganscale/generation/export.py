@@ -8,6 +8,7 @@ those of the original, since what rounding does to them depends on the model.
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ganscale.atomic_files import write_bytes
 from ganscale.errors import DataError
 from ganscale.generation.sampler import SampleableGenerator
 from ganscale.generation.snapshot import load_generator, save_generator
@@ -55,7 +57,7 @@ def export_generator(
 
     Raises:
         DataError: a weight is too large for half precision, or a value of an image differs by more
-            than 8 of 255; then nothing is left at `path`.
+            than 8 of 255; then `path` is left as it was.
     """
     halved = copy.copy(generator)
     halved.model = copy.deepcopy(generator.model)
@@ -64,14 +66,19 @@ def export_generator(
             tensor.data = tensor.data.half()
             if not tensor.isfinite().all():
                 raise DataError(f"{name} has values beyond the range of half precision")
-    save_generator(path, halved, about)
-    difference = image_difference(generator, load_generator(path), num_images)
+    # Read back from another place first, so that a file that is there already is replaced by a good
+    # one only.
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "exported.safetensors"
+        save_generator(written, halved, about)
+        difference = image_difference(generator, load_generator(written), num_images)
+        content = written.read_bytes()
     if difference.largest > _MAX_DIFFERENCE:
-        path.unlink()
         raise DataError(
             f"half precision changes this generator's images: {difference}, and at most "
             f"{_MAX_DIFFERENCE:g} is allowed"
         )
+    write_bytes(path, content)
     return difference
 
 

@@ -63,15 +63,17 @@ def export_program(
 
     Raises:
         DataError: a value differs by more than `TORCH_EXPORT_TOLERANCE` of the range of values;
-            then nothing is left at `path`.
+            then `path` is left as it was.
     """
     program = _program(generator)
     file = io.BytesIO()
     extra = {_DESCRIPTION: _description(generator, about)}
     torch.export.save(program, file, extra_files=extra)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    difference = _checked(generator, lambda inputs: loaded(**inputs), TORCH_EXPORT_TOLERANCE)
     write_bytes(path, file.getvalue())
-    loaded = torch.export.load(path).module()
-    return _checked(generator, lambda inputs: loaded(**inputs), path, TORCH_EXPORT_TOLERANCE)
+    return difference
 
 
 def export_onnx(
@@ -91,7 +93,7 @@ def export_onnx(
     Raises:
         ConfigError: onnx, onnxscript or onnxruntime is not installed.
         DataError: a value differs by more than `ONNX_TOLERANCE` of the range of values; then
-            nothing is left at `path`.
+            `path` is left as it was.
     """
     try:
         import onnx  # noqa: F401 - the exporter needs it and would fail later and less clearly
@@ -107,14 +109,16 @@ def export_onnx(
         )
     assert exported is not None
     exported.model.metadata_props[_DESCRIPTION] = _description(generator, about)
-    write_bytes(path, exported.model_proto.SerializeToString())
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    content = exported.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         (images,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
         return torch.from_numpy(images)
 
-    return _checked(generator, run, path, ONNX_TOLERANCE)
+    difference = _checked(generator, run, ONNX_TOLERANCE)
+    write_bytes(path, content)
+    return difference
 
 
 def graph_usage(generator: SampleableGenerator, path: Path) -> str:
@@ -174,7 +178,6 @@ def _description(generator: SampleableGenerator, about: Mapping[str, Any]) -> st
 def _checked(
     generator: SampleableGenerator,
     run: Callable[[Mapping[str, Tensor]], Tensor],
-    path: Path,
     tolerance: float,
 ) -> ImageDifference:
     """The difference of the graph's images from the network's; `DataError` if it is too large."""
@@ -191,7 +194,6 @@ def _checked(
     )
     # Negated, so that a value that is not a number is refused as well.
     if not difference.largest <= 255 * tolerance:
-        path.unlink()
         raise DataError(
             f"the exported graph makes other images than the network: {difference}, and at most "
             f"{255 * tolerance:g} is allowed"

@@ -105,9 +105,14 @@ def write_picture(image: Tensor, path: Path, *, text: Mapping[str, str] = {}) ->
 
     `text` is stored in the file by keyword, beside the pixels.
     """
+    check_picture_name(path)
+    write_grid(image, path, text=text)
+
+
+def check_picture_name(path: Path) -> None:
+    """Raise `ConfigError` if `write_picture` would refuse the name; before long work is begun."""
     if path.suffix != ".png":
         raise ConfigError(f"--out {path}: expected a name that ends in .png")
-    write_grid(image, path, text=text)
 
 
 def check_format(path: Path, channels: int) -> None:

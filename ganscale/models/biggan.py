@@ -151,7 +151,7 @@ class SelfAttention(nn.Module):
             # Scores are not divided by a root of the width, so they may leave the range of fp16.
             scores = query.to(dtype).transpose(1, 2) @ key.to(dtype)  # (N, HW, HW / 4)
             mixed: Tensor = value.to(dtype) @ scores.softmax(dim=2).transpose(1, 2)
-        return mixed.view(x.shape[0], -1, *x.shape[2:])
+        return mixed.view(*mixed.shape[:2], *x.shape[2:])
 
 
 def _conditional_norm(num_features: int, condition_dim: int) -> ConditionalBatchNorm2d:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 import shlex
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from ganscale.report.runs import Run
+from ganscale.run_directory import RunDirectory
 
 _TYPES = {
     ".png": "image/png",
@@ -28,7 +28,6 @@ _TYPES = {
     ".gif": "image/gif",
     ".webp": "image/webp",
 }
-_FRAME_NAME = re.compile(r"kimg-(\d+\.\d+)\.png")
 _NUM_FRAMES = 12
 """Sample grids that are shown at most."""
 _MAX_SIDE = 1024
@@ -132,8 +131,7 @@ class Album:
 
 def album_of(run: Run, limit: int) -> Album:
     """Choose pictures; files of more than `limit` bytes are made smaller."""
-    names = [(_FRAME_NAME.fullmatch(path.name), path) for path in (run.root / "samples").glob("*")]
-    paths = sorted((round(1000 * float(match[1])), path) for match, path in names if match)
+    paths = [*RunDirectory(run.root).sample_grids().items()]
     chosen = paths
     if len(paths) > _NUM_FRAMES:  # the first and the last one included
         at = [i * (len(paths) - 1) / (_NUM_FRAMES - 1) for i in range(_NUM_FRAMES)]

@@ -178,6 +178,8 @@ def bench_training(config: Config, world: World, *, seconds: float) -> TrainingS
                 "checkpoint.location": None,
                 "checkpoint.every_kimg": 1e9,
                 "checkpoint.snapshot_every_kimg": 1e9,
+                "checkpoint.keep_best": 0,
+                "checkpoint.best_metric": "metrics/diversity",
                 "samples.every_kimg": 1e9,
                 "samples.num_images": 1,
                 "evaluation.every_kimg": 0,

@@ -96,6 +96,8 @@ def rows() -> list[ParameterSet]:
     for place, (model, objective) in enumerate(pairs):
         for turn in range(len(PENALTIES)):
             penalty = [*PENALTIES][(place + turn) % len(PENALTIES)]
+            if penalty == "orthogonal" and model.startswith("stylegan2"):
+                continue
             augmentation = [*AUGMENTATIONS][(place + turn) % len(AUGMENTATIONS)]
             option = [*OPTIONS][(place + place // len(OBJECTIVES) + turn) % len(OPTIONS)]
             marks = [pytest.mark.slow] if turn or place % 5 else []
@@ -202,8 +204,16 @@ def test_thirty_steps_of_a_random_combination_stay_finite_or_are_refused(
     steep = "wasserstein" in changes[0].values() and not model.startswith(
         ("sndcgan", "sngan", "biggan")
     )
-    if steep and not changes[-1] and made_possible("wasserstein", changes[0]["penalty"]):
-        with pytest.raises(ConfigError, match="wasserstein needs"):
+    penalty, precision = changes[0]["penalty"], changes[3]["training.precision"]
+    is_steep = steep and not changes[-1] and made_possible("wasserstein", penalty)
+    refusals = {
+        "wasserstein needs": bool(is_steep),
+        "penalty.orthogonal": "orthogonal" in penalty and model.startswith("stylegan2"),
+        "too coarse": "form" in penalty and precision == "bf16",
+    }
+    reasons = [reason for reason, holds in refusals.items() if holds]
+    if reasons:
+        with pytest.raises(ConfigError, match="|".join(reasons)):
             combination(make_config, shards_16, model, *changes)
         return
     length = 0.03 * 16

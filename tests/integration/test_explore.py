@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from ganscale.cli import explore
 from ganscale.config.models import (
     BigganModel,
     DcganModel,
@@ -17,7 +19,9 @@ from ganscale.config.models import (
     Stylegan2Model,
 )
 from ganscale.generation.snapshot import load_generator, save_snapshot
+from ganscale.metrics.extractors import EfficientNetLite0
 from ganscale.models import build_generator
+from ganscale.world import World
 from tests.conftest import Verb
 
 MODELS = {
@@ -121,6 +125,22 @@ def test_a_copy_of_a_training_image_is_seen(verb: Verb, snapshots: Path, tmp_pat
         shown = np.asarray(picture)
     assert (shown[34:66, 68:100] == copy).all()
     assert (shown[34:66, 204:236] == copy).all()
+
+
+def test_neighbours_are_sought_on_the_device_with_its_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As far as it comes where there is no such device."""
+
+    def group(world: World) -> None:
+        raise RuntimeError(f"a group on {world.device} of {world.world_size}")
+
+    monkeypatch.setattr(explore, "process_group", group)
+    monkeypatch.setattr(explore, "_reference", lambda *_: None)
+    monkeypatch.setattr(EfficientNetLite0, "to", lambda network, device: network)
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="a group on cuda:1 of 1"):
+        explore._neighbours(images, "images", 2, 1, "cuda:1")
 
 
 @pytest.mark.parametrize(

@@ -69,20 +69,22 @@ def test_the_difference_is_that_of_the_values() -> None:
     assert 127 <= difference.mean <= 128
 
 
-def test_a_generator_that_rounding_changes_is_refused_and_leaves_no_file(
+def test_a_generator_that_rounding_changes_is_refused_and_leaves_the_file_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ganscale.generation.export._MAX_DIFFERENCE", -1)
     path = tmp_path / "a.safetensors"
     generator = small_generator("dcgan")
+    path.write_bytes(b"an earlier export")
     with pytest.raises(DataError, match="half precision changes this generator's images"):
         export_generator(generator, path, about={})
-    assert not path.exists()
+    assert path.read_bytes() == b"an earlier export"
     first = next(p for p in generator.model.parameters() if p.ndim > 1)
     first.data.flatten()[0] = 1e6
     with pytest.raises(DataError, match="beyond the range of half precision"):
         export_generator(generator, path, about={})
-    assert not path.exists()
+    assert [*tmp_path.iterdir()] == [path]
+    assert path.read_bytes() == b"an earlier export"
 
 
 @pytest.fixture

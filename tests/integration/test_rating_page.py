@@ -168,7 +168,7 @@ def test_answers_over_a_killed_server(
     printed = subprocess.run(
         command("--results", "--out", out), capture_output=True, text=True, check=True
     )
-    assert printed.stdout.splitlines()[:-1] == table.strip().splitlines()[-4:]
+    assert printed.stdout.splitlines() == table.strip().splitlines()[-4:]
     problems = browser.get_log("browser")  # type: ignore[no-untyped-call]
     # The killed server's; a script's and the content policy's would have other sources.
     assert {problem["source"] for problem in problems} <= {"network"}, problems

@@ -117,6 +117,9 @@ def test_every_task_is_done_by_inversion_and_by_encoder(
 def test_known_pixels_are_exact(verb: Verb, runs: dict[str, Path], tmp_path: Path) -> None:
     images = folder_of(tmp_path / "images", 2)
     out = tmp_path / "out"
+    (out / "images").mkdir(parents=True)
+    for name in ("000001.png", "000002.png", "000063.png", "mine.png"):  # three of an earlier call
+        (out / "images" / name).write_bytes(b"")
     options = ("--task", "inpaint", "--mask", "half", *QUICK)
     place = ("--run", runs["gan"], "--images", images, "--out", out)
     code, _, err = verb("reconstruct", *place, *options)
@@ -126,6 +129,8 @@ def test_known_pixels_are_exact(verb: Verb, runs: dict[str, Path], tmp_path: Pat
         made = pixels_of(out / "images" / f"{number:06d}.png")
         assert (made[:, :16] == truth[:, :16]).all()
         assert (made[:, 16:] != truth[:, 16:]).any()
+    names = sorted(path.name for path in (out / "images").iterdir())
+    assert names == ["000000.png", "000001.png", "mine.png"]
 
 
 def _unfit_images(tmp_path: Path) -> dict[str, tuple[Path, str]]:

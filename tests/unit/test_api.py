@@ -605,6 +605,21 @@ def test_tables_are_the_lines_of_the_files(run_folder: Path) -> None:
     assert list(events["time"]) == [line["time"] for line in read_lines(run_dir.events)]
 
 
+def test_sample_grids_are_in_the_order_of_their_positions(tmp_path: Path) -> None:
+    run_dir = RunDirectory(tmp_path)
+    run_dir.config.write_text(Config().to_yaml())
+    paths = [run_dir.sample_grid(nimg) for nimg in (99_950_000, 100_000_000, 250_000_000)]
+    paths[0].parent.mkdir()
+    for path in [
+        *paths,
+        paths[0].with_name(".kimg-00001.000.png"),
+        paths[0].with_name("kimg-.png"),
+    ]:
+        path.write_bytes(b"")
+    assert ganscale.Run(tmp_path).samples == paths
+    assert [*run_dir.sample_grids()] == [99_950_000, 100_000_000, 250_000_000]
+
+
 def test_a_run_names_its_files(run_folder: Path) -> None:
     run = ganscale.Run(str(run_folder))
     assert (run.name, run.path) == ("mine", run_folder)

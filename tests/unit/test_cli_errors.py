@@ -258,6 +258,9 @@ MISTAKES = [
     ("interpolate rgb.safetensors --mode class --label 1", 2, "--label is for --mode slerp and"),
     ("interpolate rgb.safetensors --labels 0,1", 2, "--labels is for --mode class"),
     ("mix rgb.safetensors", 2, "expected a stylegan2 generator"),
+    ("mix absent --out m.jpg", 2, "--out m.jpg: expected a name that ends in .png"),
+    ("directions absent --out d.jpg", 2, "--out d.jpg: expected a name that ends in .png"),
+    ("nearest absent --reference empty --out n.jpg", 2, "n.jpg: expected a name that ends in .png"),
     # What the system refuses.
     ("sample rgb.safetensors --out text/s.png", 1, "text: file exists: a file is where a folder"),
     ("sample rgb.safetensors --out text", 1, "text: file exists: a file is where a folder"),

@@ -121,14 +121,17 @@ def test_seeds_are_trained_once_reported_and_compared(
     assert run("stability", "--report-only", *runs, "--json", report) == 0
     assert json.loads(report.read_text()) == first
     capsys.readouterr()
+    assert run("stability", "--report-only", *runs, "--json", "/dev/full") == 1
+    assert "collapsed 0 of 2" in capsys.readouterr().out
 
     code, line = refusal_of_other_settings(capsys, *command, "optimizer.lr=0.001")
     assert code == 2
     assert re.search(r"other settings \(optimizer\.lr: \S+ -> 0\.001\)", line)
 
-    arguments = (*runs, "--reference", procedural_shards, "--num", "70", "--json", report)
-    assert run("tournament", *arguments) == 0
-    assert "tiny-seed-0@0.16 against tiny-seed-1@0.16" in capsys.readouterr().out
+    arguments = (*runs, "--reference", procedural_shards, "--num", "70", "--json")
+    for place, code in ((report, 0), (Path("/dev/full"), 1)):
+        assert run("tournament", *arguments, place) == code
+        assert "tiny-seed-0@0.16 against tiny-seed-1@0.16" in capsys.readouterr().out
     assert json.loads(report.read_text())["num_images"] == 70
 
 

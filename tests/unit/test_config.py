@@ -163,6 +163,10 @@ def test_a_value_out_of_bounds_names_field_and_value(override: str) -> None:
     assert field in refusal(override)
 
 
+_WAY = "{start: 0, end: 0.5, kimg: 10, shape: linear}"
+_SEMI_SUPERVISED = "method={name: semi-supervised, labels: 100}"
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -181,6 +185,35 @@ def test_a_value_out_of_bounds_names_field_and_value(override: str) -> None:
         ),
         (["augment.name=ada"], ["augment.p=0", "augment.target=0.6"]),
         (["augment.p=0.5"], ["augment.name=ada"]),
+        (
+            ["augment.name=ada", "augment.target=0.6", f"augment.p={_WAY}"],
+            ["augment.p", "augment.target=0.6", "adapted"],
+        ),
+        (
+            ["augment.name=ada", "augment.p=0.5", "augment.adapt_kimg=100"],
+            ["augment.adapt_kimg=100", "augment.target=0.6"],
+        ),
+        (["guard.max_rollbacks=5"], ["guard.max_rollbacks=5", "guard.policy=rollback"]),
+        (
+            ["training.extra_ema_halflives_kimg=[50, 50.00001]"],
+            ["training.extra_ema_halflives_kimg=[50.0, 50.00001]"],
+        ),
+        (
+            ["penalty.r1=1", "penalty.form=finite_difference", "training.precision=bf16"],
+            ["penalty.form=finite_difference", "training.precision=bf16"],
+        ),
+        (
+            ["model=stylegan2", "penalty.orthogonal=1e-4"],
+            ["penalty.orthogonal=0.0001", "stylegan2"],
+        ),
+        (
+            [
+                "model={name: sngan, num_classes: 10}",
+                _SEMI_SUPERVISED,
+                "objective.name=wasserstein",
+            ],
+            ["wasserstein", "penalty.wgan_gp=10"],
+        ),
     ],
 )
 def test_an_impossible_combination_says_what_does_not_fit(
@@ -196,6 +229,11 @@ def test_an_impossible_combination_says_what_does_not_fit(
         ["objective.name=wasserstein", "penalty.wgan_gp=10"],
         ["objective.name=wasserstein", "optimizer.clip_weights=0.01"],
         ["objective.name=wasserstein", "model={name: sngan}"],
+        ["objective.name=wasserstein", "method.name=bigan"],
+        ["guard.max_rollbacks=5", "guard.policy=rollback"],
+        ["training.extra_ema_halflives_kimg=[50, 50.01]"],
+        ["penalty.form=finite_difference", "training.precision=bf16"],
+        ["augment.name=ada", "augment.target=0.6", "augment.p=0.2", "augment.adapt_kimg=100"],
         ["training.compile=on", "penalty.r1=1", "method.name=vae-gan"],
         ["augment.name=ada", "augment.target=0.6"],
         ["augment.name=diffaugment", "augment.p=1"],
@@ -309,6 +347,48 @@ def test_another_architecture_has_its_own_defaults_however_it_is_chosen(
     assert changed.model.img_channels == 1
 
 
+@pytest.mark.parametrize("change", ["model.name=r3gan", "model=r3gan", "model={name: r3gan}"])
+def test_another_architecture_does_not_take_the_sizes_of_the_one_before(change: str) -> None:
+    assert load_config("dcgan-cifar10", [change]).model == R3ganModel()
+    narrow = load_config("quickstart", [change, "model.base_channels=16"])
+    assert narrow.model == R3ganModel(base_channels=16)
+    assert narrow.optimizer == load_config("quickstart").optimizer
+    photos = load_config("photos-64", [change])
+    assert photos.model == R3ganModel(resolution=64)
+
+
+def test_the_architecture_that_is_there_already_keeps_its_sizes() -> None:
+    quickstart = load_config("quickstart")
+    assert load_config("quickstart", ["model.name=dcgan"]) == quickstart
+    assert quickstart.with_changes({"model": {"name": "dcgan"}}).model.base_channels == 32
+
+
+def test_another_method_does_not_take_the_weights_of_the_one_before() -> None:
+    vae_gan = Config(method=VaeGanMethod(beta=3, adversarial=2))
+    assert vae_gan.with_changes({"method.name": "vae"}).method == VaeMethod()
+    assert vae_gan.with_changes({"method.name": "vae-gan"}).method == vae_gan.method
+
+
+def test_a_mapping_changes_what_it_names_and_leaves_the_rest_of_its_section() -> None:
+    quickstart = load_config("quickstart")
+    expected = load_config("quickstart", ["training.total_kimg=48", "training.precision=bf16"])
+    changes = {"training": {"total_kimg": 48}, "training.precision": "bf16"}
+    assert quickstart.with_changes(changes) == expected
+    assert load_config("quickstart", ["training={total_kimg: 48, precision: bf16}"]) == expected
+    message = refusal("training={total_kimg: 48, betch_size: 3}", source="quickstart")
+    assert "unknown field 'training.betch_size'" in message
+
+
+def test_a_schedule_is_replaced_as_a_whole() -> None:
+    schedule = {"start": 1e-3, "end": 1e-4, "kimg": 10, "shape": "linear"}
+    config = load_config("r3gan-cifar10").with_changes({"optimizer": {"lr": schedule}})
+    assert config.optimizer.lr == Schedule.model_validate(schedule)
+    assert config.optimizer.beta1 == 0
+    cut = {"optimizer.lr": {"start": 1e-3}}
+    with pytest.raises(ConfigError, match=r"optimizer\.lr.*is required"):
+        config.with_changes(cut)
+
+
 def test_a_change_keeps_the_architecture_and_the_method_that_were_given_as_objects() -> None:
     config = Config(model=SnganModel(base_channels=16), method=VaeMethod(beta=2))
     assert config.with_changes({}) == config
@@ -328,7 +408,7 @@ def test_what_a_run_has_written_down_stays_as_it_is_in_a_changed_copy(tmp_path: 
 @pytest.mark.parametrize(
     ("source", "override", "problem"),
     [
-        ("vae-cifar10", "method.name=gan", "method.name=gan has no field beta"),
+        ("dcgan-cifar10", "method.beta=2", "method.name=gan has no field beta"),
         ("dcgan-cifar10", "method.labels=3", "method.name=gan has no field labels"),
         ("dcgan-cifar10", "model.blocks_per_stage=3", "model.name=dcgan has no field blocks_per_"),
     ],

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 from ganscale.cli import explore, options
+from ganscale.cli.app import write_json
 from ganscale.cli.options import parse_integers, parse_names
 from ganscale.data import images, layout
 from ganscale.errors import ConfigError
@@ -46,3 +50,14 @@ def test_nearest_searches_no_more_images_than_keep_their_features(verb: Verb) ->
     code, _, err = verb("nearest", "x", "--reference", "y", "--num-reference", MAX_ROWS + 1)
     assert code == 2
     assert "--num-reference" in err
+
+
+def test_a_json_file_has_null_for_what_is_not_finite(tmp_path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    values = {"mean": math.nan, "interval": [-math.inf, math.inf], "of_each": (1.5, None)}
+    write_json(tmp_path / "a.json", values)
+    # Python's reader takes NaN and Infinity, which are no JSON, unless it is told otherwise.
+    content = json.loads((tmp_path / "a.json").read_text(), parse_constant=refuse)
+    assert content == {"mean": None, "interval": [None, None], "of_each": [1.5, None]}

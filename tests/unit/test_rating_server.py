@@ -412,14 +412,16 @@ def test_wrong_use_is_one_line(
     assert words in line
 
 
-def test_results_are_printed_as_a_table_and_as_json(
+def test_results_are_printed_as_a_table_and_written_as_json(
     make_session: MakeSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with closing(make_session()) as session:
         finish(session, "ada")
+        options = ["--out", str(tmp_path / "ratings"), "--json", str(tmp_path / "r.json")]
         with pytest.raises(SystemExit) as stop:
-            main(["rate", "--results", "--out", str(tmp_path / "ratings")])
-    *table, content = capsys.readouterr().out.splitlines()
+            main(["rate", "--results", *options])
     assert stop.value.code == 0
-    assert table == as_table(read_answers(tmp_path / "ratings" / "answers.jsonl"))
-    assert json.loads(content)["num_answers"] == 20
+    assert capsys.readouterr().out.splitlines() == as_table(
+        read_answers(tmp_path / "ratings" / "answers.jsonl")
+    )
+    assert json.loads((tmp_path / "r.json").read_text())["num_answers"] == 20

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
+from ganscale.cli.recognise import _kinds_of
+from ganscale.config import load_config
 from ganscale.errors import ConfigError, DataError
 from ganscale.evaluation.image_views import Concatenated, with_classes_of
 from ganscale.evaluation.recognition.classifier import ClassifierRecipe
@@ -31,6 +33,25 @@ from ganscale.evaluation.recognition.semi_supervised import classifier_of_run, s
 from ganscale.generation.snapshot import save_snapshot, snapshot_classes
 from ganscale.models import build_classifier, build_discriminator, build_generator
 from tests.support.small_models import SMALL_MODELS
+
+
+def test_runs_are_repeats_of_each_other_where_only_their_seeds_differ(tmp_path: Path) -> None:
+    base = ["name=a", "training.total_kimg=16"]
+    changes: dict[str, list[str]] = {
+        "first": [],
+        "second": ["seed=1", "name=b", "launch.num_workers=1"],
+        "wide": ["seed=2", "model.base_channels=128"],
+        "alone": ["method.adversarial=0"],
+    }
+    for name, more in changes.items():
+        config = load_config("semi-supervised-cifar10", [*base, *more])
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(config.to_yaml())
+    kinds = _kinds_of([tmp_path / name for name in changes])
+    words = "4000 labels and adversarial training, 16 kimg"
+    narrow, wide = (f"{words}, model.base_channels={width}" for width in (64, 128))
+    assert kinds == [narrow, narrow, wide, "4000 labels alone, 16 kimg"]
+    assert _kinds_of([tmp_path / name for name in ("first", "second")]) == [words, words]
 
 
 @dataclass(frozen=True, eq=False)

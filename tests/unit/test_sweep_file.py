@@ -184,6 +184,12 @@ def test_a_relative_value_multiplies_a_schedule_at_every_position() -> None:
     assert {replaced.optimizer.lr.at(nimg) for nimg in (0, 25_000, 60_000)} == {3e-4}
 
 
+@pytest.mark.parametrize("kind", ["choice", "grid"])
+def test_a_relative_value_that_is_no_number_is_refused(kind: str) -> None:
+    search = {"optimizer.lr": {kind: [0.5, "a"], "relative": True}}
+    assert "optimizer.lr: 'a' is no number" in refusal(search=search)
+
+
 def test_a_trial_is_a_run_in_the_folder_of_the_sweep(tmp_path: Path) -> None:
     places = {"storage": str(tmp_path), "checkpoint.location": "s3://bucket/runs/"}
     found = sweep(overrides=places)
@@ -208,6 +214,18 @@ def test_a_trial_of_another_architecture_has_the_values_that_train_gives_it(
     for name in ("sngan", "r3gan"):
         config = trials.config("t", {"model.name": name})
         assert config.model == load_config(base, [f"model.name={name}"]).model
+
+
+def test_the_overrides_of_a_sweep_hold_for_every_architecture() -> None:
+    trials = sweep(
+        config="quickstart",
+        overrides={"model": {"z_dim": 48}, "training": {"total_kimg": 48}},
+        search={"model.name": {"grid": ["dcgan", "sngan"]}},
+    )
+    dcgan, sngan = (trials.config(trial.name, trial.values) for trial in trials.trials()[:2])
+    assert (dcgan.model.z_dim, dcgan.model.base_channels) == (48, 32)
+    assert (sngan.model.z_dim, sngan.model.base_channels) == (48, 128)
+    assert sngan.training == load_config("quickstart", ["training.total_kimg=48"]).training
 
 
 def test_each_field_is_explored_within_its_own_domain() -> None:
