@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,8 +29,9 @@ from ganscale.data.shards import ShardSet
 from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import CheckpointError, DataError
 from ganscale.evaluation.image_sets import ImageSet
-from ganscale.evaluation.run_references import RunReference, due_by
+from ganscale.evaluation.run_references import RunReference, due_by, shards_of_run
 from ganscale.generation.sampler import SampleableGenerator
+from ganscale.generation.snapshot import snapshot_classes
 from ganscale.models import build_discriminator, build_generator
 from ganscale.run_directory import RunDirectory
 
@@ -139,7 +141,7 @@ def _load(text: str, device: str) -> GanPair:
         )
     # Runs of some methods have no discriminator in their state, and a changed model other tensors.
     try:
-        return _gan_pair(root.name, files, device)
+        return _gan_pair(run_dir, files, device)
     except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
@@ -176,7 +178,7 @@ def score_images(
     return logits
 
 
-def _gan_pair(run: str, files: SavedFiles, device: str) -> GanPair:
+def _gan_pair(run_dir: RunDirectory, files: SavedFiles, device: str) -> GanPair:
     """Raises `KeyError`, `TypeError` or `RuntimeError` if the state is not that of its models."""
     spec: dict[str, Any] = files.meta["config"]["model"]
     state, nimg = files.state(), files.name.nimg
@@ -185,12 +187,12 @@ def _gan_pair(run: str, files: SavedFiles, device: str) -> GanPair:
     discriminator.load_state_dict(state["D"]["model"])
     discriminator.to(device).eval().requires_grad_(False)
     return GanPair(
-        name=f"{run}@{nimg / 1000:g}",
+        name=f"{run_dir.name}@{nimg / 1000:g}",
         nimg=nimg,
         generator=SampleableGenerator(
             generator.to(device),
             spec=spec,
-            info={"nimg": nimg, "classes": _classes(files.meta["config"]["data"]["shards"])},
+            info={"nimg": nimg, "classes": _classes(run_dir)},
         ),
         discriminator=ScoringDiscriminator(discriminator, num_classes=spec["num_classes"]),
         identity=files.meta["tensors_sha256"],
@@ -198,10 +200,12 @@ def _gan_pair(run: str, files: SavedFiles, device: str) -> GanPair:
     )
 
 
-def _classes(shards: str) -> list[str]:
-    """Names of the classes of the set that a run was trained on; none if the set is gone."""
-    # Without names the tournament takes images to have no labels, and still works.
-    try:
-        return list(ShardSet.load(shards).classes)
-    except DataError:
-        return []
+def _classes(run_dir: RunDirectory) -> list[str]:
+    """Names of the classes of the set that a run was trained on; none where nothing has them."""
+    if (shards := shards_of_run(run_dir)) is not None:
+        with suppress(DataError):
+            return list(ShardSet.load(shards).classes)
+    # The shards are elsewhere, which a tournament can do without: snapshots have the names as well.
+    with suppress(CheckpointError):
+        return list(snapshot_classes(run_dir.root))
+    return []
