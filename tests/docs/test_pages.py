@@ -173,6 +173,18 @@ def test_a_wrong_command_is_noticed(line: str) -> None:
         check_settings(parsed(arguments))
 
 
+def test_every_set_that_a_command_reads_is_made_by_another_one() -> None:
+    sets = {
+        (path.rstrip("/"), bool(out))
+        for command in COMMANDS
+        for out, path in re.findall(r"(--out )?(?<![\w/.-])(data/[\w/.-]+)", command.line)
+    }
+    made = {path for path, is_made in sets if is_made}
+    assert len(made) > 5
+    # What is called "my-" stands for something that the reader has.
+    assert {path for path, _ in sets if not path.startswith("data/my-")} == made
+
+
 def test_every_example_of_the_command_line_is_shown() -> None:
     for verb in commands():
         shown = [line for _, line in examples(verb)]
