@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
-from ganscale.cli import options
+from ganscale.cli import main, options
 from ganscale.cli.options import parse_integers, parse_names
 from ganscale.data import images, layout
 from ganscale.errors import ConfigError
@@ -37,3 +37,22 @@ def test_lists_of_numbers_and_names() -> None:
 def test_what_is_no_number_is_refused_by_its_option(text: str) -> None:
     with pytest.raises(ConfigError, match=f"--seeds {text}: expected numbers"):
         parse_integers("--seeds", text)
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"), [("ganscale tourn", ["tournament"]), ("ganscale shards ver", ["verify"])]
+)
+def test_the_shell_completes_verbs(
+    typed: str,
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By the variables that the script of --install-completion sets in bash."""
+    monkeypatch.setattr("sys.argv", ["ganscale"])
+    monkeypatch.setenv("_GANSCALE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    with pytest.raises(SystemExit, match="0"):
+        main([])
+    assert capsys.readouterr().out.split() == expected
