@@ -71,6 +71,21 @@ class RunDirectory:
         # Padded, so that the order of the names is the order of the positions.
         return folder / f"nimg-{nimg:012d}.safetensors"
 
+    def moved(self, path: str, storage: str) -> str:
+        """Where a path of the run's configuration is now; `path` itself where that is not known.
+
+        A folder of runs is often moved as a whole, with the shards that were built in it.
+
+        Args:
+            path: as the configuration has it: a path or a URL.
+            storage: the folder that the run lay in, as the same configuration has it.
+        """
+        before = Path(storage).expanduser()
+        if Path(path).exists() or not Path(path).is_relative_to(before):
+            return path
+        now = self.root.parent / Path(path).relative_to(before)
+        return str(now) if now.exists() else path
+
     def averages_at(self, nimg: int) -> dict[str, Path]:
         """The snapshots of all averages after `nimg` real images, by name; "" is the main one.
 

@@ -59,7 +59,7 @@ app = typer.Typer(
     name="ganscale",
     cls=_Commands,
     help="Train GANs, VAEs, encoders and classifiers on images, at cluster scale.",
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

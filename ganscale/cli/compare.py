@@ -69,6 +69,8 @@ def tournament(
     with counting("scoring images", total, stderr_console()) as progress:
         result = run_tournament(pairs, images, num_images=num, seed=seed, progress=progress)
     # Printed first, so that a file that cannot be written loses no results.
+    if result.why_without:
+        typer.echo(f"labels: not used, because {result.why_without}\n")
     typer.echo("\n".join(result.scores.lines()))
     write_json(json_file, result.to_json())
 

@@ -171,7 +171,9 @@ def mix(
     typer.echo(f"wrote {len(left)} x {len(top)} mixtures to {out}")
 
 
-@app.command(epilog="Example: ganscale nearest runs/quickstart --reference data/cifar10 --num 16")
+@app.command(
+    epilog="Example: ganscale nearest runs/quickstart --reference data/cifar10-train --num 16"
+)
 def nearest(
     path: Snapshot,
     reference: Annotated[str, typer.Option(help="Shard set, folder, archive or cifar10.")],

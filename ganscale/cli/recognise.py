@@ -60,7 +60,7 @@ def probe(
     (pair,) = load_gan_pairs([run], device=device)
     spec = pair.spec
     of_train, of_test = (
-        open_images(train or default_reference(run)),
+        open_images(train or default_reference(run, "--train")),
         open_images(test, split="test"),
     )
     trained = pooled_activations(pair.discriminator.model, num_classes=spec["num_classes"])
@@ -137,7 +137,7 @@ def augment(
             f"{run} makes images without labels: train with model.num_classes > 0 "
             "(biggan-cifar10, r3gan-cifar10)"
         )
-    of_train = open_images(train or default_reference(str(run)))
+    of_train = open_images(train or default_reference(str(run), "--train"))
     of_test = open_images(test, split="test")
     recipe = replace(SHORT_SCORE, num_passes=passes)
     # With generated images and without, for each number of real images.

@@ -17,8 +17,6 @@ from ganscale.config.sections import AugmentConfig, GuardConfig
 if TYPE_CHECKING:
     from ganscale.config.run import Config
 
-_LIPSCHITZ_MODELS = ("sndcgan", "sngan", "biggan")
-_BATCH_NORM_MODELS = ("dcgan", "sndcgan", "sngan", "biggan")
 _ENCODER_METHODS = ("vae", "vae-gan", "encoder", "bigan")
 
 
@@ -57,10 +55,11 @@ def _lengths(config: Config) -> Iterator[str]:
 
 def _models(config: Config) -> Iterator[str]:
     model = config.model
-    if model.name == "dcgan" and model.num_classes and config.method.name != "semi-supervised":
+    labels = model.num_classes and config.method.name != "semi-supervised"
+    if labels and not model.takes_labels:
         yield (
-            f"model.num_classes={model.num_classes} asks for labels, which dcgan does not take: "
-            "set model.num_classes=0, or model.name=sngan"
+            f"model.num_classes={model.num_classes} asks for labels, which {model.name} does not "
+            "take: set model.num_classes=0, or model.name=sngan"
         )
     doublings = model.resolution.bit_length() - 3  # of the resolution, from 4x4 on
     if model.name == "biggan" and model.z_dim % (doublings + 1):
@@ -134,7 +133,7 @@ def _objectives(config: Config) -> Iterator[str]:
     penalty, optimizer, method = config.penalty, config.optimizer, config.method.name
     # Two methods have a discriminator of their own, whatever the model is.
     has_spectral_norm = method == "bigan" or (
-        method != "semi-supervised" and config.model.name in _LIPSCHITZ_MODELS
+        method != "semi-supervised" and config.model.is_lipschitz
     )
     # Any of these bounds the slope of the discriminator in its input, which the dual form of the
     # Wasserstein distance requires (Arjovsky et al. 2017).
@@ -244,26 +243,27 @@ def _without_effect(config: Config) -> Iterator[str]:
 
 def _micro_batches(config: Config) -> Iterator[str]:
     """What makes one sample's loss depend on the others of its batch, which parts do not see."""
-    size, model, method = config.training.micro_batch_size, config.model.name, config.method.name
+    size, model, method = config.training.micro_batch_size, config.model, config.method.name
     if size is None:
         return
     setting = f"training.micro_batch_size={size}"
     # All of these are taken over the global batch, so more workers change no result.
     whole = "leave it null, and take more workers (launch.num_workers) if memory is short"
-    if model in _BATCH_NORM_MODELS:
+    if model.has_batch_statistics:
         yield (
-            f"{setting} would change what model.name={model} learns, whose batch norm takes its "
-            f"statistics from the whole batch: {whole}, or set model.name=r3gan"
+            f"{setting} would change what model.name={model.name} learns, whose batch norm takes "
+            f"its statistics from the whole batch: {whole}, or set model.name=r3gan"
         )
     if method in _ENCODER_METHODS:
         yield (
             f"{setting} would change what method.name={method} learns, since the batch norm of "
             f"encoders takes its statistics from the whole batch: {whole}"
         )
-    if model == "stylegan2" and method == "gan":
+    # The discriminators of other methods are made without it.
+    if model.has_minibatch_std and method == "gan":
         yield (
-            f"{setting} would change what model.name=stylegan2 learns, whose discriminator looks "
-            f"at the deviation of the whole batch: {whole}, or set model.name=r3gan"
+            f"{setting} would change what model.name={model.name} learns, whose discriminator "
+            f"looks at the deviation of the whole batch: {whole}, or set model.name=r3gan"
         )
     if config.objective.name == "relativistic_average":
         yield (

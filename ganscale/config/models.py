@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,18 @@ from ganscale.config.section import Section, by_name
 
 
 class _ModelSection(Section):
+    # What the rest of the configuration has to know of an architecture. Each is the careful answer
+    # unless the architecture gives another one.
+    takes_labels: ClassVar[bool] = False
+    """Whether its networks use labels; otherwise classes are refused instead of being ignored."""
+    is_lipschitz: ClassVar[bool] = False
+    """Whether the slope of its discriminator is bounded by construction, as by spectral norm."""
+    has_batch_statistics: ClassVar[bool] = False
+    """Whether it has batch norm, or spectral norm, which takes a step at each forward. Both are
+    changed by a forward of a part of the batch."""
+    has_minibatch_std: ClassVar[bool] = False
+    """Whether its discriminator looks at the deviation between the images of a batch."""
+
     resolution: int = Field(32, ge=16, le=256)
     """Height and width of the images in pixels, a power of two."""
     img_channels: Literal[1, 3, 4] = 3
@@ -31,6 +43,8 @@ SHARED_FIELDS = tuple(_ModelSection.model_fields)
 class DcganModel(_ModelSection):
     """Radford et al. 2016: strided convolutions and batch norm."""
 
+    has_batch_statistics: ClassVar[bool] = True
+
     name: Literal["dcgan"] = "dcgan"
     """Architecture."""
     z_dim: int = Field(100, ge=1)
@@ -42,6 +56,10 @@ class DcganModel(_ModelSection):
 class SndcganModel(_ModelSection):
     """Miyato et al. 2018: strided convolutions, spectral norm, projection."""
 
+    takes_labels: ClassVar[bool] = True
+    is_lipschitz: ClassVar[bool] = True
+    has_batch_statistics: ClassVar[bool] = True
+
     name: Literal["sndcgan"] = "sndcgan"
     z_dim: int = Field(128, ge=1)
     base_channels: int = Field(64, ge=1)
@@ -51,6 +69,10 @@ class SndcganModel(_ModelSection):
 class SnganModel(_ModelSection):
     """Miyato et al. 2018: residual, spectral norm, projection."""
 
+    takes_labels: ClassVar[bool] = True
+    is_lipschitz: ClassVar[bool] = True
+    has_batch_statistics: ClassVar[bool] = True
+
     name: Literal["sngan"] = "sngan"
     z_dim: int = Field(128, ge=1)
     base_channels: int = Field(128, ge=1)
@@ -59,6 +81,10 @@ class SnganModel(_ModelSection):
 
 class BigganModel(_ModelSection):
     """Brock et al. 2019, CIFAR form: shared class embedding, split latent, self-attention."""
+
+    takes_labels: ClassVar[bool] = True
+    is_lipschitz: ClassVar[bool] = True
+    has_batch_statistics: ClassVar[bool] = True
 
     name: Literal["biggan"] = "biggan"
     num_classes: int = Field(10, ge=1)
@@ -70,6 +96,8 @@ class BigganModel(_ModelSection):
 class R3ganModel(_ModelSection):
     """Huang et al. 2024, configuration E: inverted residual bottlenecks, no norms."""
 
+    takes_labels: ClassVar[bool] = True
+
     name: Literal["r3gan"] = "r3gan"
     z_dim: int = Field(64, ge=1)
     base_channels: int = Field(768, ge=16, multiple_of=8)
@@ -80,6 +108,9 @@ class R3ganModel(_ModelSection):
 
 class Stylegan2Model(_ModelSection):
     """Karras et al. 2020: mapping network, modulated convolutions, skips."""
+
+    takes_labels: ClassVar[bool] = True
+    has_minibatch_std: ClassVar[bool] = True
 
     name: Literal["stylegan2"] = "stylegan2"
     z_dim: int = Field(512, ge=1)

@@ -9,7 +9,8 @@ from typing import Self
 
 from ganscale.config import Config, load_config
 from ganscale.errors import ConfigError
-from ganscale.run_directory import containing_run
+from ganscale.run_directory import RunDirectory, containing_run
+from ganscale.storage import is_url
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,33 @@ class RunReference:
             raise ConfigError(f"{text}: expected RUN or RUN@KIMG") from None
 
 
-def default_reference(subject: str) -> str:
+def default_reference(subject: str, option: str = "--reference") -> str:
     """The location of the shards that a run trains on.
 
     Args:
         subject: the run's folder, RUN@KIMG, or a snapshot within the run's folder.
+        option: the option that names other images, for messages.
 
     Raises:
-        ConfigError: if `subject` is none of these, or the run's configuration names no shards.
+        ConfigError: if `subject` is none of these, the run's configuration names no shards, or
+            they are not there any more.
     """
     run_dir = containing_run(RunReference.parse(subject).path)
-    shards = None if run_dir is None else load_config(run_dir.config).data.shards
+    shards = None if run_dir is None else shards_of_run(run_dir)
     if shards is None:
-        raise ConfigError(f"{subject} is not part of a run that names its data: give --reference")
+        raise ConfigError(f"{subject} is not part of a run that names its data: give {option}")
+    if not is_url(shards) and not Path(shards).expanduser().exists():
+        raise ConfigError(
+            f"{subject} was trained on {shards}, which does not exist here: give {option}"
+        )
     return shards
+
+
+def shards_of_run(run_dir: RunDirectory) -> str | None:
+    """Where the shards are that a run trains on, by its configuration; the run may be moved."""
+    config = load_config(run_dir.config)
+    shards = config.data.shards
+    return None if shards is None else run_dir.moved(shards, config.storage)
 
 
 def due_by(kimg: float, config: Config) -> int:

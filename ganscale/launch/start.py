@@ -112,7 +112,8 @@ def resume_config(run: str, overrides: dict[str, object]) -> Config:
             raise CheckpointError(f"{run} is not a run: it has no {run_dir.config.name}")
         place = {"storage": str(run_dir.root.parent), "name": run_dir.name}
         values = load_config(run_dir.config).model_dump()
-        values["data"]["shards"] = _moved_shards(values, run_dir)
+        if shards := values["data"]["shards"]:
+            values["data"]["shards"] = run_dir.moved(shards, values["storage"])
     config = validated(merged(values, {**place, **overrides}))
     store = CheckpointStore(config.checkpoints)
     policy, failure = RetryPolicy.of(config.data), f"{store.location} cannot be reached"
@@ -127,18 +128,6 @@ def resume_config(run: str, overrides: dict[str, object]) -> Config:
             f"list {shlex.quote(run)}; to start anew, use ganscale train with another name"
         )
     return config
-
-
-def _moved_shards(values: dict[str, Any], run_dir: RunDirectory) -> str | None:
-    """Where a run's shards are, which may have been moved with the storage that they lie in."""
-    shards: str | None = values["data"]["shards"]
-    if shards is None or is_url(shards) or Path(shards).exists():
-        return shards
-    storage = Path(values["storage"])
-    if not Path(shards).is_relative_to(storage):
-        return shards
-    moved = run_dir.root.parent / Path(shards).relative_to(storage)
-    return str(moved) if moved.exists() else shards
 
 
 def _newest_config(store: CheckpointStore) -> dict[str, Any] | None:

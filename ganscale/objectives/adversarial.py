@@ -57,6 +57,9 @@ class Objective:
     generator_sees_real: bool = False
     centred: bool = False
     """Logits are given minus the mean of the other side's over the global batch."""
+    bounded: bool = False
+    """The discriminator's loss no longer falls once logits lie far apart, so that logits which lie
+    very far apart are a sign of trouble to the guard."""
 
 
 def _cross_entropy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -112,13 +115,15 @@ def _swapped_cross_entropy(real_logits: Tensor | None, fake_logits: Tensor) -> T
 
 
 OBJECTIVES = {
-    "nonsaturating": Objective(_cross_entropy, _nonsaturating_generator),
-    "minimax": Objective(_cross_entropy, _minimax_generator),
+    "nonsaturating": Objective(_cross_entropy, _nonsaturating_generator, bounded=True),
+    "minimax": Objective(_cross_entropy, _minimax_generator, bounded=True),
     "least_squares": Objective(_least_squares, _least_squares_generator),
-    "hinge": Objective(_hinge, _minus_logits_generator),
+    "hinge": Objective(_hinge, _minus_logits_generator, bounded=True),
     "wasserstein": Objective(_wasserstein, _minus_logits_generator),
-    "relativistic": Objective(_relativistic, _relativistic_generator, generator_sees_real=True),
+    "relativistic": Objective(
+        _relativistic, _relativistic_generator, generator_sees_real=True, bounded=True
+    ),
     "relativistic_average": Objective(
-        _cross_entropy, _swapped_cross_entropy, generator_sees_real=True, centred=True
+        _cross_entropy, _swapped_cross_entropy, generator_sees_real=True, centred=True, bounded=True
     ),
 }

@@ -19,6 +19,7 @@ from ganscale.config import load_config
 from ganscale.errors import ConfigError
 from ganscale.evaluation.image_sets import GeneratedImages, ImageSet, open_images
 from ganscale.evaluation.image_views import Subset
+from ganscale.evaluation.run_references import shards_of_run
 from ganscale.generation.snapshot import snapshot_file
 from ganscale.rating.questions import REAL
 from ganscale.run_directory import RunDirectory, containing_run
@@ -129,7 +130,8 @@ def _trained_on(path: Path) -> str | None:
     run = None if snapshot is None else containing_run(snapshot)
     if run is None:
         return None
-    data = load_config(run.config).data
-    if data.shards is not None and (is_url(data.shards) or Path(data.shards).is_dir()):
-        return data.shards
-    return None if data.source == "auto" else data.source
+    shards = shards_of_run(run)
+    if shards is not None and (is_url(shards) or Path(shards).is_dir()):
+        return shards
+    source = load_config(run.config).data.source
+    return None if source == "auto" else source

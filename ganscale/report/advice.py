@@ -167,11 +167,11 @@ def _of_events(run: Run) -> Iterator[Advice]:
             f"{ranks}. The stacks of all threads are in {stall.get('stacks', 'stacks/')} "
             "(docs/explanation/faults.md, Hangs).",
         )
-    if counts["skip"] and run.config is not None and run.config.data.shards:
+    if counts["skip"] and run.shards:
         yield Advice(
             "Check the shards",
             "Damaged samples were left out (docs/how-to/prepare-data.md).",
-            f"ganscale shards verify {shlex.quote(run.config.data.shards)}",
+            f"ganscale shards verify {shlex.quote(run.shards)}",
         )
     if counts["evaluation_failed"]:
         message = run.of_kind("evaluation_failed")[-1].get("message", "")

@@ -189,10 +189,9 @@ def _compared(root: Path) -> list[Path]:
 def _kinds(run: Run) -> list[tuple[Still, tuple[str, ...]]]:
     """What a run may have, with the commands for it, and the names of the files."""
     names = run.classes[:_MAX_CLASSES]
-    shards = "SHARDS" if run.config is None else run.config.data.shards or "SHARDS"
     values = {
         "run": shlex.quote(run.place),
-        "shards": shlex.quote(shards),
+        "shards": shlex.quote(run.shards or "SHARDS"),
         "labels": ",".join(map(str, range(len(names)))),
         "names": ", ".join(names),
     }

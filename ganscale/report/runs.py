@@ -115,6 +115,13 @@ class Run:
         """The position at which the run is finished; None if that is unknown."""
         return None if self.config is None else self.config.total_nimg
 
+    @property
+    def shards(self) -> str | None:
+        """Where the images are that it trains on; None if that is unknown."""
+        if self.config is None or self.config.data.shards is None:
+            return None
+        return RunDirectory(self.root).moved(self.config.data.shards, self.config.storage)
+
     @cached_property
     def attempts(self) -> list[Attempt]:
         """In the order of their numbers."""

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ganscale.objectives.adversarial import OBJECTIVES
+
 _PATIENCE = {
     "non_finite": 1,
     "scale_collapse": 3,
@@ -35,8 +37,6 @@ _WARM_UP_ROWS = 20
 _NORM_MEMORY = 0.95
 _NORM_FACTOR = 1000.0
 _LOGIT_GAP = 60.0
-_BOUNDED_OBJECTIVES = ("nonsaturating", "minimax", "hinge", "relativistic", "relativistic_average")
-"""Those whose loss no longer changes when logits lie far apart."""
 _LOST_DIVERSITY = 0.25
 """Part of the run's best diversity below which images count as alike."""
 
@@ -54,7 +54,8 @@ class Guard:
     """Looks at each row of a run.
 
     Args:
-        objective: name of the adversarial objective, which decides whether logits have a bound.
+        objective: name of the adversarial objective, whose `bounded` decides whether logits that
+            lie far apart are a sign.
         models: the letters of the networks that learn.
         scaled: whether gradients are scaled (fp16), where an overflow now and then is normal.
         discriminator_steps: the discriminator's updates for one of the other networks.
@@ -68,7 +69,7 @@ class Guard:
         scaled: bool,
         discriminator_steps: int = 1,
     ) -> None:
-        self._bounded = objective in _BOUNDED_OBJECTIVES
+        self._bounded = OBJECTIVES[objective].bounded
         self._models = tuple(models)
         self._scaled = scaled
         self._discriminator_steps = discriminator_steps

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+import yaml
 from ganscale_reference import commands, examples
 from sybil import Example
 from sybil.document import Document
@@ -103,6 +105,8 @@ def of_ganscale(line: str) -> list[list[str]]:
 def parsed(arguments: list[str]) -> dict[str, Any]:
     """The values of the options and arguments, as the verb would get them."""
     command = COMMAND
+    if arguments[0] in {name for parameter in COMMAND.params for name in parameter.opts}:
+        return {}  # an option of the command itself
     while commands_of := getattr(command, "commands", None):
         verb, *arguments = arguments
         command = commands_of[verb]
@@ -173,10 +177,44 @@ def test_a_wrong_command_is_noticed(line: str) -> None:
         check_settings(parsed(arguments))
 
 
+def test_every_set_that_a_command_reads_is_made_by_another_one() -> None:
+    sets = {
+        (path.rstrip("/"), bool(out))
+        for command in COMMANDS
+        for out, path in re.findall(r"(--out )?(?<![\w/.-])(data/[\w/.-]+)", command.line)
+    }
+    made = {path for path, is_made in sets if is_made}
+    assert len(made) > 5
+    # What is called "my-" stands for something that the reader has.
+    assert {path for path, _ in sets if not path.startswith("data/my-")} == made
+
+
 def test_every_example_of_the_command_line_is_shown() -> None:
     for verb in commands():
         shown = [line for _, line in examples(verb)]
         assert len(shown) == len(re.findall(r"(?::|;|=\.\.\.)\s+ganscale ", verb.command.epilog))
+
+
+def test_the_citation_is_that_of_the_file() -> None:
+    stated = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    entry = (DOCS / "reference" / "versions.md").read_text().split("```bibtex\n")[1].split("```")[0]
+    fields = dict(re.findall(r"^  (\w+) +?= \{+(.*?)\}+,?$", entry, re.MULTILINE))
+    assert fields["title"] == stated["title"]
+    assert fields["version"] == stated["version"]
+    assert [fields["author"].lower()] == [one["name"].lower() for one in stated["authors"]]
+
+
+def test_the_papers_of_every_preset_are_listed() -> None:
+    names = table_names(DOCS / "reference" / "versions.md", "Cite what you trained")
+    assert sorted(names) == sorted(preset_names())
+
+
+def test_every_extra_is_described_and_all_has_those_for_users() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert set(table_names(DOCS / "how-to" / "install.md", "Extras")) >= set(extras)
+    (whole,) = extras["all"]
+    assert set(re.findall(r"\w+", whole.partition("[")[2])) == set(extras) - {"all", "docs", "dev"}
 
 
 def test_links_of_other_pages_lead_to_files() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -35,6 +36,7 @@ from tests.support.kubernetes import (
 )
 
 ROOT = Path(__file__).parents[2] / "k8s"
+PAGE = ROOT.parent / "docs" / "how-to" / "kubernetes.md"
 OVERLAYS = sorted(path.name for path in (ROOT / "overlays").iterdir())
 CRDS = "GANSCALE_KUBERAY_CRDS"
 
@@ -161,6 +163,35 @@ def test_requests_and_limits_are_stated_and_fit(built: dict[str, list[Json]], na
         ]
         main = spec["containers"][0]["resources"]["limits"]["memory"]
         assert sum(in_memory) <= quantity(main) / 2, place
+
+
+def test_the_small_test_fits_into_the_node_that_its_page_asks_for(
+    built: dict[str, list[Json]],
+) -> None:
+    said = re.search(r"One node with ([\d.]+) CPUs and ([\d.]+) GiB", PAGE.read_text())
+    assert said is not None
+    document = ray_document(built["cpu-test"])
+    (group,) = document["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    total = {"cpu": 0.0, "memory": 0.0}
+    for place, pod in pods(document):
+        (container,) = pod["spec"]["containers"]
+        num_pods = group["replicas"] if place == group["groupName"] else 1
+        for kind in total:
+            total[kind] += num_pods * quantity(container["resources"]["requests"][kind])
+    assert total["cpu"] == pytest.approx(float(said[1]))
+    assert total["memory"] / 1024**3 == pytest.approx(float(said[2]))
+
+
+def test_what_is_submitted_to_the_standing_cluster_lies_on_its_volume(
+    built: dict[str, list[Json]],
+) -> None:
+    (shown,) = re.findall(r"^ganscale submit (?:.*\\\n)*.*$", PAGE.read_text(), re.MULTILINE)
+    (storage,) = re.findall(r"storage=(\S+)", shown)
+    for place, pod in pods(ray_document(built["cluster"])):
+        mounts = pod["spec"]["containers"][0]["volumeMounts"]
+        (volume,) = (m["name"] for m in mounts if m["mountPath"] == storage)
+        claims = {v["name"] for v in pod["spec"]["volumes"] if "persistentVolumeClaim" in v}
+        assert volume in claims, place
 
 
 @pytest.mark.parametrize("name", OVERLAYS)

@@ -194,7 +194,6 @@ def test_networks_that_look_across_the_batch_are_refused_and_no_others(
         with pytest.raises(ConfigError, match=r"micro_batch_size=4 would .* the whole batch"):
             config.with_changes({"training.micro_batch_size": 4})
     else:
-        assert spec["name"] in ("r3gan", "stylegan2")
         config.with_changes({"training.micro_batch_size": 4})
 
 

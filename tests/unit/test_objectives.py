@@ -83,6 +83,13 @@ def test_extreme_half_precision_logits_stay_finite(name: str) -> None:
     assert torch.isfinite(objective.generator(real, fake)).all()
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_bounded_objectives_loss_stays_as_it_is_where_logits_lie_far_apart(name: str) -> None:
+    real, fake, objective = torch.tensor([1000.0]), torch.tensor([-1000.0]), OBJECTIVES[name]
+    losses = [objective.discriminator(real * factor, fake * factor) for factor in (1, 2)]
+    assert torch.equal(*losses) is objective.bounded
+
+
 def test_only_minimax_saturates_for_a_confident_discriminator() -> None:
     for name, expected in (("nonsaturating", -1.0), ("minimax", 0.0)):
         logits = torch.tensor([-20.0], requires_grad=True)

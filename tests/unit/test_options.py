@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 
-from ganscale.cli import explore, options
+from ganscale.cli import explore, main, options
 from ganscale.cli.app import write_json
 from ganscale.cli.options import parse_integers, parse_names
 from ganscale.data import images, layout
@@ -61,3 +61,22 @@ def test_a_json_file_has_null_for_what_is_not_finite(tmp_path: Path) -> None:
     # Python's reader takes NaN and Infinity, which are no JSON, unless it is told otherwise.
     content = json.loads((tmp_path / "a.json").read_text(), parse_constant=refuse)
     assert content == {"mean": None, "interval": [None, None], "of_each": [1.5, None]}
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"), [("ganscale tourn", ["tournament"]), ("ganscale shards ver", ["verify"])]
+)
+def test_the_shell_completes_verbs(
+    typed: str,
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By the variables that the script of --install-completion sets in bash."""
+    monkeypatch.setattr("sys.argv", ["ganscale"])
+    monkeypatch.setenv("_GANSCALE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    with pytest.raises(SystemExit, match="0"):
+        main([])
+    assert capsys.readouterr().out.split() == expected

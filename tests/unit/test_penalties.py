@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from ganscale.config import PenaltyConfig
 from ganscale.models.layers import spectral_norm
 from ganscale.models.r3gan import R3ganDiscriminator
 from ganscale.objectives import penalties
@@ -241,6 +242,26 @@ def test_a_penalty_needs_gradients_of_exactly_the_images_its_entry_names(name: s
         else:
             with pytest.raises(RuntimeError, match="does not require grad|not have been used"):
                 entry.value(inputs)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_the_configuration_knows_which_penalties_differentiate_gradients(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sections import no torch, so they cannot ask the table."""
+    calls = []
+
+    def counted(*args: Any) -> Tensor:
+        calls.append(args)
+        return input_gradient(*args)
+
+    monkeypatch.setattr(penalties, "input_gradient", counted)
+    PENALTIES[name].value(inputs_for(name, smooth_discriminator()))
+    field = name.removesuffix("_finite_difference")
+    form = "gradient" if field == name else "finite_difference"
+    section = PenaltyConfig.model_validate({field: 0.1, "form": form})
+    assert section.names == (name,)
+    assert section.gradient_names == ((name,) if calls else ())
 
 
 @pytest.mark.parametrize(("side", "seed"), [("r1", 1), ("r2", 2)])

@@ -15,11 +15,14 @@ from ganscale.run_directory import RunDirectory, containing_run
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """The folder of a run that trains on data/shards, with a snapshot of a further average."""
+    """The folder of a run whose shards lie beside it, with a snapshot of a further average."""
     run_dir = RunDirectory(tmp_path / "runs" / "a")
     run_dir.snapshot(1000, "short").parent.mkdir(parents=True)
     run_dir.snapshot(1000, "short").touch()
-    run_dir.config.write_text(Config().with_changes({"data.shards": "data/shards"}).to_yaml())
+    shards = tmp_path / "runs" / "shards" / "set-train"
+    shards.mkdir(parents=True)
+    changes = {"data.shards": str(shards), "storage": str(tmp_path / "runs")}
+    run_dir.config.write_text(Config().with_changes(changes).to_yaml())
     return run_dir.root
 
 
@@ -46,7 +49,7 @@ def test_a_position_that_is_no_number_is_refused(tmp_path: Path) -> None:
 def test_the_reference_is_what_the_run_was_trained_on(run: Path, tmp_path: Path) -> None:
     snapshot = RunDirectory(run).snapshot(1000, "short")
     for subject in (f"{run}", f"{run}@1", f"{snapshot}"):
-        assert default_reference(subject) == "data/shards"
+        assert default_reference(subject) == str(tmp_path / "runs" / "shards" / "set-train")
     assert containing_run(snapshot) == RunDirectory(run)
     assert containing_run(tmp_path) is None
     # Of something else: no run has written here, or it lies further up.
@@ -55,6 +58,22 @@ def test_the_reference_is_what_the_run_was_trained_on(run: Path, tmp_path: Path)
     assert containing_run(run / "exports" / "a" / "b" / "g.safetensors") is None
     with pytest.raises(ConfigError, match="give --reference"):
         default_reference(str(tmp_path))
+
+
+def test_the_reference_moves_with_the_folder_of_runs(run: Path, tmp_path: Path) -> None:
+    moved = run.parent.rename(tmp_path / "moved")
+    assert default_reference(f"{moved / 'a'}") == str(moved / "shards" / "set-train")
+    # Nobody knows where shards are that did not come along.
+    alone = (moved / "a").rename(tmp_path / "alone")
+    before = tmp_path / "runs" / "shards" / "set-train"
+    for option in ("--reference", "--train"):
+        with pytest.raises(ConfigError, match=f"{before}, which does not exist.*give {option}"):
+            default_reference(str(alone), option)
+
+
+def test_shards_at_a_url_stay_there(run: Path, tmp_path: Path) -> None:
+    for storage in (".", str(tmp_path)):
+        assert RunDirectory(run).moved("s3://bucket/set", storage) == "s3://bucket/set"
 
 
 def test_a_run_may_be_moved_and_trained_longer_but_not_differently() -> None:

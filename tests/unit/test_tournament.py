@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ganscale.checkpoint import CheckpointStore
 from ganscale.checkpoint.files import saved_state
 from ganscale.config import Config
+from ganscale.data.shards import ShardSet
 from ganscale.errors import CheckpointError, ConfigError
 from ganscale.evaluation.gan_metrics.gan_pairs import (
     GanPair,
@@ -26,8 +28,10 @@ from ganscale.evaluation.gan_metrics.gan_pairs import (
 )
 from ganscale.evaluation.gan_metrics.tournament import num_scored, run_tournament
 from ganscale.generation.sampler import SampleableGenerator
+from ganscale.generation.snapshot import save_snapshot
 from ganscale.metrics.gam import score
 from ganscale.models import build_discriminator, build_generator
+from ganscale.run_directory import RunDirectory
 from tests.conftest import MakeConfig
 
 Indices = NDArray[np.int64]
@@ -205,13 +209,36 @@ def test_a_judge_with_classes_is_told_labels_or_takes_the_best() -> None:
     )
 
 
-@pytest.mark.parametrize(("classes", "used"), [((2, 2), True), ((2, 0), False)])
-def test_labels_are_used_when_all_know_them(classes: tuple[int, int], used: bool) -> None:
+@pytest.mark.parametrize(
+    ("classes", "labelled", "used", "why"),
+    [
+        ((2, 2), True, True, ""),
+        ((2, 2), False, False, "grays has none"),
+        ((2, 0), True, False, "run1 trained without classes"),
+        ((0, 0), True, False, ""),
+    ],
+)
+def test_labels_are_used_when_all_know_them(
+    classes: tuple[int, int], labelled: bool, used: bool, why: str
+) -> None:
     runs = [pair(f"run{i}", 0.0, Sees(1.0, 2.0), n) for i, n in enumerate(classes)]
-    reference = Images(8, labels=np.arange(8) % 2, classes=("ant", "bee"))
+    labels = np.arange(8) % 2 if labelled else None
+    reference = Images(8, labels=labels, classes=("ant", "bee"))
     result = run_tournament(runs, reference, num_images=4)
-    assert result.uses_labels is used
-    assert json.loads(json.dumps(result.to_json()))["uses_labels"] is used
+    assert (result.uses_labels, result.why_without) == (used, why)
+    written = json.loads(json.dumps(result.to_json()))
+    assert (written["uses_labels"], written["why_without"]) == (used, why)
+
+
+def test_labels_are_not_used_where_the_classes_have_no_names_or_differ() -> None:
+    runs = [pair(f"run{i}", 0.0, Sees(1.0, 2.0), 2) for i in range(2)]
+    reference = Images(8, labels=np.arange(8) % 2, classes=("ant", "bee"))
+    runs[1].generator.classes = ("ant", "cat")
+    assert run_tournament(runs, reference).why_without == "run1 has other classes than run0"
+    runs[1].generator.classes = ()
+    result = run_tournament(runs, reference)
+    assert not result.uses_labels
+    assert result.why_without.endswith("have the names of the classes of run1")
 
 
 def test_a_tournament_is_a_function_of_its_seed_and_counts_its_images() -> None:
@@ -288,6 +315,31 @@ def test_checkpoints_are_found_where_the_configuration_says(
     config = make_run(16, checkpoint__location=str(tmp_path / "elsewhere"))
     (found,) = load_gan_pairs([str(config.run_dir)])
     assert found.nimg == 16
+
+
+def test_a_moved_run_has_its_class_names_from_moved_shards_or_from_a_snapshot(
+    make_run: MakeRun, procedural_shards: Path, tmp_path: Path
+) -> None:
+    shards = tmp_path / "runs" / "shards"
+    shards.parent.mkdir()
+    shutil.copytree(procedural_shards, shards)
+    changes = {"model.name": "sngan", "model.num_classes": 10, "data.shards": str(shards)}
+    config = make_run(16, storage=str(tmp_path / "runs"), **changes)
+    moved = (tmp_path / "runs").rename(tmp_path / "moved")
+    (found,) = load_gan_pairs([str(moved / "tiny")])
+    assert found.generator.classes == ShardSet.load(procedural_shards).classes
+    shutil.rmtree(moved / "shards")
+    (found,) = load_gan_pairs([str(moved / "tiny")])
+    assert found.generator.classes == ()
+    save_snapshot(
+        RunDirectory(moved / "tiny").snapshot(16),
+        found.generator.model,
+        spec=config.model.model_dump(),
+        nimg=16,
+        classes=[f"kind {number}" for number in range(10)],
+    )
+    (found,) = load_gan_pairs([str(moved / "tiny")])
+    assert found.generator.classes[9] == "kind 9"
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(make_run: MakeRun, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,8 +29,9 @@ from ganscale.data.shards import ShardSet
 from ganscale.data.values import PIXELS, ValueRange
 from ganscale.errors import CheckpointError, DataError
 from ganscale.evaluation.image_sets import ImageSet
-from ganscale.evaluation.run_references import RunReference, due_by
+from ganscale.evaluation.run_references import RunReference, due_by, shards_of_run
 from ganscale.generation.sampler import SampleableGenerator
+from ganscale.generation.snapshot import load_generator
 from ganscale.models import build_discriminator, build_generator
 from ganscale.run_directory import RunDirectory
 
@@ -142,7 +144,7 @@ def _load(text: str, device: str) -> GanPair:
         )
     # Runs of some methods have no discriminator in their state, and a changed model other tensors.
     try:
-        return _gan_pair(root.name, files, device)
+        return _gan_pair(run_dir, files, device)
     except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
@@ -179,7 +181,7 @@ def score_images(
     return logits
 
 
-def _gan_pair(run: str, files: SavedFiles, device: str) -> GanPair:
+def _gan_pair(run_dir: RunDirectory, files: SavedFiles, device: str) -> GanPair:
     """Raises `KeyError`, `TypeError` or `RuntimeError` if the state is not that of its models."""
     spec: dict[str, Any] = files.meta["config"]["model"]
     state, nimg = files.state(), files.name.nimg
@@ -188,12 +190,12 @@ def _gan_pair(run: str, files: SavedFiles, device: str) -> GanPair:
     discriminator.load_state_dict(state["D"]["model"])
     discriminator.to(device).eval().requires_grad_(False)
     return GanPair(
-        name=f"{run}@{nimg / 1000:g}",
+        name=f"{run_dir.name}@{nimg / 1000:g}",
         nimg=nimg,
         generator=SampleableGenerator(
             generator.to(device),
             spec=spec,
-            info={"nimg": nimg, **_classes(files.meta["config"]["data"]["shards"])},
+            info={"nimg": nimg, **_classes(run_dir)},
         ),
         discriminator=ScoringDiscriminator(discriminator, num_classes=spec["num_classes"]),
         identity=files.meta["tensors_sha256"],
@@ -201,14 +203,17 @@ def _gan_pair(run: str, files: SavedFiles, device: str) -> GanPair:
     )
 
 
-def _classes(shards: str) -> dict[str, Any]:
+def _classes(run_dir: RunDirectory) -> dict[str, Any]:
     """Names and sizes of the classes of the set that a run was trained on, as in snapshots.
 
-    Nothing if the set is gone.
+    Nothing where neither the set nor a snapshot is there.
     """
-    # Without names the tournament takes images to have no labels, and still works.
-    try:
-        shard_set = ShardSet.load(shards)
-    except DataError:
-        return {}
-    return {"classes": shard_set.classes, "class_counts": shard_set.class_counts}
+    if (shards := shards_of_run(run_dir)) is not None:
+        with suppress(DataError):
+            shard_set = ShardSet.load(shards)
+            return {"classes": shard_set.classes, "class_counts": shard_set.class_counts}
+    # The shards are elsewhere, which a tournament can do without: snapshots know the classes too.
+    with suppress(CheckpointError):
+        generator = load_generator(run_dir.root)
+        return {"classes": generator.classes, "class_counts": generator.class_counts}
+    return {}

@@ -27,6 +27,8 @@ class Tournament:
     reference: str
     seed: int
     uses_labels: bool
+    why_without: str
+    """Why discriminators with classes were given no labels; empty where that is not so."""
     positions: dict[str, int]
     """The positions of the GANs in real images."""
     scores: Scores
@@ -37,6 +39,7 @@ class Tournament:
             "reference": self.reference,
             "seed": self.seed,
             "uses_labels": self.uses_labels,
+            "why_without": self.why_without,
             "positions": self.positions,
             **self.scores.to_json(),
         }
@@ -69,7 +72,10 @@ def run_tournament(
     num_images = min(num_images, len(reference) // 2)
     # Whether labels are used holds for all discriminators alike: the logits of some with labels and
     # of others without would not measure the same.
-    use_labels, reference = _with_known_labels(pairs, reference)
+    why_without = _why_without_labels(pairs, reference)
+    use_labels = not why_without and bool(pairs[0].generator.classes)
+    if use_labels:
+        reference = with_classes_of(reference, pairs[0].generator.classes, pairs[0].name)
     # Equally many of each origin: with other numbers the thresholds and the errors would depend on
     # how many images a run happens to have.
     chosen = np.random.default_rng(seed).permutation(len(reference))[: 2 * num_images]
@@ -92,6 +98,7 @@ def run_tournament(
         reference=reference.description,
         seed=seed,
         uses_labels=use_labels,
+        why_without=why_without,
         positions={pair.name: pair.nimg for pair in pairs},
         scores=score(np.stack(logits, axis=1), thresholds, names, seed=seed),
     )
@@ -107,16 +114,23 @@ def _samples(pair: GanPair, num_images: int, seed: int) -> ImageSet:
     return GeneratedImages(pair.generator, num_images, seed * num_images, pair.name, pair.identity)
 
 
-def _with_known_labels(pairs: Sequence[GanPair], reference: ImageSet) -> tuple[bool, ImageSet]:
-    """Whether discriminators are given labels, and the reference with labels in their numbering.
+def _why_without_labels(pairs: Sequence[GanPair], reference: ImageSet) -> str:
+    """Why conditional discriminators cannot be given labels; empty where they can, or none is.
 
-    They are if all GANs have the same classes and the reference has labels. Raises `DataError` if
-    the reference then has a class that the GANs lack.
+    They can if all GANs have the same classes and the reference has labels.
     """
-    known = {tuple(pair.generator.classes) for pair in pairs}
-    if len(known) > 1 or not (classes := known.pop()) or reference.labels is None:
-        return False, reference
-    return True, with_classes_of(reference, classes, pairs[0].name)
+    conditional = [pair for pair in pairs if pair.discriminator.num_classes]
+    for pair in conditional:
+        if not pair.generator.classes:
+            return f"neither shards nor snapshots have the names of the classes of {pair.name}"
+        if pair.generator.classes != conditional[0].generator.classes:
+            return f"{pair.name} has other classes than {conditional[0].name}"
+    if conditional and len(conditional) < len(pairs):
+        others = (pair.name for pair in pairs if not pair.discriminator.num_classes)
+        return f"{', '.join(others)} trained without classes"
+    if conditional and reference.labels is None:
+        return f"{reference.description} has none"
+    return ""
 
 
 def _check(pairs: Sequence[GanPair], reference: ImageSet) -> None:
