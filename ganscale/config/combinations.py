@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ganscale.config.methods import SemiSupervisedMethod
 from ganscale.config.schedule import Schedule
-from ganscale.config.sections import AugmentConfig, GuardConfig
+from ganscale.config.sections import AugmentConfig
 
 if TYPE_CHECKING:
     from ganscale.config.run import Config
@@ -214,11 +214,6 @@ def _without_effect(config: Config) -> Iterator[str]:
         yield (
             f"guard.rollback_lr_factor={guard.rollback_lr_factor:g} is for guard.policy=rollback, "
             f"not {guard.policy}: set it to 1"
-        )
-    if guard.max_rollbacks != GuardConfig().max_rollbacks and guard.policy != "rollback":
-        yield (
-            f"guard.max_rollbacks={guard.max_rollbacks} is for guard.policy=rollback, not "
-            f"{guard.policy}: leave it out"
         )
     if augment.adapt_kimg != AugmentConfig().adapt_kimg and augment.target is None:
         yield (

@@ -50,8 +50,8 @@ class TrainingState:
         """Set by a callback, on all ranks at the same position, to end training here with a
         checkpoint."""
         self.next_row: dict[str, float] = {}
-        """Metrics that go into the next row: numbers, or tensors or arrays of one number; the same
-        on all ranks."""
+        """Metrics that go into the next row, the same on all ranks. Each is a number, or a tensor
+        or array of one number."""
         self.latest_metrics: dict[str, float] = {}
         """What was measured last, by which the best checkpoints are chosen."""
         self.skipped_samples: list[str] = []

@@ -241,7 +241,7 @@ def configuration(document: Json) -> Config:
 def test_every_entrypoint_would_train(
     built: dict[str, list[Json]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build_shards(SourceSpec("procedural"), tmp_path / "set", num_shards=16, limit=100)
+    build_shards(SourceSpec("procedural"), tmp_path / "set", num_shards=32, limit=100)
     with s3_bucket():
         client = boto3.client("s3")
         client.create_bucket(Bucket="ganscale")
