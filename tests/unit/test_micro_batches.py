@@ -202,7 +202,7 @@ def test_networks_that_look_across_the_batch_are_refused_and_no_others(
     ("changes", "named"),
     [
         (
-            {"model": SMALL_MODELS["dcgan"]},
+            {"model": {**SMALL_MODELS["dcgan"], "num_classes": 0}},
             ["model.name=dcgan", "batch norm", "launch.num_workers"],
         ),
         ({"model": SMALL_MODELS["stylegan2"]}, ["model.name=stylegan2", "set model.name=r3gan"]),
