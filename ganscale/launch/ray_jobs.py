@@ -161,13 +161,24 @@ class Jobs:
             package(submission.config, Path(folder))
             with readable(self.address):
                 # One that is submitted at the same time has the same id, and is refused by Ray.
-                job_id = self._client.submit_job(
+                job_id = self._submit_when_up(
                     entrypoint="python -m ganscale train --config config.yaml",
                     submission_id=f"{name}-{_number(earlier) + 1}",
                     runtime_env={"working_dir": folder, "env_vars": environment},
                     metadata={_RUN_KEY: name},
                 )
         return self.get(job_id)
+
+    def _submit_when_up(self, **job: Any) -> str:
+        # A cluster that has just been started answers before the agent that starts its jobs does.
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                return str(self._client.submit_job(**job))
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(1.0)
 
     def all(self) -> list[Job]:
         """Every job that was submitted, oldest first."""

@@ -55,6 +55,8 @@ class FakeClient:
     """Of the only job, one a look, or why there is no answer; the last one stays."""
     texts: list[list[str | Exception]] = field(default_factory=list)
     """Of the log, for each time that it is followed from its beginning."""
+    refusals: list[str] = field(default_factory=list)
+    """Why submissions are not taken, one after the other."""
     sent: dict[str, Any] = field(default_factory=dict)
     packed: dict[str, bytes] = field(default_factory=dict)
 
@@ -62,6 +64,8 @@ class FakeClient:
         return self.jobs
 
     def submit_job(self, **options: Any) -> str:
+        if self.refusals:
+            raise RuntimeError(f"Request failed with status code 500: {self.refusals.pop(0)}")
         self.sent = options
         root = Path(options["runtime_env"]["working_dir"])
         self.packed = {
@@ -110,6 +114,14 @@ def test_the_code_and_the_configuration_are_sent_and_nothing_else() -> None:
     assert modules <= set(client.packed)
     assert not [name for name in client.packed if "__pycache__" in name]
     assert b"seed: 7" in client.packed["config.yaml"]
+
+
+def test_a_cluster_that_has_just_been_started_is_waited_for(quick: None) -> None:
+    client = FakeClient(refusals=["No available agent to submit job, please try again later."] * 2)
+    assert Jobs(client, ADDRESS).submit(submission()).id == "mine-1"
+    client = FakeClient(refusals=["the disk is full"])
+    with pytest.raises(GanscaleError, match="the disk is full"):
+        Jobs(client, ADDRESS).submit(submission())
 
 
 def test_of_secrets_the_names_alone_go_with_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
