@@ -98,8 +98,8 @@ def _of_world(world_size: int, device: str = "cpu") -> list[dict[str, StepResult
 @pytest.mark.parametrize(
     ("world_size", "device"),
     [
-        (2, "cpu"),
-        (3, "cpu"),
+        pytest.param(2, "cpu", marks=pytest.mark.slow),
+        (3, "cpu"),  # uneven parts of the batch, so it shows what two and four would
         pytest.param(4, "cpu", marks=pytest.mark.slow),
         pytest.param(2, "cuda:0", marks=pytest.mark.gpu),  # both ranks on one GPU
     ],

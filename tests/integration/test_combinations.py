@@ -192,7 +192,7 @@ def drawn(seed: int) -> tuple[str, tuple[dict[str, Any], ...]]:
     )
 
 
-_MANY = [pytest.param(seed, marks=[pytest.mark.slow] * (seed >= 1)) for seed in range(50)]
+_MANY = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(50)]
 
 
 @on_each_device

@@ -80,7 +80,7 @@ def test_a_run_gets_a_row_of_what_was_measured(verb: Verb, run_dir: RunDirectory
 
 
 def test_a_split_that_shards_do_not_have_is_refused(verb: Verb, run_dir: RunDirectory) -> None:
-    options = ("--run", run_dir.root, "--num", 20, "--metrics", "prdc")
+    options = ("--run", run_dir.root, "--num", 20, "--num-reference", 20, "--metrics", "prdc")
     code, out, err = verb("evaluate", *options, "--split", "test")
     assert (code, out) == (2, "")
     assert "is a shard set of the train split" in err
@@ -92,7 +92,8 @@ def test_neither_file_is_lost_where_the_other_cannot_be_written(
     verb: Verb, run_dir: RunDirectory, tmp_path: Path
 ) -> None:
     file = tmp_path / "figures.json"
-    command = ("evaluate", "--run", run_dir.root, "--num", 20, "--metrics", "prdc", "--json")
+    options = ("--num", 20, "--num-reference", 20, "--metrics", "prdc", "--json")
+    command = ("evaluate", "--run", run_dir.root, *options)
     code, _, err = verb(*command, run_dir.root)
     assert (code, "a folder is where a file should be" in err) == (1, True)
     assert "metrics/recall_efficientnet_lite0" in read_rows(run_dir.metrics)[-1]
