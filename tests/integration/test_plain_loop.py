@@ -50,6 +50,7 @@ def test_a_step_of_the_plain_loop_is_one_of_training(
     config = make_config(
         **CASES[case], optimizer__eps=1e-2, training__batch_size=BATCH_SIZE, optimizer__lr=1e-2
     )
+    torch.manual_seed(0)
     plain = PlainLoop(config, World())
     spec = config.generator_spec
     method = Gan(config, Gan.networks(config), Precision.resolve("fp32", plain.device), World())
@@ -86,9 +87,10 @@ def test_a_step_of_the_plain_loop_is_one_of_training(
     for ours, its in pairs:
         state = its.state_dict()
         for name, value in ours.state_dict().items():
-            # Our batch norm merges statistics in another order, so the last digits may differ.
+            # Our batch norm merges statistics in another order, so the last digits may differ, and
+            # with them the gradients of biases before a batch norm, which are rounding error alone.
             torch.testing.assert_close(
-                at_least_fp32(value), at_least_fp32(state[name]), rtol=1e-4, atol=1e-6, msg=name
+                at_least_fp32(value), at_least_fp32(state[name]), rtol=1e-4, atol=1e-5, msg=name
             )
 
 
