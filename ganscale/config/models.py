@@ -10,8 +10,8 @@ from ganscale.config.section import Section, by_name
 
 
 class _ModelSection(Section):
-    # What the rest of the configuration has to know of an architecture. Each is the careful answer
-    # unless the architecture gives another one.
+    # What the rest of the configuration has to know of an architecture, which states what differs
+    # from these: no labels, no bound, and nothing that looks across a batch.
     takes_labels: ClassVar[bool] = False
     """Whether its networks use labels; otherwise classes are refused instead of being ignored."""
     is_lipschitz: ClassVar[bool] = False

@@ -114,10 +114,9 @@ def build_shard(
         # A record that cannot be read is as good as none: the shard is built again.
         with suppress(EOFError, KeyError, ValueError, zipfile.BadZipFile):
             return BuiltShard.load(record)
-    # The source is opened in this process by its spec: file handles and torchvision's data sets do
-    # not travel between processes, or would be copied for every shard.
-    source = _opened(recipe.spec, recipe.fingerprint)
-    source = source if part is None else part
+    # Without a part the source is opened in this process by its spec: file handles and data sets of
+    # torchvision do not travel between processes, or would be copied for every shard.
+    source = _opened(recipe.spec, recipe.fingerprint) if part is None else part
     summary = _Summary()
     # No time and no user of this machine, so that the same images give the same bytes.
     form = {"user": "ganscale", "group": "ganscale", "mtime": 0.0, "encoder": False}
